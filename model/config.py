@@ -1,0 +1,68 @@
+"""Typed configuration of the transformer; exact parameter counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.errors import Problems
+from model.vocabulary import Vocabulary, VocabularyConfig
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer: pre-RMSNorm, SwiGLU, GQA, QK-norm before RoPE, no biases, untied embeddings.
+
+    The structure is that of Emu3.5 (arXiv 2510.26583, section 2.2 and Table 1); the presets in `conf/model` differ
+    in sizes only.
+    """
+
+    name: str = "toy"
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 384
+    num_attention_heads: int = 4  # query heads
+    num_query_groups: int = 2  # key/value heads
+    head_dim: int = 32  # width of one head; need not be hidden_size / num_attention_heads
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    max_sequence_length: int = 2048
+    dropout: float = 0.0  # after the embedding, on both residual branches and in attention
+    init_std: float = 0.02
+    dtype: str = "float32"  # float32 | bfloat16
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+
+    def validate(self, problems: Problems, key: str = "model") -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                     "head_dim", "max_sequence_length"):  # fmt: skip
+            problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
+        problems.check(
+            self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups == 0,
+            f"{key}.num_query_groups",
+            f"must divide num_attention_heads ({self.num_attention_heads}), got {self.num_query_groups}",
+            f"{key}.num_query_groups={self.num_attention_heads}",
+        )
+        problems.check(self.head_dim % 2 == 0, f"{key}.head_dim", "must be even (rotary pairs)")
+        problems.check(0.0 <= self.dropout < 1.0, f"{key}.dropout", "must be in [0, 1)")
+        problems.check(
+            self.dtype in ("float32", "bfloat16"), f"{key}.dtype", f"unknown dtype {self.dtype!r}",
+            f"{key}.dtype=bfloat16",
+        )  # fmt: skip
+        self.vocabulary.validate(problems, f"{key}.vocabulary")
+
+
+def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, int]:
+    """Exact number of parameters by part: `embeddings` (input and output), `layers` (final norm included), `total`.
+
+    `padded=True` counts the rows that pad the vocabulary too. For `emu35_34b` the unpadded figures are those that
+    Emu3.5 publishes in rounded form (section 2.2: 31.2B + 2.9B = 34.1B).
+    """
+    vocabulary = Vocabulary.from_config(config.vocabulary)
+    rows = vocabulary.padded_size if padded else vocabulary.size
+    query_width = config.num_attention_heads * config.head_dim
+    key_value_width = config.num_query_groups * config.head_dim
+    attention = config.hidden_size * (query_width + 2 * key_value_width) + query_width * config.hidden_size
+    mlp = 3 * config.hidden_size * config.ffn_hidden_size
+    norms = 2 * config.hidden_size + 2 * config.head_dim
+    layers = config.num_layers * (attention + mlp + norms) + config.hidden_size
+    embeddings = 2 * rows * config.hidden_size
+    return {"embeddings": embeddings, "layers": layers, "total": embeddings + layers}

@@ -57,7 +57,7 @@ def name_color(pixels: np.ndarray, foreground: np.ndarray) -> str | None:
     return color if distances[color] <= MAX_COLOR_DISTANCE else None
 
 
-def read_cell(pixels: np.ndarray) -> tuple[str, str] | None | bool:
+def read_cell(pixels: np.ndarray) -> tuple[str, str] | bool | None:
     """(shape, colour) of a cell, None when it is empty, False when it cannot be read."""
     foreground = background_distance(pixels) > FOREGROUND_DISTANCE
     if foreground.mean() < MIN_FOREGROUND:

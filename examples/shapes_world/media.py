@@ -53,7 +53,7 @@ def mp4_bytes(frames: Sequence[np.ndarray], frames_per_second: int) -> bytes:
 
 def mp4_frames(data: bytes) -> list[tuple[float, np.ndarray]]:
     """Decode a whole clip: (time in seconds, uint8 [H, W, 3]) per frame."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return [
             (frame.time or 0.0, frame.to_ndarray(format="rgb24"))
             for frame in container.decode(video=0)

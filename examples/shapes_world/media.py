@@ -51,10 +51,11 @@ def mp4_bytes(frames: Sequence[np.ndarray], frames_per_second: int) -> bytes:
     return buffer.getvalue()
 
 
-def mp4_frames(data: bytes) -> list[tuple[float, np.ndarray]]:
-    """Decode a whole clip: (time in seconds, uint8 [H, W, 3]) per frame."""
+def mp4_frames(data: bytes, times_seconds: Sequence[float]) -> list[np.ndarray]:
+    """The decoded frames shown nearest to the given times, uint8 [H, W, 3] each."""
     with av.open(io.BytesIO(data), "r") as container:
-        return [
-            (frame.time or 0.0, frame.to_ndarray(format="rgb24"))
-            for frame in container.decode(video=0)
-        ]
+        frames = list(container.decode(video=0))
+    nearest = [
+        min(frames, key=lambda frame: abs((frame.time or 0.0) - time)) for time in times_seconds
+    ]
+    return [frame.to_ndarray(format="rgb24") for frame in nearest]

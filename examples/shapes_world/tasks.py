@@ -7,7 +7,6 @@ holds a combination of shape, colour and place that no training document shows; 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +29,8 @@ from examples.shapes_world.motion import (
 from examples.shapes_world.world import caption, draw_array, random_held_out_scene, random_scene
 from training.evaluation import EvaluationPrompt
 
+MAX_ATTEMPTS_ALONE = 200  # draws of an unseen one-shape prompt before two shapes are taken instead
+
 
 @dataclass
 class ShapesTask:
@@ -44,12 +45,26 @@ class ShapesTask:
     )
 
     def prompts(self) -> list[EvaluationPrompt]:
-        """The same list for the same fields."""
-        rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
-        return [self.make_prompt(rng, number) for number in range(self.num_prompts)]
+        """Distinct prompts; the same list for the same fields.
 
-    def make_prompt(self, rng: np.random.Generator, number: int) -> EvaluationPrompt:
-        """Prompt `number` of the list; even ones hold one shape, odd ones two."""
+        One in eight holds one shape (there are only as many such scenes as combinations), the others two.
+        """
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
+        chosen: dict[tuple[object, ...], EvaluationPrompt] = {}
+        attempts = 0
+        while len(chosen) < self.num_prompts:
+            number = len(chosen)
+            alone = number % 8 == 0 and attempts < MAX_ATTEMPTS_ALONE
+            prompt = self.make_prompt(rng, 1 if alone else 2, number)
+            key = (prompt.text, prompt.target, *(image.tobytes() for image in prompt.images))
+            attempts = attempts + 1 if key in chosen else 0
+            chosen.setdefault(key, prompt)
+        return list(chosen.values())
+
+    def make_prompt(
+        self, rng: np.random.Generator, num_items: int, number: int
+    ) -> EvaluationPrompt:
+        """Prompt `number` of the list, with one or two shapes."""
         raise NotImplementedError
 
     def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool:
@@ -71,8 +86,10 @@ class T2IAccuracy(ShapesTask):
 
     name: ClassVar[str] = "t2i_accuracy"
 
-    def make_prompt(self, rng: np.random.Generator, number: int) -> EvaluationPrompt:
-        scene = (random_held_out_scene if self.held_out else random_scene)(rng, 1 + number % 2)
+    def make_prompt(
+        self, rng: np.random.Generator, num_items: int, number: int
+    ) -> EvaluationPrompt:
+        scene = (random_held_out_scene if self.held_out else random_scene)(rng, num_items)
         return EvaluationPrompt(
             format="t2i", text=caption(scene), target=scene, image_size=self.image_size
         )
@@ -84,8 +101,10 @@ class EditAccuracy(ShapesTask):
 
     name: ClassVar[str] = "edit_accuracy"
 
-    def make_prompt(self, rng: np.random.Generator, number: int) -> EvaluationPrompt:
-        edit = (random_held_out_edit if self.held_out else random_edit)(rng, 1 + number % 2)
+    def make_prompt(
+        self, rng: np.random.Generator, num_items: int, number: int
+    ) -> EvaluationPrompt:
+        edit = (random_held_out_edit if self.held_out else random_edit)(rng, num_items)
         return EvaluationPrompt(
             format="x2i",
             text=edit.instruction,
@@ -104,13 +123,15 @@ class NextStateAccuracy(ShapesTask):
 
     name: ClassVar[str] = "next_state_accuracy"
 
-    def make_prompt(self, rng: np.random.Generator, number: int) -> EvaluationPrompt:
-        num_items, rest = 1 + number % 2, 1 + number // 2 % (NUM_RESTS - 1)
+    def make_prompt(
+        self, rng: np.random.Generator, num_items: int, number: int
+    ) -> EvaluationPrompt:
+        rest = 1 + number // 2 % (NUM_RESTS - 1)
         if self.held_out:
             clip = random_held_out_clip(rng, num_items, rest)
         else:
             clip = random_clip(rng, num_items)
-        frames = list(self.rest_frames(clip))[:rest]
+        frames = self.rest_frames(clip)[:rest]
         text = law_text(clip)
         return EvaluationPrompt(
             format="interleaved",
@@ -121,13 +142,11 @@ class NextStateAccuracy(ShapesTask):
             image_size=self.image_size,
         )
 
-    def rest_frames(self, clip: Clip) -> Iterator[np.ndarray]:
+    def rest_frames(self, clip: Clip) -> list[np.ndarray]:
         """The frame in the middle of each second, taken from a real MP4 of the clip."""
-        frames = mp4_frames(mp4_bytes(clip_frames(clip), FRAMES_PER_SECOND))
-        for rest in range(NUM_RESTS):
-            middle = rest + 0.5
-            _, pixels = min(frames, key=lambda frame: abs(frame[0] - middle))
-            yield self.shrink(pixels)
+        data = mp4_bytes(clip_frames(clip), FRAMES_PER_SECOND)
+        middles = [rest + 0.5 for rest in range(NUM_RESTS)]
+        return [self.shrink(pixels) for pixels in mp4_frames(data, middles)]
 
 
 @dataclass
@@ -136,8 +155,10 @@ class ReconstructionAccuracy(ShapesTask):
 
     name: ClassVar[str] = "reconstruction_accuracy"
 
-    def make_prompt(self, rng: np.random.Generator, number: int) -> EvaluationPrompt:
-        scene = (random_held_out_scene if self.held_out else random_scene)(rng, 1 + number % 2)
+    def make_prompt(
+        self, rng: np.random.Generator, num_items: int, number: int
+    ) -> EvaluationPrompt:
+        scene = (random_held_out_scene if self.held_out else random_scene)(rng, num_items)
         return EvaluationPrompt(
             format="reconstruction",
             images=[self.shrink(draw_array(scene))],

@@ -58,7 +58,12 @@ def text(length: int, splittable: bool = True) -> list[Spec]:
 
 
 def captioned(caption: int, image: int) -> list[Spec]:
-    return [(Kind.STRUCTURE, 1, 0), (Kind.TEXT, caption, 0), (Kind.IMAGE, image, 0), (Kind.STRUCTURE, 1, 0)]
+    return [
+        (Kind.STRUCTURE, 1, 0),
+        (Kind.TEXT, caption, 0),
+        (Kind.IMAGE, image, 0),
+        (Kind.STRUCTURE, 1, 0),
+    ]
 
 
 def video(num_frames: int, words: int, image: int) -> list[Spec]:
@@ -81,15 +86,15 @@ def write_token_file(
 
 
 def write_sources(
-    folder: Path, sources: dict[str, list[list[Spec]]], documents_per_file: int = 40
+    folder: Path, sources: dict[str, list[list[Spec]]], **changes: Any
 ) -> dict[str, Path]:
     """Token folders of the sources, several files each."""
     corpus = Corpus()
     for name, specs in sources.items():
         documents = [corpus.document(spec) for spec in specs]
-        for number, first in enumerate(range(0, max(1, len(documents)), documents_per_file)):
+        for number, first in enumerate(range(0, len(documents), 40)):
             write_token_file(
-                folder / name / f"{number:06d}", documents[first : first + documents_per_file]
+                folder / name / f"{number:06d}", documents[first : first + 40], **changes
             )
     return {name: folder / name for name in sources}
 
@@ -99,7 +104,8 @@ def mixed_sources(scale: int = 1, seed: int = 0) -> dict[str, list[list[Spec]]]:
     random = np.random.default_rng(seed)
     pairs = [captioned(int(random.integers(5, 25)), 45) for _ in range(300 * scale)]
     clips = [
-        video(int(random.integers(2, 7)), int(random.integers(4, 14)), 45) for _ in range(120 * scale)
+        video(int(random.integers(2, 7)), int(random.integers(4, 14)), 45)
+        for _ in range(120 * scale)
     ]
     plain = [text(int(random.integers(20, 400))) for _ in range(26 * scale)]
     return {"pairs": pairs, "clips": clips, "text": plain}

@@ -1,0 +1,227 @@
+"""Writer and reader of token files; the format is described in `data_pipeline.token_format`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.atomic import (
+    atomic_write_json,
+    no_space_is_a_user_error,
+    publish,
+    remove_stale_temporaries,
+    temporary_path,
+)
+from data_pipeline.descriptors import DescriptorCache, read_exactly
+from data_pipeline.segments import SEGMENT_DTYPE, tile_exactly
+from data_pipeline.token_format import (
+    FORMAT_VERSION,
+    REWRITE,
+    TOKEN_BYTES,
+    TOKEN_DTYPE,
+    check_row,
+    checksum,
+    encode_array,
+    encode_index,
+    load_array,
+    read_index,
+    read_manifest,
+    row_crc,
+    suffixed,
+)
+from model.errors import UserError
+
+
+class TokenFileWriter:
+    """Writes one token file or packed shard: `add` documents (or rows), then `finish` to publish.
+
+    Used as a context manager: leaving it without `finish` (an error, a stop) removes every trace. `with_crc` is for
+    packed files. Raises `UserError` when the folder has no room.
+    """
+
+    def __init__(self, prefix: str | Path, *, with_crc: bool = False):
+        self.prefix = Path(prefix)
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(self.prefix.parent, f"{self.prefix.name}.")
+        self.with_crc = with_crc
+        self._lengths: list[int] = []
+        self._segments: list[np.ndarray] = []
+        self._crcs: list[int] = []
+        self._num_bytes = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._bin = suffixed(self.prefix, ".bin")
+        with no_space_is_a_user_error(self.prefix.parent, 0):
+            self._stream = temporary_path(self._bin).open("wb", buffering=1 << 20)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+    def add(self, tokens: np.ndarray, segments: np.ndarray) -> None:
+        """Append one document or row. tokens int [n]; segments `SEGMENT_DTYPE` [k], tiling the n tokens."""
+        assert segments.dtype == SEGMENT_DTYPE, "segments have another record type"
+        assert tile_exactly(segments, len(tokens)), "segments do not tile the tokens"
+        content = np.ascontiguousarray(tokens, TOKEN_DTYPE).tobytes()
+        numbered = segments.copy()
+        numbered["row"] = len(self._lengths)
+        self._num_bytes += len(content)
+        with no_space_is_a_user_error(self.prefix.parent, self._num_bytes):
+            self._stream.write(content)
+        self._digest.update(content)
+        self._lengths.append(len(tokens))
+        self._segments.append(numbered)
+        if self.with_crc:
+            self._crcs.append(row_crc(np.frombuffer(content, TOKEN_DTYPE), numbered))
+
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Publish the data, then the manifest; returns the manifest as written.
+
+        Adds `format_version`, `num_tokens` and `outputs` (file name -> checksum) to the given entries. The caller
+        supplies `kind`, `num_documents` or `num_rows` and the rest.
+        """
+        side_files = {".idx": encode_index(np.array(self._lengths, np.int32))}
+        side_files[".seg.npy"] = encode_array(_concatenate(self._segments))
+        if self.with_crc:
+            side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
+        outputs = {self._bin.name: self._digest.hexdigest()}
+        needed_bytes = self._num_bytes + sum(map(len, side_files.values()))
+        with no_space_is_a_user_error(self.prefix.parent, needed_bytes):
+            self._stream.close()
+            for suffix, content in side_files.items():
+                path = suffixed(self.prefix, suffix)
+                temporary_path(path).write_bytes(content)
+                outputs[path.name] = checksum(content)
+        # A file that is replaced must not be described by its old manifest meanwhile.
+        manifest_path = suffixed(self.prefix, ".json")
+        manifest_path.unlink(missing_ok=True)
+        for name in outputs:
+            final = self.prefix.with_name(name)
+            publish(temporary_path(final), final)
+        complete = manifest | {
+            "format_version": FORMAT_VERSION,
+            "num_tokens": sum(self._lengths),
+            "outputs": outputs,
+        }
+        atomic_write_json(manifest_path, complete)
+        return complete
+
+    def discard(self) -> None:
+        """Remove the temporaries of an unfinished file; nothing to do after `finish`."""
+        # On a full disk the buffered rest cannot be flushed; that is being reported already.
+        with suppress(OSError):
+            self._stream.close()
+        for suffix in (".bin", ".idx", ".seg.npy", ".crc.npy", ".json"):
+            temporary_path(suffixed(self.prefix, suffix)).unlink(missing_ok=True)
+
+
+def _concatenate(segments: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(segments) if segments else np.zeros(0, SEGMENT_DTYPE)
+
+
+class TokenFileReader:
+    """Random access to one published token file or packed shard by `pread`; opens nothing before the first read.
+
+    `descriptors` bounds the open files of all readers that share it. Not thread-safe.
+    """
+
+    def __init__(self, prefix: str | Path, descriptors: DescriptorCache | None = None):
+        self.prefix = Path(prefix)
+        self.manifest = read_manifest(self.prefix)
+        self._descriptors = descriptors if descriptors is not None else DescriptorCache()
+        self._loaded: _Index | None = None
+
+    def __len__(self) -> int:
+        key = "num_rows" if self.manifest["kind"] == "packed" else "num_documents"
+        return int(self.manifest[key])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document or row, int32 [n]."""
+        return self._index.lengths
+
+    @property
+    def _index(self) -> _Index:
+        if self._loaded is None:
+            self._loaded = _Index.load(self.prefix, len(self))
+        return self._loaded
+
+    def tokens(self, index: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Tokens of a document or row, int32; a part of them with `start` and `length`.
+
+        A whole row of a packed file is checked against its CRC; raises `UserError` when it is damaged.
+        """
+        total = int(self._index.lengths[index])
+        count = total - start if length is None else length
+        assert 0 <= start <= start + count <= total, "outside the document"
+        path = suffixed(self.prefix, ".bin")
+        offset = int(self._index.offsets[index]) + start * TOKEN_BYTES
+        where = f"{path}, {self._unit} {index}"
+        content = read_exactly(self._descriptors.get(path), count * TOKEN_BYTES, offset, where)
+        tokens = np.frombuffer(content, TOKEN_DTYPE)
+        if self._index.crcs is not None and count == total:
+            check_row(
+                self.prefix, index, tokens, self.segments(index), int(self._index.crcs[index])
+            )
+        return tokens
+
+    def segments(self, index: int) -> np.ndarray:
+        """Segments of a document or row, `SEGMENT_DTYPE` [k]."""
+        first, end = self._index.segment_offsets[index : index + 2]
+        path = suffixed(self.prefix, ".seg.npy")
+        size = SEGMENT_DTYPE.itemsize
+        offset = self._index.segments_at + int(first) * size
+        where = f"{path}, {self._unit} {index}"
+        content = read_exactly(self._descriptors.get(path), int(end - first) * size, offset, where)
+        return np.frombuffer(content, SEGMENT_DTYPE)
+
+    def all_segments(self) -> np.ndarray:
+        """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept."""
+        return load_array(suffixed(self.prefix, ".seg.npy"))
+
+    @property
+    def _unit(self) -> str:
+        return "row" if self.manifest["kind"] == "packed" else "document"
+
+
+class _Index:
+    """What a reader keeps of its file: where each document's tokens and segments are; 24 bytes a document."""
+
+    def __init__(self, lengths: np.ndarray, offsets: np.ndarray, crcs: np.ndarray | None):
+        self.lengths, self.offsets, self.crcs = lengths, offsets, crcs
+        self.segment_offsets = np.zeros(1, np.int64)
+        self.segments_at = 0  # bytes of the .npy header
+
+    @classmethod
+    def load(cls, prefix: Path, num_documents: int) -> _Index:
+        lengths, offsets = read_index(suffixed(prefix, ".idx"))
+        if len(lengths) != num_documents:
+            raise UserError(
+                "an index disagrees with its manifest", where=str(suffixed(prefix, ".idx")),
+                expected=f"{num_documents} documents", got=str(len(lengths)), fix=REWRITE,
+            )  # fmt: skip
+        crc_path = suffixed(prefix, ".crc.npy")
+        index = cls(lengths, offsets, load_array(crc_path) if crc_path.exists() else None)
+        path = suffixed(prefix, ".seg.npy")
+        segments = load_array(path)
+        if segments.dtype != SEGMENT_DTYPE:
+            raise UserError("a segment file has another record type", where=str(path), fix=REWRITE)
+        index.segments_at = os.path.getsize(path) - segments.nbytes
+        counts = np.bincount(segments["row"], minlength=num_documents)
+        index.segment_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        return index

@@ -30,8 +30,12 @@ class EvaluationPrompt:
 
     format: str  # t2i | x2i | interleaved | reconstruction
     text: str = ""  # t2i, x2i: the caption or instruction
-    images: list[np.ndarray] = field(default_factory=list)  # x2i: sources; reconstruction: the pictures
-    parts: list[str | np.ndarray] = field(default_factory=list)  # interleaved: what came so far, in order
+    images: list[np.ndarray] = field(
+        default_factory=list
+    )  # x2i: sources; reconstruction: the pictures
+    parts: list[str | np.ndarray] = field(
+        default_factory=list
+    )  # interleaved: what came so far, in order
     target: Any = None  # read by the task's `judge` only
     image_size: tuple[int, int] = (0, 0)  # height and width in pixels of the pictures to make
 
@@ -42,7 +46,9 @@ class EvaluationTask(Protocol):
     name: str
 
     def prompts(self) -> Sequence[EvaluationPrompt]: ...
-    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float: ...
+    def judge(
+        self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str
+    ) -> bool | float: ...
 
 
 class EvaluationModel(Protocol):
@@ -52,7 +58,9 @@ class EvaluationModel(Protocol):
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, first_index: int = 0
     ) -> list[Output]: ...
 
-    def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]: ...
+    def reconstruct(
+        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
+    ) -> list[np.ndarray]: ...
 
 
 def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
@@ -62,7 +70,10 @@ def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
         task_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            "the evaluation task cannot be imported", where=path, expected="package.module.Class", got=str(error)
+            "the evaluation task cannot be imported",
+            where=path,
+            expected="package.module.Class",
+            got=str(error),
         ) from error
     try:
         return task_class(**arguments)
@@ -100,11 +111,17 @@ def evaluate(
         samples = []
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            for prompt, (images, text) in zip(batch, _answer(model, batch, sampling, seed, first), strict=True):
+            for prompt, (images, text) in zip(
+                batch, _answer(model, batch, sampling, seed, first), strict=True
+            ):
                 score = float(task.judge(prompt, images, text))
                 assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
                 if samples_folder is not None and len(samples) < num_samples:
-                    samples.append(_save_sample(samples_folder, f"{name}_{len(scores):03d}", prompt, images, text, score))
+                    samples.append(
+                        _save_sample(
+                            samples_folder, f"{name}_{len(scores):03d}", prompt, images, text, score
+                        )
+                    )
                 scores.append(score)
         accuracy = float(np.mean(scores)) if scores else 0.0
         results[name] = {
@@ -112,12 +129,18 @@ def evaluate(
             "seconds": time.monotonic() - started,
         }  # fmt: skip
         if samples_folder is not None:
-            (samples_folder / f"{name}.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False))
+            (samples_folder / f"{name}.json").write_text(
+                json.dumps(samples, indent=1, ensure_ascii=False)
+            )
     return results
 
 
 def _answer(
-    model: EvaluationModel, prompts: list[EvaluationPrompt], sampling: SamplingConfig, seed: int, first_index: int
+    model: EvaluationModel,
+    prompts: list[EvaluationPrompt],
+    sampling: SamplingConfig,
+    seed: int,
+    first_index: int,
 ) -> list[tuple[list[np.ndarray], str]]:
     """Images and text for each prompt. Reconstructions ask the vision tokenizer only."""
     reconstructions = [prompt.format == "reconstruction" for prompt in prompts]
@@ -125,13 +148,22 @@ def _answer(
         assert all(reconstructions), "a task asks for reconstructions only, or for none"
         return [(model.reconstruct(prompt.images, prompt.image_size), "") for prompt in prompts]
     questions = [
-        Prompt(prompt.format, prompt.text, prompt.images, prompt.parts, prompt.image_size) for prompt in prompts
+        Prompt(prompt.format, prompt.text, prompt.images, prompt.parts, prompt.image_size)
+        for prompt in prompts
     ]
-    return [(output.images, output.text) for output in model.generate(questions, sampling, seed, first_index)]
+    return [
+        (output.images, output.text)
+        for output in model.generate(questions, sampling, seed, first_index)
+    ]
 
 
 def _save_sample(
-    folder: Path, stem: str, prompt: EvaluationPrompt, images: list[np.ndarray], text: str, score: float
+    folder: Path,
+    stem: str,
+    prompt: EvaluationPrompt,
+    images: list[np.ndarray],
+    text: str,
+    score: float,
 ) -> dict[str, Any]:
     """Writes the pictures of one answer and of its prompt; the record that describes them."""
     folder.mkdir(parents=True, exist_ok=True)

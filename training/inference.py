@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.document import DocumentBuilder, Picture, Text
 from data_pipeline.image import ImageConfig, smart_resize
-from data_pipeline.tokenizers import TextTokenizer, encode_grid, load_text_tokenizer
-from model.checkpoint_format import CheckpointReader, latest_checkpoint
-from model.config import ModelConfig
+from data_pipeline.tokenizers import TextTokenizer, encode_grid
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Decoder, Generation, Grid
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.sampling import SamplingConfig
-from model.vocabulary import Vocabulary, VocabularyConfig
+from model.vocabulary import Vocabulary
+from training.inference_loading import VisionTokenizer, load_checkpoint
 
 FORMATS = ("t2i", "x2i", "interleaved")
 INTERLEAVED_TASK = "explore"  # of the chat template, when interleaved prompts are asked as chat
 ENCODER_BATCH_SIZE = 64  # pictures
 
 
-class VisionTokenizer(Protocol):
-    """Pictures to codes and back; see `model.vision_tokenizer`."""
-
-    factor: int
-    codebook_size: int
-    fingerprint: str
-
-    def encode(self, images: np.ndarray) -> np.ndarray: ...
-    def decode(self, codes: np.ndarray) -> np.ndarray: ...
-
-
 @dataclass
 class Prompt:
-    """One question. Pictures are uint8 [H, W, 3] of any size; they are resized to the area of `image_size`."""
+    """One question.
+
+    Pictures are uint8 [H, W, 3] of any size; they are resized to the area of `image_size`, which is the height and
+    width in pixels of the pictures to make (zeros: the model chooses).
+    """
 
     format: str  # t2i | x2i | interleaved
-    text: str = ""  # t2i, x2i: caption or instruction
-    images: list[np.ndarray] = field(default_factory=list)  # x2i: sources
-    parts: list[str | np.ndarray] = field(default_factory=list)  # interleaved: what came so far, in order
-    image_size: tuple[int, int] = (0, 0)  # height and width in pixels of the pictures to make; zeros: the model chooses
+    text: str = ""  # caption or instruction
+    images: list[np.ndarray] = field(default_factory=list)  # sources
+    # What came so far, in order (interleaved prompts have nothing else).
+    parts: list[str | np.ndarray] = field(default_factory=list)
+    image_size: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -62,17 +55,24 @@ class Output:
 
 @dataclass
 class InferenceOptions:
-    """How prompts are put and what may be answered."""
+    """How prompts are put and what may be answered.
 
-    interleaved_as: str = "document"  # document: continue a pretraining document; chat: ask in the chat template
-    max_images: int = 1  # pictures in the answer to an interleaved prompt; other formats answer with one
-    image_first: bool = True  # an answer starts with a picture, unless an interleaved prompt ends with one
+    `interleaved_as`: "document" continues a pretraining document, "chat" asks in the chat template. `max_images` is
+    for answers to interleaved prompts; other formats are answered with one picture. `image_first`: an answer starts
+    with a picture, unless an interleaved prompt ends with one.
+    """
+
+    interleaved_as: str = "document"
+    max_images: int = 1
+    image_first: bool = True
     max_batch_size: int = 256  # sequences decoded at once
 
     def __post_init__(self) -> None:
         if self.interleaved_as not in ("document", "chat"):
             raise UserError(
-                "unknown way to ask interleaved prompts", expected="document or chat", got=self.interleaved_as
+                "unknown way to ask interleaved prompts",
+                expected="document or chat",
+                got=self.interleaved_as,
             )
 
 
@@ -103,24 +103,19 @@ class InferenceModel:
         The tokenizers are those that the checkpoint names, below its run folder, unless others are given; either way
         their fingerprints must be the recorded ones. `untrained` gives the stage's model with fresh weights instead.
         """
-        folder = latest_checkpoint(checkpoint)
-        with CheckpointReader(folder) as reader:
-            manifest = reader.manifest
-            check_kind(manifest, folder)
-            config = model_config(manifest["config"]["model"])
-            text = load_text_tokenizer(tokenizer_folder(manifest, folder, "text_tokenizer", text_tokenizer))
-            check_fingerprint(manifest, folder, "text_tokenizer", text.fingerprint)
-            vision = load_vision(tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer))
-            check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
-            decoder = load_decoder(reader, config, manifest["config"]["seed"] if untrained else None)
+        loaded = load_checkpoint(checkpoint, text_tokenizer, vision_tokenizer, untrained=untrained)
         return cls(
-            decoder, Vocabulary.from_config(config.vocabulary), text, vision,
-            max_sequence_length=config.max_sequence_length, image_format=manifest.get("image_format", "emu35"),
-            options=options, device=str(decoder.device),
+            loaded.decoder, Vocabulary.from_config(loaded.config.vocabulary), loaded.text_tokenizer,
+            loaded.vision_tokenizer, max_sequence_length=loaded.config.max_sequence_length,
+            image_format=loaded.image_format, options=options, device=str(loaded.decoder.device),
         )  # fmt: skip
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seed: int = 0,
+        first_index: int = 0,
     ) -> list[Output]:
         """One answer for each prompt. Prompt i draws with index `first_index + i`, whatever its batch."""
         assert self.decoder is not None, "only the tokenizers were loaded"
@@ -130,7 +125,9 @@ class InferenceModel:
             groups[self._grammar_options(prompt)].append(index)
         answers: dict[int, Generation] = {}
         for grammar_options, indices in groups.items():
-            grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device)
+            grammar = ImageGrammar(
+                self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device
+            )
             generator = ARGenerator(self.decoder, grammar, self.options.max_batch_size)
             conditional = [self._prompt_tokens(with_codes[index]) for index in indices]
             unconditional = [self._unconditional_tokens(with_codes[index]) for index in indices]
@@ -141,29 +138,43 @@ class InferenceModel:
             answers.update(zip(indices, found, strict=True))
         return self._outputs([answers[index] for index in range(len(prompts))])
 
-    def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]:
+    def reconstruct(
+        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
+    ) -> list[np.ndarray]:
         """Pictures through the vision tokenizer and back, at `image_size`."""
-        return self._decode_images([picture.codes for picture in self._encode_images(images, image_size)])
+        return self._decode_images(
+            [picture.codes for picture in self._encode_images(images, image_size)]
+        )
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[_EncodedPrompt]:
         encoded = []
         for prompt in prompts:
             if prompt.format not in FORMATS:
-                raise UserError("unknown format of a prompt", expected=", ".join(FORMATS), got=prompt.format)
+                raise UserError(
+                    "unknown format of a prompt", expected=", ".join(FORMATS), got=prompt.format
+                )
             encoded.append(_EncodedPrompt(prompt, list(prompt.parts)))
         sizes: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
         for prompt in prompts:
             sizes[prompt.image_size] += _pictures(prompt)
-        codes = {size: iter(self._encode_images(pictures, size)) for size, pictures in sizes.items()}
+        codes = {
+            size: iter(self._encode_images(pictures, size)) for size, pictures in sizes.items()
+        }
         for item in encoded:
             of_size = codes[item.prompt.image_size]
             item.images = [next(of_size) for _ in item.prompt.images]
-            item.parts = [Text(part) if isinstance(part, str) else next(of_size) for part in item.prompt.parts]
+            item.parts = [
+                Text(part) if isinstance(part, str) else next(of_size) for part in item.prompt.parts
+            ]
         return encoded
 
     def _encode_images(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> list[Picture]:
         """Codes of pictures, resized to the area of `size` (zeros: as they are, up to whole tokens)."""
-        config = ImageConfig(max_area=size[0] * size[1], min_area=size[0] * size[1]) if size[0] else ImageConfig()
+        config = (
+            ImageConfig(max_area=size[0] * size[1], min_area=size[0] * size[1])
+            if size[0]
+            else ImageConfig()
+        )
         factor = self.vision_tokenizer.factor
         resized = [smart_resize(image, config, factor) for image in images]
         codes = _by_shape(resized, self.vision_tokenizer.encode)
@@ -175,7 +186,9 @@ class InferenceModel:
     def _grammar_options(self, prompt: Prompt) -> GrammarOptions:
         base = GrammarOptions(emu3_format=self.builder.image_format == "emu3")
         if prompt.format != "interleaved":
-            return replace(base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first)
+            return replace(
+                base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first
+            )
         ends_with_text = bool(prompt.parts) and isinstance(prompt.parts[-1], str)
         limit = self.options.max_images
         first = self.options.image_first and ends_with_text
@@ -222,17 +235,23 @@ class InferenceModel:
         split = [split_parts(generation.ids, self.vocabulary) for generation in generations]
         grids = [part for parts in split for part in parts if part.ndim == 2]
         pictures = iter(self._decode_images(grids))
-        outputs = []
-        for generation, parts in zip(generations, split, strict=True):
-            shown = [next(pictures) if part.ndim == 2 else self.text_tokenizer.decode(part.tolist()) for part in parts]
-            outputs.append(
-                Output(
-                    "".join(part for part in shown if isinstance(part, str)),
-                    [part for part in shown if not isinstance(part, str)],
-                    shown, generation.ids, generation.log_probs, generation.finished,
-                )  # fmt: skip
-            )
-        return outputs
+        return [
+            self._output(generation, parts, pictures)
+            for generation, parts in zip(generations, split, strict=True)
+        ]
+
+    def _output(
+        self, generation: Generation, parts: list[np.ndarray], pictures: Iterator[np.ndarray]
+    ) -> Output:
+        shown: list[str | np.ndarray] = []
+        for part in parts:
+            is_image = part.ndim == 2
+            shown.append(next(pictures) if is_image else self.text_tokenizer.decode(part.tolist()))
+        text = "".join(part for part in shown if isinstance(part, str))
+        images = [part for part in shown if not isinstance(part, str)]
+        return Output(
+            text, images, shown, generation.ids, generation.log_probs, generation.finished
+        )
 
 
 @dataclass
@@ -287,76 +306,7 @@ def _by_shape(arrays: Sequence[np.ndarray], function: Any) -> list[np.ndarray]:
     for indices in by_shape.values():
         for first in range(0, len(indices), ENCODER_BATCH_SIZE):
             batch = indices[first : first + ENCODER_BATCH_SIZE]
-            results.update(zip(batch, function(np.stack([arrays[index] for index in batch])), strict=True))
+            results.update(
+                zip(batch, function(np.stack([arrays[index] for index in batch])), strict=True)
+            )
     return [results[index] for index in range(len(arrays))]
-
-
-def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` that a manifest holds as a plain dictionary."""
-    return ModelConfig(**{**values, "vocabulary": VocabularyConfig(**values["vocabulary"])})
-
-
-def check_kind(manifest: dict[str, Any], folder: Path) -> None:
-    if manifest.get("kind") != "transformer":
-        raise UserError(
-            "this checkpoint cannot generate", where=str(folder), expected="a checkpoint of kind transformer",
-            got=str(manifest.get("kind")), fix="name the folder of a pretraining or fine-tuning stage",
-        )  # fmt: skip
-
-
-def tokenizer_folder(manifest: dict[str, Any], checkpoint: Path, name: str, given: Path | str | None) -> Path:
-    """Where a tokenizer is: `given`, or the recorded path below the run folder of `checkpoint`."""
-    recorded = manifest.get(name)
-    if given is not None:
-        return Path(given)
-    if not recorded:
-        raise UserError(
-            f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint),
-            fix=f"{name}=FOLDER",
-        )  # fmt: skip
-    run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
-    return run_folder / recorded["path"]
-
-
-def check_fingerprint(manifest: dict[str, Any], checkpoint: Path, name: str, fingerprint: str) -> None:
-    expected = (manifest.get(name) or {}).get("fingerprint")
-    if expected is not None and expected != fingerprint:
-        raise UserError(
-            f"the {name} is not the one that the checkpoint was trained with", where=str(checkpoint),
-            expected=f"fingerprint {expected}", got=fingerprint, fix=f"{name}=FOLDER of the right one",
-        )  # fmt: skip
-
-
-def load_vision(folder: Path) -> VisionTokenizer:
-    from model.vision_tokenizer import load_vision_tokenizer
-
-    return load_vision_tokenizer(folder)
-
-
-def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None) -> Any:
-    """A `CachedDecoder` with the checkpoint's weights, or with fresh ones drawn from `seed`."""
-    from model import parallel
-    from model.generation.decoder import CachedDecoder
-    from model.transformer import build_model
-
-    if not parallel.is_initialized():
-        parallel.initialize(rank=0, world_size=1)
-    model = build_model(config, seed=seed)
-    if seed is None:
-        load_weights(model, reader)
-    return CachedDecoder(model.eval(), config)
-
-
-def load_weights(model: Any, reader: CheckpointReader) -> None:
-    """Fills an unsplit model by parameter name, whatever layout wrote the checkpoint."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            stored = reader.read_full(f"model/{name}")
-            if stored.shape != parameter.shape:
-                raise UserError(
-                    "the checkpoint's weights do not fit its model configuration", where=f"{reader.folder}: {name}",
-                    expected=str(tuple(parameter.shape)), got=str(tuple(stored.shape)),
-                )  # fmt: skip
-            parameter.copy_(stored)

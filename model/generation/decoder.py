@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from model.config import ModelConfig
 from model.generation.cache import KeyValueCache
 from model.transformer import GPTModel, allocate_cache, decoder_forward
 
@@ -17,8 +16,8 @@ class CachedDecoder:
     Prompts of different lengths share a batch: every row starts at slot 0 and has its own length.
     """
 
-    def __init__(self, model: GPTModel, config: ModelConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: GPTModel) -> None:
+        self.model = model
         self.device = next(model.parameters()).device
         self._cache: KeyValueCache | None = None
 
@@ -27,12 +26,14 @@ class CachedDecoder:
         longest = int(lengths.max())
         tokens = torch.zeros((len(prompts), longest), dtype=torch.int64, device=self.device)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
+            tokens[row, : len(prompt)] = torch.as_tensor(
+                prompt, dtype=torch.int64, device=self.device
+            )
         self._cache = None  # let go of the last batch's memory first
         self._cache = allocate_cache(self.model, len(prompts), longest + max_new_tokens)
         positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
         logits = decoder_forward(
-            self.model, self.config, tokens, positions, self._cache, num_new=lengths, last_only=True
+            self.model, tokens, positions, self._cache, num_new=lengths, last_only=True
         )
         return logits[:, 0]
 
@@ -40,5 +41,5 @@ class CachedDecoder:
         assert self._cache is not None, "start comes before step"
         positions = self._cache.lengths[:, None].clone()
         num_new = None if advances is None else advances.to(torch.int64)
-        logits = decoder_forward(self.model, self.config, ids[:, None], positions, self._cache, num_new=num_new)
+        logits = decoder_forward(self.model, ids[:, None], positions, self._cache, num_new=num_new)
         return logits[:, 0]

@@ -33,8 +33,12 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
-        self.block = nn.ModuleList(ResnetBlock(width, out_channels, config, kernel_size) for width in widths)
-        self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(num_blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResnetBlock(width, out_channels, config, kernel_size) for width in widths
+        )
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels, config) for _ in range(num_blocks if attention else 0)
+        )
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 

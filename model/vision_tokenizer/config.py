@@ -17,9 +17,13 @@ class VisionTokenizerConfig:
     """
 
     ch: int = 256  # channels of the first level
-    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # channels of each level / ch
+    ch_mult: list[int] = field(
+        default_factory=lambda: [1, 1, 2, 2, 4]
+    )  # channels of each level / ch
     num_res_blocks: int = 4  # residual blocks a level in the encoder; the decoder has one more
-    attn_resolutions: list[int] = field(default_factory=lambda: [16])  # sides, counted down from `resolution`
+    attn_resolutions: list[int] = field(
+        default_factory=lambda: [16]
+    )  # sides, counted down from `resolution`
     resolution: int = 256  # nominal side in pixels; only decides which levels have attention
     in_channels: int = 3
     out_ch: int = 3
@@ -31,10 +35,14 @@ class VisionTokenizerConfig:
     logit_scale: float = 1.0  # factor on the similarities before the softmax
     dropout: float = 0.0
     norm_groups: int = 32
-    norm_scope: str = "image"  # image: group statistics over all pixels; pixel: over the channels of one pixel
+    norm_scope: str = (
+        "image"  # image: group statistics over all pixels; pixel: over the channels of one pixel
+    )
     mid_attention: bool = True
     padding_mode: str = "zeros"  # zeros | replicate: what convolutions see beyond the border
-    encoder_kernel_sizes: list[int] = field(default_factory=list)  # one a level, 1 or 3; empty: 3 everywhere
+    encoder_kernel_sizes: list[int] = field(
+        default_factory=list
+    )  # one a level, 1 or 3; empty: 3 everywhere
 
     @property
     def factor(self) -> int:
@@ -46,7 +54,9 @@ class VisionTokenizerConfig:
                      "n_embed", "norm_groups"):  # fmt: skip
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
         problems.check(
-            bool(self.ch_mult) and min(self.ch_mult) > 0, f"{key}.ch_mult", "must be a list of positive numbers"
+            bool(self.ch_mult) and min(self.ch_mult) > 0,
+            f"{key}.ch_mult",
+            "must be a list of positive numbers",
         )
         groups = max(1, self.norm_groups)
         for mult in self.ch_mult:
@@ -57,10 +67,16 @@ class VisionTokenizerConfig:
             )  # fmt: skip
         problems.check(self.logit_scale > 0, f"{key}.logit_scale", "must be positive")
         problems.check(0 <= self.dropout < 1, f"{key}.dropout", "must be in [0, 1)")
-        for name, known in (("norm_scope", ("image", "pixel")), ("padding_mode", ("zeros", "replicate"))):
+        for name, known in (
+            ("norm_scope", ("image", "pixel")),
+            ("padding_mode", ("zeros", "replicate")),
+        ):
             value = getattr(self, name)
             problems.check(
-                value in known, f"{key}.{name}", f"unknown value {value!r}", f"{key}.{name}={known[0]}"
+                value in known,
+                f"{key}.{name}",
+                f"unknown value {value!r}",
+                f"{key}.{name}={known[0]}",
             )
         kernels = self.encoder_kernel_sizes
         problems.check(

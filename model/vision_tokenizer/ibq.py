@@ -22,6 +22,13 @@ class IBQ(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
+    def channels_last(self) -> IBQ:
+        """Store convolution weights channels last, in place: faster on CPUs with normalisation by pixel."""
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
+
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Latents [B, embed_dim, H/f, W/f], before quantization, of images [B, 3, H, W] in [-1, 1]."""
         return self.quant_conv(self.encoder(images))

@@ -30,7 +30,11 @@ def convolution(
     in_channels: int, out_channels: int, config: VisionTokenizerConfig, kernel_size: int = 3
 ) -> nn.Conv2d:
     return nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=config.padding_mode
+        in_channels,
+        out_channels,
+        kernel_size,
+        padding=kernel_size // 2,
+        padding_mode=config.padding_mode,
     )
 
 
@@ -38,7 +42,11 @@ class ResnetBlock(nn.Module):
     """norm, swish, conv, norm, swish, dropout, conv, added to the input (through a 1x1 conv when widths differ)."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: VisionTokenizerConfig, kernel_size: int = 3
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: VisionTokenizerConfig,
+        kernel_size: int = 3,
     ):
         super().__init__()
         self.norm1 = Normalize(in_channels, config)
@@ -46,7 +54,9 @@ class ResnetBlock(nn.Module):
         self.norm2 = Normalize(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = convolution(out_channels, out_channels, config, kernel_size)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.nin_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))

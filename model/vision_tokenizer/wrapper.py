@@ -46,9 +46,9 @@ class VisionTokenizer:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Codes int64 [B, H/f, W/f] of images uint8 [B, H, W, 3]; both sides multiples of f."""
         assert images.dtype == np.uint8, images.dtype
-        assert images.ndim == 4 and images.shape[3] == 3, images.shape
-        height, width = images.shape[1:3]
-        assert height % self.factor == 0 and width % self.factor == 0, (height, width, self.factor)
+        _, height, width, channels = images.shape
+        sides = (height % self.factor, width % self.factor)
+        assert (*sides, channels) == (0, 0, 3), f"{images.shape} with factor {self.factor}"
         device = self.model.quantize.embedding.weight.device
         parts = [
             self.model.encode(to_model_range(images[start:end]).to(device)).cpu().numpy()
@@ -63,7 +63,9 @@ class VisionTokenizer:
         assert codes.ndim == 3, codes.shape
         height, width = (side * self.factor for side in codes.shape[1:])
         ids = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
-        assert ids.numel() == 0 or (ids.min() >= 0 and ids.max() < self.codebook_size), "a code out of range"
+        assert ids.numel() == 0 or (ids.min() >= 0 and ids.max() < self.codebook_size), (
+            "a code out of range"
+        )
         device = self.model.quantize.embedding.weight.device
         parts = [
             to_pixels(self.model.decode(ids[start:end].to(device)))
@@ -93,7 +95,7 @@ def load_vision_tokenizer(folder: Path | str) -> VisionTokenizer:
         model = IBQ(config)
         load_weights(model, reader)
     # The same memory layout as in training: codes then do not depend on who computes them.
-    model = model.to(memory_format=torch.channels_last)
+    model.channels_last()
     return VisionTokenizer(model, fingerprint_of(model))
 
 
@@ -111,7 +113,11 @@ def config_from_manifest(metadata: dict[str, Any], checkpoint: Path) -> VisionTo
 @torch.no_grad()
 def load_weights(model: IBQ, reader: Any) -> None:
     """Fill `model` from a `ShardReader`; all missing and misshaped tensors are listed at once."""
-    present = {key.removeprefix(MODEL_PREFIX) for key in reader.keys() if key.startswith(MODEL_PREFIX)}
+    present = {
+        key.removeprefix(MODEL_PREFIX)
+        for key in reader.keys()  # noqa: SIM118 - a reader is no mapping
+        if key.startswith(MODEL_PREFIX)
+    }
     expected = model.state_dict()
     problems = [f"missing: {name}" for name in expected if name not in present]
     problems += [f"unknown: {name}" for name in sorted(present - expected.keys())]
@@ -122,7 +128,8 @@ def load_weights(model: IBQ, reader: Any) -> None:
                 problems.append(f"{name}: {shape} instead of {tuple(tensor.shape)}")
     if problems:
         raise UserError(
-            "the checkpoint does not fit the vision tokenizer's configuration", got="; ".join(problems)
+            "the checkpoint does not fit the vision tokenizer's configuration",
+            got="; ".join(problems),
         )
     for name, tensor in expected.items():
         tensor.copy_(reader.read(MODEL_PREFIX + name, (0,) * tensor.dim(), tuple(tensor.shape)))

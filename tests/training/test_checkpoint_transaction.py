@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from fake_objective import FakeCluster, FakeEngine
+from small_disk import small_disk
 
 from model.checkpoint_format import CheckpointReader, list_checkpoints
 from model.errors import UserError
@@ -183,21 +183,15 @@ def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path):
 
 
 def test_full_disk_removes_the_unfinished_one(tmp_path):
-    """A real file system of 256 KiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", mount], check=True)
-    try:
+    with small_disk(tmp_path / "small", 256) as folder:
         engine = FakeEngine()
-        store = make_store(mount, engine)
+        store = make_store(folder, engine)
         save(store, 5)
         engine.random_state = lambda: {"large": torch.zeros(300_000, dtype=torch.uint8)}
         with pytest.raises(CheckpointFailed):
             save(store, 10)
         assert [path.name for path in store.folder.iterdir()] == ["step_00000005"]
         assert find_damage(store.folder / "step_00000005") == ""
-    finally:
-        subprocess.run(["umount", mount], check=True)
 
 
 def test_shards_that_do_not_cover_their_tensor_are_a_defect(tmp_path):

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.reading import ImageBlock, MalformedImageError, describe, parse_image_block
 from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.tokenizers import TextTokenizer, encode_grid
 from model.vocabulary import Vocabulary
+
+__all__ = [
+    "Document", "DocumentBuilder", "ImageBlock", "MalformedImageError", "Part", "Picture", "Text",
+    "describe", "document_id", "fraction", "parse_image_block",
+]  # fmt: skip
 
 IMAGE_FORMATS = ("emu35", "emu3")
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
@@ -172,9 +178,7 @@ class DocumentBuilder:
         draft.add([self.vocabulary.ess], Kind.STRUCTURE)
         return self._end(draft, identity)
 
-    def chat_prompt(
-        self, task: str, question: str, images: Sequence[Picture] = ()
-    ) -> list[int]:
+    def chat_prompt(self, task: str, question: str, images: Sequence[Picture] = ()) -> list[int]:
         """BOS ... BSS: what a model fine-tuned on `chat` documents is given."""
         return self._chat_prompt(task, question, images, unconditional=False).tokens()
 

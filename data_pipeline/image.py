@@ -49,7 +49,7 @@ def fit_size(
     The area never exceeds `max_area` (save that each side has at least one token), and pictures
     already below it keep their size, up to rounding, unless they are below `min_area`.
     """
-    assert height > 0 and width > 0 and factor > 0
+    assert min(height, width, factor) > 0
     area = height * width
     scale = math.sqrt(min(max_area, max(min_area, area)) / area)
     rows = max(1, round(height * scale / factor))

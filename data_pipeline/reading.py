@@ -14,7 +14,7 @@ from model.vocabulary import Vocabulary
 _GRID = re.compile(r"([1-9]\d{0,3})\*([1-9]\d{0,3})")
 
 
-class MalformedImage(ValueError):  # noqa: N818
+class MalformedImageError(ValueError):
     """Tokens that begin with BOI and do not go on as an image block."""
 
 
@@ -41,35 +41,37 @@ def parse_image_block(
 ) -> ImageBlock:
     """The image block that `tokens` begins with, in either format; more may follow it.
 
-    Raises `MalformedImage` saying what is not as it should be.
+    Raises `MalformedImageError` saying what is not as it should be.
     """
     ids = np.asarray(tokens, np.int64)
     if not len(ids) or ids[0] != vocabulary.boi:
-        raise MalformedImage("does not begin with BOI")
+        raise MalformedImageError("does not begin with BOI")
     marks = np.flatnonzero(ids[:16] == vocabulary.img)
     if not len(marks):
-        raise MalformedImage("no IMG after the size")
+        raise MalformedImageError("no IMG after the size")
     head = ids[1 : marks[0]]
     if (head >= vocabulary.text_size).any():
-        raise MalformedImage("the size is not text")
+        raise MalformedImageError("the size is not text")
     match = _GRID.fullmatch(text_tokenizer.decode(head.tolist()))
     if match is None:
-        raise MalformedImage(f"not a size: {text_tokenizer.decode(head.tolist())!r}")
+        raise MalformedImageError(f"not a size: {text_tokenizer.decode(head.tolist())!r}")
     height, width = int(match[1]), int(match[2])
     start = int(marks[0]) + 1
     num_body = height * (width + 1) - 1
     body = ids[start : start + num_body]
     if len(body) < num_body:
-        raise MalformedImage(f"ends after {len(body)} of {num_body} tokens of {height}*{width}")
+        raise MalformedImageError(
+            f"ends after {len(body)} of {num_body} tokens of {height}*{width}"
+        )
     rows = np.append(body, vocabulary.eol).reshape(height, width + 1)
     if (rows[:, width] != vocabulary.eol).any() or not vocabulary.is_visual(rows[:, :width]).all():
-        raise MalformedImage(f"rows of {height}*{width} are not codes with EOL between")
+        raise MalformedImageError(f"rows of {height}*{width} are not codes with EOL between")
     tail = ids[start + num_body : start + num_body + 3].tolist()
     for ending in ([vocabulary.eoi], [vocabulary.eol, vocabulary.eof, vocabulary.eoi]):
         if tail[: len(ending)] == ending:
             codes = vocabulary.ids_to_codes(rows[:, :width])
             return ImageBlock(codes, start + num_body + len(ending))
-    raise MalformedImage("no EOI after the last row")
+    raise MalformedImageError("no EOI after the last row")
 
 
 def read_items(
@@ -85,7 +87,7 @@ def read_items(
         if ids[position] == vocabulary.boi:
             try:
                 block = parse_image_block(ids[position:], vocabulary, text_tokenizer)
-            except MalformedImage:
+            except MalformedImageError:
                 items.append(StructureToken("boi"))
                 position += 1
             else:

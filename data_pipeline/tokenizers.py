@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.atomic import atomic_write_bytes, atomic_write_json
 from model.errors import UserError
 
 DESCRIPTION_FILE = "tokenizer.json"
@@ -120,9 +117,7 @@ class HuggingFaceTokenizer:
         self.fingerprint = _fingerprint("huggingface", definition)
 
     def encode(self, text: str) -> list[int]:
-        encoded = self._tokenizer.encode_batch(
-            list(_split_long(text)), add_special_tokens=False
-        )
+        encoded = self._tokenizer.encode_batch(list(_split_long(text)), add_special_tokens=False)
         return [index for part in encoded for index in part.ids]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -134,14 +129,8 @@ def encode_grid(tokenizer: TextTokenizer, height: int, width: int) -> list[int]:
 
     Raises `UserError` when the tokenizer has no token of its own for a digit or the star.
     """
-    digits = _character_ids(tokenizer)
-    return [digits[character] for character in f"{height}*{width}"]
-
-
-@functools.lru_cache(maxsize=16)
-def _character_ids(tokenizer: TextTokenizer) -> dict[str, int]:
-    ids = {}
-    for character in "0123456789*":
+    ids = []
+    for character in f"{height}*{width}":
         encoded = tokenizer.encode(character)
         if len(encoded) != 1:
             raise UserError(
@@ -149,7 +138,7 @@ def _character_ids(tokenizer: TextTokenizer) -> dict[str, int]:
                 got=f"{len(encoded)} tokens for {character!r}",
                 fix="train the tokenizer with digits and * among its characters",
             )  # fmt: skip
-        ids[character] = encoded[0]
+        ids += encoded
     return ids
 
 
@@ -223,8 +212,8 @@ def train_sentencepiece(
 
     The same texts in the same order give the same bytes: one thread, nothing sampled. Text is
     taken as it is (no normalisation, no added space), unknown characters become bytes, and digits
-    stand one by one, so that decode(encode(x)) == x. `inputs` is kept in the description. An
-    existing folder is replaced at the end, by rename. Raises `UserError` when the texts are too
+    stand one by one, so that decode(encode(x)) == x. `inputs` is kept in the description, which is
+    written last. Raises `UserError` when the texts are too
     few for `size` pieces.
     """
     import sentencepiece
@@ -259,7 +248,9 @@ def train_sentencepiece(
 def _training_error(error: RuntimeError, size: int) -> UserError:
     message = str(error).strip().splitlines()[-1]
     suggested = re.search(r"value <= (\d+)", message)
-    fix = f"ask for at most {suggested[1]} pieces" if suggested else "give other text or another size"
+    fix = (
+        f"ask for at most {suggested[1]} pieces" if suggested else "give other text or another size"
+    )
     return UserError(
         "the text tokenizer cannot be trained", expected=f"text for {size} pieces", got=message,
         fix=f"{fix}, or give more text",
@@ -276,27 +267,11 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _publish(target: Path, model: bytes, description: dict[str, Any]) -> None:
-    """Write the folder beside its place and rename it there; the description is written last."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        for name, data in (
-            (MODEL_FILE, model),
-            (DESCRIPTION_FILE, json.dumps(description, indent=1, sort_keys=True).encode()),
-        ):
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        replaced = temporary.with_name(f"{temporary.name}.replaced")
-        if target.exists():
-            os.rename(target, replaced)
-        os.rename(temporary, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    """The description is removed first and written last: without it there is no tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / DESCRIPTION_FILE).unlink(missing_ok=True)
+    atomic_write_bytes(target / MODEL_FILE, model)
+    atomic_write_json(target / DESCRIPTION_FILE, description)
 
 
 def _parse_ranks(data: bytes, name: str) -> dict[bytes, int]:

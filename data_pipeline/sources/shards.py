@@ -13,7 +13,7 @@ from model.errors import UserError
 _END_BLOCK = bytes(tarfile.BLOCKSIZE)
 
 
-class _Damage(Exception):
+class _DamageError(Exception):
     """The archive cannot be read any further; `key` is the sample it happened in, if known."""
 
     def __init__(self, detail: str, key: str = ""):
@@ -42,7 +42,7 @@ def read_shard(path: str | Path) -> Iterator[Sample | BadSample]:
             name, extension, data = next(members)
         except StopIteration:
             break
-        except _Damage as damage:
+        except _DamageError as damage:
             # Without the damaged member's name, the open sample may lack parts: it cannot be kept.
             if parts and damage.key not in ("", key):
                 yield _finish(key, parts, duplicate)
@@ -68,7 +68,7 @@ def _finish(key: str, parts: dict[str, bytes], duplicate: str) -> Sample | BadSa
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of each file of the tar; raises `_Damage` where it ends too soon.
+    """(key, extension, bytes) of each file of the tar; raises `_DamageError` where it ends too soon.
 
     tarfile, and webdataset's own reader on top of it, takes a broken header as the end of the
     archive without a word. Hence the look at the block where reading ended.
@@ -87,12 +87,12 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
                 assert stream is not None, "a regular file has content"
                 data = stream.read()
                 if len(data) != member.size:
-                    raise _Damage(f"{len(data)} of {member.size} bytes of {member.name}", key)
+                    raise _DamageError(f"{len(data)} of {member.size} bytes of {member.name}", key)
                 yield name, extension.lower(), data
                 key = ""
             assert archive.fileobj is not None
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != _END_BLOCK:
-                raise _Damage(f"no readable member or end mark at byte {archive.offset}")
+                raise _DamageError(f"no readable member or end mark at byte {archive.offset}")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise _Damage(str(error), key) from error
+        raise _DamageError(str(error), key) from error

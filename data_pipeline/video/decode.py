@@ -161,7 +161,7 @@ def _small_view(frame: av.VideoFrame) -> np.ndarray:
         frame = frame.reformat(width=VIEW_SIZE, height=VIEW_SIZE, format="yuv444p")
     view = np.empty((3, VIEW_SIZE, VIEW_SIZE), np.uint8)
     for number, plane in enumerate(frame.planes):
-        pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
         rows = np.arange(VIEW_SIZE) * plane.height // VIEW_SIZE
         columns = np.arange(VIEW_SIZE) * plane.width // VIEW_SIZE
         view[number] = pixels[rows[:, None], columns]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.image import ImageConfig
 from data_pipeline.video.decode import VideoScan, read_frames, scan_video
 from data_pipeline.video.scenes import SceneConfig, find_cuts
 
@@ -18,7 +17,6 @@ class VideoConfig:
     max_keyframes: int = 0  # only the first so many; 0: all
     detect_scenes: bool = True  # false: the video is one scene
     scenes: SceneConfig = field(default_factory=SceneConfig)
-    image: ImageConfig | None = None  # areas of frames where they differ from pictures'
 
 
 @dataclass
@@ -53,10 +51,9 @@ def frames_at(times: list[float], scan: VideoScan) -> list[int]:
     return sorted({max(0, int(index)) for index in indices})
 
 
-def extract_key_frames(data: bytes, config: VideoConfig) -> tuple[list[KeyFrame], float]:
-    """The key frames of a video file and its duration in seconds.
-
-    Raises `SampleError` (`empty_video`, `undecodable_video`).
+def extract_key_frames(data: bytes, config: VideoConfig) -> list[KeyFrame]:
+    """The key frames of a video file, at least one. Raises `SampleError` (`empty_video`,
+    `undecodable_video`).
     """
     scan = scan_video(data)
     cuts = find_cuts(scan.views, scan.times, config.scenes) if config.detect_scenes else []
@@ -66,8 +63,7 @@ def extract_key_frames(data: bytes, config: VideoConfig) -> tuple[list[KeyFrame]
     if config.max_keyframes:
         indices = indices[: config.max_keyframes]
     pictures = read_frames(data, scan, indices)
-    frames = [
+    return [
         KeyFrame(float(scan.times[index]), pixels)
         for index, pixels in zip(indices, pictures, strict=True)
     ]
-    return frames, scan.duration_seconds

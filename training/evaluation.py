@@ -6,10 +6,9 @@ A task is any class with the shape of `EvaluationTask`; a configuration names it
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,41 +97,49 @@ def evaluate(
     model: EvaluationModel, tasks: Mapping[str, EvaluationTask], sampling: SamplingConfig, *,
     batch_size: int = 128, seed: int = 0, samples_folder: Path | None = None, num_samples: int = 8,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson) and `seconds`.
+    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson), `seconds` and `samples`.
 
-    With `samples_folder`, the first `num_samples` answers of each task are kept there as PNG files, and
-    `{task}.json` lists them with their prompts and scores.
+    With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
+    `samples` names them (relative to that folder) with their prompts and scores.
     """
     results: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
         started = time.monotonic()
-        prompts = list(task.prompts())
         scores: list[float] = []
-        samples = []
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
-            for prompt, (images, text) in zip(
-                batch, _answer(model, batch, sampling, seed, first), strict=True
-            ):
-                score = float(task.judge(prompt, images, text))
-                assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
-                if samples_folder is not None and len(samples) < num_samples:
-                    samples.append(
-                        _save_sample(
-                            samples_folder, f"{name}_{len(scores):03d}", prompt, images, text, score
-                        )
-                    )
-                scores.append(score)
+        samples: list[dict[str, Any]] = []
+        for prompt, images, text in _answers(
+            model, list(task.prompts()), sampling, batch_size, seed
+        ):
+            score = float(task.judge(prompt, images, text))
+            assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
+            if samples_folder is not None and len(samples) < num_samples:
+                stem = f"{name}_{len(scores):03d}"
+                record = _save_sample(samples_folder, stem, prompt, images, text, score)
+                samples.append({"group": name} | record)
+            scores.append(score)
         accuracy = float(np.mean(scores)) if scores else 0.0
         results[name] = {
-            "accuracy": accuracy, "count": len(scores), "interval": list(wilson_interval(accuracy, len(scores))),
+            "accuracy": accuracy,
+            "count": len(scores),
+            "interval": list(wilson_interval(accuracy, len(scores))),
             "seconds": time.monotonic() - started,
-        }  # fmt: skip
-        if samples_folder is not None:
-            (samples_folder / f"{name}.json").write_text(
-                json.dumps(samples, indent=1, ensure_ascii=False)
-            )
+            "samples": samples,
+        }
     return results
+
+
+def _answers(
+    model: EvaluationModel,
+    prompts: list[EvaluationPrompt],
+    sampling: SamplingConfig,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[EvaluationPrompt, list[np.ndarray], str]]:
+    """Each prompt with the pictures and the text of its answer, asked batch by batch."""
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        for prompt, answer in zip(batch, _answer(model, batch, sampling, seed, first), strict=True):
+            yield prompt, *answer
 
 
 def _answer(
@@ -168,19 +175,23 @@ def _save_sample(
     """Writes the pictures of one answer and of its prompt; the record that describes them."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def save(kind: str, pictures: Sequence[Any]) -> list[str]:
+    def save(kind: str, pictures: Sequence[np.ndarray]) -> list[str]:
         names = []
         for number, picture in enumerate(pictures):
             names.append(f"{stem}_{kind}_{number}.png")
             Image.fromarray(picture).save(folder / names[-1])
         return names
 
-    shown = [part for part in prompt.parts if not isinstance(part, str)]
+    words, shown = prompt.text, list(prompt.images)
+    if prompt.format == "interleaved":
+        words = " ".join(part for part in prompt.parts if isinstance(part, str))
+        shown = [part for part in prompt.parts if not isinstance(part, str)]
     return {
         "format": prompt.format,
-        "prompt": prompt.text or " ".join(part for part in prompt.parts if isinstance(part, str)),
-        "prompt_images": save("prompt", [*prompt.images, *shown]),
+        "prompt": words,
+        "prompt_images": save("prompt", shown),
         "images": save("answer", images),
         "text": text,
         "score": score,
+        "correct": score >= 0.5,
     }

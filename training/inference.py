@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.document import DocumentBuilder, Picture, Text
+from data_pipeline.document import DocumentBuilder, Part, Picture, Text
 from data_pipeline.image import ImageConfig, smart_resize
 from data_pipeline.tokenizers import TextTokenizer, encode_grid
-from model.errors import UserError
+from model.errors import Problems, UserError
 from model.generation.ar import ARGenerator, Decoder, Generation, Grid
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.sampling import SamplingConfig
@@ -36,7 +36,7 @@ class Prompt:
     format: str  # t2i | x2i | interleaved
     text: str = ""  # caption or instruction
     images: list[np.ndarray] = field(default_factory=list)  # sources
-    # What came so far, in order (interleaved prompts have nothing else).
+    # What came so far, in order; read for interleaved prompts, which have neither text nor images apart from it.
     parts: list[str | np.ndarray] = field(default_factory=list)
     image_size: tuple[int, int] = (0, 0)
 
@@ -67,13 +67,13 @@ class InferenceOptions:
     image_first: bool = True
     max_batch_size: int = 256  # sequences decoded at once
 
-    def __post_init__(self) -> None:
-        if self.interleaved_as not in ("document", "chat"):
-            raise UserError(
-                "unknown way to ask interleaved prompts",
-                expected="document or chat",
-                got=self.interleaved_as,
-            )
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(
+            self.interleaved_as in ("document", "chat"), f"{key}.interleaved_as",
+            f"unknown value {self.interleaved_as!r}", f"{key}.interleaved_as=document",
+        )  # fmt: skip
+        problems.check(self.max_images > 0, f"{key}.max_images", "must be positive")
+        problems.check(self.max_batch_size > 0, f"{key}.max_batch_size", "must be positive")
 
 
 class InferenceModel:
@@ -147,25 +147,23 @@ class InferenceModel:
         )
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[_EncodedPrompt]:
-        encoded = []
+        sizes: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
         for prompt in prompts:
             if prompt.format not in FORMATS:
                 raise UserError(
                     "unknown format of a prompt", expected=", ".join(FORMATS), got=prompt.format
                 )
-            encoded.append(_EncodedPrompt(prompt, list(prompt.parts)))
-        sizes: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
-        for prompt in prompts:
             sizes[prompt.image_size] += _pictures(prompt)
-        codes = {
-            size: iter(self._encode_images(pictures, size)) for size, pictures in sizes.items()
-        }
-        for item in encoded:
-            of_size = codes[item.prompt.image_size]
-            item.images = [next(of_size) for _ in item.prompt.images]
-            item.parts = [
-                Text(part) if isinstance(part, str) else next(of_size) for part in item.prompt.parts
+        codes = {size: iter(self._encode_images(images, size)) for size, images in sizes.items()}
+        encoded = []
+        for prompt in prompts:
+            pictures = [next(codes[prompt.image_size]) for _ in _pictures(prompt)]
+            in_order = iter(pictures)
+            parts: list[Part] = [
+                Text(part) if isinstance(part, str) else next(in_order)
+                for part in (prompt.parts if prompt.format == "interleaved" else [])
             ]
+            encoded.append(_EncodedPrompt(prompt, parts, pictures))
         return encoded
 
     def _encode_images(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> list[Picture]:
@@ -197,7 +195,7 @@ class InferenceModel:
     def _prompt_tokens(self, item: _EncodedPrompt) -> list[int]:
         prompt = item.prompt
         if prompt.format != "interleaved":
-            return self.builder.chat_prompt(prompt.format, prompt.text, item.images)
+            return self.builder.chat_prompt(prompt.format, prompt.text, item.pictures)
         if self.options.interleaved_as == "document":
             return self.builder.interleaved_prompt(item.parts)
         question = " ".join(part.text for part in item.parts if isinstance(part, Text))
@@ -256,13 +254,11 @@ class InferenceModel:
 
 @dataclass
 class _EncodedPrompt:
-    prompt: Prompt
-    parts: list[Any]  # Text and Picture
-    images: list[Picture] = field(default_factory=list)
+    """A prompt with its pictures as codes: `parts` of an interleaved one, `pictures` in order of any."""
 
-    @property
-    def pictures(self) -> list[Picture]:
-        return [*self.images, *(part for part in self.parts if isinstance(part, Picture))]
+    prompt: Prompt
+    parts: list[Part]
+    pictures: list[Picture]
 
 
 def split_parts(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
@@ -294,7 +290,9 @@ def _read_codes(block: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _pictures(prompt: Prompt) -> list[np.ndarray]:
-    return [*prompt.images, *(part for part in prompt.parts if not isinstance(part, str))]
+    if prompt.format == "interleaved":
+        return [part for part in prompt.parts if not isinstance(part, str)]
+    return list(prompt.images)
 
 
 def _by_shape(arrays: Sequence[np.ndarray], function: Any) -> list[np.ndarray]:

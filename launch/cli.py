@@ -83,11 +83,7 @@ def command_summaries() -> dict[str, str]:
     summaries = {}
     for path in sorted(COMMAND_FOLDER.glob("[a-z]*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            target = (
-                node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            )
-            if isinstance(target, ast.Name) and target.id == "HELP":
-                assert isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
                 summaries[path.stem] = ast.literal_eval(node.value).strip().splitlines()[0]
     return summaries
 

@@ -43,6 +43,7 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     mappings = [one for one in parsed if adds_to_mapping(schema, one)]
     plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
     try:
+        tree: Any
         with initialize_config_module("conf", version_base="1.3"):
             tree = compose(primary, overrides=plain)
         OmegaConf.set_struct(tree, False)

@@ -175,7 +175,7 @@ def try_video() -> str:
         for packet in [*stream.encode(frame), *stream.encode()]:
             target.mux(packet)
     buffer.seek(0)
-    with av.open(buffer) as source:
+    with av.open(buffer, "r") as source:
         assert next(source.decode(video=0)).width == 32
     return "H.264 in and out (libx264)"
 

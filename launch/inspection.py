@@ -91,7 +91,7 @@ def inspect_raw(path: Path, num_samples: int) -> dict[str, Any]:
 
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    shown = []
+    shown: list[dict[str, Any]] = []
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     for shard in shards:
         for sample in read_shard(shard):

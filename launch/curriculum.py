@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from launch.batch import CALL
 from launch.subprocesses import run_supervised
 from model.errors import Problems, UserError
 
@@ -35,9 +36,9 @@ class EntryConfig:
 
     command: str = ""  # a nextstate command; exclusive with module
     module: str = ""  # a module with its own command line
-    overrides: list[str] = field(
-        default_factory=list
-    )  # key=value for command, plain arguments for module
+    overrides: list[str] = field(default_factory=list)  # or the arguments of the module
+    each: dict[str, list[str]] = field(default_factory=dict)  # call the command once for each name
+    # in one process, with these overrides added
     needs: list[str] = field(
         default_factory=list
     )  # entries that come first; their results count as inputs
@@ -76,6 +77,7 @@ class CurriculumConfig:
                 key,
                 "needs exactly one of command and module",
             )
+            problems.check(not entry.each or bool(entry.command), f"{key}.each", "needs a command")
             problems.check(
                 bool(entry.outputs),
                 key,
@@ -160,7 +162,7 @@ class Curriculum:
         text = json.dumps(
             {
                 "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
-                "config": resolved_command(entry),
+                "configs": resolved_calls(entry),
                 "needs": {needed: self.records[needed].result for needed in entry.needs},
             },
             sort_keys=True,
@@ -213,15 +215,16 @@ def ordered(entries: dict[str, EntryConfig]) -> list[str]:
     return order
 
 
-def resolved_command(entry: EntryConfig) -> Any:
-    """The composed configuration of the entry's command, so that an edited preset counts as a change."""
+def resolved_calls(entry: EntryConfig) -> list[Any]:
+    """The composed configuration of each call, so that an edited preset counts as a change."""
     if not entry.command:
-        return None
+        return []
     from omegaconf import OmegaConf
 
     from launch.configs import compose_tree
 
-    return OmegaConf.to_container(compose_tree(entry.command, entry.overrides))
+    calls = [entry.overrides + own for own in entry.each.values()] or [entry.overrides]
+    return [OmegaConf.to_container(compose_tree(entry.command, call)) for call in calls]
 
 
 def measure(path: Path) -> tuple[int, int]:
@@ -336,9 +339,13 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
 
 
 def command_line(entry: EntryConfig) -> list[str]:
-    if entry.command:
-        return [sys.executable, "-m", "launch.cli", entry.command, *entry.overrides]
-    return [sys.executable, "-m", entry.module, *entry.overrides]
+    python = [sys.executable, "-m"]
+    if entry.module:
+        return [*python, entry.module, *entry.overrides]
+    if not entry.each:
+        return [*python, "launch.cli", entry.command, *entry.overrides]
+    calls = [text for own in entry.each.values() for text in (CALL, *own)]
+    return [*python, "launch.batch", entry.command, *entry.overrides, *calls]
 
 
 def supersede(folder: Path, name: str, outputs: list[str]) -> None:

@@ -154,8 +154,9 @@ def inspect_tokens(
 
         tokenizer = load_text_tokenizer(tokenizer_path)
     reader = TokenFileReader(prefixes[0])
+    vocabulary = vocabulary_of(manifests[0])
     samples = [
-        decode(reader, index, manifests[0], tokenizer)
+        read_sample(reader, index, vocabulary, tokenizer)
         for index in range(min(num_samples, len(reader)))
     ]
     counts: Counter[str] = Counter()
@@ -180,38 +181,34 @@ def inspect_tokens(
     }
 
 
-def decode(reader: Any, index: int, manifest: dict[str, Any], tokenizer: Any) -> str:
-    """One document or row as one line a segment."""
+def vocabulary_of(manifest: dict[str, Any]) -> Vocabulary:
+    described = {name: value for name, value in manifest["vocabulary"].items() if name != "size"}
+    return Vocabulary(**described)
+
+
+def read_sample(reader: Any, index: int, vocabulary: Vocabulary, tokenizer: Any) -> str:
+    """One document or row. With a text tokenizer as text, else as one item a segment."""
     from data_pipeline.segments import Kind
 
     tokens, segments = reader.tokens(index), reader.segments(index)
-    lines = []
-    for segment in segments:
-        span = tokens[int(segment["start"]) : int(segment["start"]) + int(segment["length"])]
-        lines.append(
-            f"{Kind(int(segment['kind'])).name.lower()}: {describe_segment(span, segment, manifest, tokenizer)}"
-        )
-    return "\n".join(lines)
+    padding = sum(int(one["length"]) for one in segments if one["kind"] == Kind.PAD)
+    real = tokens[: len(tokens) - padding]
+    if tokenizer is not None:
+        from data_pipeline.document import describe
+
+        text = describe(real, vocabulary, tokenizer)
+    else:
+        text = " ".join(describe_segment(one) for one in segments if one["kind"] != Kind.PAD)
+    return f"{text} [{len(real)} tokens, {padding} of padding]"
 
 
-def describe_segment(span: Any, segment: Any, manifest: dict[str, Any], tokenizer: Any) -> str:
+def describe_segment(segment: Any) -> str:
     from data_pipeline.segments import Kind
 
     kind = Kind(int(segment["kind"]))
-    if kind is Kind.IMAGE:
-        return f"{int(segment['grid_height'])}*{int(segment['grid_width'])} ({len(span)} tokens)"
-    if kind is Kind.PAD:
-        return f"{len(span)} tokens"
-    names = {number: name for name, number in manifest["vocabulary"]["structure"].items()}
-    text_size = int(manifest["vocabulary"]["text_size"])
-    pieces, words = [], []
-    for token in [*span.tolist(), -1]:
-        if 0 <= token < text_size:
-            words.append(token)
-            continue
-        if words:
-            pieces.append(tokenizer.decode(words) if tokenizer else f"{len(words)} text tokens")
-            words = []
-        if token >= 0:
-            pieces.append(f"<{names.get(token, token)}>")
-    return " ".join(pieces)
+    size = (
+        f"{segment['grid_height']}*{segment['grid_width']}"
+        if kind is Kind.IMAGE
+        else str(segment["length"])
+    )
+    return f"<{kind.name.lower()} {size}>"

@@ -146,7 +146,7 @@ def mixture(lines: list[dict[str, Any]], weights: dict[str, float]) -> list[dict
 
 def manifests(folder: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     """(dataset, manifest) of every complete shard below `folder`."""
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(folder.rglob("[0-9]*.json")):
         manifest = read_json(path)
         if manifest.get("kind") in ("tokens", "packed"):
             yield path.parent.relative_to(folder).as_posix(), manifest
@@ -160,7 +160,7 @@ def collect_packing(folder: Path) -> dict[str, Any]:
     for dataset, manifest in manifests(folder):
         rows[dataset] += manifest["num_rows"]
         positions[dataset] += manifest["num_rows"] * manifest["sequence_length"]
-        real[dataset] += manifest["num_tokens"]
+        real[dataset] += sum(manifest["tokens_by_source"].values())
     total = sum(positions.values())
     return {
         "fill": sum(real.values()) / total if total else None,

@@ -126,7 +126,7 @@ class CheckpointStore:
                 self.engine.load_random_state(
                     {
                         key.removeprefix(prefix): reader.read_full(key)
-                        for key in reader.keys()
+                        for key in reader.manifest["keys"]
                         if key.startswith(prefix)
                     }
                 )

@@ -90,7 +90,7 @@ def _run_steps(run: Run, batches: BatchFetcher) -> str:
         enter("forward and backward")
         result = engine.forward_backward(micro_batches)
         decision = run.guard.judge(result.loss, result.gradient_norm)
-        rate = learning_rate(run.config.stage.optimizer, state.step, run.config.stage.steps)
+        rate = learning_rate(run.config.stage.optimizer, state.step + 1, run.config.stage.steps)
         enter(f"optimizer: {decision.verdict.value}")
         if decision.verdict is Verdict.APPLY:
             engine.optimizer_step(rate)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step."""
+"""Learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from training.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of `step` (counted from 0): linear warm-up, then cosine or linear decay, or constant.
+    """Of step 1 ... num_steps: a linear rise over `warmup_steps`, then the schedule.
 
-    The first warm-up step is 1/warmup_steps of the peak; the last step of a decay has `min_learning_rate`.
+    `cosine` and `linear` reach `min_learning_rate` at the last step; `constant` stays at the peak.
     """
-    peak, low = config.learning_rate, config.min_learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
+    peak, floor = config.learning_rate, config.min_learning_rate
+    if step <= config.warmup_steps:
+        return peak * step / config.warmup_steps
     if config.schedule == "constant":
         return peak
-    num_decay_steps = max(1, num_steps - 1 - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / num_decay_steps)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
     if config.schedule == "linear":
-        return peak + (low - peak) * progress
+        return peak + (floor - peak) * progress
     assert config.schedule == "cosine", config.schedule
-    return low + (peak - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

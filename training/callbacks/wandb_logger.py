@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from training.callbacks.base import Callback
 from training.callbacks.events import EventLog, tell
@@ -50,11 +51,11 @@ class WandbLogger(Callback):
     def _start(self, run: Run) -> None:
         import wandb
 
-        self.run_id = self.run_id or wandb.util.generate_id()
+        self.run_id = self.run_id or secrets.token_hex(4)
         self._wandb_run = wandb.init(
             project=self.config.wandb_project, id=self.run_id, resume="allow",
             name=f"{run.config.name}/{run.config.stage.name}", dir=str(self.stage_folder),
-            mode=self.config.wandb_mode, config=run.config.to_dict(),
+            mode=cast(Any, self.config.wandb_mode), config=run.config.to_dict(),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         # After a rollback steps come twice: a metric of our own is the axis, wandb's counter only goes up.

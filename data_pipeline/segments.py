@@ -10,6 +10,8 @@ from enum import IntEnum, IntFlag
 
 import numpy as np
 
+from model.vocabulary import TokenClass
+
 
 class Kind(IntEnum):
     PAD = 0
@@ -40,3 +42,35 @@ SEGMENT_DTYPE = np.dtype(
         ("time_ms", "<u4"),  # time of a video frame or of the transcript's first word
     ]
 )
+
+_CLASS_OF_KIND = np.zeros(len(Kind), np.uint8)
+_CLASS_OF_KIND[[Kind.PAD, Kind.IMAGE, Kind.STRUCTURE]] = TokenClass.STRUCTURE
+_CLASS_OF_KIND[[Kind.TEXT, Kind.TRANSCRIPT]] = TokenClass.TEXT
+
+
+def tile_exactly(segments: np.ndarray, num_tokens: int) -> bool:
+    """Do the segments follow one another without gap or overlap, from token 0 to `num_tokens`?"""
+    ends = np.cumsum(segments["length"], dtype=np.int64)
+    starts = ends - segments["length"]
+    covered = int(ends[-1]) if len(ends) else 0
+    return covered == num_tokens and bool((starts == segments["start"]).all())
+
+
+def token_classes(tokens: np.ndarray, segments: np.ndarray, visual_start: int) -> np.ndarray:
+    """The `TokenClass` of every token, uint8 [n].
+
+    `segments` cover `tokens` [n] in order (those of several rows for the rows' tokens laid end to end). In an image
+    block the codes are visual and everything else, the "H*W" header included, is structure.
+    """
+    kinds = np.repeat(segments["kind"], segments["length"])
+    classes = _CLASS_OF_KIND[kinds]
+    classes[(kinds == Kind.IMAGE) & (tokens >= visual_start)] = TokenClass.VISUAL
+    return classes
+
+
+def count_classes(tokens: np.ndarray, segments: np.ndarray, visual_start: int) -> dict[str, int]:
+    """Tokens of each class and padding: {"text", "visual", "structure", "padding"}."""
+    counts = np.bincount(token_classes(tokens, segments, visual_start), minlength=len(TokenClass))
+    padding = int(segments["length"][segments["kind"] == Kind.PAD].sum())
+    counts[TokenClass.STRUCTURE] -= padding
+    return {kind.name.lower(): int(counts[kind]) for kind in TokenClass} | {"padding": padding}

@@ -45,6 +45,7 @@ class BestFitPacker:
         self._num_opened = 0
         self._reservoir: deque[Piece] = deque()
         self._reservoir_tokens = 0
+        self._placed_fillers: set[Piece] = set()  # those in open rows
 
     def add(self, piece: Piece) -> Iterator[Row]:
         assert 0 < piece.length <= self.sequence_length, "a piece must fit a row"
@@ -56,15 +57,24 @@ class BestFitPacker:
         self._reservoir.append(piece)
         self._reservoir_tokens += piece.length
         while self._reservoir_tokens > self.open_bins * self.sequence_length:
-            yield from self.add(self._take_whole())
+            if not self._fits(self._reservoir[0]) and len(self._rooms) >= self.open_bins:
+                # Closed before the next filler is taken, so that there is enough to fill it with.
+                yield self._close_fullest()
+            else:
+                filler = self._take_whole()
+                self._placed_fillers.add(filler)
+                yield from self._place(filler)
 
     def flush(self) -> Iterator[Row]:
-        """Pack what is left, longest first, and close every row."""
+        """Pack what is left, longest first, then fill it with every filler that is left, and close every row."""
         left = [piece for number in sorted(self._rows) for piece in self._rows[number]]
+        fillers = [piece for piece in left if piece in self._placed_fillers]
         self._rooms.clear()
         self._rows.clear()
+        self._reservoir.extendleft(reversed(fillers))
         for piece in sorted(left, key=lambda piece: -piece.length):
-            yield from self._place(piece)
+            if piece not in self._placed_fillers:
+                yield from self._place(piece)
         while self._rooms:
             yield self._close_fullest()
         while self._reservoir:
@@ -83,13 +93,18 @@ class BestFitPacker:
             self._rows[number] = []
         self._rows[number].append(piece)
         if room == piece.length:
-            yield self._rows.pop(number)
+            yield self._take_row(number)
         else:
             bisect.insort(self._rooms, (room - piece.length, number))
 
     def _close_fullest(self) -> Row:
         room, number = self._rooms.pop(0)
-        return self._fill(self._rows.pop(number), room)
+        return self._fill(self._take_row(number), room)
+
+    def _take_row(self, number: int) -> Row:
+        row = self._rows.pop(number)
+        self._placed_fillers.difference_update(row)
+        return row
 
     def _fill(self, row: Row, room: int) -> Row:
         """Fill the room of a row from the reservoir, in order."""

@@ -93,9 +93,9 @@ class Pool:
         kept = ends > starts
         segments = segments[kept]
         segments["start"], segments["length"] = starts[kept], (ends - starts)[kept]
-        segments["flags"][0] |= Flag.DOCUMENT_START
+        segments["flags"][0] |= np.uint8(Flag.DOCUMENT_START)
         if piece.start > 0:
-            segments["flags"] |= Flag.CUT
+            segments["flags"] |= np.uint8(Flag.CUT)
         return tokens, segments
 
     def cut(self, piece: Piece, limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ def _block(tensor: ShardedTensor, local_row: int) -> Block:
     return Block((local_row,) + (0,) * (len(shape) - 1), offset, shape)
 
 
-def _logical(entry: Any, parameter: torch.nn.Parameter) -> LogicalParameter:
+def _logical(entry: Any) -> LogicalParameter:
     # A fused gate/up projection is a factory of two tensors, one for each half of its rows.
     tensors = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
     blocks, local_row = [], 0
@@ -57,12 +58,8 @@ def _logical(entry: Any, parameter: torch.nn.Parameter) -> LogicalParameter:
     global_shape = tuple(
         int(size) for size in tensors[0].global_shape[tensors[0].prepend_axis_num :]
     )
-    return LogicalParameter(
-        tensors[0].key,
-        global_shape,
-        tuple(blocks),
-        bool(getattr(parameter, "tensor_model_parallel", False)),
-    )
+    is_split = sum(math.prod(block.shape) for block in blocks) < math.prod(global_shape)
+    return LogicalParameter(tensors[0].key, global_shape, tuple(blocks), is_split)
 
 
 def logical_parameters(model: Any) -> dict[str, LogicalParameter]:
@@ -73,10 +70,21 @@ def logical_parameters(model: Any) -> dict[str, LogicalParameter]:
     }
     sharded = model.sharded_state_dict(metadata=metadata)
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         entry = sharded[name]
         assert isinstance(entry, ShardedTensor | ShardedTensorFactory), (
             f"{name}: not a sharded tensor"
         )
-        found[name] = _logical(entry, parameter)
+        found[name] = _logical(entry)
     return found
+
+
+def mark_split_parameters(model: Any) -> None:
+    """Set megatron-core's mark on parameters split over tensor-parallel ranks.
+
+    It sets the mark when it initialises weights itself, which this project does not let it do; the gradient norm
+    counts a parameter without the mark on the first rank only.
+    """
+    logical = logical_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.tensor_model_parallel = logical[name].is_split

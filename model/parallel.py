@@ -34,8 +34,9 @@ def initialize(
     import torch.distributed as distributed
     from megatron.core import parallel_state
 
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if not distributed.is_initialized():
+        _join(rank, world_size, init_method, timeout_seconds)
+    world_size = distributed.get_world_size()
     model_ranks = tensor * pipeline * context
     if world_size % model_ranks:
         raise UserError(
@@ -43,17 +44,24 @@ def initialize(
             expected=f"a multiple of tensor * pipeline * context = {model_ranks}", got=str(world_size),
             fix=f"start {model_ranks * max(1, world_size // model_ranks)} processes or change parallel.*",
         )  # fmt: skip
-    if not distributed.is_initialized():
-        if init_method is None and world_size == 1:
-            folder = tempfile.mkdtemp(prefix="nextstate_rendezvous_")
-            init_method = f"file://{folder}/store"
-        distributed.init_process_group(
-            backend_name(), init_method=init_method or "env://", rank=rank, world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )  # fmt: skip
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context,
         distributed_timeout_minutes=max(1, int(timeout_seconds / 60)), create_gloo_process_groups=False,
+    )  # fmt: skip
+
+
+def _join(
+    rank: int | None, world_size: int | None, init_method: str | None, timeout_seconds: float
+) -> None:
+    import torch.distributed as distributed
+
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if init_method is None and world_size == 1:
+        init_method = f"file://{tempfile.mkdtemp(prefix='nextstate_rendezvous_')}/store"
+    distributed.init_process_group(
+        backend_name(), init_method=init_method or "env://", rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
     )  # fmt: skip
 
 

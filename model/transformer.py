@@ -32,6 +32,7 @@ from model.attention import CachedSequences, PackedAttention, rotary_tables  # n
 from model.config import ModelConfig  # noqa: E402
 from model.generation.cache import KeyValueCache  # noqa: E402
 from model.initialization import initialize  # noqa: E402
+from model.layout import mark_split_parameters  # noqa: E402
 from model.vocabulary import Vocabulary  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -135,6 +136,7 @@ def build_model(
             position_embedding_type="none",  # RoPE is applied by PackedAttention
         )
     model.model_config = config
+    mark_split_parameters(model)
     if seed is not None:
         initialize(model, config, seed)
     return model

@@ -179,7 +179,7 @@ class CheckpointStore:
             "keys": table,
         }
         _fsync_file(path)
-        write_atomically(temporary / f"rank_{rank:05d}.json", json.dumps(entry))
+        (temporary / f"rank_{rank:05d}.json").write_text(json.dumps(entry))
 
     def _write_manifest(self, temporary: Path, metadata: dict[str, Any], config_yaml: str) -> None:
         if self.engine.rank != 0:

@@ -200,11 +200,11 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def lock_stage(folder: Path, patience_seconds: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
+def lock_stage(folder: Path) -> Iterator[None]:
     """Hold the stage folder; a second run is refused. The system frees the lock of a process that died."""
     path = folder / LOCK_NAME
     with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience_seconds
+        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,7 +140,7 @@ def test_signal_while_waiting_for_data(tmp_path, monkeypatch):
     def batch(data, first_sample):
         if first_sample == 12:
             os.kill(os.getpid(), signal.SIGUSR1)
-            signal.pause() if False else __import__("threading").Event().wait()  # never answers
+            threading.Event().wait()  # never answers
         return original(data, first_sample)
 
     with monkeypatch.context() as patch:
@@ -309,11 +310,11 @@ def test_initialize_from_takes_weights_only(tmp_path, fake_engine):
 
 def test_two_runs_of_one_stage(tmp_path, monkeypatch):
     config = fake_config(tmp_path)
-    monkeypatch.setattr(stage.lock_stage, "__wrapped__", stage.lock_stage.__wrapped__)
     config.stage_folder.mkdir(parents=True)
-    with stage.lock_stage(config.stage_folder), pytest.raises(UserError, match="another run"):
-        with stage.lock_stage(config.stage_folder, patience_seconds=0.2):
-            pass
+    with stage.lock_stage(config.stage_folder):
+        monkeypatch.setattr(stage, "LOCK_PATIENCE_SECONDS", 0.2)
+        with pytest.raises(UserError, match=f"another run(.|\n)*process {os.getpid()} on"):
+            run_stage(config)
     run_stage(config)  # the lock file that is left is no obstacle
 
 

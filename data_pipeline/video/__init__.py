@@ -1,0 +1,1 @@
+"""Video: decoding, scenes, key frames, transcripts."""

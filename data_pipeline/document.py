@@ -1,0 +1,227 @@
+"""Samples to documents: image blocks, interleaved video, any-to-image, chat.
+
+Training documents and the prompts of inference are made by the same methods, so they never drift.
+Formats: `src/utils/input_utils.py` and `configs/` of github.com/baaivision/Emu3.5. Where text stands
+relative to video frames is not published; here it stands before the frame it precedes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.reading import ImageBlock, MalformedImageError, describe, parse_image_block
+from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.tokenizers import TextTokenizer, encode_grid
+from model.vocabulary import Vocabulary
+
+__all__ = [
+    "Document", "DocumentBuilder", "ImageBlock", "MalformedImageError", "Part", "Picture", "Text",
+    "describe", "document_id", "fraction", "parse_image_block",
+]  # fmt: skip
+
+IMAGE_FORMATS = ("emu35", "emu3")
+TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+    kind: Kind = Kind.TEXT  # TEXT or TRANSCRIPT
+    time_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Picture:
+    codes: np.ndarray  # integers [h, w]; codes of the vision tokenizer, not token ids
+    time_ms: int = 0
+
+
+Part = Text | Picture
+
+
+@dataclass(frozen=True)
+class Document:
+    tokens: np.ndarray  # int32 [n]
+    segments: np.ndarray  # SEGMENT_DTYPE [k]; they cover the tokens without gap
+
+
+def document_id(source: str, key: str) -> int:
+    """The stable id of a document, 64 bits: from its dataset's name and its sample's key."""
+    digest = hashlib.blake2b(f"{source}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def fraction(seed: int, purpose: str, key: str) -> float:
+    """A number in [0, 1) that depends on nothing else: for choices that a rerun must repeat."""
+    digest = hashlib.blake2b(f"{seed}\0{purpose}\0{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+class _Draft:
+    """Tokens and segments of a document as they are appended."""
+
+    def __init__(self) -> None:
+        self.pieces: list[np.ndarray] = []
+        self.records: list[tuple[int, int, int, int, int, int, int]] = []
+        self.length = 0
+
+    def add(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        kind: Kind,
+        flags: int = 0,
+        grid: tuple[int, int] = (0, 0),
+        time_ms: int = 0,
+    ) -> None:
+        if len(tokens) == 0:
+            return
+        self.pieces.append(np.asarray(tokens, np.int32))
+        self.records.append((self.length, len(tokens), kind, flags, grid[0], grid[1], time_ms))
+        self.length += len(tokens)
+
+    def finish(self, identity: int) -> Document:
+        segments = np.zeros(len(self.records), SEGMENT_DTYPE)
+        names = ("start", "length", "kind", "flags", "grid_height", "grid_width", "time_ms")
+        for name, values in zip(names, zip(*self.records, strict=True), strict=True):
+            segments[name] = values
+        segments["document"] = identity
+        segments["flags"][0] |= Flag.DOCUMENT_START
+        return Document(np.concatenate(self.pieces), segments)
+
+    def tokens(self) -> list[int]:
+        return np.concatenate(self.pieces).tolist()
+
+
+class DocumentBuilder:
+    """Lays out documents and prompts for one vocabulary and one text tokenizer.
+
+    `image_format="emu35"` writes EOL between rows only; `"emu3"` also after the last row, and EOF.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, image_format: str = "emu35"
+    ):
+        assert image_format in IMAGE_FORMATS, image_format
+        assert text_tokenizer.size <= vocabulary.text_size, "text ids would run into the others"
+        self.vocabulary = vocabulary
+        self.text_tokenizer = text_tokenizer
+        self.image_format = image_format
+
+    def image_block(self, codes: np.ndarray) -> np.ndarray:
+        """Codes [h, w] -> int32 tokens: BOI "h*w" IMG row EOL row ... EOI."""
+        vocabulary = self.vocabulary
+        height, width = codes.shape
+        vocabulary.check_codes(codes)
+        rows = np.full((height, width + 1), vocabulary.eol, np.int32)
+        rows[:, :width] = vocabulary.codes_to_ids(codes.astype(np.int64))
+        head = [vocabulary.boi, *encode_grid(self.text_tokenizer, height, width), vocabulary.img]
+        if self.image_format == "emu3":
+            body, tail = rows.reshape(-1), [vocabulary.eof, vocabulary.eoi]
+        else:
+            body, tail = rows.reshape(-1)[:-1], [vocabulary.eoi]
+        return np.concatenate([head, body, tail]).astype(np.int32)
+
+    # Documents of pretraining
+
+    def text(self, identity: int, text: str, *, splittable: bool = True) -> Document:
+        draft = self._begin()
+        flags = Flag.SPLITTABLE if splittable else 0
+        draft.add(self.text_tokenizer.encode(text), Kind.TEXT, flags)
+        return self._end(draft, identity)
+
+    def image_text(
+        self, identity: int, caption: str, codes: np.ndarray, *, image_first: bool = False
+    ) -> Document:
+        parts: list[Part] = [Text(caption), Picture(codes)]
+        return self.interleaved(identity, parts[::-1] if image_first else parts)
+
+    def x2i(
+        self, identity: int, instruction: str, sources: Sequence[np.ndarray], target: np.ndarray
+    ) -> Document:
+        sources_first = [Picture(codes) for codes in sources]
+        return self.interleaved(identity, [*sources_first, Text(instruction), Picture(target)])
+
+    def interleaved(self, identity: int, parts: Sequence[Part]) -> Document:
+        """BOS, the parts in order, EOS: video with its transcript, and every other mixture."""
+        draft = self._begin()
+        self._add_parts(draft, parts)
+        return self._end(draft, identity)
+
+    def interleaved_prompt(self, parts: Sequence[Part]) -> list[int]:
+        """A document's beginning, to be continued: BOS and the parts so far."""
+        draft = self._begin()
+        self._add_parts(draft, parts)
+        return draft.tokens()
+
+    # Chat: supervised fine-tuning and its prompts
+
+    def chat(
+        self,
+        identity: int,
+        task: str,
+        question: str,
+        images: Sequence[Picture],
+        response: Sequence[Part],
+        *,
+        unconditional: bool = False,
+    ) -> Document:
+        """Prompt, BSS, response, ESS, EOS; loss on the response, ESS and EOS only.
+
+        `unconditional` leaves the task and the question out, as guidance at inference does.
+        """
+        draft = self._chat_prompt(task, question, images, unconditional)
+        self._add_parts(draft, response)
+        draft.add([self.vocabulary.ess], Kind.STRUCTURE)
+        return self._end(draft, identity)
+
+    def chat_prompt(self, task: str, question: str, images: Sequence[Picture] = ()) -> list[int]:
+        """BOS ... BSS: what a model fine-tuned on `chat` documents is given."""
+        return self._chat_prompt(task, question, images, unconditional=False).tokens()
+
+    def unconditional_prompt(self, images: Sequence[Picture] = ()) -> list[int]:
+        """The chat prompt without task and question, reference images kept: for guidance."""
+        return self._chat_prompt("", "", images, unconditional=True).tokens()
+
+    def _chat_prompt(
+        self, task: str, question: str, images: Sequence[Picture], unconditional: bool
+    ) -> _Draft:
+        if unconditional:
+            before, after = "You are a helpful assistant. USER: ", " ASSISTANT: "
+        else:
+            opening = f"You are a helpful assistant for {task} task. USER: "
+            # Only edits show the pictures before the words about them.
+            before, after = (
+                (opening, f"{question} ASSISTANT: ")
+                if task == "x2i"
+                else (f"{opening}{question}", " ASSISTANT: ")
+            )
+        parts: list[Part] = [Text(before), *images, Text(after)]
+        if not images:  # one text, so that it is tokenized as a whole
+            parts = [Text(before + after)]
+        draft = self._begin(Flag.NO_LOSS)
+        self._add_parts(draft, parts, Flag.NO_LOSS)
+        draft.add([self.vocabulary.bss], Kind.STRUCTURE, Flag.NO_LOSS)
+        return draft
+
+    def _begin(self, flags: int = 0) -> _Draft:
+        draft = _Draft()
+        draft.add([self.vocabulary.bos], Kind.STRUCTURE, flags)
+        return draft
+
+    def _end(self, draft: _Draft, identity: int) -> Document:
+        draft.add([self.vocabulary.eos], Kind.STRUCTURE)
+        return draft.finish(identity)
+
+    def _add_parts(self, draft: _Draft, parts: Sequence[Part], flags: int = 0) -> None:
+        for part in parts:
+            if isinstance(part, Text):
+                tokens = self.text_tokenizer.encode(part.text)
+                draft.add(tokens, part.kind, flags, time_ms=part.time_ms)
+            else:
+                height, width = part.codes.shape
+                block = self.image_block(part.codes)
+                draft.add(block, Kind.IMAGE, flags, (height, width), part.time_ms)

@@ -1,0 +1,120 @@
+"""Runs shard jobs: which shard belongs to which task, and the tasks on datatrove or in this process.
+
+A task is a group of shards chosen by a hash of the shard's name. What is done is told by the token
+files' manifests and by nothing else, so the number of tasks may change at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+EXECUTORS = ("auto", "local", "datatrove")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    shard: Path
+    prefix: Path  # of the token file that it becomes
+
+
+def task_of(shard_name: str, num_tasks: int) -> int:
+    """The task of a shard: the same whatever other shards there are."""
+    digest = hashlib.blake2b(shard_name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % num_tasks
+
+
+def group_jobs(jobs: Sequence[ShardJob], num_tasks: int) -> list[list[ShardJob]]:
+    """The jobs of each of `num_tasks` tasks; some may have none."""
+    groups: list[list[ShardJob]] = [[] for _ in range(num_tasks)]
+    for job in jobs:
+        groups[task_of(job.shard.name, num_tasks)].append(job)
+    return groups
+
+
+def choose_executor(name: str, workers: int) -> str:
+    """`auto` is datatrove where it is installed and there is more than one worker.
+
+    One worker needs no executor: datatrove starts a manager process and writes log files for it.
+    """
+    installed = importlib.util.find_spec("datatrove") is not None
+    if name == "auto":
+        return "datatrove" if installed and workers > 1 else "local"
+    if name == "datatrove" and not installed:
+        raise UserError(
+            "datatrove is not installed", where="executor=datatrove",
+            fix="pip install 'nextstate[cluster]', or executor=local",
+        )  # fmt: skip
+    return name
+
+
+def run_tasks(
+    work: Callable[[Sequence[ShardJob]], None],
+    tasks: Sequence[Sequence[ShardJob]],
+    *,
+    workers: int,
+    executor: str,
+    log_folder: Path,
+) -> None:
+    """Call `work` with every task's jobs, `workers` tasks at a time; the first error stops it all.
+
+    `work` must be picklable: with several workers it runs in processes started afresh.
+    """
+    filled = [list(task) for task in tasks if task]
+    workers = max(1, min(workers, len(filled)))
+    if not filled:
+        return
+    if executor == "datatrove":
+        _run_on_datatrove(work, filled, workers, log_folder)
+    elif workers == 1:
+        for task in filled:
+            work(task)
+    else:
+        # A process that had torch's threads running must not be forked.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for future in as_completed([pool.submit(work, task) for task in filled]):
+                future.result()
+
+
+@dataclass
+class _Step:
+    """One pipeline step in datatrove's sense: called with (data, rank, world size)."""
+
+    work: Callable[[Sequence[ShardJob]], None]
+    tasks: list[list[ShardJob]]
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
+        self.work(self.tasks[rank])
+
+
+def _run_on_datatrove(
+    work: Callable[[Sequence[ShardJob]], None],
+    tasks: list[list[ShardJob]],
+    workers: int,
+    log_folder: Path,
+) -> None:
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    LocalPipelineExecutor(
+        pipeline=[_Step(work, tasks)],
+        tasks=len(tasks),
+        workers=workers,
+        logging_dir=str(log_folder),
+        skip_completed=False,  # its marks are per task; the manifests know better
+        start_method="spawn",
+    ).run()
+
+
+def threads_per_worker(workers: int) -> int:
+    """The share of this process's cores that a worker's torch may use."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, workers))

@@ -1,0 +1,65 @@
+"""Quality filters: each gives a prepared sample a score, and a range says which scores stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from data_pipeline.filters.basic import AspectRatio, BlankImage, MinSize, TextLength
+from data_pipeline.prepare import PreparedSample
+from data_pipeline.sources.samples import SampleError
+from model.errors import Problems
+
+
+class Filter(Protocol):
+    """A filter never changes a sample. `name` is its name in configurations."""
+
+    name: str
+    unit: str
+
+    def score(self, sample: PreparedSample) -> float | None:
+        """The sample's score, None when the filter has nothing to say about such a sample."""
+        ...
+
+
+FILTERS: dict[str, type[Filter]] = {
+    kind.name: kind for kind in (MinSize, AspectRatio, BlankImage, TextLength)
+}
+
+
+@dataclass
+class FilterConfig:
+    """Keeps samples with minimum <= score <= maximum; a bound that is null does not bind."""
+
+    name: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(
+            self.name in FILTERS, f"{key}.name", f"unknown filter {self.name!r}",
+            f"one of {', '.join(FILTERS)}",
+        )  # fmt: skip
+        problems.check(
+            self.minimum is not None or self.maximum is not None, key,
+            "a filter needs a bound", f"{key}.minimum=... or {key}.maximum=...",
+        )  # fmt: skip
+
+
+class FilterChain:
+    """The filters of a configuration, in its order."""
+
+    def __init__(self, configs: Sequence[FilterConfig]):
+        self.filters = [(FILTERS[config.name](), config) for config in configs]
+
+    def check(self, sample: PreparedSample) -> None:
+        """Raises `SampleError("filter_<name>")` at the first filter that the sample does not pass."""
+        for quality, config in self.filters:
+            score = quality.score(sample)
+            if score is None:
+                continue
+            too_low = config.minimum is not None and score < config.minimum
+            too_high = config.maximum is not None and score > config.maximum
+            if too_low or too_high:
+                raise SampleError(f"filter_{config.name}", f"{score:.4g} {quality.unit}")

@@ -1,0 +1,77 @@
+"""Pictures: decoding, and resizing to a whole number of visual tokens."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_pipeline.sources.samples import SampleError
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, made an error here
+
+
+@dataclass
+class ImageConfig:
+    """Areas in pixels. A 48 x 48 picture has an area of 2,304."""
+
+    max_area: int = 512 * 512  # larger pictures are reduced to it
+    min_area: int = 0  # smaller pictures are enlarged to it
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3], upright, transparency on white. Raises `SampleError("corrupt_image")`."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise SampleError("image_too_large", f"{picture.width} x {picture.height}")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.has_transparency_data:
+                layer = upright.convert("RGBA")
+                white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+                upright = Image.alpha_composite(white, layer)
+            return np.array(upright.convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise SampleError("image_too_large", str(error)) from error
+    # Pillow's decoders raise these on bytes that are not what they claim to be.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+        raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
+
+
+def fit_size(
+    height: int, width: int, *, factor: int, max_area: int, min_area: int = 0
+) -> tuple[int, int]:
+    """The size (height, width) in pixels to resize to: multiples of `factor`, the aspect kept.
+
+    The area never exceeds `max_area` (save that each side has at least one token), and pictures
+    already below it keep their size, up to rounding, unless they are below `min_area`.
+    """
+    assert min(height, width, factor) > 0
+    area = height * width
+    scale = math.sqrt(min(max_area, max(min_area, area)) / area)
+    rows = max(1, round(height * scale / factor))
+    columns = max(1, round(width * scale / factor))
+    max_tokens = max(1, max_area // factor**2)
+    # Rounding up may pass the limit: give up tokens of the longer side, where one changes least.
+    if rows * columns > max_tokens:
+        if rows >= columns:
+            columns = min(columns, max_tokens)
+            rows = max(1, max_tokens // columns)
+        else:
+            rows = min(rows, max_tokens)
+            columns = max(1, max_tokens // rows)
+    return rows * factor, columns * factor
+
+
+def smart_resize(picture: np.ndarray, config: ImageConfig, factor: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [H', W', 3] by bicubic interpolation; see `fit_size`."""
+    height, width = fit_size(
+        *picture.shape[:2], factor=factor, max_area=config.max_area, min_area=config.min_area
+    )
+    if (height, width) == picture.shape[:2]:
+        return picture
+    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized)

@@ -1,0 +1,296 @@
+"""One raw shard in, one token file out: idempotent, atomic; bad samples go to a quarantine list.
+
+Pictures are encoded in batches of one size, over a window of samples; documents are written in the
+order of their samples, so that the same shard, tokenizers and configuration give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipeline.atomic import atomic_write_bytes, encode_json, read_json
+from data_pipeline.document import Document, DocumentBuilder, Part, Picture, Text
+from data_pipeline.filters.base import FilterChain, FilterConfig
+from data_pipeline.image import ImageConfig
+from data_pipeline.layout import FORMATS, DocumentLayout, LayoutConfig
+from data_pipeline.prepare import Pixels, PreparedSample, SamplePreparer
+from data_pipeline.segments import count_classes
+from data_pipeline.sources import BadSample, SampleError, read_shard
+from data_pipeline.store import TokenFileWriter, checksum_file, suffixed
+from data_pipeline.tokenizers import TextTokenizer
+from data_pipeline.video.keyframes import VideoConfig
+from model.errors import Problems, UserError
+from model.vocabulary import Vocabulary
+
+# Part of every fingerprint: raised when the same input would give other tokens than before.
+CODE_VERSION = 1
+
+_WINDOW_PICTURES = 128  # pictures held back so that they are encoded together
+_WINDOW_SAMPLES = 1024  # samples held back at most
+_WINDOW_PIXELS = 32 * 1024 * 1024  # pixels held back, a limit on memory
+_BATCH_PIXELS = 4 * 1024 * 1024  # pixels of one batch of the vision encoder, at least one picture
+
+
+class VisionTokenizer(Protocol):
+    """What the pipeline asks of a vision tokenizer (`model.vision_tokenizer`)."""
+
+    factor: int  # pixels of a visual token's side
+    codebook_size: int
+    fingerprint: str
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> int64 [B, H / factor, W / factor]."""
+        ...
+
+
+@dataclass
+class TokenizeConfig:
+    """What decides the tokens, beside the input and the tokenizers."""
+
+    source: str = ""  # name of the dataset; part of every document's id
+    format: str = "pretrain"  # pretrain | chat
+    seed: int = 0
+    image: ImageConfig = field(default_factory=ImageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    filters: list[FilterConfig] = field(default_factory=list)
+
+    def validate_tokenize(self, problems: Problems) -> None:
+        problems.check(
+            self.format in FORMATS, "format", f"unknown format {self.format!r}",
+            f"format={' or '.join(FORMATS)}",
+        )  # fmt: skip
+        self.layout.validate(problems, "layout")
+        problems.check(self.image.max_area > 0, "image.max_area", "must be positive")
+        problems.check(
+            0 <= self.image.min_area <= self.image.max_area, "image.min_area",
+            "must be in [0, image.max_area]",
+        )  # fmt: skip
+        problems.check(
+            self.video.keyframe_seconds > 0, "video.keyframe_seconds", "must be positive"
+        )
+        problems.check(self.video.max_keyframes >= 0, "video.max_keyframes", "must not be negative")
+        for number, config in enumerate(self.filters):
+            config.validate(problems, f"filters[{number}]")
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    manifest: dict[str, Any]
+    skipped: bool  # was it there already?
+
+
+class ShardTokenizer:
+    """Tokenizes shards with one set of tokenizers. Without a vision tokenizer, texts only."""
+
+    def __init__(
+        self,
+        config: TokenizeConfig,
+        vocabulary: Vocabulary,
+        text_tokenizer: TextTokenizer,
+        vision_tokenizer: VisionTokenizer | None,
+    ):
+        self.config = config
+        self.vocabulary = vocabulary
+        self.text_tokenizer = text_tokenizer
+        self.vision_tokenizer = vision_tokenizer
+        factor = vision_tokenizer.factor if vision_tokenizer else 1
+        self.preparer = SamplePreparer(config.image, config.video, factor)
+        self.filters = FilterChain(config.filters)
+        builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
+        self.layout = DocumentLayout(
+            builder, config.format, config.layout, config.source, config.seed
+        )
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        # A command's configuration has more fields; the others do not decide tokens.
+        names = [entry.name for entry in dataclasses.fields(TokenizeConfig)]
+        values = dataclasses.asdict(self.config)
+        content = {
+            "code_version": CODE_VERSION,
+            "config": {name: values[name] for name in names},
+            **self._describe_tokenizers(),
+        }
+        return hashlib.blake2b(encode_json(content), digest_size=16).hexdigest()
+
+    def _describe_tokenizers(self) -> dict[str, Any]:
+        vision = self.vision_tokenizer
+        return {
+            "vocabulary": self.vocabulary.describe(),
+            "text_tokenizer": self.text_tokenizer.fingerprint,
+            "vision_tokenizer": vision.fingerprint if vision else None,
+        }
+
+    def is_done(self, shard: Path, prefix: Path) -> bool:
+        """Is the token file there, of this very shard, configuration and tokenizers?"""
+        path = suffixed(prefix, ".json")
+        if not path.is_file() or not shard.is_file():
+            return False
+        manifest = read_json(path)
+        inputs = manifest.get("inputs") or [{}]
+        return (
+            manifest.get("config_fingerprint") == self.fingerprint
+            and all(prefix.with_name(name).is_file() for name in manifest["outputs"])
+            and _is_unchanged(shard, inputs[0])
+        )
+
+    def tokenize(self, shard: Path, prefix: Path) -> ShardResult:
+        """Write `prefix`.{bin,idx,seg.npy,quarantine.jsonl,json}, the manifest last.
+
+        Nothing is done where they exist for the same shard, configuration and tokenizers.
+        """
+        if self.is_done(shard, prefix):
+            return ShardResult(read_json(suffixed(prefix, ".json")), skipped=True)
+        started = time.monotonic()
+        quarantine: list[BadSample] = []
+        counts: Counter[str] = Counter()
+        with TokenFileWriter(prefix) as writer:
+            for document in self._documents(shard, quarantine):
+                writer.add(document.tokens, document.segments)
+                counts.update(
+                    count_classes(document.tokens, document.segments, self.vocabulary.visual_start)
+                )
+            _write_quarantine(prefix, shard, quarantine)
+            manifest = writer.finish(
+                {
+                    "kind": "tokens",
+                    "num_documents": len(writer),
+                    "counts_by_class": dict(counts),
+                    "sources": [self.config.source],
+                    "config_fingerprint": self.fingerprint,
+                    "inputs": [describe_input(shard)],
+                    "quarantined": dict(Counter(bad.reason for bad in quarantine)),
+                    **self._describe_tokenizers(),
+                }
+            )
+        _report_progress(self.config.source, shard, manifest, time.monotonic() - started)
+        return ShardResult(manifest, skipped=False)
+
+    def _documents(self, shard: Path, quarantine: list[BadSample]) -> Iterator[Document]:
+        """The shard's documents in order; what cannot become one is appended to `quarantine`."""
+        for window in self._windows(shard, quarantine):
+            codes = self._encode([picture for sample in window for picture in sample.pictures])
+            for sample in window:
+                parts: list[Part] = [
+                    part if isinstance(part, Text) else Picture(next(codes), part.time_ms)
+                    for part in sample.parts
+                ]
+                try:
+                    yield self.layout.build(sample.key, sample.kind, parts, sample.metadata)
+                except SampleError as error:
+                    quarantine.append(BadSample(sample.key, error.reason, error.detail))
+
+    def _windows(self, shard: Path, quarantine: list[BadSample]) -> Iterator[list[PreparedSample]]:
+        window: list[PreparedSample] = []
+        num_pictures = num_pixels = 0
+        for item in read_shard(shard):
+            if isinstance(item, BadSample):
+                quarantine.append(item)
+                continue
+            try:
+                sample = self.preparer.prepare(item)
+                self.filters.check(sample)
+            except SampleError as error:
+                quarantine.append(BadSample(item.key, error.reason, error.detail))
+                continue
+            window.append(sample)
+            num_pictures += len(sample.pictures)
+            num_pixels += sum(picture.pixels.size // 3 for picture in sample.pictures)
+            full = num_pictures >= _WINDOW_PICTURES or num_pixels >= _WINDOW_PIXELS
+            if full or len(window) >= _WINDOW_SAMPLES:
+                yield window
+                window, num_pictures, num_pixels = [], 0, 0
+        if window:
+            yield window
+
+    def _encode(self, pictures: list[Pixels]) -> Iterator[np.ndarray]:
+        """Codes [h, w] of each picture, in order."""
+        if not pictures:
+            return iter(())
+        vision = self.vision_tokenizer
+        if vision is None:
+            raise UserError(
+                "the shards hold pictures, but no vision tokenizer is given",
+                expected="text samples only, or a vision tokenizer",
+                fix="vision_tokenizer=<folder>",
+            )
+        codes: dict[int, np.ndarray] = {}
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for number, picture in enumerate(pictures):
+            by_size.setdefault(picture.pixels.shape, []).append(number)
+        for (height, width, _), numbers in by_size.items():
+            batch_size = max(1, _BATCH_PIXELS // (height * width))
+            for start in range(0, len(numbers), batch_size):
+                batch = numbers[start : start + batch_size]
+                encoded = vision.encode(np.stack([pictures[number].pixels for number in batch]))
+                codes.update(zip(batch, encoded, strict=True))
+        return iter([codes[number] for number in range(len(pictures))])
+
+
+def tokenize_shard(
+    shard: str | Path,
+    prefix: str | Path,
+    config: TokenizeConfig,
+    vocabulary: Vocabulary,
+    text_tokenizer: TextTokenizer,
+    vision_tokenizer: VisionTokenizer | None = None,
+) -> ShardResult:
+    """Tokenize one raw shard into the token file `prefix`; see `ShardTokenizer.tokenize`."""
+    tokenizer = ShardTokenizer(config, vocabulary, text_tokenizer, vision_tokenizer)
+    return tokenizer.tokenize(Path(shard), Path(prefix))
+
+
+def describe_input(shard: Path) -> dict[str, Any]:
+    status = shard.stat()
+    return {
+        "name": shard.name,
+        "checksum": checksum_file(shard),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+    }
+
+
+def _is_unchanged(shard: Path, recorded: dict[str, Any]) -> bool:
+    """The same size and time of change stand for the same content; else the checksum decides."""
+    status = shard.stat()
+    if recorded.get("name") != shard.name or recorded.get("bytes") != status.st_size:
+        return False
+    if recorded.get("modified_ns") == status.st_mtime_ns:
+        return True
+    return recorded.get("checksum") == checksum_file(shard)
+
+
+def _write_quarantine(prefix: Path, shard: Path, quarantine: list[BadSample]) -> None:
+    """One JSON object a line; no file where there is nothing to list."""
+    path = suffixed(prefix, ".quarantine.jsonl")
+    if not quarantine:
+        path.unlink(missing_ok=True)
+        return
+    entries = ({"shard": shard.name, **dataclasses.asdict(bad)} for bad in quarantine)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    atomic_write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
+def _report_progress(source: str, shard: Path, manifest: dict[str, Any], seconds: float) -> None:
+    num_bad = sum(manifest["quarantined"].values())
+    num_samples = manifest["num_documents"] + num_bad
+    print(
+        f"tokenize {source} {shard.name}: {manifest['num_documents']:,} documents, "
+        f"{manifest['num_tokens']:,} tokens, {num_bad:,} quarantined, "
+        f"{num_samples / max(seconds, 1e-9):,.0f} samples/s [{os.getpid()}]",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,307 @@
+"""Text tokenizers behind one interface: SentencePiece, tiktoken ranks, Hugging Face `tokenizers`.
+
+All of them read text only: the names of control tokens in a user's text ("<s>", "<|extra_200|>")
+are encoded as the characters they are. Structure ids come from `model.vocabulary` alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_pipeline.atomic import atomic_write_bytes, atomic_write_json
+from model.errors import UserError
+
+DESCRIPTION_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
+FORMAT_VERSION = 1
+
+# Longer texts are encoded piece by piece: the tokenizers' time grows faster than the text.
+_MAX_CHARACTERS = 100_000
+_MAX_LINE_BYTES = 4096  # of the SentencePiece trainer; longer lines would be ignored
+
+# How Qwen's tokenizer cuts text before merging; digits stand one by one.
+_QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TextTokenizer(Protocol):
+    """Text to ids in [0, size) and back."""
+
+    size: int
+    fingerprint: str  # differs wherever two tokenizers may give other ids
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. With `train_sentencepiece`'s options decode(encode(x)) == x."""
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError("not a SentencePiece model", got=str(error)) from error
+        self.size = self._processor.vocab_size()
+        self.fingerprint = _fingerprint("sentencepiece", model)
+        # SentencePiece writes a space as this character; the character itself goes as bytes.
+        self._block_ids = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for number, piece in enumerate(text.split("\u2581")):
+            ids.extend(self._block_ids if number else [])
+            for part in _split_long(piece):
+                ids.extend(self._processor.encode(part))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(index) for index in ids])
+
+
+class TiktokenTokenizer:
+    """Byte-level BPE from a ranks file as Qwen and Emu3.5 ship it; text is NFC-normalised first."""
+
+    def __init__(self, ranks_file: bytes, name: str = "ranks"):
+        import tiktoken
+
+        ranks = _parse_ranks(ranks_file, name)
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=_QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+        self.size = len(ranks)
+        self.fingerprint = _fingerprint("tiktoken", ranks_file)
+
+    def encode(self, text: str) -> list[int]:
+        normal = unicodedata.normalize("NFC", text)
+        return [
+            index for part in _split_long(normal) for index in self._encoding.encode_ordinary(part)
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode([int(index) for index in ids])
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` of the `tokenizers` library."""
+
+    def __init__(self, definition: bytes):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UserError(
+                "this tokenizer needs the `tokenizers` package", fix="pip install tokenizers"
+            ) from error
+        # The library raises a bare Exception on a file it cannot read.
+        try:
+            self._tokenizer = Tokenizer.from_str(definition.decode())
+        except Exception as error:
+            raise UserError("not a tokenizer.json of Hugging Face", got=str(error)) from error
+        self._tokenizer.encode_special_tokens = True  # names of special tokens are mere text
+        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.fingerprint = _fingerprint("huggingface", definition)
+
+    def encode(self, text: str) -> list[int]:
+        encoded = self._tokenizer.encode_batch(list(_split_long(text)), add_special_tokens=False)
+        return [index for part in encoded for index in part.ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
+
+
+def encode_grid(tokenizer: TextTokenizer, height: int, width: int) -> list[int]:
+    """The ids of an image block's size, "6*6", one for each character whatever would be merged.
+
+    Raises `UserError` when the tokenizer has no token of its own for a digit or the star.
+    """
+    ids = []
+    for character in f"{height}*{width}":
+        encoded = tokenizer.encode(character)
+        if len(encoded) != 1:
+            raise UserError(
+                "the text tokenizer cannot write image sizes", expected="one token for each digit and *",
+                got=f"{len(encoded)} tokens for {character!r}",
+                fix="train the tokenizer with digits and * among its characters",
+            )  # fmt: skip
+        ids += encoded
+    return ids
+
+
+def load_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """From a folder that `train_sentencepiece` wrote, or a .model, .tiktoken or .json file."""
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.is_file():
+        raise UserError(
+            "the text tokenizer does not exist", where=str(path),
+            expected="a text_tokenizer folder, or a .model, .tiktoken or tokenizer.json file",
+            fix="train one with `nextstate train stage=text_tokenizer`, or give its path",
+        )  # fmt: skip
+    return _tokenizer_of_file(path, path.read_bytes())
+
+
+def _load_folder(folder: Path) -> TextTokenizer:
+    description = read_description(folder)
+    if description is None:
+        if (folder / DESCRIPTION_FILE).is_file():  # a model folder of Hugging Face
+            return load_text_tokenizer(folder / DESCRIPTION_FILE)
+        raise UserError(
+            "the folder holds no text tokenizer", where=str(folder), expected=DESCRIPTION_FILE,
+            fix="train one with `nextstate train stage=text_tokenizer`",
+        )  # fmt: skip
+    path = folder / str(description["file"])
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != description["sha256"]:
+        raise UserError(
+            "the text tokenizer is damaged", where=str(path),
+            expected=f"sha256 {description['sha256']}", got=hashlib.sha256(data).hexdigest(),
+            fix="remove the folder and train it again",
+        )  # fmt: skip
+    return _tokenizer_of_file(path, data)
+
+
+def _tokenizer_of_file(path: Path, data: bytes) -> TextTokenizer:
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(data)
+    if path.suffix == ".tiktoken":
+        return TiktokenTokenizer(data, path.name)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(data)
+    raise UserError(
+        "unknown kind of text tokenizer", where=str(path), expected=".model, .tiktoken or .json",
+        got=path.suffix or "no suffix", fix="rename the file or convert it",
+    )  # fmt: skip
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """What `train_sentencepiece` recorded, None where the folder is not one of its own."""
+    try:
+        description = json.loads((folder / DESCRIPTION_FILE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    ours = isinstance(description, dict) and {"kind", "file", "sha256"} <= description.keys()
+    return description if ours else None
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    target: Path,
+    size: int,
+    *,
+    seed: int = 0,
+    character_coverage: float = 0.9995,
+    inputs: dict[str, Any] | None = None,
+) -> SentencePieceTokenizer:
+    """Train a unigram model of exactly `size` pieces and publish it as the folder `target`.
+
+    The same texts in the same order give the same bytes: one thread, nothing sampled. Text is
+    taken as it is (no normalisation, no added space), unknown characters become bytes, and digits
+    stand one by one, so that decode(encode(x)) == x. `inputs` is kept in the description, which is
+    written last. Raises `UserError` when the texts are too
+    few for `size` pieces.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_training_lines(texts)), model_writer=model, vocab_size=size,
+            model_type="unigram", num_threads=1, byte_fallback=True, split_digits=True,
+            normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, required_chars="0123456789*",
+            character_coverage=character_coverage, shuffle_input_sentence=False,
+            max_sentence_length=_MAX_LINE_BYTES + 8, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise _training_error(error, size) from error
+    description = {
+        "format_version": FORMAT_VERSION,
+        "kind": "sentencepiece",
+        "file": MODEL_FILE,
+        "size": size,
+        "sha256": hashlib.sha256(model.getvalue()).hexdigest(),
+        "inputs": inputs or {},
+    }
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    _publish(target, model.getvalue(), description)
+    return tokenizer
+
+
+def _training_error(error: RuntimeError, size: int) -> UserError:
+    message = str(error).strip().splitlines()[-1]
+    suggested = re.search(r"value <= (\d+)", message)
+    fix = (
+        f"ask for at most {suggested[1]} pieces" if suggested else "give other text or another size"
+    )
+    return UserError(
+        "the text tokenizer cannot be trained", expected=f"text for {size} pieces", got=message,
+        fix=f"{fix}, or give more text",
+    )  # fmt: skip
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends, cut at the trainer's limit."""
+    max_characters = _MAX_LINE_BYTES // 4  # a character has at most 4 bytes in UTF-8
+    for text in texts:
+        for line in text.splitlines():
+            for start in range(0, len(line), max_characters):
+                yield line[start : start + max_characters]
+
+
+def _publish(target: Path, model: bytes, description: dict[str, Any]) -> None:
+    """The description is removed first and written last: without it there is no tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / DESCRIPTION_FILE).unlink(missing_ok=True)
+    atomic_write_bytes(target / MODEL_FILE, model)
+    atomic_write_json(target / DESCRIPTION_FILE, description)
+
+
+def _parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
+    """Lines of base64 token and rank. Ranks must be 0 .. n - 1."""
+    try:
+        lines = (line.split() for line in data.splitlines() if line.strip())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except (ValueError, binascii.Error) as error:
+        raise UserError("not a tiktoken ranks file", where=name, got=str(error)) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise UserError(
+            "not a complete tiktoken ranks file", where=name,
+            expected="every rank from 0 on once, the 256 single bytes among the tokens",
+            got=f"{len(ranks)} tokens",
+        )  # fmt: skip
+    return ranks
+
+
+def _split_long(text: str) -> Iterator[str]:
+    """The text in pieces of bounded length, cut before whitespace where there is any."""
+    start = 0
+    while len(text) - start > _MAX_CHARACTERS:
+        end = start + _MAX_CHARACTERS
+        spaces = [text.rfind(space, start + 1, end) for space in (" ", "\n")]
+        end = max(spaces) if max(spaces) > start else end
+        yield text[start:end]
+        start = end
+    if text[start:]:
+        yield text[start:]
+
+
+def _fingerprint(kind: str, data: bytes) -> str:
+    return hashlib.blake2b(kind.encode() + b"\0" + data, digest_size=16).hexdigest()

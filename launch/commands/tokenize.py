@@ -1,0 +1,190 @@
+"""`nextstate tokenize`: raw webdataset shards to token files."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.atomic import read_json
+from data_pipeline.engine import (
+    EXECUTORS,
+    ShardJob,
+    choose_executor,
+    group_jobs,
+    run_tasks,
+    threads_per_worker,
+)
+from data_pipeline.store import published_prefixes, suffixed
+from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
+from data_pipeline.tokenizers import load_text_tokenizer
+from model.errors import Problems, UserError
+from model.vocabulary import Vocabulary, VocabularyConfig
+
+HELP = """Turn raw webdataset shards into token files.
+
+  nextstate tokenize input='runs/demo/corpora/scenes/*.tar' target=runs/demo/tokens/48/scenes \\
+      text_tokenizer=runs/demo/text_tokenizer vision_tokenizer=runs/demo/vision_tokenizer \\
+      image.max_area=2304
+
+One shard becomes one token file. A shard that is done already, with the same configuration and
+tokenizers, is skipped. Samples that cannot be used are counted by reason and listed beside the
+token file in NNNNNN.quarantine.jsonl.
+"""
+
+_TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
+
+
+@dataclass
+class Config(TokenizeConfig):
+    """`source` defaults to the target folder's name."""
+
+    input: Any = None  # a pattern of .tar files, or a list of them
+    target: str = ""  # folder of token files
+    text_tokenizer: str = ""  # folder or file
+    vision_tokenizer: str | None = None  # stage folder; null: the shards hold text only
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)  # sizes are taken from
+    # the tokenizers; visual_size is read when there is no vision tokenizer
+    workers: int = 1  # tasks at a time, each a process
+    num_tasks: int = 0  # groups of shards; 0: chosen
+    executor: str = "auto"  # auto | local | datatrove
+    json: bool = False  # answer with one JSON object
+
+    def validate(self) -> None:
+        problems = Problems()
+        for name in ("target", "text_tokenizer"):
+            problems.check(bool(getattr(self, name)), name, "is required", f"{name}=<path>")
+        problems.check(bool(self.input), "input", "is required", "input='<folder>/*.tar'")
+        problems.check(self.workers > 0, "workers", "must be positive", "workers=1")
+        problems.check(self.num_tasks >= 0, "num_tasks", "must not be negative", "num_tasks=0")
+        problems.check(
+            self.executor in EXECUTORS, "executor", f"unknown executor {self.executor!r}",
+            f"executor={' or '.join(EXECUTORS)}",
+        )  # fmt: skip
+        self.vocabulary.validate(problems, "vocabulary")
+        self.validate_tokenize(problems)
+        problems.raise_if_any()
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Tokenize what is not tokenized yet; the answer counts all of the target."""
+    config.validate()
+    target = Path(config.target)
+    config = replace(config, source=config.source or target.name)
+    jobs = plan_jobs(config.input, target)
+    tokenizer = load_tokenizer(config)
+    remaining = [job for job in jobs if not tokenizer.is_done(job.shard, job.prefix)]
+    num_tasks = config.num_tasks or min(len(jobs), config.workers * _TASKS_PER_WORKER)
+    run_tasks(
+        TokenizeTask(config, tokenizer),
+        group_jobs(remaining, num_tasks),
+        workers=config.workers,
+        executor=choose_executor(config.executor, config.workers),
+        log_folder=target / "logs",
+    )
+    return summarize(target, jobs, len(jobs) - len(remaining))
+
+
+def plan_jobs(patterns: Any, target: Path) -> list[ShardJob]:
+    """Shards in order of their paths, numbered as token files 000000, 000001...
+
+    Raises `UserError` for a pattern without files, and when the target holds token files of shards
+    that are not in the list: they would be packed with the others.
+    """
+    wanted = [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns]
+    shards: set[Path] = set()
+    for pattern in wanted:
+        found = glob.glob(pattern, recursive=True)
+        if not found:
+            raise UserError(
+                "no input shards", where=f"input={pattern}", expected="webdataset .tar files",
+                got="no file of this name or pattern", fix="check the path",
+            )  # fmt: skip
+        shards.update(map(Path, found))
+    jobs = [
+        ShardJob(shard, target / f"{number:06d}") for number, shard in enumerate(sorted(shards))
+    ]
+    if target.is_dir():
+        expected = {job.prefix for job in jobs}
+        strangers = [prefix for prefix in published_prefixes(target) if prefix not in expected]
+        if strangers:
+            raise UserError(
+                "the target holds token files of other inputs", where=str(target),
+                expected=f"at most the {len(jobs)} files of this input",
+                got=", ".join(prefix.name for prefix in strangers[:5]),
+                fix="give all inputs in one call, or remove those files, or take another target",
+            )  # fmt: skip
+    return jobs
+
+
+class TokenizeTask:
+    """The work of a task. In another process it loads the tokenizers anew: they are not pickled."""
+
+    def __init__(self, config: Config, tokenizer: ShardTokenizer | None):
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "tokenizer": None}
+
+    def __call__(self, jobs: Sequence[ShardJob]) -> None:
+        self.tokenizer = self.tokenizer or load_tokenizer(self.config)
+        for job in jobs:
+            self.tokenizer.tokenize(job.shard, job.prefix)
+
+
+def load_tokenizer(config: Config) -> ShardTokenizer:
+    """The tokenizers, and the vocabulary that their sizes make."""
+    text_tokenizer = load_text_tokenizer(config.text_tokenizer)
+    vision_tokenizer = None
+    if config.vision_tokenizer:
+        import torch
+
+        from model.vision_tokenizer import load_vision_tokenizer
+
+        torch.set_num_threads(threads_per_worker(config.workers))
+        vision_tokenizer = load_vision_tokenizer(config.vision_tokenizer)
+    sizes = {"text_size": text_tokenizer.size, "visual_size": config.vocabulary.visual_size}
+    if vision_tokenizer is not None:
+        sizes["visual_size"] = vision_tokenizer.codebook_size
+    vocabulary = Vocabulary.from_config(
+        VocabularyConfig(
+            preset=config.vocabulary.preset,
+            reserved_size=config.vocabulary.reserved_size,
+            pad_multiple=config.vocabulary.pad_multiple,
+            **sizes,
+        )
+    )
+    check_sizes(vocabulary, sizes)
+    return ShardTokenizer(config, vocabulary, text_tokenizer, vision_tokenizer)
+
+
+def check_sizes(vocabulary: Vocabulary, sizes: dict[str, int]) -> None:
+    """A preset with fixed ids may be too small for the tokenizers."""
+    for name, size in sizes.items():
+        if size > getattr(vocabulary, name):
+            raise UserError(
+                "a tokenizer does not fit the vocabulary", where=f"vocabulary.{name}",
+                expected=f"at most {getattr(vocabulary, name):,} ids", got=f"{size:,}",
+                fix="vocabulary.preset=compact, or the tokenizers of this preset",
+            )  # fmt: skip
+
+
+def summarize(target: Path, jobs: Sequence[ShardJob], num_skipped: int) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
+    num_documents = num_tokens = 0
+    for job in jobs:
+        manifest = read_json(suffixed(job.prefix, ".json"))
+        num_documents += manifest["num_documents"]
+        num_tokens += manifest["num_tokens"]
+        counts.update(manifest["counts_by_class"])
+        quarantined.update(manifest["quarantined"])
+    return {
+        "num_documents": num_documents, "num_tokens": num_tokens, "counts_by_class": dict(counts),
+        "quarantined": dict(quarantined), "num_shards": len(jobs), "skipped_shards": num_skipped,
+        "target": str(target),
+    }  # fmt: skip

@@ -1,0 +1,70 @@
+"""Initial weights as a function of (seed, logical name of the parameter): the same in every layout.
+
+Matrices are normal(0, std) with std = `init_std`; the two that write into the residual stream (attention output and
+MLP down projection) use init_std / sqrt(2 * num_layers), as megatron-core does. Norms start at one. Rows that pad the
+vocabulary are drawn like the others. A matrix is drawn in blocks of rows, each from its own generator, so that a rank
+draws little more than the part it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from model.config import ModelConfig
+from model.layout import Block, LogicalParameter, logical_parameters
+
+_BLOCK_ELEMENTS = (
+    1 << 24
+)  # of one generator; part of the definition: changing it changes every initial weight
+_RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def standard_deviation(name: str, config: ModelConfig) -> float | None:
+    """Of a parameter's initial values; None for norms, which start at one."""
+    if name.endswith(("norm.weight", "norm_weight")):
+        return None
+    if name.endswith(_RESIDUAL_OUTPUTS):
+        return config.init_std / math.sqrt(2.0 * config.num_layers)
+    return config.init_std
+
+
+def initial_rows(
+    name: str, shape: tuple[int, ...], std: float | None, seed: int, start: int, stop: int
+) -> torch.Tensor:
+    """Rows [start, stop) of the logical parameter `name` of the given full shape; float32 on the CPU."""
+    if std is None:
+        return torch.ones(stop - start, *shape[1:])
+    row_elements = math.prod(shape[1:])
+    block_rows = max(1, _BLOCK_ELEMENTS // row_elements)
+    parts = []
+    for block in range(start // block_rows, -(-stop // block_rows)):
+        first, last = block * block_rows, min((block + 1) * block_rows, shape[0])
+        digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        values = torch.normal(0.0, std, (last - first, *shape[1:]), generator=generator)
+        parts.append(values[max(start, first) - first : min(stop, last) - first])
+    return torch.cat(parts)
+
+
+def _initial_block(
+    parameter: LogicalParameter, block: Block, std: float | None, seed: int
+) -> torch.Tensor:
+    start, length = block.global_offset[0], block.shape[0]
+    rows = initial_rows(parameter.name, parameter.global_shape, std, seed, start, start + length)
+    inner = tuple(
+        slice(o, o + n) for o, n in zip(block.global_offset[1:], block.shape[1:], strict=True)
+    )
+    return rows[(slice(None), *inner)]
+
+
+@torch.no_grad()
+def initialize(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
+    """Give every parameter of this rank its part of the logical initial weights."""
+    parameters = dict(model.named_parameters())
+    for local_name, logical in logical_parameters(model).items():
+        std = standard_deviation(logical.name, config)
+        for block in logical.blocks:
+            block.of(parameters[local_name]).copy_(_initial_block(logical, block, std, seed))

@@ -1,0 +1,78 @@
+"""Weighted cross entropy over a vocabulary that may be split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model import cpu_backend
+
+cpu_backend.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
+
+from model.vocabulary import TokenClass, Vocabulary  # noqa: E402
+
+
+class _MaskColumns(torch.autograd.Function):
+    """Sets the columns from `first` on to -inf, in place.
+
+    Their probability is exactly zero, so the gradient that the cross entropy sends back is zero there already and
+    passes through untouched: no copy of the logits in either direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, first: int) -> torch.Tensor:
+        logits[..., first:] = float("-inf")
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+def token_losses(
+    logits: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary
+) -> torch.Tensor:
+    """Cross entropy of each token: logits [..., padded vocabulary / tensor], labels int64 [...] -> float32 [...].
+
+    Ids that only pad the vocabulary take no part. The logits are overwritten.
+    """
+    start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    num_valid = max(0, vocabulary.size - start)
+    if num_valid < logits.shape[-1]:
+        logits = _MaskColumns.apply(logits, num_valid)
+    return vocab_parallel_cross_entropy(logits, labels)
+
+
+@dataclass
+class LossSums:
+    """Unweighted sums over the labels with loss, float64: by class and by source."""
+
+    weighted: torch.Tensor  # [], sum of weight * loss
+    by_class: torch.Tensor  # [len(TokenClass)]
+    by_source: torch.Tensor  # [number of sources]
+
+    def flat(self) -> torch.Tensor:
+        return torch.cat((self.weighted[None], self.by_class, self.by_source))
+
+
+def sum_losses(
+    losses: torch.Tensor,
+    weights: torch.Tensor,
+    classes: torch.Tensor,
+    sources: torch.Tensor,
+    num_sources: int,
+) -> LossSums:
+    """Sums of flat per-token losses [T]; `classes` and `sources` int64 [T]; weight 0 means no loss."""
+    losses = losses.detach().double()
+    counted = torch.where(weights > 0, losses, 0.0)
+    return LossSums(
+        weighted=(losses * weights).sum(),
+        by_class=torch.bincount(classes, counted, minlength=len(TokenClass)),
+        by_source=torch.bincount(sources, counted, minlength=num_sources),
+    )

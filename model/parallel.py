@@ -1,0 +1,98 @@
+"""Process groups: who talks to whom. Thin over megatron-core's `parallel_state`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import timedelta
+
+from model import cpu_backend
+from model.errors import UserError
+
+
+def backend_name() -> str:
+    return "nccl" if cpu_backend.has_accelerator() else "gloo"
+
+
+def initialize(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
+    init_method: str | None = None,
+    timeout_seconds: float = 1800.0,
+) -> None:
+    """Join the ranks and lay them out as tensor x context x data x pipeline (tensor varies fastest).
+
+    `rank` and `world_size` default to the launcher's environment, a single process otherwise. `init_method` is
+    torch's ("file:///path" or "env://"); a single process needs none. A torch process group that is already there is
+    used as it is. Raises `UserError` when the layout does not divide the number of ranks.
+    """
+    cpu_backend.install()
+    import torch.distributed as distributed
+    from megatron.core import parallel_state
+
+    if not distributed.is_initialized():
+        _join(rank, world_size, init_method, timeout_seconds)
+    world_size = distributed.get_world_size()
+    model_ranks = tensor * pipeline * context
+    if world_size % model_ranks:
+        raise UserError(
+            "the layout does not fit the number of processes",
+            expected=f"a multiple of tensor * pipeline * context = {model_ranks}", got=str(world_size),
+            fix=f"start {model_ranks * max(1, world_size // model_ranks)} processes or change parallel.*",
+        )  # fmt: skip
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context,
+        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)), create_gloo_process_groups=False,
+    )  # fmt: skip
+
+
+def _join(
+    rank: int | None, world_size: int | None, init_method: str | None, timeout_seconds: float
+) -> None:
+    import torch.distributed as distributed
+
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if init_method is None and world_size == 1:
+        init_method = f"file://{tempfile.mkdtemp(prefix='nextstate_rendezvous_')}/store"
+    distributed.init_process_group(
+        backend_name(), init_method=init_method or "env://", rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )  # fmt: skip
+
+
+def is_initialized() -> bool:
+    cpu_backend.install()
+    from megatron.core import parallel_state
+
+    return parallel_state.model_parallel_is_initialized()
+
+
+def destroy() -> None:
+    """Forget the layout and leave the process group. Does nothing where there is none."""
+    cpu_backend.install()
+    import torch.distributed as distributed
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def seed_random_streams(seed: int) -> None:
+    """Seed dropout: one stream per tensor-parallel rank inside split regions, one shared by them outside."""
+    cpu_backend.install()
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    # Stages and replicas draw different masks; tensor-parallel ranks must agree outside their split regions.
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    stream_seed = seed + 100 * stage + 10_000 * replica
+    torch.manual_seed(stream_seed)
+    model_parallel_cuda_manual_seed(stream_seed)

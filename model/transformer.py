@@ -1,0 +1,230 @@
+"""Builds megatron-core's GPTModel from a ModelConfig, and runs it step by step with a cache."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from model import cpu_backend
+
+cpu_backend.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
+
+from model.attention import CachedSequences, PackedAttention, rotary_tables  # noqa: E402
+from model.config import ModelConfig  # noqa: E402
+from model.generation.cache import KeyValueCache  # noqa: E402
+from model.initialization import initialize  # noqa: E402
+from model.layout import mark_split_parameters  # noqa: E402
+from model.vocabulary import Vocabulary  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with megatron-core's constructor and its mark for sequence-parallel gradients."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def megatron_config(config: ModelConfig, *, sequence_parallel: bool = True) -> TransformerConfig:
+    """megatron-core's configuration of this model in the layout that is initialised (see `model.parallel`)."""
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    dtype = DTYPES[config.dtype]
+    on_cpu = not cpu_backend.has_accelerator()
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.head_dim,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        qk_layernorm=True,
+        add_bias_linear=False,
+        # One number in three places: hidden_dropout acts after the embedding and on both residual branches.
+        hidden_dropout=config.dropout,
+        attention_dropout=config.dropout,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        sequence_parallel=sequence_parallel and tensor > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,  # see model.initialization
+        # The loss is normalised by the total weight of the global batch: gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+        batch_p2p_comm=not on_cpu,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=not on_cpu,
+        gradient_accumulation_fusion=False,
+        barrier_with_L1_time=False,
+    )
+
+
+def _layer_spec() -> ModuleSpec:
+    """A layer of Transformer Engine's modules where it is installed on a GPU, of megatron-core's own otherwise."""
+    if cpu_backend.has_accelerator() and importlib.util.find_spec("transformer_engine"):
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        layer = spec.submodules
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        layer.self_attention.submodules.q_layernorm = RMSNorm
+        layer.self_attention.submodules.k_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int | None = None,
+    sequence_parallel: bool = True,
+    pre_process: bool = True,
+    post_process: bool = True,
+    device: torch.device | str | None = None,
+) -> GPTModel:
+    """This rank's part of the model in the layout that `model.parallel.initialize` has set.
+
+    `pre_process` / `post_process`: with embedding / with final norm and output layer (first and last pipeline stage).
+    `seed` fills the weights (see `model.initialization`); without it they are undefined, to be loaded. `device="meta"`
+    gives shapes only. Forward takes tokens [1, T] and `PackedDocuments`, and returns logits [1, T, V / tensor]
+    (hidden states on stages without `post_process`).
+    """
+    core_config = megatron_config(config, sequence_parallel=sequence_parallel)
+    num_layers = get_num_layers_to_build(
+        core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank()
+    )
+    block = TransformerBlockSubmodules(layer_specs=[_layer_spec()] * num_layers, layer_norm=RMSNorm)
+    with torch.device(device) if device is not None else nullcontext():
+        model = GPTModel(
+            core_config,
+            block,
+            vocab_size=Vocabulary.from_config(config.vocabulary).padded_size,
+            max_sequence_length=config.max_sequence_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="none",  # RoPE is applied by PackedAttention
+        )
+    model.model_config = config
+    mark_split_parameters(model)
+    if seed is not None:
+        initialize(model, config, seed)
+    return model
+
+
+@contextmanager
+def without_sequence_parallel(model: GPTModel) -> Iterator[None]:
+    """Switch sequence parallelism off: a decoding step has too few tokens to split."""
+    was_on = model.config.sequence_parallel
+    if was_on:
+        set_model_to_sequence_parallel(model, False)
+    try:
+        yield
+    finally:
+        if was_on:
+            set_model_to_sequence_parallel(model, True)
+
+
+def allocate_cache(model: GPTModel, batch_size: int, max_length: int) -> KeyValueCache:
+    """An empty cache for `decoder_forward` with this model."""
+    core = model.config
+    parameter = next(model.parameters())
+    return KeyValueCache.allocate(
+        num_layers=len(model.decoder.layers), batch_size=batch_size, max_length=max_length,
+        num_groups=core.num_query_groups // core.tensor_model_parallel_size, head_dim=core.kv_channels,
+        dtype=parameter.dtype, device=parameter.device,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def decoder_forward(
+    model: GPTModel,
+    tokens: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: KeyValueCache,
+    *,
+    num_new: torch.Tensor | None = None,
+    last_only: bool = False,
+) -> torch.Tensor:
+    """Run new tokens of B sequences behind what the cache holds of them, and append them to it.
+
+    `tokens`, `position_ids`: int64 [B, t]. Row b's tokens take the slots from `cache.lengths[b]` on. `num_new` int64
+    [B]: how many of the t tokens of each row are real (all by default); those behind are padding, and only the real
+    ones lengthen the row. Returns float32 logits [B, t, padded vocabulary], ids that pad the vocabulary at -inf; with
+    `last_only` [B, 1, ...] of each row's last real token. All tensor-parallel ranks return the same; the model must
+    not be split over pipeline stages.
+    """
+    assert model.pre_process and model.post_process, "decoding needs the whole depth on one rank"
+    config: ModelConfig = model.model_config
+    step = _cached_step(config, position_ids, cache)
+    was_training = model.training
+    model.eval()
+    with without_sequence_parallel(model):
+        hidden = model.embedding(tokens, None)
+        hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
+        if last_only:
+            hidden = _last_real(hidden, num_new)
+        logits, _ = model.output_layer(hidden, runtime_gather_output=True)
+    model.train(was_training)
+    cache.lengths += tokens.shape[1] if num_new is None else num_new
+    logits = logits.transpose(0, 1).float()
+    logits[..., Vocabulary.from_config(config.vocabulary).size :] = float("-inf")
+    return logits
+
+
+def _last_real(hidden: torch.Tensor, num_new: torch.Tensor | None) -> torch.Tensor:
+    """[t, B, h] -> [1, B, h], the last real token of each row."""
+    if num_new is None:
+        return hidden[-1:]
+    rows = torch.arange(hidden.shape[1], device=hidden.device)
+    return hidden[num_new - 1, rows][None]
+
+
+def _cached_step(
+    config: ModelConfig, position_ids: torch.Tensor, cache: KeyValueCache
+) -> CachedSequences:
+    steps = torch.arange(position_ids.shape[1], device=position_ids.device)
+    slots = cache.lengths[:, None] + steps[None]
+    reach = int(slots.max()) + 1
+    assert reach <= cache.max_length, (
+        f"the cache holds {cache.max_length} tokens, {reach} are needed"
+    )
+    is_even = len(steps) == 1 and bool((cache.lengths == cache.lengths[0]).all())
+    mask = None
+    if not is_even:
+        mask = torch.arange(reach, device=slots.device)[None, None, None] <= slots[:, None, :, None]
+    cos, sin = rotary_tables(position_ids.T, config.head_dim, config.rope_theta, cache.keys.dtype)
+    return CachedSequences(
+        qkv_format="sbhd", cache=cache, slots=slots, mask=mask, reach=reach, rotary_cos=cos[:, :, None],
+        rotary_sin=sin[:, :, None],
+    )  # fmt: skip

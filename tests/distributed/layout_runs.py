@@ -1,0 +1,180 @@
+"""What the workers run: a tiny model on synthetic packed batches, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.batch import MicroBatch
+from model.config import ModelConfig
+from model.vocabulary import VocabularyConfig
+from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig
+
+ROW_TOKENS = 64
+ROWS = 8
+SOURCES = ("first", "second")
+VOCABULARY = VocabularyConfig(text_size=90, reserved_size=16, visual_size=60, pad_multiple=64)
+
+
+def train_config(dtype: str = "float32", dropout: float = 0.0, **layout: Any) -> TrainConfig:
+    model = ModelConfig(
+        name="tiny", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2,
+        head_dim=32, dtype=dtype, vocabulary=VOCABULARY, dropout=dropout,
+    )  # fmt: skip
+    optimizer = OptimizerConfig(learning_rate=3e-3, gradient_clip=0.5, weight_decay=0.1)
+    stage = StageConfig(
+        sequence_length=ROW_TOKENS,
+        global_batch_size=ROWS,
+        micro_batch_size=2,
+        optimizer=optimizer,
+        steps=20,
+    )
+    return TrainConfig(model=model, stage=stage, parallel=ParallelConfig(**layout))
+
+
+def random_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One packed row: several documents, padding at the end, labels of three classes and weights."""
+    num_documents = int(rng.integers(1, 6))
+    num_padding = int(rng.integers(0, 16))
+    cuts = np.sort(
+        rng.choice(np.arange(2, ROW_TOKENS - num_padding - 1), num_documents - 1, replace=False)
+    )
+    bounds = np.unique(np.concatenate(([0], cuts, [ROW_TOKENS - num_padding, ROW_TOKENS])))
+    # A repeated pattern gives the model something to learn.
+    tokens = (np.arange(ROW_TOKENS) * 7 + int(rng.integers(0, 5))) % 160
+    starts = np.repeat(bounds[:-1], np.diff(bounds))
+    labels = np.roll(tokens, -1)
+    classes = np.where(labels < 90, 0, np.where(labels < 106, 2, 1))
+    weights = np.array([1.0, 0.5, 0.25])[classes]
+    weights[bounds[1:] - 1] = 0.0
+    weights[ROW_TOKENS - num_padding :] = 0.0
+    return {
+        "tokens": tokens, "labels": labels, "loss_weights": weights, "loss_classes": classes,
+        "sources": rng.integers(0, 2, ROW_TOKENS), "position_ids": np.arange(ROW_TOKENS) - starts, "bounds": bounds,
+    }  # fmt: skip
+
+
+def micro_batch(rows: Sequence[dict[str, np.ndarray]]) -> MicroBatch:
+    cu_seqlens = np.concatenate(
+        [[0]] + [row["bounds"][1:] + i * ROW_TOKENS for i, row in enumerate(rows)]
+    )
+    dtypes = {"loss_weights": np.float32, "loss_classes": np.uint8, "sources": np.uint16}
+    names = ("tokens", "labels", "loss_weights", "loss_classes", "sources", "position_ids")
+    arrays = {
+        name: np.stack([row[name] for row in rows]).astype(dtypes.get(name, np.int64))
+        for name in names
+    }
+    return MicroBatch(
+        **arrays, cu_seqlens=cu_seqlens.astype(np.int32), max_seqlen=int(np.diff(cu_seqlens).max()),
+        num_real_tokens=ROW_TOKENS * len(rows),
+    )  # fmt: skip
+
+
+def batch_of_step(step: int, data_rank: int, data_size: int, rows_at_once: int) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches; the global batch depends on the step only."""
+    rng = np.random.default_rng(1000 + step)
+    rows = [random_row(rng) for _ in range(ROWS)]
+    mine = rows[data_rank::data_size]
+    return [micro_batch(mine[i : i + rows_at_once]) for i in range(0, len(mine), rows_at_once)]
+
+
+def build_engine(config: TrainConfig) -> Any:
+    from training.engines.megatron import MegatronEngine
+
+    return MegatronEngine(config, source_names=SOURCES)
+
+
+def run_steps(engine: Any, first: int, last: int) -> list[Any]:
+    results = []
+    for step in range(first, last):
+        batches = batch_of_step(
+            step,
+            engine.data_parallel_rank,
+            engine.data_parallel_size,
+            engine.config.stage.micro_batch_size,
+        )
+        results.append(engine.forward_backward(batches))
+        engine.optimizer_step(engine.config.stage.optimizer.learning_rate)
+    return results
+
+
+def train(config: TrainConfig, num_steps: int) -> list[Any]:
+    return run_steps(build_engine(config), 0, num_steps)
+
+
+class MemoryReader:
+    """A checkpoint in memory: whole tensors put together from the shards of all ranks."""
+
+    def __init__(self, shards: Iterable[Any]):
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.covered: dict[str, torch.Tensor] = {}
+        for shard in shards:
+            if shard.key not in self.tensors:
+                self.tensors[shard.key] = torch.empty(shard.global_shape, dtype=shard.tensor.dtype)
+                self.covered[shard.key] = torch.zeros(shard.global_shape, dtype=torch.int)
+            self._place(self.tensors[shard.key], shard.global_offset, shard.tensor.shape).copy_(
+                shard.tensor
+            )
+            self._place(self.covered[shard.key], shard.global_offset, shard.tensor.shape).add_(1)
+
+    @staticmethod
+    def _place(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        return tensor[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
+
+    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        return self._place(self.tensors[key], offset, shape)
+
+
+def gather_shards(engine: Any) -> list[Any]:
+    """All ranks' shards, on every rank."""
+    import torch.distributed as distributed
+
+    mine = [*engine.model_shards(), *engine.optimizer_shards()]
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, mine)
+    return [shard for shards in everyone for shard in shards]
+
+
+def initial_tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
+    reader = MemoryReader(gather_shards(build_engine(config)))
+    assert all(bool((count == 1).all()) for count in reader.covered.values()), (
+        "each element has one owner"
+    )
+    return {key: tensor for key, tensor in reader.tensors.items() if key.startswith("model/")}
+
+
+def save_after(
+    config: TrainConfig, num_steps: int
+) -> tuple[MemoryReader, list[Any], dict[str, torch.Tensor]]:
+    """Train, save in memory, go on: the checkpoint, the losses after it and the weights after them."""
+    engine = build_engine(config)
+    run_steps(engine, 0, num_steps)
+    reader = MemoryReader([_copied(shard) for shard in gather_shards(engine)])
+    later = run_steps(engine, num_steps, num_steps + 3)
+    return reader, later, MemoryReader(gather_shards(engine)).tensors
+
+
+def continue_from(
+    config: TrainConfig, reader: MemoryReader, num_steps: int
+) -> tuple[list[Any], dict[str, Any]]:
+    engine = build_engine(config)
+    engine.load_model(reader)
+    engine.load_optimizer(reader)
+    later = run_steps(engine, num_steps, num_steps + 3)
+    return later, MemoryReader(gather_shards(engine)).tensors
+
+
+def _copied(shard: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(shard, tensor=shard.tensor.clone())

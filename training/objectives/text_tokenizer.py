@@ -1,0 +1,155 @@
+"""The stage that trains the text tokenizer on the texts of raw shards."""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.document import TASKS
+from data_pipeline.sources import Sample, SampleError, read_shard
+from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
+from data_pipeline.store import checksum_file
+from data_pipeline.tokenizers import read_description, train_sentencepiece
+from data_pipeline.video.transcript import join_words, parse_transcript
+from model.errors import Problems, UserError
+from training.config import TrainConfig
+
+# What every chat document says, so that it costs few tokens whatever the corpora are.
+_TEMPLATE_TEXTS = (
+    "You are a helpful assistant. USER:  ASSISTANT: ",
+    *(f"You are a helpful assistant for {task} task. USER:  ASSISTANT: " for task in TASKS),
+    "0 1 2 3 4 5 6 7 8 9 * 64*64",
+)
+
+
+@dataclass
+class TextTokenizerOptions:
+    """`stage.options` of the objective `text_tokenizer`."""
+
+    corpora: list[str] = field(default_factory=list)  # patterns of raw .tar shards
+    size: int = 1024  # pieces, the 256 bytes among them
+    character_coverage: float = 0.9995  # share of the text's characters that get pieces
+    max_bytes: int = 1 << 30  # of text; beyond it the rest of the corpora is not read
+    template_copies: int = 50  # how often the chat template is counted
+    extra_texts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> TextTokenizerOptions:
+        """Raises `UserError` that lists every problem."""
+        problems = Problems()
+        known = [entry.name for entry in fields(cls)]
+        for name in options:
+            problems.check(
+                name in known, f"stage.options.{name}", "unknown key", f"one of {', '.join(known)}"
+            )
+        problems.raise_if_any()
+        chosen = cls(**options)
+        problems.check(
+            bool(chosen.corpora), "stage.options.corpora", "is required",
+            "stage.options.corpora=['runs/demo/corpora/*/*.tar']",
+        )  # fmt: skip
+        problems.check(chosen.size > 300, "stage.options.size", "must exceed 300 (256 are bytes)")
+        problems.check(
+            0.9 <= chosen.character_coverage <= 1.0, "stage.options.character_coverage",
+            "must be in [0.9, 1]",
+        )  # fmt: skip
+        problems.check(chosen.max_bytes > 0, "stage.options.max_bytes", "must be positive")
+        problems.raise_if_any()
+        return chosen
+
+
+def fit(config: TrainConfig) -> dict[str, Any]:
+    """Train the tokenizer and publish it in the stage's folder, `run_folder`/`stage.name`.
+
+    Nothing is done where it is there already, of the same texts, options and seed.
+    """
+    options = TextTokenizerOptions.from_options(dict(config.stage.options))
+    target = Path(config.run_folder) / config.stage.name
+    started = time.monotonic()
+    shards = find_shards(options.corpora)
+    inputs = {
+        "options": asdict(options),
+        "seed": config.seed,
+        "shards": {str(path): checksum_file(path) for path in shards},
+    }
+    description = read_description(target)
+    skipped = description is not None and description.get("inputs") == inputs
+    num_bytes = 0
+    if not skipped:
+        counted = CountedTexts(training_texts(options, shards), options.max_bytes)
+        train_sentencepiece(
+            counted, target, options.size, seed=config.seed,
+            character_coverage=options.character_coverage, inputs=inputs,
+        )  # fmt: skip
+        num_bytes = counted.num_bytes
+    return {
+        "name": config.stage.name, "size": options.size, "text_bytes": num_bytes,
+        "num_shards": len(shards), "skipped": skipped, "folder": str(target),
+        "wall_seconds": time.monotonic() - started,
+    }  # fmt: skip
+
+
+def find_shards(patterns: Iterable[str]) -> list[Path]:
+    shards: set[Path] = set()
+    for pattern in patterns:
+        found = glob.glob(pattern, recursive=True)
+        if not found:
+            raise UserError(
+                "no input shards", where=f"stage.options.corpora: {pattern}",
+                expected="webdataset .tar files", fix="check the path",
+            )  # fmt: skip
+        shards.update(map(Path, found))
+    return sorted(shards)
+
+
+def training_texts(options: TextTokenizerOptions, shards: list[Path]) -> Iterator[str]:
+    """The template, the extra texts, then one sample of each shard in turn, so that a limit on the
+    bytes cuts all corpora alike."""
+    yield from _TEMPLATE_TEXTS * options.template_copies
+    yield from options.extra_texts
+    streams = [shard_texts(path) for path in shards]
+    while streams:
+        for stream in list(streams):
+            text = next(stream, None)
+            if text is None:
+                streams.remove(stream)
+            else:
+                yield text
+
+
+def shard_texts(path: Path) -> Iterator[str]:
+    """The texts of a shard's samples. Bad ones are left out here; tokenization counts them."""
+    for sample in read_shard(path):
+        if isinstance(sample, Sample):
+            yield from sample_texts(sample)
+
+
+def sample_texts(sample: Sample) -> Iterator[str]:
+    for extension in sample.parts:
+        try:
+            if extension in TRANSCRIPT_EXTENSIONS:
+                yield join_words(parse_transcript(extension, sample.text(extension)))
+            elif extension in ("txt", "instruction.txt"):
+                yield sample.text(extension)
+        except SampleError:
+            continue
+
+
+class CountedTexts:
+    """Passes texts on until they make `max_bytes`, and counts them."""
+
+    def __init__(self, texts: Iterator[str], max_bytes: int):
+        self.texts = texts
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            if self.num_bytes >= self.max_bytes:
+                return
+            self.num_bytes += len(text.encode())
+            yield text

@@ -1,0 +1,123 @@
+"""megatron-core's optimizer around AdamW, and its state as parts of logical parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model import cpu_backend
+
+cpu_backend.install()
+
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
+from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
+
+from training.config import OptimizerConfig  # noqa: E402
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(
+    config: OptimizerConfig, wrapped_model: Any, *, distributed: bool
+) -> MegatronOptimizer:
+    """AdamW over the parameters of a DDP-wrapped model, its moments allocated.
+
+    Weight decay is decoupled and spares the norms (parameters of one dimension). `distributed` shards the state over
+    the data-parallel ranks.
+    """
+    dtype = next(wrapped_model.parameters()).dtype
+    core_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.learning_rate,
+        min_lr=config.min_learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.epsilon,
+        decoupled_weight_decay=True,
+        clip_grad=config.gradient_clip,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=distributed,
+    )
+    chained = get_megatron_optimizer(core_config, [wrapped_model], use_gloo_process_groups=False)
+    (optimizer,) = chained.chained_optimizers
+    if type(optimizer.optimizer) is torch.optim.AdamW:
+        for group in optimizer.optimizer.param_groups:
+            group.update(fused=True, foreach=False)
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.optimizer.state[parameter]
+            state.update(
+                {name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS}
+            )
+    set_step(optimizer, 0)
+    return optimizer
+
+
+def _has_step_in_state(optimizer: MegatronOptimizer) -> bool:
+    """torch's AdamW counts steps for each parameter, the fused ones of Apex and Transformer Engine for each group."""
+    return isinstance(optimizer.optimizer, torch.optim.AdamW)
+
+
+def get_step(optimizer: MegatronOptimizer) -> int:
+    """Steps applied so far (for the bias correction)."""
+    for group in optimizer.optimizer.param_groups:
+        if not _has_step_in_state(optimizer):
+            return int(group.get("step", 0))
+        for parameter in group["params"]:
+            return int(optimizer.optimizer.state[parameter]["step"])
+    return 0
+
+
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    for group in optimizer.optimizer.param_groups:
+        if not _has_step_in_state(optimizer):
+            group["step"] = step
+            continue
+        for parameter in group["params"]:
+            optimizer.optimizer.state[parameter]["step"] = torch.tensor(
+                float(step), dtype=torch.float32
+            )
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    for group in optimizer.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@dataclass
+class OptimizedPart:
+    """What this rank's optimizer holds of one local parameter: elements [start, stop) of it, flattened."""
+
+    start: int
+    stop: int
+    main: torch.Tensor  # float32 master weights
+    moments: dict[str, torch.Tensor]  # float32, shaped like `main`
+
+
+def optimized_parts(
+    optimizer: MegatronOptimizer, model: torch.nn.Module
+) -> dict[str, OptimizedPart]:
+    """By local parameter name; with the distributed optimizer each data-parallel rank holds its own range."""
+    parts = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(optimizer, DistributedOptimizer):
+            if parameter not in optimizer.model_param_group_index_map:
+                continue
+            group, order = optimizer.model_param_group_index_map[parameter]
+            main = optimizer.optimizer.param_groups[group]["params"][order]
+            held = optimizer._get_model_param_range_map(parameter)["param"]
+            start, stop = held.start, held.end
+        else:
+            main = getattr(parameter, "main_param", parameter)
+            start, stop = 0, parameter.numel()
+        state = optimizer.optimizer.state[main]
+        parts[name] = OptimizedPart(
+            start, stop, main.detach(), {moment: state[moment] for moment in MOMENTS}
+        )
+    return parts

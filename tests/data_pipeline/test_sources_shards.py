@@ -85,10 +85,15 @@ def test_reads_what_webdataset_writes(tmp_path: Path) -> None:
     assert (second.key, second.kind) == ("a/2", "video_interleaved")
 
 
-@given(path=st.text("ab./_", min_size=1, max_size=12))
-def test_keys_are_those_of_webdataset(path: str) -> None:
-    key, extension = base_plus_ext(path)
-    assert split_name(path) == (key or "", extension or "") or not extension
+@given(
+    folders=st.lists(st.text("ab._", min_size=1, max_size=4), max_size=3),
+    stem=st.text("ab_", min_size=1, max_size=4),
+    extension=st.text("ab.", min_size=1, max_size=6),
+)
+def test_keys_are_those_of_webdataset(folders: list[str], stem: str, extension: str) -> None:
+    path = "/".join([*folders, f"{stem}.{extension}"])
+    assert split_name(path) == base_plus_ext(path)
+    assert split_name("/".join([*folders, stem]))[1] == ""  # webdataset has no key for it
 
 
 def test_bad_samples_are_named_and_stop_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 from fractions import Fraction
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_key_frame_times_against_the_rule_said_plainly(
     starts = [float(start) for start in np.concatenate([[0.0], np.cumsum(lengths)])]
     times = key_frame_times(starts[:-1], starts[-1], interval)
     assert times == sorted(times)
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         inside = [time for time in times if start <= time < end]
         if end - start < interval * (1 - 1e-5):
             assert inside == pytest.approx([(start + end) / 2])

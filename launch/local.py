@@ -1,0 +1,165 @@
+"""Run the ranks of a stage as processes of this machine, and answer for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.worker import PARENT_VARIABLE, REPORT_VARIABLE
+from model.errors import UserError
+from training.config import TrainConfig, save_yaml
+from training.stage import EXIT_STOPPED, SUMMARY_NAME, StoppedEarly, run_stage
+
+RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SECONDS_BETWEEN_LOOKS = 0.05
+# After one rank failed the others get this long to notice, tell their own story and end.
+GRACE_SECONDS = 5.0
+
+
+@dataclass
+class Worker:
+    """One rank: its process, where its messages go, what it reports when it fails."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log_path: Path | None  # None: rank 0, which writes to this process's stderr
+    report_path: Path
+
+    def read_report(self) -> dict[str, Any] | None:
+        return json.loads(self.report_path.read_text()) if self.report_path.exists() else None
+
+
+class Supervisor:
+    """Starts the ranks, passes signals on to them, and ends all when one fails.
+
+    The ranks are in sessions of their own, so a Ctrl-C of the terminal reaches them once: through here. The second
+    one kills them.
+    """
+
+    def __init__(self, config_path: Path, folder: Path, log_folder: Path, world_size: int):
+        self._read_end, self._write_end = os.pipe()
+        self.signals_sent: set[int] = set()
+        self.workers: list[Worker] = []
+        log_folder.mkdir(parents=True, exist_ok=True)
+        for rank in range(world_size):
+            self.workers.append(self._start(rank, world_size, config_path, folder, log_folder))
+        os.close(self._read_end)
+
+    def wait(self) -> list[int]:
+        """Exit codes by rank, negative for a signal; those that this process killed have the code -SIGKILL."""
+        previous = {number: signal.signal(number, self._forward) for number in FORWARDED_SIGNALS}
+        try:
+            deadline = None
+            while any(worker.process.poll() is None for worker in self.workers):
+                if deadline is None and self._has_failure():
+                    deadline = time.monotonic() + GRACE_SECONDS
+                if deadline is not None and time.monotonic() > deadline:
+                    self.kill()
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            self.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            os.close(self._write_end)
+        return [worker.process.returncode for worker in self.workers]
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+
+    def _start(
+        self, rank: int, world_size: int, config_path: Path, folder: Path, log_folder: Path
+    ) -> Worker:
+        report_path = folder / f"report_{rank:05d}.json"
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            RENDEZVOUS_VARIABLE: str(folder / "rendezvous"), REPORT_VARIABLE: str(report_path),
+            PARENT_VARIABLE: str(self._read_end),
+        }  # fmt: skip
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        log_path = log_folder / f"rank_{rank:05d}.log" if rank else None
+        log = open(log_path, "ab") if log_path else None  # noqa: SIM115 (closed below)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launch.worker", "--config", str(config_path)],
+                env=environment, stdin=subprocess.DEVNULL, stdout=log or 2, stderr=log or 2,
+                pass_fds=(self._read_end,), start_new_session=True,
+            )  # fmt: skip
+        finally:
+            if log:
+                log.close()
+        return Worker(rank, process, log_path, report_path)
+
+    def _has_failure(self) -> bool:
+        return any(worker.process.poll() not in (None, 0, EXIT_STOPPED) for worker in self.workers)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self.signals_sent:
+            self.kill()
+        self.signals_sent.add(number)
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.process.send_signal(number)
+
+
+def run_local(config: TrainConfig) -> dict[str, Any]:
+    """Run one stage here: in this process when it has one rank, else in one process a rank.
+
+    Raises what the ranks would have raised: `UserError`, `StoppedEarly`; a defect is told on stderr and ends in
+    `SystemExit(1)`.
+    """
+    world_size = config.parallel.world_size
+    if world_size == 1:
+        return run_stage(config)
+    stage_folder = config.stage_folder
+    with tempfile.TemporaryDirectory(prefix="nextstate-") as name:
+        folder = Path(name)
+        save_yaml(config, folder / "config.yaml")
+        supervisor = Supervisor(folder / "config.yaml", folder, stage_folder / "logs", world_size)
+        codes = supervisor.wait()
+        judge_exits(supervisor.workers, codes, supervisor.signals_sent)
+    return json.loads((stage_folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+
+
+def judge_exits(workers: list[Worker], codes: list[int], signals_sent: set[int]) -> None:
+    """Raise for the rank that tells most about why the run did not end well; nothing when all ended with 0."""
+    if all(code == 0 for code in codes):
+        return
+    reports = {worker.rank: report for worker in workers if (report := worker.read_report())}
+    for report in reports.values():
+        if report["kind"] == "user_error":
+            raise UserError(report["message"])
+    # A rank that died of the signal itself had not begun to train: nothing is lost.
+    if all(code in (0, EXIT_STOPPED) for code in codes) or any(
+        -code in signals_sent for code in codes
+    ):
+        raise StoppedEarly
+    if reports:
+        rank, report = min(reports.items(), key=lambda item: item[1]["time"])
+        message = f"rank {rank} failed:\n{report['message']}"
+    else:
+        message = "\n".join(
+            _describe_death(worker, code) for worker, code in zip(workers, codes, strict=True)
+        )
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def _describe_death(worker: Worker, code: int) -> str:
+    how = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"rank {worker.rank}: {how}{hint}" + (
+        f", its log: {worker.log_path}" if worker.log_path else ""
+    )

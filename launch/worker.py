@@ -1,0 +1,61 @@
+"""One rank of a local run: `python -m launch.worker --config resolved.yaml`, started by `launch/local.py`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from model.errors import UserError
+
+REPORT_VARIABLE = "NEXTSTATE_REPORT_FILE"
+PARENT_VARIABLE = "NEXTSTATE_PARENT_PIPE"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a defect, 2 the user's mistake, 3 stopped after a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, type=Path)
+    options = parser.parse_args(arguments)
+    end_with_parent()
+    try:
+        from training.config import load_yaml
+        from training.stage import run_stage
+
+        run_stage(load_yaml(options.config))
+    except UserError as error:
+        return report("user_error", str(error), 2)
+    except Exception:  # the boundary of the process: told whole, with its rank
+        return report("defect", traceback.format_exc(), 1)
+    return 0
+
+
+def report(kind: str, message: str, exit_code: int) -> int:
+    """Leave the message for the launcher, which prints one of all ranks' messages."""
+    entry = {"kind": kind, "message": message, "time": time.time()}
+    Path(os.environ[REPORT_VARIABLE]).write_text(json.dumps(entry))
+    return exit_code
+
+
+def end_with_parent() -> None:
+    """End this process when the launcher is gone: its end of the pipe closes however it died."""
+    descriptor = int(os.environ[PARENT_VARIABLE])
+
+    def wait_for_end() -> None:
+        os.read(descriptor, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, name="parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # without waiting for libraries' threads, which may hang after an error

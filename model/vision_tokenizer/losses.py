@@ -1,0 +1,99 @@
+"""Training losses of the tokenizer. Each term is a plain function; `ReconstructionTerm` is where others join."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from model.vision_tokenizer.quantizer import Quantized
+
+
+@dataclass
+class LossWeightsConfig:
+    """Weights of the terms. Emu3.5 has not published its own; these are our choice."""
+
+    l1: float = 1.0
+    l2: float = 1.0
+    quantization: float = 1.0
+    entropy: float = 0.0
+    sample_entropy: float = 1.0  # within the entropy term: certainty of each choice
+    batch_entropy: float = 1.0  # within the entropy term: even use of all codes
+    entropy_temperature: float = 1.0  # on the quantizer's logits
+    contrast: float = 0.0  # extra weight of pixels far from their image's median colour
+
+
+class ReconstructionTerm(Protocol):
+    """A further term on images and reconstructions [B, 3, H, W]: returns a scalar."""
+
+    def __call__(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor: ...
+
+
+def pixel_weights(images: torch.Tensor, contrast: float) -> torch.Tensor | None:
+    """Weights [B, 1, H, W] with mean one that raise pixels unlike their image's median colour; None for none.
+
+    Pictures that are mostly one flat colour otherwise teach little but that colour.
+    """
+    if contrast == 0:
+        return None
+    median = images.flatten(2).median(dim=2).values[:, :, None, None]
+    difference = (images - median).abs().amax(dim=1, keepdim=True).clamp(max=1.0)
+    weights = 1.0 + contrast * difference
+    return weights / weights.mean()
+
+
+def entropy_terms(
+    logits: torch.Tensor, config: LossWeightsConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, entropy of a choice, entropy of the batch's mean choice) in nats, of logits [N, n_embed].
+
+    The loss wants each choice certain and all codes used alike (arXiv 2310.05737, section 3).
+    """
+    logits = logits / config.entropy_temperature
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    probabilities = log_probabilities.exp()
+    of_choice = -(probabilities * log_probabilities).sum(dim=-1).mean()
+    mean = probabilities.mean(dim=0)
+    of_batch = -(mean * torch.log(mean.clamp_min(1e-12))).sum()
+    return config.sample_entropy * of_choice - config.batch_entropy * of_batch, of_choice, of_batch
+
+
+def tokenizer_loss(
+    images: torch.Tensor,
+    reconstructions: torch.Tensor,
+    quantized: Quantized | None,
+    config: LossWeightsConfig,
+    extra_terms: Mapping[str, tuple[float, ReconstructionTerm]] | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum and each term unweighted. `quantized` is None while training without the quantizer.
+
+    images, reconstructions: [B, 3, H, W] in [-1, 1]; `extra_terms` maps a name to (weight, term).
+    """
+    weights = pixel_weights(images, config.contrast)
+    error = reconstructions - images
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values.mean() if weights is None else (weights * values).mean()
+
+    terms = {"l1": mean(error.abs()), "l2": mean(error.square())}
+    total = config.l1 * terms["l1"] + config.l2 * terms["l2"]
+    if quantized is not None:
+        terms["quantization"] = quantized.loss
+        total = total + config.quantization * quantized.loss
+        if config.entropy:
+            terms["entropy"], terms["choice_entropy"], terms["batch_entropy"] = entropy_terms(
+                quantized.logits, config
+            )
+            total = total + config.entropy * terms["entropy"]
+    for name, (weight, term) in (extra_terms or {}).items():
+        terms[name] = term(images, reconstructions)
+        total = total + weight * terms[name]
+    return total, terms
+
+
+def psnr_db(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB over all pixels, both in [-1, 1] (reconstructions clamped)."""
+    error = (reconstructions.clamp(-1, 1) - images).square().mean()
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))

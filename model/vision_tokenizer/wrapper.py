@@ -1,0 +1,145 @@
+"""The trained tokenizer as the rest of the project uses it: numpy images in, codes out, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.checkpoint_format import CheckpointReader, latest_checkpoint
+from model.errors import UserError
+from model.vision_tokenizer.config import VisionTokenizerConfig
+from model.vision_tokenizer.ibq import IBQ
+
+CHECKPOINT_KIND = "vision_tokenizer"
+MODEL_PREFIX = "model/"
+PIXELS_AT_ONCE = 1 << 22  # bounds the memory of one forward pass
+
+
+def to_model_range(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]; channels last in memory."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    return pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """float [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], clamped and rounded."""
+    scaled = ((images.float() + 1.0) * 127.5).clamp(0, 255).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class VisionTokenizer:
+    """Encodes and decodes batches of images; never trains."""
+
+    def __init__(self, model: IBQ, fingerprint: str):
+        self.model = model.eval().requires_grad_(False)
+        self.fingerprint = fingerprint  # of the configuration and every weight
+        self.factor = model.config.factor  # pixels of a side per code
+        self.codebook_size = model.config.n_embed
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Codes int64 [B, H/f, W/f] of images uint8 [B, H, W, 3]; both sides multiples of f."""
+        assert images.dtype == np.uint8, images.dtype
+        _, height, width, channels = images.shape
+        sides = (height % self.factor, width % self.factor)
+        assert (*sides, channels) == (0, 0, 3), f"{images.shape} with factor {self.factor}"
+        device = self.model.quantize.embedding.weight.device
+        parts = [
+            self.model.encode(to_model_range(images[start:end]).to(device)).cpu().numpy()
+            for start, end in self._chunks(len(images), height * width)
+        ]
+        shape = (0, height // self.factor, width // self.factor)
+        return np.concatenate(parts) if parts else np.empty(shape, dtype=np.int64)
+
+    @torch.inference_mode()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Images uint8 [B, h*f, w*f, 3] of integer codes [B, h, w]."""
+        assert codes.ndim == 3, codes.shape
+        height, width = (side * self.factor for side in codes.shape[1:])
+        ids = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
+        assert ids.numel() == 0 or (ids.min() >= 0 and ids.max() < self.codebook_size), (
+            "a code out of range"
+        )
+        device = self.model.quantize.embedding.weight.device
+        parts = [
+            to_pixels(self.model.decode(ids[start:end].to(device)))
+            for start, end in self._chunks(len(ids), height * width)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, height, width, 3), dtype=np.uint8)
+
+    @staticmethod
+    def _chunks(num_images: int, pixels_per_image: int) -> list[tuple[int, int]]:
+        step = max(1, PIXELS_AT_ONCE // max(1, pixels_per_image))
+        return [(start, min(start + step, num_images)) for start in range(0, num_images, step)]
+
+
+def load_vision_tokenizer(folder: Path | str) -> VisionTokenizer:
+    """The tokenizer of a stage folder (its newest checkpoint) or of a checkpoint folder."""
+    checkpoint = latest_checkpoint(folder)
+    with CheckpointReader(checkpoint) as reader:
+        kind = reader.metadata.get("kind")
+        if kind != CHECKPOINT_KIND:
+            raise UserError(
+                "this checkpoint is not a vision tokenizer",
+                where=str(checkpoint),
+                expected=CHECKPOINT_KIND,
+                got=str(kind),
+            )
+        config = config_from_manifest(reader.metadata, checkpoint)
+        model = IBQ(config)
+        load_weights(model, reader)
+    # The same memory layout as in training: codes then do not depend on who computes them.
+    model.channels_last()
+    return VisionTokenizer(model, fingerprint_of(model))
+
+
+def config_from_manifest(metadata: dict[str, Any], checkpoint: Path) -> VisionTokenizerConfig:
+    """The model configuration under `model` in a checkpoint's manifest."""
+    try:
+        return VisionTokenizerConfig(**metadata["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            "the checkpoint's manifest does not describe a vision tokenizer's sizes",
+            where=str(checkpoint), expected="model: {ch, ch_mult, ...}", got=str(error),
+        ) from None  # fmt: skip
+
+
+@torch.no_grad()
+def load_weights(model: IBQ, reader: Any) -> None:
+    """Fill `model` from a `ShardReader`; all missing and misshaped tensors are listed at once."""
+    present = {
+        key.removeprefix(MODEL_PREFIX)
+        for key in reader.keys()  # noqa: SIM118 - a reader is no mapping
+        if key.startswith(MODEL_PREFIX)
+    }
+    expected = model.state_dict()
+    problems = [f"missing: {name}" for name in expected if name not in present]
+    problems += [f"unknown: {name}" for name in sorted(present - expected.keys())]
+    for name, tensor in expected.items():
+        if name in present:
+            shape = tuple(reader.global_shape(MODEL_PREFIX + name))
+            if shape != tuple(tensor.shape):
+                problems.append(f"{name}: {shape} instead of {tuple(tensor.shape)}")
+    if problems:
+        raise UserError(
+            "the checkpoint does not fit the vision tokenizer's configuration",
+            got="; ".join(problems),
+        )
+    for name, tensor in expected.items():
+        tensor.copy_(reader.read(MODEL_PREFIX + name, (0,) * tensor.dim(), tuple(tensor.shape)))
+
+
+def fingerprint_of(model: IBQ) -> str:
+    """Hexadecimal digest of the configuration and all weights: the same for equal tokenizers anywhere."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

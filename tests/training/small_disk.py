@@ -1,0 +1,30 @@
+"""A disk that is full soon."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, num_kib: int) -> Iterator[Path]:
+    """A real file system of `num_kib` where mounting is allowed, else a limit on the size of each file."""
+    folder.mkdir()
+    answer = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", folder], capture_output=True
+    )
+    if answer.returncode == 0:
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_kib * 1024, hard))
+    try:
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,392 @@
+"""The loop around a fake engine: resume, bad steps, refusals, full disks, what is written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_objective
+import pytest
+import torch
+from fake_objective import FakeEngine, fake_config
+from small_disk import small_disk
+
+from model.checkpoint_format import CheckpointReader, latest_checkpoint, list_checkpoints
+from model.errors import UserError
+from training import stage
+from training.files import read_json_lines
+from training.schedule import learning_rate
+from training.stage import StoppedEarly, run_stage
+
+
+@pytest.fixture(autouse=True)
+def fake_engine(monkeypatch):
+    """`vision_tokenizer` means the fake objective here; `built` lists the jobs."""
+    built = []
+
+    def build(config):
+        built.append(fake_objective.build(config))
+        return built[-1]
+
+    module = SimpleNamespace(build=build, built=built)
+    monkeypatch.setattr(stage, "importlib", SimpleNamespace(import_module=lambda name: module))
+    return module
+
+
+def final_tensors(config) -> dict[str, torch.Tensor]:
+    with CheckpointReader(latest_checkpoint(config.stage_folder)) as reader:
+        return {key: reader.read_full(key) for key in reader.keys()}  # noqa: SIM118
+
+
+def assert_same_weights(one, other) -> None:
+    left, right = final_tensors(one), final_tensors(other)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert torch.equal(value, right[key]), key
+
+
+def metric_lines(config) -> list[dict]:
+    return read_json_lines(config.stage_folder / "metrics.jsonl")
+
+
+def events(config, *names) -> list[dict]:
+    found = read_json_lines(config.stage_folder / "events.jsonl")
+    return [event for event in found if not names or event["event"] in names]
+
+
+def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a real signal in the forward pass of `step`, once."""
+    original = FakeEngine.forward_backward
+    calls = []
+
+    def forward_backward(engine, micro_batches):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return original(engine, micro_batches)
+
+    monkeypatch.setattr(FakeEngine, "forward_backward", forward_backward)
+
+
+def interrupt_at(monkeypatch, config, step) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(StoppedEarly) as stopped:
+            run_stage(config)
+    assert stopped.value.code == 3
+
+
+def test_summary_and_files(tmp_path):
+    config = fake_config(tmp_path)
+    summary = run_stage(config)
+    lines = metric_lines(config)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["consumed_samples"] == 80
+    assert summary["loss_first"] == lines[0]["loss"]
+    assert summary["loss_last"] == pytest.approx(sum(line["loss"] for line in lines[-10:]) / 10)
+    assert summary["loss_last"] < summary["loss_first"]
+    assert (summary["steps"], summary["tokens"]) == (20, 20 * 4 * 8)
+    assert summary["peak_memory_bytes"] > 1 << 20
+    assert Path(summary["checkpoint"]) == latest_checkpoint(config.stage_folder)
+    assert json.loads((config.stage_folder / "summary.json").read_text()) == summary
+    assert "versions" in (config.stage_folder / "config.yaml").read_text()
+    assert [event["event"] for event in events(config)] == ["start"] + ["checkpoint"] * 4 + ["finished"]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == [learning_rate(config.stage.optimizer, step, 20) for step in range(1, 21)]
+
+
+def test_a_finished_stage_is_left_alone(tmp_path, fake_engine):
+    config = fake_config(tmp_path)
+    summary = run_stage(config)
+    config.parallel.sequence = False  # the layout and the logging do not count
+    config.logging.every_steps = 3
+    assert run_stage(config) == summary
+    assert len(fake_engine.built) == 1
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 7, 19, 20])
+def test_signal_then_resume_is_bitwise(tmp_path, monkeypatch, step):
+    unbroken, broken = fake_config(tmp_path / "one"), fake_config(tmp_path / "two")
+    run_stage(unbroken)
+    if step < 20:
+        interrupt_at(monkeypatch, broken, step)
+        assert latest_checkpoint(broken.stage_folder).name == f"step_{step:08d}"
+    run_stage(broken)
+    assert_same_weights(unbroken, broken)
+    strip = lambda lines: [{**line, "step_seconds": 0} for line in lines]  # noqa: E731
+    assert strip(metric_lines(broken)) == strip(metric_lines(unbroken))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_every_stop_signal(tmp_path, monkeypatch, number):
+    config = fake_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, number)
+        with pytest.raises(StoppedEarly):
+            run_stage(config)
+    assert events(config, "stopped")[0]["signal"] == signal.Signals(number).name
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_signal_while_waiting_for_data(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    original = fake_objective.FakeData.batch
+
+    def batch(data, first_sample):
+        if first_sample == 12:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.pause() if False else __import__("threading").Event().wait()  # never answers
+        return original(data, first_sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_objective.FakeData, "batch", batch)
+        with pytest.raises(StoppedEarly):
+            run_stage(config)
+    assert latest_checkpoint(config.stage_folder).name == "step_00000003"
+    run_stage(config)
+
+
+def test_signal_while_building_saves_the_beginning(tmp_path, monkeypatch, fake_engine):
+    config, original = fake_config(tmp_path), fake_engine.build
+
+    def build(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(config)
+
+    fake_engine.build = build
+    with pytest.raises(StoppedEarly):
+        run_stage(config)
+    assert latest_checkpoint(config.stage_folder).name == "step_00000000"
+    fake_engine.build = original
+    run_stage(config)
+
+
+def test_errors_of_the_data_reach_the_caller(tmp_path, monkeypatch):
+    def batch(data, first_sample):
+        raise UserError("broken row")
+
+    monkeypatch.setattr(fake_objective.FakeData, "batch", batch)
+    with pytest.raises(UserError, match="broken row"):
+        run_stage(fake_config(tmp_path))
+
+
+# --- bad steps ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_step_is_not_applied(tmp_path, fake_engine):
+    config = fake_config(tmp_path, bad_samples=[28])
+    summary = run_stage(config)
+    engine = fake_engine.built[0].engine
+    assert int(engine.num_updates) == 19
+    assert engine.num_discarded == 1
+    assert torch.isfinite(engine.weight).all()
+    assert [event["step"] for event in events(config, "skip")] == [8]
+    assert "nan" in events(config, "skip")[0]["reason"]
+    assert metric_lines(config)[7]["loss"] is None
+    assert "skipped" in metric_lines(config)[7]
+    assert summary["skipped_steps"] == 1
+
+
+def test_spikes_are_skipped(tmp_path, fake_engine):
+    config = fake_config(tmp_path, spiking_samples=[72])
+    config.reliability.spike_factor = 1000.0
+    run_stage(config)
+    assert [event["step"] for event in events(config, "skip")] == [19]
+
+
+def test_roll_back_leaves_out_the_data_since_the_checkpoint(tmp_path, fake_engine):
+    bad = [28, 32, 36, 40]  # steps 8 to 11; the checkpoint before them is that of step 5 (samples < 20)
+    config = fake_config(tmp_path, bad_samples=bad)
+    config.checkpoint.every_steps = 7
+    summary = run_stage(config)
+    rollback = events(config, "roll_back")[0]
+    assert (rollback["failed_step"], rollback["checkpoint"]) == (11, "step_00000007")
+    assert rollback["window"] == [28, 44]
+    assert summary["skipped_windows"] == [[28, 44]]
+    requested = fake_engine.built[0].data.requested
+    assert requested == list(range(0, 44, 4)) + list(range(44, 44 + 13 * 4, 4))
+    assert [line["step"] for line in metric_lines(config)] == list(range(1, 21))
+    assert all(line["loss"] is not None for line in metric_lines(config))
+    assert int(fake_engine.built[0].engine.num_updates) == 20
+
+
+def test_rollbacks_are_bounded(tmp_path, fake_engine):
+    config = fake_config(tmp_path, bad_samples=list(range(28, 400, 4)))
+    with pytest.raises(UserError, match="does not recover"):
+        run_stage(config)
+    assert len(events(config, "roll_back")) == config.reliability.max_rollbacks
+    assert len(events(config, "stop")) == 1
+    assert torch.isfinite(fake_engine.built[0].engine.weight).all()
+
+
+def test_no_checkpoint_to_go_back_to(tmp_path):
+    config = fake_config(tmp_path, bad_samples=[0, 4, 8, 12])
+    with pytest.raises(UserError, match="no checkpoint"):
+        run_stage(config)
+
+
+@pytest.mark.parametrize("step", [8, 10, 13, 16])
+def test_resume_around_a_roll_back_is_bitwise(tmp_path, monkeypatch, step):
+    options = {"bad_samples": [32, 36, 40, 44]}
+    unbroken, broken = fake_config(tmp_path / "one", **options), fake_config(tmp_path / "two", **options)
+    run_stage(unbroken)
+    assert len(events(unbroken, "roll_back")) == 1
+    interrupt_at(monkeypatch, broken, step)
+    run_stage(broken)
+    assert_same_weights(unbroken, broken)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_another_configuration_is_refused(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    interrupt_at(monkeypatch, config, 6)
+    config.seed += 1
+    config.model.hidden_size = 256
+    with pytest.raises(UserError, match=r"model.hidden_size: 128 -> 256; seed: 1234 -> 1235"):
+        run_stage(config)
+
+
+def test_changed_data_are_refused_unless_allowed(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    interrupt_at(monkeypatch, config, 6)
+    config.stage.options["changed_data"] = True
+    with pytest.raises(UserError, match="allow_data_change=true"):
+        run_stage(config)
+    config.checkpoint.allow_data_change = True
+    run_stage(config)
+    assert events(config, "data_changed")
+
+
+def test_more_steps_continue_and_fewer_are_refused(tmp_path):
+    config = fake_config(tmp_path)
+    run_stage(config)
+    config.stage.steps = 25
+    assert run_stage(config)["steps"] == 25
+    assert events(config, "config_changed")[0]["changes"] == ["stage.steps: 20 -> 25"]
+    config.stage.steps = 10
+    with pytest.raises(UserError, match="already trained to step 25"):
+        run_stage(config)
+    config.stage.steps, config.stage.optimizer.learning_rate = 25, 0.5
+    with pytest.raises(UserError, match="learning_rate"):
+        run_stage(config)
+
+
+def test_damaged_newest_checkpoint(tmp_path, monkeypatch, capsys):
+    unbroken, config = fake_config(tmp_path / "one"), fake_config(tmp_path / "two")
+    run_stage(unbroken)
+    interrupt_at(monkeypatch, config, 8)
+    os.truncate(latest_checkpoint(config.stage_folder) / "rank_00000.safetensors", 50)
+    run_stage(config)
+    assert "step_00000008 is damaged" in capsys.readouterr().err
+    assert events(config, "damaged_checkpoint")[0]["checkpoint"] == "step_00000008"
+    assert events(config, "resume")[0]["step"] == 5
+    assert_same_weights(unbroken, config)
+
+
+def test_initialize_from_takes_weights_only(tmp_path, fake_engine):
+    first = fake_config(tmp_path)
+    run_stage(first)
+    second = fake_config(tmp_path)
+    second.stage.name, second.stage.steps = "second", 1
+    second.stage.initialize_from = str(first.stage_folder)
+    run_stage(second)
+    engine = fake_engine.built[1].engine
+    assert int(engine.num_updates) == 1
+    start = final_tensors(first)["model/weight"]
+    expected = start - learning_rate(second.stage.optimizer, 1, 1) * engine.momentum
+    assert torch.equal(engine.weight, expected)
+    third = fake_config(tmp_path)
+    third.stage.name, third.stage.initialize_from = "third", str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="fake, second"):
+        run_stage(third)
+
+
+def test_two_runs_of_one_stage(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    monkeypatch.setattr(stage.lock_stage, "__wrapped__", stage.lock_stage.__wrapped__)
+    config.stage_folder.mkdir(parents=True)
+    with stage.lock_stage(config.stage_folder), pytest.raises(UserError, match="another run"):
+        with stage.lock_stage(config.stage_folder, patience_seconds=0.2):
+            pass
+    run_stage(config)  # the lock file that is left is no obstacle
+
+
+# --- disks and loggers ----------------------------------------------------------------------------------------------
+
+
+def test_full_disk_goes_on_until_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    with small_disk(tmp_path / "small", 256) as folder:
+        config = fake_config(folder)
+        original = FakeEngine.random_state
+        grown = {"large": torch.zeros(400_000, dtype=torch.uint8)}
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                FakeEngine, "random_state",
+                lambda engine: original(engine) | (grown if int(engine.num_updates) > 5 else {}),
+            )  # fmt: skip
+            with pytest.raises(UserError, match="step 20 cannot be written"):
+                run_stage(config)
+        assert [event["step"] for event in events(config, "checkpoint_failed")] == [10, 15, 20]
+        assert "training goes on" in capsys.readouterr().err
+        assert [path.name for path in list_checkpoints(config.stage_folder)] == ["step_00000005"]
+        run_stage(config)  # space was made
+        assert latest_checkpoint(config.stage_folder).name == "step_00000020"
+
+
+def test_metrics_that_cannot_be_written_do_not_stop(tmp_path, monkeypatch, capsys):
+    from training.files import JsonLines
+
+    config, original = fake_config(tmp_path), JsonLines.append
+
+    def append(lines, record):
+        if record.get("step") == 3 and "loss" in record:
+            raise OSError(28, "No space left on device")
+        original(lines, record)
+
+    monkeypatch.setattr(JsonLines, "append", append)
+    run_stage(config)
+    assert [line["step"] for line in metric_lines(config)] == [1, 2, *range(4, 21)]
+    assert events(config, "metrics_failed")[0]["step"] == 3
+    assert "metrics can no longer be written" in capsys.readouterr().err
+
+
+def test_metrics_file_that_was_cut_or_removed(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    interrupt_at(monkeypatch, config, 8)
+    path = config.stage_folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:300])
+    run_stage(config)
+    steps = [line["step"] for line in metric_lines(config)]
+    assert steps == sorted(set(steps))
+    assert steps[-12:] == list(range(9, 21))
+
+
+def test_wandb_failure_is_told_once(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def init(**options):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = fake_config(tmp_path)
+    config.logging.wandb_mode = "offline"
+    run_stage(config)
+    assert capsys.readouterr().err.count("no network") == 1
+    assert "no network" in events(config, "wandb_failed")[0]["error"]
+
+
+def test_wandb_offline_keeps_its_run_id(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    config.logging.wandb_mode = "offline"
+    interrupt_at(monkeypatch, config, 6)
+    run_stage(config)
+    folders = sorted((config.stage_folder / "wandb").glob("offline-run-*"))
+    manifest = json.loads((latest_checkpoint(config.stage_folder) / "manifest.json").read_text())
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {manifest["wandb_run_id"]}
+    assert not events(config, "wandb_failed")

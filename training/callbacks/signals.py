@@ -1,0 +1,39 @@
+"""Signals that ask the run to stop after a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignals:
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; the loop asks `received` and stops at a safe point.
+
+    The handler only notes the name, so it may run at any moment: while waiting for data, between micro-batches, in
+    the middle of a checkpoint. After the first SIGINT the next one has its ordinary effect: it ends at once.
+    Outside the main thread, where Python takes no handlers, nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

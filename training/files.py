@@ -1,0 +1,78 @@
+"""Small files that are either wholly there or not at all, and append-only logs that survive a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Publish `text` at `path` by rename; a reader sees the old file or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, each handed to the system at once.
+
+    A line that could not be written whole (full disk) is cut away before the next one, so the file stays valid.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (lives as long as the object)
+        self.num_bytes = self._file.seek(0, os.SEEK_END)
+        self._cut_unfinished_line()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Raises OSError when the line could not be written."""
+        line = json.dumps(record, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+        if os.fstat(self._file.fileno()).st_size > self.num_bytes:
+            self.truncate(self.num_bytes)
+        num_written = self._file.write(line)
+        if num_written != len(line):
+            raise OSError(
+                f"only {num_written} of {len(line)} bytes could be written to {self.path}"
+            )
+        self.num_bytes += len(line)
+
+    def _cut_unfinished_line(self) -> None:
+        """A kill in the middle of a write leaves half a line."""
+        content = self.path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            self.truncate(content.rfind(b"\n") + 1)
+
+    def truncate(self, num_bytes: int) -> None:
+        self._file.truncate(num_bytes)
+        self.num_bytes = num_bytes
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,313 @@
+"""The step loop: batch, forward and backward, verdict, optimizer step, callbacks, checkpoint."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from training.callbacks.base import Callback
+from training.callbacks.events import EventLog, tell
+from training.callbacks.guard import Decision, StepGuard, Verdict
+from training.callbacks.signals import StopSignals
+from training.callbacks.watchdog import Heartbeat
+from training.checkpoint import CheckpointFailed, CheckpointStore
+from training.config import TrainConfig, differences, fixed_of, results_of
+from training.engines.base import DataSource, Engine, StepResult
+from training.metrics import StepRecord
+from training.schedule import learning_rate
+
+SECONDS_BETWEEN_LOOKS = 0.2  # how soon a signal is heard while waiting for data
+
+
+@dataclass
+class TrainState:
+    """Where a run is. All of it is in each checkpoint."""
+
+    step: int = 0  # steps done, applied or skipped
+    next_sample: int = 0  # first sample of the next global batch
+    num_tokens: int = 0  # positions of all batches so far
+    num_skipped_steps: int = 0
+    skipped_windows: list[list[int]] = field(
+        default_factory=list
+    )  # [first, end) samples, by rollbacks
+    wall_seconds: float = 0.0  # in the loop, restarts included
+
+
+@dataclass
+class Run:
+    """All that takes part in one run of the loop; what callbacks are shown."""
+
+    config: TrainConfig
+    engine: Engine
+    data: DataSource
+    store: CheckpointStore
+    guard: StepGuard
+    callbacks: list[Callback]  # in order
+    signals: StopSignals
+    events: EventLog
+    heartbeat: Heartbeat
+    config_yaml: str = ""  # goes into each checkpoint folder
+    metadata: dict[str, Any] = field(default_factory=dict)  # the objective's share of the manifest
+    state: TrainState = field(default_factory=TrainState)
+    saved_step: int = -1  # of the newest checkpoint known to be complete
+    loop_started: float = 0.0  # monotonic time at which the run would have begun without a restart
+
+
+def train(run: Run) -> str:
+    """Run the loop from the state in `run` to the last step; "finished", or "stopped" after a signal.
+
+    Raises `UserError` when the run cannot go on. No error path uses a collective: the other ranks may be gone.
+    """
+    batches = BatchFetcher(run.data.batch)
+    status = "failed"
+    try:
+        for callback in run.callbacks:
+            callback.on_start(run)
+        status = _run_steps(run, batches)
+        return status
+    finally:
+        batches.close()
+        for callback in run.callbacks:
+            callback.on_end(run, status)
+
+
+def _run_steps(run: Run, batches: BatchFetcher) -> str:
+    state, engine, enter = run.state, run.engine, run.heartbeat.enter
+    run.loop_started = time.monotonic() - state.wall_seconds
+    while state.step < run.config.stage.steps:
+        started = time.monotonic()
+        enter("wait for data", state.step)
+        micro_batches = batches.wait(state.next_sample, lambda: run.signals.received is not None)
+        enter("agree on stopping")
+        if engine.any_rank(run.signals.received is not None):
+            return _stop(run)
+        enter("forward and backward")
+        result = engine.forward_backward(micro_batches)
+        decision = run.guard.judge(result.loss, result.gradient_norm)
+        rate = learning_rate(run.config.stage.optimizer, state.step + 1, run.config.stage.steps)
+        enter(f"optimizer: {decision.verdict.value}")
+        if decision.verdict is Verdict.APPLY:
+            engine.optimizer_step(rate)
+        else:
+            engine.discard_gradients()
+            if decision.verdict is not Verdict.SKIP:
+                _roll_back_or_end(run, decision)
+                continue
+        record = _count_step(run, result, decision, rate, time.monotonic() - started)
+        enter("callbacks")
+        for callback in run.callbacks:
+            callback.on_step(run, record)
+        if state.step % run.config.checkpoint.every_steps == 0:
+            save(run)
+    save(run)
+    return "finished"
+
+
+def _count_step(
+    run: Run, result: StepResult, decision: Decision, rate: float, seconds: float
+) -> StepRecord:
+    state = run.state
+    state.step += 1
+    state.next_sample += run.config.stage.global_batch_size
+    state.num_tokens += result.num_tokens
+    state.wall_seconds = time.monotonic() - run.loop_started
+    if decision.verdict is Verdict.SKIP:
+        state.num_skipped_steps += 1
+        _announce(run, "skip", f"step {state.step} is skipped: {decision.reason}", decision.reason)
+    return StepRecord(
+        state.step, result, rate, state.next_sample, seconds,
+        skipped=decision.reason if decision.verdict is Verdict.SKIP else "",
+    )  # fmt: skip
+
+
+def _stop(run: Run) -> str:
+    save(run)
+    run.events.record(
+        "stopped", step=run.state.step, signal=run.signals.received or "on another rank"
+    )
+    return "stopped"
+
+
+def _roll_back_or_end(run: Run, decision: Decision) -> None:
+    """Load the last checkpoint and go on behind the data that led here, or end the run with a `UserError`.
+
+    The whole window since that checkpoint is left out, not only the batch that failed: bad steps are never applied,
+    so repeating the same good ones would lead to the same place.
+    """
+    before, reason = replace(run.state), decision.reason
+    folder = None
+    if decision.verdict is Verdict.ROLL_BACK:
+        folder = run.store.find_usable(lambda folder, damage: report_damage(run, folder, damage))
+    if folder is None:
+        run.events.record("stop", step=before.step + 1, reason=reason)
+        raise UserError(
+            f"training does not recover at step {before.step + 1}: {reason}",
+            got=f"{run.guard.num_consecutive_skips} skipped steps in a row, {run.guard.num_rollbacks} rollbacks"
+            + ("" if decision.verdict is Verdict.STOP else ", no checkpoint to go back to"),
+            where=str(run.events.path),
+            fix="look at the data of the skipped steps, or lower stage.optimizer.learning_rate",
+        )  # fmt: skip
+    num_rollbacks = run.guard.num_rollbacks + 1
+    _load(run, folder)
+    run.guard.has_rolled_back(num_rollbacks)
+    window = [run.state.next_sample, before.next_sample + run.config.stage.global_batch_size]
+    run.state.next_sample = window[1]
+    run.state.skipped_windows = [*before.skipped_windows, window]
+    run.state.wall_seconds = before.wall_seconds
+    _announce(
+        run, "roll_back",
+        f"step {before.step + 1} failed ({reason}): back to step {run.state.step}, leaving out samples {window}",
+        reason, failed_step=before.step + 1, window=window, checkpoint=folder.name,
+    )  # fmt: skip
+    for callback in run.callbacks:
+        callback.on_roll_back(run)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the present state, unless there is one already.
+
+    A failure costs no more than the interval since the last complete one: training goes on if there is one and
+    steps are left, otherwise it is a `UserError`.
+    """
+    state = run.state
+    if state.step == run.saved_step:
+        return
+    try:
+        folder = run.store.save(state.step, manifest_metadata(run), run.config_yaml)
+    except CheckpointFailed as error:
+        run.events.record("checkpoint_failed", step=state.step, error=str(error))
+        is_last = state.step >= run.config.stage.steps or run.signals.received is not None
+        is_last = run.engine.any_rank(is_last)
+        if is_last or not run.store.has_checkpoint():
+            raise UserError(
+                f"the checkpoint of step {state.step} cannot be written", where=str(run.store.folder),
+                got=str(error), fix="free space on that disk and start the same command again",
+            ) from None  # fmt: skip
+        if run.engine.rank == 0:
+            tell(f"the checkpoint of step {state.step} failed: {error}; training goes on")
+        return
+    run.saved_step = state.step
+    run.events.record("checkpoint", step=state.step, folder=folder.name)
+    for callback in run.callbacks:
+        callback.on_checkpoint(run, folder)
+
+
+def manifest_metadata(run: Run) -> dict[str, Any]:
+    state = run.state
+    callback_states = {callback.name: callback.state() for callback in run.callbacks}
+    return run.metadata | {
+        "step": state.step,
+        "consumed_samples": state.next_sample,
+        "data_fingerprint": run.data.fingerprint,
+        "config": run.config.to_dict(),
+        "wandb_run_id": callback_states.get("wandb", {}).get("run_id"),
+        "state": {
+            "train": asdict(state), "guard": run.guard.state(), "callbacks": callback_states,
+        },
+    }  # fmt: skip
+
+
+def resume(run: Run) -> bool:
+    """Load the newest usable checkpoint of the stage, if there is one."""
+    folder = run.store.find_usable(lambda folder, damage: report_damage(run, folder, damage))
+    if folder is None:
+        return False
+    _load(run, folder)
+    run.events.record("resume", step=run.state.step, checkpoint=folder.name)
+    return True
+
+
+def _load(run: Run, folder: Path) -> None:
+    from model.checkpoint_format import read_manifest
+
+    check_compatible(run, read_manifest(folder), folder)
+    manifest = run.store.load(folder).manifest
+    saved = manifest["state"]
+    for name, value in saved["train"].items():
+        setattr(run.state, name, value)
+    run.guard.load_state(saved["guard"])
+    for callback in run.callbacks:
+        if callback.name in saved["callbacks"]:
+            callback.load_state(saved["callbacks"][callback.name])
+    run.saved_step = run.state.step
+
+
+def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on from a checkpoint of another model, seed or data; layout, length and rates may change."""
+    config, saved = run.config.to_dict(), manifest["config"]
+    changed = differences(fixed_of(saved), fixed_of(config))
+    if changed:
+        raise UserError(
+            "the checkpoint of this stage was made with another configuration", where=str(folder),
+            got="; ".join(changed), fix="set these back, or choose another run_folder or stage.name",
+        )  # fmt: skip
+    if manifest["data_fingerprint"] != run.data.fingerprint:
+        if not run.config.checkpoint.allow_data_change:
+            raise UserError(
+                "the data are not those that the checkpoint was trained on", where=str(folder),
+                expected=f"data fingerprint {manifest['data_fingerprint']}", got=run.data.fingerprint,
+                fix="bring the data or the mixture back, or say checkpoint.allow_data_change=true",
+            )  # fmt: skip
+        run.events.record("data_changed", checkpoint=folder.name)
+    changed = differences(results_of(saved), results_of(config))
+    step, steps = int(manifest["step"]), run.config.stage.steps
+    if step > steps or (step == steps and changed):
+        raise UserError(
+            f"this stage is already trained to step {step}", where=str(folder),
+            got=f"stage.steps={steps}; " + "; ".join(changed),
+            fix="set the configuration back, ask for more steps, or choose another run_folder or stage.name",
+        )  # fmt: skip
+    if changed:
+        run.events.record("config_changed", changes=changed)
+
+
+def report_damage(run: Run, folder: Path, damage: str) -> None:
+    run.events.record("damaged_checkpoint", checkpoint=folder.name, damage=damage)
+    if run.engine.rank == 0:
+        tell(f"checkpoint {folder} is damaged ({damage}); the one before it is used")
+
+
+def _announce(run: Run, event: str, message: str, reason: str, **details: Any) -> None:
+    if run.engine.rank == 0:
+        run.events.record(event, step=run.state.step, reason=reason, **details)
+        tell(message)
+
+
+class BatchFetcher:
+    """Reads batches in a thread, so that the main thread hears signals while the data keep it waiting."""
+
+    def __init__(self, read: Callable[[int], Sequence[Any]]):
+        self._read = read
+        self._requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name="batches", daemon=True).start()
+
+    def wait(self, first_sample: int, interrupted: Callable[[], bool]) -> Sequence[Any]:
+        """The batch that starts at `first_sample`; empty when interrupted before it came."""
+        self._requests.put(first_sample)
+        while True:
+            try:
+                batch, error = self._answers.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except queue.Empty:
+                if interrupted():
+                    return ()
+                continue
+            if error is not None:
+                raise error
+            return batch
+
+    def close(self) -> None:
+        self._requests.put(None)
+
+    def _serve(self) -> None:
+        while (first_sample := self._requests.get()) is not None:
+            try:
+                self._answers.put((self._read(first_sample), None))
+            except BaseException as error:  # handed to the main thread, which raises it
+                self._answers.put((None, error))

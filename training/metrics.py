@@ -1,0 +1,64 @@
+"""The record of one step, as it goes to metrics.jsonl and the loggers, and the figures taken from that file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.engines.base import StepResult
+from training.files import read_json_lines
+
+METRICS_NAME = "metrics.jsonl"
+NUM_LAST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step as it happened. `skipped` holds the guard's reason; empty when the step was applied."""
+
+    step: int  # counted from 1
+    result: StepResult
+    learning_rate: float
+    consumed_samples: int  # after this step
+    step_seconds: float
+    skipped: str = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.result.num_tokens / self.step_seconds if self.step_seconds > 0 else 0.0
+
+    def to_line(self) -> dict[str, Any]:
+        """JSON values; a loss that is not finite becomes null."""
+        result = self.result
+        line: dict[str, Any] = {"step": self.step, "loss": _finite(result.loss)}
+        line |= {f"loss_{name}": _finite(loss) for name, loss in result.loss_by_class.items()}
+        line |= {
+            "gradient_norm": _finite(result.gradient_norm),
+            "learning_rate": self.learning_rate,
+            "tokens": result.num_tokens,
+            "consumed_samples": self.consumed_samples,
+            "step_seconds": round(self.step_seconds, 6),
+            "tokens_by_class": dict(result.tokens_by_class),
+            "tokens_by_source": dict(result.tokens_by_source),
+            "loss_by_source": {name: _finite(loss) for name, loss in result.loss_by_source.items()},
+        }
+        return line | ({"skipped": self.skipped} if self.skipped else {})
+
+
+def first_and_last_loss(stage_folder: Path) -> tuple[float | None, float | None]:
+    """Loss of the first step, and the mean over the last 10 logged steps; skipped steps do not count."""
+    losses = [
+        line["loss"]
+        for line in read_json_lines(stage_folder / METRICS_NAME)
+        if line["loss"] is not None and "skipped" not in line
+    ]
+    if not losses:
+        return None, None
+    last = losses[-NUM_LAST_STEPS:]
+    return losses[0], sum(last) / len(last)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,218 @@
+"""Images for the vision tokenizer, out of raw webdataset shards of any kind, held in memory at training size.
+
+What a step sees is a pure function of (seed, first sample). A picture comes at several sizes ("views"), since a
+tokenizer has to work at all resolutions that the later stages use.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from data_pipeline.image import ImageConfig, decode_image, smart_resize
+from data_pipeline.sources import BadSample, Sample, SampleError, read_shard
+from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
+from model.errors import Problems, UserError
+
+HELD_BACK_STREAM = 1  # keeps the draws of one purpose apart from another's
+BATCH_STREAM = 2
+
+
+@dataclass
+class ImageCorpus:
+    """Shards to take images from: pictures of every kind of sample, and key frames of videos."""
+
+    path: str = ""  # glob of tar shards
+    weight: float = 1.0  # share of the training images
+    max_images: int = 4000  # kept in memory
+    random_squares: int = (
+        0  # take this many random squares of each picture instead of the whole of it
+    )
+
+
+@dataclass
+class View:
+    """One size at which images are trained on. All images of a step have the same view."""
+
+    area: int = 48 * 48  # pixels; sides are multiples of the factor, the aspect is kept
+    share: float = 1.0  # of the steps
+    crop: int = (
+        0  # side of the squares cut out of an image, on a grid of this step; 0: the whole image
+    )
+    crops_per_image: int = 1  # the squares with the largest spread of values
+
+
+@dataclass
+class ImageDataOptions:
+    corpora: dict[str, ImageCorpus] = field(default_factory=dict)
+    views: list[View] = field(default_factory=lambda: [View()])
+    keyframe_seconds: float = 1.0
+    num_held_back: int = (
+        64  # images, over all corpora, never trained on: the stage's figures come from them
+    )
+
+    def validate(self, problems: Problems, key: str, factor: int) -> None:
+        problems.check(bool(self.corpora), f"{key}.corpora", "no corpus given")
+        problems.check(self.num_held_back > 0, f"{key}.num_held_back", "must be positive")
+        for name, corpus in self.corpora.items():
+            problems.check(corpus.weight > 0, f"{key}.corpora.{name}.weight", "must be positive")
+            problems.check(
+                corpus.max_images > 1, f"{key}.corpora.{name}.max_images", "must be above one"
+            )
+        problems.check(bool(self.views), f"{key}.views", "no view given")
+        for index, view in enumerate(self.views):
+            where = f"{key}.views.{index}"
+            problems.check(
+                view.area >= factor**2, f"{where}.area", f"must be at least {factor} squared"
+            )
+            problems.check(view.share > 0, f"{where}.share", "must be positive")
+            problems.check(
+                view.crop >= 0 and view.crop % factor == 0, f"{where}.crop",
+                f"must be a multiple of {factor}", f"{where}.crop={factor}",
+            )  # fmt: skip
+            problems.check(view.crops_per_image > 0, f"{where}.crops_per_image", "must be positive")
+
+
+class ImageSource:
+    """Batches of images, as a pure function of (seed, first sample). A `training.engines.base.DataSource`."""
+
+    def __init__(self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int):
+        self.options, self.factor, self.seed = options, factor, seed
+        self.global_batch_size = global_batch_size
+        self.source_names = list(options.corpora)
+        self.num_bad: Counter[str] = Counter()  # by reason
+        self.images: list[list[list[np.ndarray]]] = []  # [view][corpus][image], uint8 [H, W, 3]
+        self.held_back: list[np.ndarray] = []  # at the first view's size
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([asdict(options), seed, global_batch_size]).encode())
+        self.images = [[[] for _ in self.source_names] for _ in options.views]
+        for corpus_index, (name, corpus) in enumerate(options.corpora.items()):
+            self._load(corpus_index, name, corpus, digest)
+        self.fingerprint = digest.hexdigest()
+        self._corpus_shares = normalized([corpus.weight for corpus in options.corpora.values()])
+        self._view_shares = normalized([view.share for view in options.views])
+
+    def _load(
+        self, corpus_index: int, name: str, corpus: ImageCorpus, digest: hashlib.blake2b
+    ) -> None:
+        rng = np.random.default_rng((self.seed, HELD_BACK_STREAM, corpus_index))
+        pictures = list(self._read_pictures(corpus, rng))
+        if len(pictures) < 2:
+            raise UserError(
+                "a corpus of the vision tokenizer has no usable images", where=f"{name}: {corpus.path}",
+                expected="at least 2", got=f"{len(pictures)}, bad: {dict(self.num_bad)}",
+            )  # fmt: skip
+        num_held_back = self.options.num_held_back // len(self.source_names)
+        num_held_back = max(1, min(num_held_back, len(pictures) // 4))
+        held_back = set(rng.permutation(len(pictures))[:num_held_back].tolist())
+        for index, picture in enumerate(pictures):
+            sized = [self._resize(picture, view) for view in self.options.views]
+            digest.update(sized[0].tobytes())
+            if index in held_back:
+                self.held_back.append(sized[0])
+                continue
+            for view_index, image in enumerate(sized):
+                self.images[view_index][corpus_index].append(image)
+
+    def _read_pictures(self, corpus: ImageCorpus, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Decoded pictures of a corpus, at most `max_images`."""
+        paths = sorted(glob.glob(corpus.path, recursive=True))
+        if not paths:
+            raise UserError(
+                "no shards found for the vision tokenizer",
+                where=corpus.path,
+                expected="a glob of tar files",
+            )
+        num_left = corpus.max_images
+        for path in paths:
+            for sample in read_shard(path):
+                if isinstance(sample, BadSample):
+                    self.num_bad[sample.reason] += 1
+                    continue
+                for picture in self._sample_pictures(sample):
+                    for square in squares(picture, corpus.random_squares, rng):
+                        if num_left == 0:
+                            return
+                        num_left -= 1
+                        yield square
+
+    def _sample_pictures(self, sample: Sample) -> list[np.ndarray]:
+        pictures = []
+        for extension, data in sample.parts.items():
+            suffix = extension.rsplit(".", 1)[-1]
+            try:
+                if suffix in IMAGE_EXTENSIONS:
+                    pictures.append(decode_image(data))
+                elif suffix in VIDEO_EXTENSIONS:
+                    config = VideoConfig(keyframe_seconds=self.options.keyframe_seconds)
+                    pictures += [frame.pixels for frame in extract_key_frames(data, config)]
+            except SampleError as error:
+                self.num_bad[error.reason] += 1
+        return pictures
+
+    def _resize(self, picture: np.ndarray, view: View) -> np.ndarray:
+        config = ImageConfig(max_area=view.area, min_area=view.area)
+        return smart_resize(picture, config, self.factor)
+
+    def batch(self, first_sample: int) -> list[np.ndarray]:
+        """The images of one global batch: arrays uint8 [n, H, W, 3], one for each size that occurs."""
+        rng = np.random.default_rng((self.seed, BATCH_STREAM, first_sample))
+        view_index = int(rng.choice(len(self._view_shares), p=self._view_shares))
+        view = self.options.views[view_index]
+        chosen: list[np.ndarray] = []
+        for corpus_index in rng.choice(
+            len(self._corpus_shares), size=self.global_batch_size, p=self._corpus_shares
+        ):
+            images = self.images[view_index][corpus_index]
+            image = images[int(rng.integers(len(images)))]
+            chosen += (
+                busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
+            )
+        return stack_by_size(chosen)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def normalized(weights: list[float]) -> np.ndarray:
+    values = np.asarray(weights, dtype=np.float64)
+    return values / values.sum()
+
+
+def squares(picture: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """`count` random squares of a picture, from a quarter of its shorter side up; the whole of it for 0."""
+    if count == 0:
+        yield picture
+        return
+    height, width = picture.shape[:2]
+    shorter = min(height, width)
+    for _ in range(count):
+        side = int(rng.integers(max(1, shorter // 4), shorter + 1))
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        yield picture[top : top + side, left : left + side]
+
+
+def busiest_crops(image: np.ndarray, side: int, count: int) -> list[np.ndarray]:
+    """The `count` squares of `side` pixels, on a grid, whose values spread most; the whole image if it is smaller."""
+    rows, columns = image.shape[0] // side, image.shape[1] // side
+    if rows * columns == 0:
+        return [image]
+    tiles = image[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
+    tiles = tiles.transpose(0, 2, 1, 3, 4).reshape(rows * columns, side, side, 3)
+    spread = tiles.reshape(len(tiles), -1, 3).astype(np.float32).std(axis=1).sum(axis=1)
+    return [tiles[index] for index in np.argsort(-spread, kind="stable")[:count]]
+
+
+def stack_by_size(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Images of the same size stacked, in order of first occurrence."""
+    groups: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for image in images:
+        groups.setdefault(image.shape, []).append(image)
+    return [np.stack(group) for group in groups.values()]

@@ -1,21 +1,10 @@
-"""The on-disk token format: token files and the shards of packed files.
-
-A file is five pieces that share a prefix:
-
-- `.bin`      the tokens of all documents (or rows), little-endian int32, end to end;
-- `.idx`      Megatron's index of them (`megatron.core.datasets.indexed_dataset`, version 1), each one a document;
-- `.seg.npy`  the segments (`SEGMENT_DTYPE`), sorted by document (or row) and start;
-- `.crc.npy`  packed files only: one CRC32 (uint32) a row, of its tokens' bytes followed by its segments' bytes;
-- `.json`     the manifest, published last: a file without one does not exist for any reader.
-"""
+"""Writer and reader of token files; the format is described in `data_pipeline.token_format`."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,80 +15,27 @@ from data_pipeline.atomic import (
     atomic_write_json,
     no_space_is_a_user_error,
     publish,
-    read_json,
     remove_stale_temporaries,
     temporary_path,
 )
 from data_pipeline.descriptors import DescriptorCache, read_exactly
 from data_pipeline.segments import SEGMENT_DTYPE, tile_exactly
-from model.errors import UserError
-
-FORMAT_VERSION = 1
-TOKEN_DTYPE = np.dtype("<i4")
-_TOKEN_BYTES = TOKEN_DTYPE.itemsize
-
-# Megatron's index: magic, version 1, dtype code 4 (int32), number of sequences, number of document marks.
-_INDEX_HEADER_DTYPE = np.dtype(
-    [("magic", "S9"), ("version", "<u8"), ("dtype_code", "u1"), ("sequences", "<u8"), ("marks", "<u8")]
+from data_pipeline.token_format import (
+    FORMAT_VERSION,
+    REWRITE,
+    TOKEN_BYTES,
+    TOKEN_DTYPE,
+    check_row,
+    checksum,
+    encode_array,
+    encode_index,
+    load_array,
+    read_index,
+    read_manifest,
+    row_crc,
+    suffixed,
 )
-_INDEX_MAGIC = b"MMIDIDX"  # followed by two zero bytes, which numpy's "S9" supplies
-_INT32_CODE = 4
-_REWRITE = "delete the .json of that file and run the command that wrote it again"
-
-
-def suffixed(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)
-
-
-def checksum(content: bytes | memoryview) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def checksum_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def encode_index(lengths: np.ndarray) -> bytes:
-    """The bytes of Megatron's `.idx` for sequences of these lengths (int32 [n]), each a document of its own."""
-    num_sequences = len(lengths)
-    header = np.array(
-        (_INDEX_MAGIC, 1, _INT32_CODE, num_sequences, num_sequences + 1), _INDEX_HEADER_DTYPE
-    )
-    ends = np.cumsum(lengths, dtype=np.int64) * _TOKEN_BYTES
-    offsets = np.concatenate([np.zeros(1, np.int64), ends])[:num_sequences]
-    marks = np.arange(num_sequences + 1, dtype="<i8")
-    pieces = (header, lengths.astype("<i4"), offsets.astype("<i8"), marks)
-    return b"".join(piece.tobytes() for piece in pieces)
-
-
-def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths in tokens (int32 [n]) and offsets in bytes (int64 [n]) of a Megatron `.idx` of int32 tokens.
-
-    Raises `UserError` for anything else, a truncated file included.
-    """
-    if not path.is_file():
-        raise UserError("a file named by its manifest is missing", where=str(path), fix=_REWRITE)
-    content = path.read_bytes()
-    header_bytes = _INDEX_HEADER_DTYPE.itemsize
-    if len(content) < header_bytes:
-        raise UserError("an index file is truncated", where=str(path), got=f"{len(content)} bytes")
-    header = np.frombuffer(content, _INDEX_HEADER_DTYPE, count=1)[0]
-    found = (bytes(header["magic"]), int(header["version"]), int(header["dtype_code"]))
-    if found != (_INDEX_MAGIC, 1, _INT32_CODE):
-        raise UserError(
-            "not a Megatron index of int32 tokens", where=str(path),
-            expected=str((_INDEX_MAGIC, 1, _INT32_CODE)), got=str(found),
-        )  # fmt: skip
-    num_sequences = int(header["sequences"])
-    if len(content) < header_bytes + num_sequences * 12 + int(header["marks"]) * 8:
-        raise UserError("an index file is truncated", where=str(path), got=f"{len(content)} bytes")
-    lengths = np.frombuffer(content, "<i4", num_sequences, header_bytes)
-    offsets = np.frombuffer(content, "<i8", num_sequences, header_bytes + 4 * num_sequences)
-    return lengths, offsets
+from model.errors import UserError
 
 
 class TokenFileWriter:
@@ -129,7 +65,10 @@ class TokenFileWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.discard()
 
@@ -147,7 +86,7 @@ class TokenFileWriter:
         self._lengths.append(len(tokens))
         self._segments.append(numbered)
         if self.with_crc:
-            self._crcs.append(zlib.crc32(numbered.tobytes(), zlib.crc32(content)))
+            self._crcs.append(row_crc(np.frombuffer(content, TOKEN_DTYPE), numbered))
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Publish the data, then the manifest; returns the manifest as written.
@@ -156,9 +95,9 @@ class TokenFileWriter:
         supplies `kind`, `num_documents` or `num_rows` and the rest.
         """
         side_files = {".idx": encode_index(np.array(self._lengths, np.int32))}
-        side_files[".seg.npy"] = _encode_array(_concatenate(self._segments))
+        side_files[".seg.npy"] = encode_array(_concatenate(self._segments))
         if self.with_crc:
-            side_files[".crc.npy"] = _encode_array(np.array(self._crcs, "<u4"))
+            side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
         outputs = {self._bin.name: self._digest.hexdigest()}
         needed_bytes = self._num_bytes + sum(map(len, side_files.values()))
         with no_space_is_a_user_error(self.prefix.parent, needed_bytes):
@@ -194,53 +133,6 @@ def _concatenate(segments: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(segments) if segments else np.zeros(0, SEGMENT_DTYPE)
 
 
-def _encode_array(array: np.ndarray) -> bytes:
-    """The bytes of a `.npy` file."""
-    stream = BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    return stream.getvalue()
-
-
-def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """The manifest of a published file. Raises `UserError` when there is none or it is of another kind."""
-    path = suffixed(Path(prefix), ".json")
-    manifest = read_json(path)
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind is not None and found != kind:
-        raise UserError(
-            "not the kind of file that was asked for", where=str(path), expected=kind, got=str(found)
-        )
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            "the file was written by another version of the format", where=str(path),
-            expected=str(FORMAT_VERSION), got=str(manifest.get("format_version")),
-            fix="write it again with this version",
-        )  # fmt: skip
-    return manifest
-
-
-def published_prefixes(folder: str | Path) -> list[Path]:
-    """Prefixes `NNNNNN` of the published files of a folder, in order."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder))
-    return sorted(path.with_suffix("") for path in folder.glob("*.json") if path.stem.isdigit())
-
-
-def verify_outputs(prefix: str | Path, manifest: dict[str, Any]) -> None:
-    """Read every piece and compare its checksum with the manifest; raises `UserError` naming the damaged one."""
-    for name, expected in manifest["outputs"].items():
-        path = Path(prefix).with_name(name)
-        if not path.is_file():
-            raise UserError("a file named by its manifest is missing", where=str(path), fix=_REWRITE)
-        found = checksum_file(path)
-        if found != expected:
-            raise UserError(
-                "a file is damaged: its checksum is not the manifest's", where=str(path),
-                expected=expected, got=found, fix=_REWRITE,
-            )  # fmt: skip
-
-
 class TokenFileReader:
     """Random access to one published token file or packed shard by `pread`; opens nothing before the first read.
 
@@ -269,15 +161,23 @@ class TokenFileReader:
         return self._loaded
 
     def tokens(self, index: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Tokens of a document or row, int32; a part of them with `start` and `length`. No CRC check: see `row`."""
+        """Tokens of a document or row, int32; a part of them with `start` and `length`.
+
+        A whole row of a packed file is checked against its CRC; raises `UserError` when it is damaged.
+        """
         total = int(self._index.lengths[index])
         count = total - start if length is None else length
-        assert 0 <= start and start + count <= total, "outside the document"
+        assert 0 <= start <= start + count <= total, "outside the document"
         path = suffixed(self.prefix, ".bin")
-        offset = int(self._index.offsets[index]) + start * _TOKEN_BYTES
+        offset = int(self._index.offsets[index]) + start * TOKEN_BYTES
         where = f"{path}, {self._unit} {index}"
-        content = read_exactly(self._descriptors.get(path), count * _TOKEN_BYTES, offset, where)
-        return np.frombuffer(content, TOKEN_DTYPE)
+        content = read_exactly(self._descriptors.get(path), count * TOKEN_BYTES, offset, where)
+        tokens = np.frombuffer(content, TOKEN_DTYPE)
+        if self._index.crcs is not None and count == total:
+            check_row(
+                self.prefix, index, tokens, self.segments(index), int(self._index.crcs[index])
+            )
+        return tokens
 
     def segments(self, index: int) -> np.ndarray:
         """Segments of a document or row, `SEGMENT_DTYPE` [k]."""
@@ -289,19 +189,9 @@ class TokenFileReader:
         content = read_exactly(self._descriptors.get(path), int(end - first) * size, offset, where)
         return np.frombuffer(content, SEGMENT_DTYPE)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and segments of a packed row, checked against its CRC; raises `UserError` when it is damaged."""
-        tokens, segments = self.tokens(index), self.segments(index)
-        assert self._index.crcs is not None, "only packed files carry CRCs"
-        expected = int(self._index.crcs[index])
-        found = zlib.crc32(segments.tobytes(), zlib.crc32(tokens.tobytes()))
-        if found != expected:
-            raise UserError(
-                "a packed row is damaged", where=f"{suffixed(self.prefix, '.bin')}, row {index}",
-                expected=f"CRC32 {expected:08x}", got=f"{found:08x}",
-                fix="delete the .json of that shard and dataset.json, then run `nextstate pack` again",
-            )  # fmt: skip
-        return tokens, segments
+    def all_segments(self) -> np.ndarray:
+        """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept."""
+        return load_array(suffixed(self.prefix, ".seg.npy"))
 
     @property
     def _unit(self) -> str:
@@ -322,24 +212,15 @@ class _Index:
         if len(lengths) != num_documents:
             raise UserError(
                 "an index disagrees with its manifest", where=str(suffixed(prefix, ".idx")),
-                expected=f"{num_documents} documents", got=str(len(lengths)), fix=_REWRITE,
+                expected=f"{num_documents} documents", got=str(len(lengths)), fix=REWRITE,
             )  # fmt: skip
         crc_path = suffixed(prefix, ".crc.npy")
-        index = cls(lengths, offsets, _load_array(crc_path) if crc_path.exists() else None)
+        index = cls(lengths, offsets, load_array(crc_path) if crc_path.exists() else None)
         path = suffixed(prefix, ".seg.npy")
-        segments = _load_array(path)
+        segments = load_array(path)
         if segments.dtype != SEGMENT_DTYPE:
-            raise UserError("a segment file has another record type", where=str(path), fix=_REWRITE)
+            raise UserError("a segment file has another record type", where=str(path), fix=REWRITE)
         index.segments_at = os.path.getsize(path) - segments.nbytes
         counts = np.bincount(segments["row"], minlength=num_documents)
         index.segment_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         return index
-
-
-def _load_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError("a file named by its manifest is missing", where=str(path), fix=_REWRITE) from None
-    except ValueError as error:
-        raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=_REWRITE) from None

@@ -1,0 +1,208 @@
+"""Batches for a data-parallel rank: a pure function of the number of samples consumed so far.
+
+Global batch b holds the samples n..n + G of the mixture's order, n = b * G. Micro-batch m of rank r holds the
+samples n + (m * data_parallel_size + r) * micro_batch_size and those after it, so all ranks together read the
+same global batch however many they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.batch import MicroBatch, build_micro_batch
+from data_pipeline.descriptors import DescriptorCache
+from data_pipeline.mixture import Mixture
+from data_pipeline.packed_files import PackedDataset
+from model.errors import Problems, UserError
+from model.vocabulary import TokenClass, Vocabulary
+
+# Part of a vocabulary's description that says nothing about the ids in a file.
+_LAYOUT_ONLY = "padded_size"
+
+
+class PackedDataSource:
+    """Reads packed datasets in the order of a `Mixture`; implements `training.engines.base.DataSource`.
+
+    datasets: name -> packed folder; weights: name -> weight in the mixture. loss_weights: weight of each class of
+    label, {"text", "visual", "structure"}. document_attention: "document" (attention and positions restart with each
+    document) or "full" (with each row). prefetch_batches: global batches read ahead by one background thread; 0 reads
+    in the caller. `fingerprint` changes with what any sample holds, not with batch sizes or ranks.
+
+    Raises `UserError` for a missing or unfinished dataset, another sequence length, and packed files of another
+    vocabulary or of tokenizers that differ.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, str | Path],
+        weights: Mapping[str, float],
+        seed: int,
+        sequence_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        loss_weights: Mapping[str, float],
+        document_attention: str,
+        vocabulary: Vocabulary,
+        prefetch_batches: int = 2,
+    ):
+        self._sequence_length, self._global_batch_size = sequence_length, global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank, self._num_ranks = data_parallel_rank, data_parallel_size
+        self._vocabulary, self._prefetch_batches = vocabulary, prefetch_batches
+        self._check(document_attention, loss_weights)
+        self._document_attention = document_attention
+        self._class_weights = np.array(
+            [loss_weights[kind.name.lower()] for kind in TokenClass], np.float32
+        )
+        descriptors = DescriptorCache()
+        opened = {
+            name: PackedDataset(folder, descriptors) for name, folder in sorted(datasets.items())
+        }
+        _check_datasets(opened, sequence_length, vocabulary)
+        self.mixture = Mixture(
+            {name: len(dataset) for name, dataset in opened.items()}, weights, seed
+        )
+        self._datasets = [opened[name] for name in self.mixture.names]
+        self._descriptors = descriptors
+        self.source_names = sorted(
+            {source for dataset in self._datasets for source in dataset.sources}
+        )
+        numbers = {name: number for number, name in enumerate(self.source_names)}
+        self._source_maps = [
+            np.array([numbers[source] for source in dataset.sources], np.uint16)
+            for dataset in self._datasets
+        ]
+        self.fingerprint = self._compute_fingerprint()
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+        self._executor: ThreadPoolExecutor | None = None
+        if prefetch_batches > 0:
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._closed = False
+
+    def batch(self, first_sample: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch that starts at `first_sample`.
+
+        Errors of the background thread are raised here, in the call that asks for the batch they belong to.
+        """
+        assert not self._closed, "the data source is closed"
+        if self._executor is None:
+            return self._read(first_sample)
+        wanted = [
+            first_sample + number * self._global_batch_size
+            for number in range(self._prefetch_batches + 1)
+        ]
+        for sample in [sample for sample in self._ahead if sample not in wanted]:
+            self._ahead.pop(sample).cancel()
+        for sample in wanted:
+            if sample not in self._ahead:
+                self._ahead[sample] = self._executor.submit(self._read, sample)
+        return self._ahead.pop(first_sample).result()
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the thread to end. May be called twice."""
+        self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+        self._descriptors.close()
+
+    def _read(self, first_sample: int) -> list[MicroBatch]:
+        stride = self._micro_batch_size * self._num_ranks
+        offsets = (
+            np.arange(0, self._global_batch_size, stride) + self._rank * self._micro_batch_size
+        )
+        samples = first_sample + offsets[:, None] + np.arange(self._micro_batch_size)
+        located = self.mixture.locate_many(samples.ravel())
+        datasets = located.datasets.reshape(samples.shape)
+        rows = located.rows.reshape(samples.shape)
+        return [self._micro_batch(*pair) for pair in zip(datasets, rows, strict=True)]
+
+    def _micro_batch(self, datasets: np.ndarray, rows: np.ndarray) -> MicroBatch:
+        tokens = np.empty((len(rows), self._sequence_length), np.int64)
+        parts: list[np.ndarray] = []
+        for index, (dataset, row) in enumerate(zip(datasets.tolist(), rows.tolist(), strict=True)):
+            tokens[index], segments = self._datasets[dataset].row(row)
+            segments = segments.copy()
+            segments["source"] = self._source_maps[dataset][segments["source"]]
+            parts.append(segments)
+        return build_micro_batch(
+            tokens,
+            np.concatenate(parts),
+            self._class_weights,
+            self._document_attention,
+            self._vocabulary,
+        )
+
+    def _compute_fingerprint(self) -> str:
+        described = {
+            "mixture": self.mixture.fingerprint, "sequence_length": self._sequence_length,
+            "datasets": {
+                name: dataset.fingerprint
+                for name, dataset in zip(self.mixture.names, self._datasets, strict=True)
+            },
+        }  # fmt: skip
+        return hashlib.blake2b(
+            json.dumps(described, sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
+
+    def _check(self, document_attention: str, loss_weights: Mapping[str, float]) -> None:
+        problems = Problems()
+        rows_at_once = self._micro_batch_size * self._num_ranks
+        divides = rows_at_once > 0 and self._global_batch_size % rows_at_once == 0
+        problems.check(
+            divides, "stage.global_batch_size",
+            f"{self._global_batch_size} is not a multiple of micro_batch_size * data-parallel size = {rows_at_once}",
+        )  # fmt: skip
+        problems.check(
+            document_attention in ("document", "full"), "stage.document_attention",
+            f"unknown value {document_attention!r}", "stage.document_attention=document",
+        )  # fmt: skip
+        classes = {kind.name.lower() for kind in TokenClass}
+        problems.check(
+            set(loss_weights) == classes, "stage.loss_weights",
+            f"expected {sorted(classes)}, got {sorted(loss_weights)}",
+        )  # fmt: skip
+        problems.raise_if_any()
+        assert 0 <= self._rank < self._num_ranks
+
+
+def _check_datasets(
+    datasets: Mapping[str, PackedDataset], sequence_length: int, vocabulary: Vocabulary
+) -> None:
+    expected = {key: value for key, value in vocabulary.describe().items() if key != _LAYOUT_ONLY}
+    tokenizers: dict[tuple[str, str], list[str]] = {}
+    for name, dataset in datasets.items():
+        if dataset.sequence_length != sequence_length:
+            raise UserError(
+                f"dataset {name!r} is packed in rows of another length", where=str(dataset.folder),
+                expected=f"{sequence_length} tokens", got=str(dataset.sequence_length),
+                fix=f"stage.sequence_length={dataset.sequence_length}, or pack it again",
+            )  # fmt: skip
+        recorded = dataset.manifest["vocabulary"] or {}
+        found = {key: value for key, value in recorded.items() if key != _LAYOUT_ONLY}
+        if found != expected:
+            keys = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+            raise UserError(
+                f"dataset {name!r} was tokenized for another vocabulary", where=str(dataset.folder),
+                expected=str({key: expected.get(key) for key in keys}),
+                got=str({key: found.get(key) for key in keys}),
+                fix="set model.vocabulary as it was when the data was tokenized, or tokenize again",
+            )  # fmt: skip
+        for kind in ("text_tokenizer", "vision_tokenizer"):
+            if dataset.manifest.get(kind):
+                tokenizers.setdefault((kind, str(dataset.manifest[kind])), []).append(name)
+    for kind in ("text_tokenizer", "vision_tokenizer"):
+        said = {found: names for (key, found), names in tokenizers.items() if key == kind}
+        if len(said) > 1:
+            raise UserError(
+                f"the datasets do not agree on the {kind.replace('_', ' ')}", got=str(said),
+                fix="tokenize and pack all of them with the same tokenizers",
+            )  # fmt: skip

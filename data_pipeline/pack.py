@@ -1,0 +1,323 @@
+"""Token files -> packed files: rows of fixed length, filled by best fit over a pool that mixes sources.
+
+Packing is a pure function of (manifests, seed, configuration). The plan, which uses lengths only, is made anew by
+every run; shards that are published already are not written again, so a run that was killed is continued by the same
+command and ends in the same bytes.
+
+Documents are taken in the order of a keyed permutation over all of them, so neighbouring rows mix sources and the
+order of the rows needs no further shuffling. Images are never cut. Plain text marked `SPLITTABLE` fills the holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.atomic import (
+    atomic_write_bytes,
+    atomic_write_json,
+    read_json,
+    remove_stale_temporaries,
+)
+from data_pipeline.best_fit import BestFitPacker, Piece, Row
+from data_pipeline.packed_files import DATASET_NAME, read_dataset_manifest
+from data_pipeline.permutation import derive_key, permute
+from data_pipeline.pool import Pool
+from data_pipeline.segments import SEGMENT_DTYPE, Kind, count_classes
+from data_pipeline.store import TokenFileWriter
+from data_pipeline.token_format import (
+    FORMAT_VERSION,
+    TOKEN_DTYPE,
+    published_prefixes,
+    read_manifest,
+    suffixed,
+    verify_outputs,
+)
+from model.errors import Problems, UserError
+
+QUARANTINE_NAME = "dataset.quarantine.jsonl"
+# Documents whose place in the order is computed at once.
+_ORDER_BLOCK = 65_536
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class PackConfig:
+    """What the packed bytes depend on, beside the token files."""
+
+    sequence_length: int = 32_768  # tokens of a row
+    rows_per_shard: int = 8_192
+    open_bins: int = (
+        256  # rows being filled at once; more of them fill better and keep the order less
+    )
+    minimum_piece_tokens: int = 8  # text is not cut into pieces shorter than this
+    seed: int = 1234
+
+    def validate(self, problems: Problems, key: str) -> None:
+        for name, least in (("sequence_length", 2), ("rows_per_shard", 1), ("open_bins", 1)):
+            value = getattr(self, name)
+            problems.check(value >= least, f"{key}{name}", f"must be at least {least}, got {value}")
+        fits = 1 <= self.minimum_piece_tokens <= self.sequence_length
+        problems.check(
+            fits,
+            f"{key}minimum_piece_tokens",
+            "must be between 1 and sequence_length",
+            f"{key}minimum_piece_tokens=8",
+        )
+
+
+@dataclass
+class PackSummary:
+    """What a packed folder holds."""
+
+    target: str
+    num_rows: int
+    num_tokens: int  # padding included
+    num_real_tokens: int
+    fill: float  # real tokens / all tokens
+    sources: dict[str, int]  # real tokens of each
+    counts_by_class: dict[str, int]
+    quarantined: dict[str, int] = field(default_factory=dict)  # documents left out, by reason
+
+
+def pack(
+    token_folders: Mapping[str, str | Path | Sequence[str | Path]],
+    target: str | Path,
+    config: PackConfig,
+) -> PackSummary:
+    """Pack the token files of `token_folders` (source name -> folder or folders) into `target`.
+
+    Raises `UserError` for a bad configuration, missing or damaged input, token files of different vocabularies or
+    tokenizers, a target that holds something else, and a full disk.
+    """
+    problems = Problems()
+    config.validate(problems, "")
+    problems.check(bool(token_folders), "tokens", "no source is given", "tokens.NAME=FOLDER")
+    problems.raise_if_any()
+    target = Path(target)
+    pool = Pool({name: _as_list(folders) for name, folders in token_folders.items()})
+    try:
+        inputs = pool.source_fingerprints()
+        identity = {"config": asdict(config), "inputs": inputs, "format_version": FORMAT_VERSION}
+        fingerprint = _fingerprint(identity)
+        if not _is_complete(target, fingerprint):
+            _Packing(pool, target, config, fingerprint, inputs).run()
+    finally:
+        pool.close()
+    return summarise(target)
+
+
+def summarise(target: str | Path) -> PackSummary:
+    """The summary of a finished packed folder."""
+    dataset = read_dataset_manifest(target)
+    return PackSummary(target=str(target), **{name: dataset[name] for name in _SUMMARY_KEYS})
+
+
+_SUMMARY_KEYS = (
+    "num_rows", "num_tokens", "num_real_tokens", "fill", "sources", "counts_by_class", "quarantined",
+)  # fmt: skip
+
+
+def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    return [folders] if isinstance(folders, (str, Path)) else list(folders)
+
+
+def _fingerprint(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _is_complete(target: Path, fingerprint: str) -> bool:
+    """Is the whole folder packed already? Raises `UserError` when it holds rows of other input or configuration."""
+    if not target.is_dir():
+        return False
+    dataset = target / DATASET_NAME
+    found = {prefix.name: read_manifest(prefix, "packed") for prefix in published_prefixes(target)}
+    if dataset.exists():
+        found[dataset.stem] = read_json(dataset)
+    for name, manifest in found.items():
+        if manifest.get("config_fingerprint") != fingerprint:
+            raise UserError(
+                "the target holds rows packed from other token files or with another configuration",
+                where=str(target / f"{name}.json"), expected=f"fingerprint {fingerprint}",
+                got=str(manifest.get("config_fingerprint")),
+                fix="choose another target, or delete that folder when its rows are no longer needed",
+            )  # fmt: skip
+    return dataset.stem in found and len(found) == 1 + len(found[dataset.stem]["shards"])
+
+
+class _Packing:
+    """One run of `pack`: plans all rows, writes the shards that are missing."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        target: Path,
+        config: PackConfig,
+        fingerprint: str,
+        inputs: list[dict[str, str]],
+    ):
+        self.pool, self.target, self.config = pool, target, config
+        self.fingerprint, self.inputs = fingerprint, inputs
+        self.quarantine: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        self.target.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(self.target, "dataset.")
+        for file in self.pool.files:
+            verify_outputs(file.prefix, file.manifest)
+        rows = self.plan()
+        manifests: list[dict[str, Any]] = []
+        while shard_rows := list(islice(rows, self.config.rows_per_shard)):
+            manifests.append(self.write_shard(len(manifests), shard_rows))
+        self.publish_dataset(manifests)
+
+    def plan(self) -> Iterator[Row]:
+        """The rows in order, each a list of pieces."""
+        config = self.config
+        lengths, fillers = self.pool.load_index()
+        packer = BestFitPacker(
+            config.sequence_length, config.open_bins, config.minimum_piece_tokens, self.pool.cut
+        )
+        for document in _document_order(len(self.pool), config.seed):
+            length = int(lengths[document])
+            whole = Piece(document, 0, length)
+            if length == 0:
+                self.refuse(document, length, "empty_document")
+            elif length <= config.sequence_length:
+                yield from (packer.add_filler if fillers[document] else packer.add)(whole)
+            else:
+                yield from self.plan_long(packer, whole, bool(fillers[document]))
+        yield from packer.flush()
+
+    def plan_long(self, packer: BestFitPacker, whole: Piece, filler: bool) -> Iterator[Row]:
+        pieces = self.pool.cut_to_rows(whole.document, self.config.sequence_length)
+        if isinstance(pieces, str):
+            self.refuse(whole.document, whole.length, pieces)
+        elif filler:
+            yield from packer.add_filler(whole)
+        else:
+            for piece in pieces:
+                yield from packer.add(piece)
+
+    def refuse(self, document: int, num_tokens: int, reason: str) -> None:
+        file, index = self.pool.locate(document)
+        segments = self.pool.segments(document)
+        entry = {
+            "reason": reason, "source": self.pool.sources[self.pool.source_of_file[file]],
+            "file": self.pool.files[file].prefix.name, "index": index, "num_tokens": num_tokens,
+            "document": int(segments["document"][0]) if len(segments) else None,
+        }  # fmt: skip
+        self.quarantine.append(entry)
+
+    def write_shard(self, number: int, rows: list[Row]) -> dict[str, Any]:
+        """Write and publish one shard, unless it is there already; returns its manifest."""
+        prefix = self.target / f"{number:06d}"
+        if suffixed(prefix, ".json").exists():
+            return read_manifest(prefix, "packed")
+        vocabulary = self.pool.shared["vocabulary"]
+        by_class: Counter[str] = Counter()
+        by_source = np.zeros(len(self.pool.sources), np.int64)
+        with TokenFileWriter(prefix, with_crc=True) as writer:
+            for row in rows:
+                tokens, segments = self.assemble(row, vocabulary)
+                writer.add(tokens, segments)
+                by_class.update(count_classes(tokens, segments, vocabulary["visual_start"]))
+                real = segments[segments["kind"] != Kind.PAD]
+                np.add.at(by_source, real["source"], real["length"])
+            manifest = {
+                "kind": "packed", "num_rows": len(writer), "sequence_length": self.config.sequence_length,
+                "sources": self.pool.sources, "counts_by_class": dict(by_class), **self.pool.shared,
+                "tokens_by_source": dict(zip(self.pool.sources, by_source.tolist(), strict=True)),
+                "config_fingerprint": self.fingerprint, "inputs": self.inputs, "quarantined": {},
+            }  # fmt: skip
+            _log.info("packed shard %s: %d rows", prefix.name, len(writer))
+            return writer.finish(manifest)
+
+    def assemble(self, row: Row, vocabulary: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32 [S]) and segments of a row; what is left of it is one segment of padding."""
+        length = self.config.sequence_length
+        tokens = np.full(length, vocabulary["structure"]["pad"], TOKEN_DTYPE)
+        parts: list[np.ndarray] = []
+        end = 0
+        for piece in row:
+            tokens[end : end + piece.length], segments = self.pool.read(piece)
+            segments["start"] += end
+            parts.append(segments)
+            end += piece.length
+        if end < length:
+            padding = np.zeros(1, SEGMENT_DTYPE)
+            padding["start"], padding["length"], padding["kind"] = end, length - end, Kind.PAD
+            parts.append(padding)
+        self.check_ids(tokens, vocabulary["size"], row)
+        return tokens, np.concatenate(parts)
+
+    def check_ids(self, tokens: np.ndarray, vocabulary_size: int, row: Row) -> None:
+        if tokens.min() < 0 or tokens.max() >= vocabulary_size:
+            files = sorted(
+                {str(self.pool.files[self.pool.locate(piece.document)[0]].prefix) for piece in row}
+            )
+            raise UserError(
+                "token files hold ids outside the vocabulary of their manifest", where=", ".join(files),
+                expected=f"ids in [0, {vocabulary_size})", got=f"[{tokens.min()}, {tokens.max()}]",
+                fix="tokenize them again with the tokenizers of that vocabulary",
+            )  # fmt: skip
+
+    def publish_dataset(self, manifests: list[dict[str, Any]]) -> None:
+        """The list of refused documents, then `dataset.json`: with it the packed folder is complete."""
+        if not manifests:
+            raise UserError(
+                "no document can be packed", where=str(self.target),
+                got=f"{len(self.quarantine)} documents refused: {dict(_reasons(self.quarantine))}",
+            )  # fmt: skip
+        lines = [json.dumps(entry, sort_keys=True) for entry in self.quarantine]
+        atomic_write_bytes(
+            self.target / QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode()
+        )
+        atomic_write_json(self.target / DATASET_NAME, self.describe_dataset(manifests))
+
+    def describe_dataset(self, manifests: list[dict[str, Any]]) -> dict[str, Any]:
+        by_class = _sum_counts(manifest["counts_by_class"] for manifest in manifests)
+        num_tokens = sum(manifest["num_tokens"] for manifest in manifests)
+        num_real_tokens = num_tokens - by_class["padding"]
+        shards = [
+            {"name": f"{number:06d}", "num_rows": manifest["num_rows"], "checksum": _fingerprint(manifest["outputs"])}
+            for number, manifest in enumerate(manifests)
+        ]  # fmt: skip
+        return {
+            "format_version": FORMAT_VERSION, "kind": "packed_dataset", "shards": shards,
+            "fingerprint": _fingerprint(shards), "config_fingerprint": self.fingerprint,
+            "config": asdict(self.config), "inputs": self.inputs, "sequence_length": self.config.sequence_length,
+            "num_rows": sum(shard["num_rows"] for shard in shards), "num_tokens": num_tokens,
+            "num_real_tokens": num_real_tokens, "fill": num_real_tokens / num_tokens,
+            "sources": _sum_counts(manifest["tokens_by_source"] for manifest in manifests),
+            "counts_by_class": by_class, "quarantined": dict(_reasons(self.quarantine)), **self.pool.shared,
+        }  # fmt: skip
+
+
+def _document_order(num_documents: int, seed: int) -> Iterator[int]:
+    """All documents, each once, in the order that the seed selects."""
+    key = derive_key("pack", seed)
+    for first in range(0, num_documents, _ORDER_BLOCK):
+        block = np.arange(first, min(first + _ORDER_BLOCK, num_documents))
+        yield from permute(block, num_documents, key).tolist()
+
+
+def _reasons(quarantine: list[dict[str, Any]]) -> Counter[str]:
+    return Counter(entry["reason"] for entry in quarantine)
+
+
+def _sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)

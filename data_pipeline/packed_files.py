@@ -1,0 +1,166 @@
+"""Random access to packed files: one read for the tokens and about one for the segments of a row, no index in memory."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.atomic import read_json
+from data_pipeline.descriptors import DescriptorCache, read_exactly
+from data_pipeline.segments import SEGMENT_DTYPE
+from data_pipeline.token_format import (
+    FORMAT_VERSION,
+    REWRITE,
+    TOKEN_BYTES,
+    TOKEN_DTYPE,
+    check_row,
+    suffixed,
+)
+from model.errors import UserError
+
+DATASET_NAME = "dataset.json"
+# Segments read around the place where those of a row are expected: 64 KiB.
+_WINDOW_SEGMENTS = 2048
+_SEGMENT_BYTES = SEGMENT_DTYPE.itemsize
+_MAX_SHARDS = 4096
+
+
+class PackedShard:
+    """The rows of one packed shard. Keeps a few numbers, however many rows there are."""
+
+    def __init__(
+        self, prefix: Path, num_rows: int, sequence_length: int, descriptors: DescriptorCache
+    ):
+        self.prefix, self.num_rows, self.sequence_length = prefix, num_rows, sequence_length
+        self._descriptors = descriptors
+        self._bin, self._crc, self._seg = (
+            suffixed(prefix, end) for end in (".bin", ".crc.npy", ".seg.npy")
+        )
+        self._crcs_at = self._after_header(self._crc, np.dtype("<u4"))
+        self._segments_at = self._after_header(self._seg, SEGMENT_DTYPE)
+        total_bytes = os.fstat(descriptors.get(self._seg)).st_size
+        self._num_segments = (total_bytes - self._segments_at) // _SEGMENT_BYTES
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32 [S]) and segments of a row. Raises `UserError` with file and row when it is damaged."""
+        assert 0 <= row < self.num_rows
+        num_bytes = self.sequence_length * TOKEN_BYTES
+        tokens = np.frombuffer(self._read(self._bin, num_bytes, row * num_bytes, row), TOKEN_DTYPE)
+        crc = np.frombuffer(self._read(self._crc, 4, self._crcs_at + 4 * row, row), "<u4")
+        segments = self._find_segments(row)
+        check_row(self.prefix, row, tokens, segments, int(crc[0]))
+        return tokens, segments
+
+    def _find_segments(self, row: int) -> np.ndarray:
+        """Look where the row's segments are if all rows have equally many; search by halves when they are not there."""
+        expected = int(self._num_segments * (row + 0.5) / self.num_rows)
+        first = max(0, min(expected - _WINDOW_SEGMENTS // 2, self._num_segments - _WINDOW_SEGMENTS))
+        end = min(first + _WINDOW_SEGMENTS, self._num_segments)
+        window = self._segments(first, end, row)
+        rows = window["row"]
+        if (
+            len(rows)
+            and (first == 0 or rows[0] < row)
+            and (end == self._num_segments or rows[-1] > row)
+        ):
+            return window[np.searchsorted(rows, row) : np.searchsorted(rows, row + 1)]
+        every = range(self._num_segments)
+        first = bisect.bisect_left(every, row, key=self._row_of)
+        return self._segments(
+            first, bisect.bisect_left(every, row + 1, lo=first, key=self._row_of), row
+        )
+
+    def _row_of(self, segment: int) -> int:
+        return int(self._segments(segment, segment + 1, -1)["row"][0])
+
+    def _segments(self, first: int, end: int, row: int) -> np.ndarray:
+        num_bytes = (end - first) * _SEGMENT_BYTES
+        offset = self._segments_at + first * _SEGMENT_BYTES
+        return np.frombuffer(self._read(self._seg, num_bytes, offset, row), SEGMENT_DTYPE)
+
+    def _read(self, path: Path, num_bytes: int, offset: int, row: int) -> bytes:
+        return read_exactly(self._descriptors.get(path), num_bytes, offset, f"{path}, row {row}")
+
+    def _after_header(self, path: Path, dtype: np.dtype) -> int:
+        """Bytes of a `.npy` header, after checking that it announces a plain array of `dtype`."""
+        with os.fdopen(os.dup(self._descriptors.get(path)), "rb") as stream:
+            stream.seek(0)
+            try:
+                version = np.lib.format.read_magic(stream)
+                shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
+            except ValueError as error:
+                raise UserError(
+                    "not a readable .npy file", where=str(path), got=str(error), fix=REWRITE
+                ) from None
+            if version != (1, 0) or len(shape) != 1 or fortran_order or found != dtype:
+                raise UserError(
+                    "an array of another type",
+                    where=str(path),
+                    expected=str(dtype),
+                    got=str(found),
+                    fix=REWRITE,
+                )
+            return stream.tell()
+
+
+class PackedDataset:
+    """All rows of a packed folder, by one number. Opens a shard when one of its rows is read. Not thread-safe."""
+
+    def __init__(self, folder: str | Path, descriptors: DescriptorCache | None = None):
+        self.folder = Path(folder)
+        self.manifest = read_dataset_manifest(self.folder)
+        self.sequence_length = int(self.manifest["sequence_length"])
+        self.fingerprint = str(self.manifest["fingerprint"])
+        self.sources: list[str] = list(self.manifest["sources"])
+        self._names = [shard["name"] for shard in self.manifest["shards"]]
+        sizes = [int(shard["num_rows"]) for shard in self.manifest["shards"]]
+        self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        self._descriptors = descriptors if descriptors is not None else DescriptorCache()
+        self._shards: OrderedDict[int, PackedShard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32 [S]) and segments (`SEGMENT_DTYPE` [k]) of a row, checked against its CRC."""
+        number = int(np.searchsorted(self._first_row, row, side="right")) - 1
+        return self._shard(number).row(row - int(self._first_row[number]))
+
+    def _shard(self, number: int) -> PackedShard:
+        if number in self._shards:
+            self._shards.move_to_end(number)
+            return self._shards[number]
+        num_rows = int(self._first_row[number + 1] - self._first_row[number])
+        prefix = self.folder / self._names[number]
+        shard = PackedShard(prefix, num_rows, self.sequence_length, self._descriptors)
+        self._shards[number] = shard
+        if len(self._shards) > _MAX_SHARDS:
+            self._shards.popitem(last=False)
+        return shard
+
+    def close(self) -> None:
+        self._descriptors.close()
+
+
+def read_dataset_manifest(folder: str | Path) -> dict[str, Any]:
+    """`dataset.json` of a finished packed folder; raises `UserError` when packing has not finished there."""
+    path = Path(folder) / DATASET_NAME
+    if not path.is_file():
+        raise UserError(
+            "no finished packed dataset", where=str(folder), expected=DATASET_NAME,
+            fix="run `nextstate pack target=FOLDER ...` to its end (it continues where it stopped)",
+        )  # fmt: skip
+    manifest = read_json(path)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION or manifest.get("kind") != "packed_dataset":
+        raise UserError(
+            "not a packed dataset of this version of the format", where=str(path),
+            expected=f"packed_dataset, version {FORMAT_VERSION}", got=f"{manifest.get('kind')}, version {version}",
+            fix="pack again with this version",
+        )  # fmt: skip
+    return manifest

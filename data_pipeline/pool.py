@@ -1,0 +1,168 @@
+"""The documents of all sources behind one index, and where each of them may be cut."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.best_fit import Piece
+from data_pipeline.descriptors import DescriptorCache
+from data_pipeline.segments import Flag, Kind
+from data_pipeline.store import TokenFileReader
+from data_pipeline.token_format import published_prefixes, read_manifest
+from model.errors import UserError
+
+# What token files that are packed together must agree on.
+_SHARED_KEYS = ("vocabulary", "text_tokenizer", "vision_tokenizer")
+
+
+class Pool:
+    """Documents 0..N-1: source after source (by name), file after file, in the order of the files.
+
+    Memory: about 30 bytes a document (lengths, flags and the files' indexes); tokens and segments are read when
+    asked for. Raises `UserError` for a missing or empty folder, and when the files disagree on the vocabulary or a
+    tokenizer.
+    """
+
+    def __init__(self, folders: Mapping[str, Sequence[str | Path]]):
+        self.sources = sorted(folders)
+        self.files: list[TokenFileReader] = []
+        self.source_of_file: list[int] = []
+        self._descriptors = DescriptorCache()
+        for number, source in enumerate(self.sources):
+            prefixes = [
+                prefix for folder in folders[source] for prefix in published_prefixes(folder)
+            ]
+            if not prefixes:
+                raise UserError(
+                    f"source {source!r} has no finished token files", where=", ".join(map(str, folders[source])),
+                    fix="run `nextstate tokenize` for it first",
+                )  # fmt: skip
+            for prefix in prefixes:
+                read_manifest(prefix, kind="tokens")
+                self.files.append(TokenFileReader(prefix, self._descriptors))
+                self.source_of_file.append(number)
+        self.shared = _agree(self.files)
+        sizes = np.array([len(file) for file in self.files], np.int64)
+        self._first_document = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+    def __len__(self) -> int:
+        return int(self._first_document[-1])
+
+    def source_fingerprints(self) -> list[dict[str, str]]:
+        """One {"name", "checksum"} a source: what its files hold, wherever they stand."""
+        digests = [hashlib.blake2b(digest_size=16) for _ in self.sources]
+        for file, source in zip(self.files, self.source_of_file, strict=True):
+            digests[source].update(repr(sorted(file.manifest["outputs"].items())).encode())
+        return [
+            {"name": name, "checksum": digest.hexdigest()}
+            for name, digest in zip(self.sources, digests, strict=True)
+        ]
+
+    def load_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Length of every document (int32 [N]) and whether it is plain text that fills holes (bool [N])."""
+        lengths = np.concatenate([file.lengths for file in self.files])
+        return lengths, np.concatenate([_fillers(file) for file in self.files])
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """File and index in it."""
+        file = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return file, document - int(self._first_document[file])
+
+    def segments(self, document: int) -> np.ndarray:
+        file, index = self.locate(document)
+        segments = self.files[file].segments(index).copy()
+        segments["source"] = self.source_of_file[file]
+        return segments
+
+    def read(self, piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (int32 [n]) and segments of a piece; `start` counts from the piece's first token.
+
+        The first segment is marked as a start; all are marked `CUT` when the document begins in another piece.
+        """
+        file, index = self.locate(piece.document)
+        tokens = self.files[file].tokens(index, piece.start, piece.length)
+        segments = self.segments(piece.document)
+        starts = segments["start"].astype(np.int64) - piece.start
+        ends = np.minimum(starts + segments["length"], piece.length)
+        starts = np.maximum(starts, 0)
+        kept = ends > starts
+        segments = segments[kept]
+        segments["start"], segments["length"] = starts[kept], (ends - starts)[kept]
+        segments["flags"][0] |= np.uint8(Flag.DOCUMENT_START)
+        if piece.start > 0:
+            segments["flags"] |= np.uint8(Flag.CUT)
+        return tokens, segments
+
+    def cut(self, piece: Piece, limit: int) -> int:
+        """The longest head of a filler, at most `limit` tokens, that ends inside splittable text or at a segment's end."""
+        segments = self.segments(piece.document)
+        ends = segments["start"].astype(np.int64) + segments["length"] - piece.start
+        holder = int(np.searchsorted(ends, limit))  # the segment that the cut would fall into
+        if (
+            holder == len(ends)
+            or ends[holder] == limit
+            or segments["flags"][holder] & Flag.SPLITTABLE
+        ):
+            return min(limit, piece.length)
+        return max(0, int(ends[holder - 1])) if holder else 0
+
+    def cut_to_rows(self, document: int, sequence_length: int) -> list[Piece] | str:
+        """Pieces of at most `sequence_length` tokens, cut at segment boundaries; as long as they come.
+
+        A splittable text longer than a row is cut inside. Another segment longer than a row cannot be kept: the
+        reason is returned instead.
+        """
+        pieces: list[Piece] = []
+        start = end = 0
+        for segment in self.segments(document):
+            length = int(segment["length"])
+            if length > sequence_length and not segment["flags"] & Flag.SPLITTABLE:
+                image = segment["kind"] == Kind.IMAGE
+                return "image_longer_than_row" if image else "segment_longer_than_row"
+            if end > start and end + length - start > sequence_length:
+                pieces.append(Piece(document, start, end - start))
+                start = end
+            end += length
+            while end - start > sequence_length:
+                pieces.append(Piece(document, start, sequence_length))
+                start += sequence_length
+        return [*pieces, Piece(document, start, end - start)]
+
+    def close(self) -> None:
+        self._descriptors.close()
+
+
+def _fillers(file: TokenFileReader) -> np.ndarray:
+    """Documents of a file with splittable text and without images; bool [n]."""
+    splittable, images = np.zeros(len(file), bool), np.zeros(len(file), bool)
+    segments = file.all_segments()
+    splittable[segments["row"][(segments["flags"] & Flag.SPLITTABLE) != 0]] = True
+    images[segments["row"][segments["kind"] == Kind.IMAGE]] = True
+    return splittable & ~images
+
+
+def _agree(files: list[TokenFileReader]) -> dict[str, Any]:
+    """What all files say of `_SHARED_KEYS`. A file without images may leave the vision tokenizer out."""
+    shared: dict[str, Any] = {}
+    for key in _SHARED_KEYS:
+        said: dict[str, str] = {}
+        for file in files:
+            value = file.manifest.get(key)
+            if value:
+                said.setdefault(repr(value), str(file.prefix))
+                shared.setdefault(key, value)
+        if len(said) > 1:
+            listed = "; ".join(f"{where}: {value}" for value, where in said.items())
+            raise UserError(
+                f"the token files do not agree on the {key.replace('_', ' ')}", got=listed,
+                fix="tokenize all sources again with the same tokenizers and vocabulary",
+            )  # fmt: skip
+        shared.setdefault(key, None)
+    if not shared["vocabulary"]:
+        raise UserError("no token file says its vocabulary", where=str(files[0].prefix))
+    return shared

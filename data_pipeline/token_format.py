@@ -1,0 +1,177 @@
+"""The pieces of the on-disk token format: Megatron's index, segment files, checksums, manifests.
+
+A file is five pieces that share a prefix:
+
+- `.bin`      the tokens of all documents (or rows), little-endian int32, end to end;
+- `.idx`      Megatron's index of them (`megatron.core.datasets.indexed_dataset`, version 1), each one a document;
+- `.seg.npy`  the segments (`SEGMENT_DTYPE`), sorted by document (or row) and start;
+- `.crc.npy`  packed files only: one CRC32 (uint32) a row, of its tokens' bytes followed by its segments' bytes;
+- `.json`     the manifest, published last: a file without one does not exist for any reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.atomic import read_json
+from model.errors import UserError
+
+FORMAT_VERSION = 1
+TOKEN_DTYPE = np.dtype("<i4")
+TOKEN_BYTES = TOKEN_DTYPE.itemsize
+
+# Megatron's index: magic, version 1, dtype code 4 (int32), number of sequences, number of document marks.
+_INDEX_HEADER_DTYPE = np.dtype(
+    [
+        ("magic", "S9"),
+        ("version", "<u8"),
+        ("dtype_code", "u1"),
+        ("sequences", "<u8"),
+        ("marks", "<u8"),
+    ]
+)
+_INDEX_MAGIC = b"MMIDIDX"  # followed by two zero bytes, which numpy's "S9" supplies
+_INT32_CODE = 4
+REWRITE = "delete the .json of that file and run the command that wrote it again"
+
+
+def suffixed(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+def checksum(content: bytes | memoryview) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def checksum_file(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def encode_index(lengths: np.ndarray) -> bytes:
+    """The bytes of Megatron's `.idx` for sequences of these lengths (int32 [n]), each a document of its own."""
+    num_sequences = len(lengths)
+    header = np.array(
+        (_INDEX_MAGIC, 1, _INT32_CODE, num_sequences, num_sequences + 1), _INDEX_HEADER_DTYPE
+    )
+    ends = np.cumsum(lengths, dtype=np.int64) * TOKEN_BYTES
+    offsets = np.concatenate([np.zeros(1, np.int64), ends])[:num_sequences]
+    marks = np.arange(num_sequences + 1, dtype="<i8")
+    pieces = (header, lengths.astype("<i4"), offsets.astype("<i8"), marks)
+    return b"".join(piece.tobytes() for piece in pieces)
+
+
+def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths in tokens (int32 [n]) and offsets in bytes (int64 [n]) of a Megatron `.idx` of int32 tokens.
+
+    Raises `UserError` for anything else, a truncated file included.
+    """
+    if not path.is_file():
+        raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE)
+    content = path.read_bytes()
+    header_bytes = _INDEX_HEADER_DTYPE.itemsize
+    if len(content) < header_bytes:
+        raise UserError("an index file is truncated", where=str(path), got=f"{len(content)} bytes")
+    header = np.frombuffer(content, _INDEX_HEADER_DTYPE, count=1)[0]
+    found = (bytes(header["magic"]), int(header["version"]), int(header["dtype_code"]))
+    if found != (_INDEX_MAGIC, 1, _INT32_CODE):
+        raise UserError(
+            "not a Megatron index of int32 tokens", where=str(path),
+            expected=str((_INDEX_MAGIC, 1, _INT32_CODE)), got=str(found),
+        )  # fmt: skip
+    num_sequences = int(header["sequences"])
+    if len(content) < header_bytes + num_sequences * 12 + int(header["marks"]) * 8:
+        raise UserError("an index file is truncated", where=str(path), got=f"{len(content)} bytes")
+    lengths = np.frombuffer(content, "<i4", num_sequences, header_bytes)
+    offsets = np.frombuffer(content, "<i8", num_sequences, header_bytes + 4 * num_sequences)
+    return lengths, offsets
+
+
+def encode_array(array: np.ndarray) -> bytes:
+    """The bytes of a `.npy` file."""
+    stream = BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+def load_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(
+            "a file named by its manifest is missing", where=str(path), fix=REWRITE
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            "not a readable .npy file", where=str(path), got=str(error), fix=REWRITE
+        ) from None
+
+
+def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
+    """CRC32 of a row: its tokens' bytes (int32) followed by its segments' bytes."""
+    return zlib.crc32(segments.tobytes(), zlib.crc32(tokens.tobytes()))
+
+
+def check_row(
+    prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int
+) -> None:
+    """Raises `UserError` naming file and row when the row is not what was written."""
+    found = row_crc(tokens, segments)
+    if found != expected:
+        raise UserError(
+            "a packed row is damaged", where=f"{suffixed(prefix, '.bin')}, row {row}",
+            expected=f"CRC32 {expected:08x}", got=f"{found:08x}",
+            fix="delete the .json of that shard and run `nextstate pack` again: it writes that shard anew",
+        )  # fmt: skip
+
+
+def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """The manifest of a published file. Raises `UserError` when there is none or it is of another kind."""
+    path = suffixed(Path(prefix), ".json")
+    manifest = read_json(path)
+    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    if kind is not None and found != kind:
+        raise UserError(
+            "not the kind of file that was asked for",
+            where=str(path),
+            expected=kind,
+            got=str(found),
+        )
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            "the file was written by another version of the format", where=str(path),
+            expected=str(FORMAT_VERSION), got=str(manifest.get("format_version")),
+            fix="write it again with this version",
+        )  # fmt: skip
+    return manifest
+
+
+def published_prefixes(folder: str | Path) -> list[Path]:
+    """Prefixes `NNNNNN` of the published files of a folder, in order."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder))
+    return sorted(path.with_suffix("") for path in folder.glob("*.json") if path.stem.isdigit())
+
+
+def verify_outputs(prefix: str | Path, manifest: dict[str, Any]) -> None:
+    """Read every piece and compare its checksum with the manifest; raises `UserError` naming the damaged one."""
+    for name, expected in manifest["outputs"].items():
+        path = Path(prefix).with_name(name)
+        if not path.is_file():
+            raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE)
+        found = checksum_file(path)
+        if found != expected:
+            raise UserError(
+                "a file is damaged: its checksum is not the manifest's", where=str(path),
+                expected=expected, got=found, fix=REWRITE,
+            )  # fmt: skip

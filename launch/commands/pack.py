@@ -1,0 +1,36 @@
+"""`nextstate pack`: token files -> rows of fixed length."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from model.errors import UserError
+
+HELP = "pack token files into rows of fixed length, mixing sources; continues where it was stopped"
+
+
+@dataclass
+class Config:
+    tokens: dict[str, str] = field(default_factory=dict)  # source name -> folder of token files
+    target: str = ""  # folder of the packed files
+    sequence_length: int = 32_768  # tokens of a row
+    rows_per_shard: int = 8_192
+    open_bins: int = 256  # rows being filled at once; more of them fill better
+    seed: int = 1234  # of the order of the documents
+    json: bool = False  # print one JSON object on stdout at the end
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Pack; returns target, fill, num_rows, num_tokens, num_real_tokens, sources, counts_by_class, quarantined."""
+    from data_pipeline.pack import PackConfig, pack
+
+    if not config.target:
+        raise UserError("no target folder is given", fix="target=FOLDER")
+    settings = PackConfig(
+        sequence_length=config.sequence_length,
+        rows_per_shard=config.rows_per_shard,
+        open_bins=config.open_bins,
+        seed=config.seed,
+    )
+    return asdict(pack(dict(config.tokens), config.target, settings))

@@ -1,0 +1,324 @@
+"""Batches: every array against a token-by-token oracle; the order is the same for any ranks, access and prefetch."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_samples import VOCABULARY, captioned, mixed_sources, text, video, write_sources
+
+from data_pipeline.batch import MicroBatch, build_micro_batch
+from data_pipeline.loader import PackedDataSource
+from data_pipeline.mixture import Mixture
+from data_pipeline.pack import PackConfig, pack
+from data_pipeline.packed_files import PackedDataset, PackedShard
+from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
+from model.errors import UserError
+from model.vocabulary import TokenClass, Vocabulary, VocabularyConfig
+
+LOSS_WEIGHTS = {"text": 1.0, "visual": 0.5, "structure": 0.25}
+LENGTH = 256
+ARRAYS = ("tokens", "labels", "loss_weights", "loss_classes", "sources", "position_ids")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loader")
+    mixed = write_sources(folder / "tokens", mixed_sources())
+    chat = [(Kind.STRUCTURE, 1, Flag.NO_LOSS), (Kind.TEXT, 9, Flag.NO_LOSS), (Kind.TEXT, 12, 0)]
+    other = write_sources(folder / "tokens2", {"chat": [chat] * 60, "text": [text(30)] * 20})
+    config = PackConfig(sequence_length=LENGTH, rows_per_shard=16, open_bins=8)
+    pack(mixed, folder / "mixed", config)
+    pack(other, folder / "chats", config)
+    return {"mixed": folder / "mixed", "chats": folder / "chats"}
+
+
+def open_source(datasets: dict[str, Path], **changes) -> PackedDataSource:
+    settings = {
+        "datasets": datasets, "weights": {"mixed": 0.7, "chats": 0.3}, "seed": 1, "sequence_length": LENGTH,
+        "global_batch_size": 12, "micro_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1,
+        "loss_weights": LOSS_WEIGHTS, "document_attention": "document", "vocabulary": VOCABULARY,
+        "prefetch_batches": 2,
+    }  # fmt: skip
+    return PackedDataSource(**(settings | changes))
+
+
+def same(first: MicroBatch, second: MicroBatch) -> bool:
+    arrays = all(
+        np.array_equal(getattr(first, name), getattr(second, name))
+        for name in (*ARRAYS, "cu_seqlens")
+    )
+    return arrays and (first.max_seqlen, first.num_real_tokens) == (
+        second.max_seqlen,
+        second.num_real_tokens,
+    )
+
+
+def test_a_batch_is_what_the_rows_say(datasets):
+    source = open_source(datasets)
+    opened = {name: PackedDataset(folder) for name, folder in datasets.items()}
+    mixture = Mixture(
+        {name: len(dataset) for name, dataset in opened.items()}, {"mixed": 0.7, "chats": 0.3}, 1
+    )
+    assert source.source_names == ["chat", "clips", "pairs", "text"]
+    for first_sample in (0, 12, 12_000):
+        micro_batches = source.batch(first_sample)
+        assert len(micro_batches) == 6
+        for number, micro_batch in enumerate(micro_batches):
+            rows = []
+            for sample in range(first_sample + 2 * number, first_sample + 2 * number + 2):
+                location = mixture.locate(sample)
+                tokens, segments = opened[location.dataset].row(location.row)
+                names = [opened[location.dataset].sources[index] for index in segments["source"]]
+                rows.append((tokens, segments, [source.source_names.index(name) for name in names]))
+            check_against_oracle(micro_batch, rows, "document")
+    source.close()
+
+
+def check_against_oracle(micro_batch: MicroBatch, rows: list, attention: str) -> None:
+    """Everything again, one token at a time."""
+    size = len(rows[0][0])
+    spans, num_real = [], 0
+    for index, (tokens, segments, sources) in enumerate(rows):
+        belongs = [
+            number for number, segment in enumerate(segments) for _ in range(segment["length"])
+        ]
+        first_of_span = 0
+        for position in range(size):
+            segment = segments[belongs[position]]
+            opens = position == segment["start"]
+            padding = segment["kind"] == Kind.PAD
+            new_document = opens and (padding or segment["flags"] & Flag.DOCUMENT_START)
+            if position == 0 or (opens and padding) or (attention == "document" and new_document):
+                spans.append(index * size + position)
+                first_of_span = position
+            num_real += not padding
+            assert micro_batch.tokens[index, position] == tokens[position]
+            assert micro_batch.position_ids[index, position] == position - first_of_span
+            if position == 0:
+                continue
+            assert micro_batch.labels[index, position - 1] == tokens[position]
+            weight = class_weight(tokens[position], segment["kind"])[0]
+            if padding or new_document or segment["flags"] & Flag.NO_LOSS:
+                weight = 0.0
+            assert micro_batch.loss_weights[index, position - 1] == weight
+            if weight:
+                expected_class = class_weight(tokens[position], segment["kind"])[1]
+                assert micro_batch.loss_classes[index, position - 1] == expected_class
+                assert micro_batch.sources[index, position - 1] == sources[belongs[position]]
+        assert micro_batch.loss_weights[index, size - 1] == 0
+    spans.append(len(rows) * size)
+    assert micro_batch.cu_seqlens.tolist() == spans
+    assert micro_batch.max_seqlen == max(np.diff(spans))
+    assert micro_batch.num_real_tokens == num_real
+
+
+def class_weight(token: int, kind: int) -> tuple[float, TokenClass]:
+    if kind == Kind.IMAGE and token >= VOCABULARY.visual_start:
+        return 0.5, TokenClass.VISUAL
+    if kind in (Kind.TEXT, Kind.TRANSCRIPT):
+        return 1.0, TokenClass.TEXT
+    return 0.25, TokenClass.STRUCTURE
+
+
+SEGMENT_SPECS = st.lists(
+    st.tuples(
+        st.integers(1, 6), st.sampled_from([Kind.TEXT, Kind.IMAGE, Kind.TRANSCRIPT, Kind.STRUCTURE]),
+        st.sampled_from([0, Flag.DOCUMENT_START, Flag.NO_LOSS, Flag.DOCUMENT_START | Flag.NO_LOSS]), st.integers(0, 3),
+    ), min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(SEGMENT_SPECS, min_size=1, max_size=3),
+    attention=st.sampled_from(["document", "full"]),
+)
+def test_any_rows_agree_with_the_oracle(rows, attention):
+    size = 32
+    random = np.random.default_rng(0)
+    described, parts = [], []
+    for specs in rows:
+        segments = np.zeros(len(specs) + 1, SEGMENT_DTYPE)
+        for segment, (length, kind, flags, source) in zip(segments, specs, strict=False):
+            segment["length"], segment["kind"], segment["flags"], segment["source"] = (
+                length,
+                kind,
+                flags,
+                source,
+            )
+        segments["length"][-1] = size - segments["length"].sum()  # the last one is padding
+        segments["start"] = np.cumsum(segments["length"]) - segments["length"]
+        tokens = random.integers(VOCABULARY.visual_start - 20, VOCABULARY.visual_start + 20, size)
+        described.append((tokens, segments, segments["source"].tolist()))
+        parts.append(segments)
+    weights = np.array([LOSS_WEIGHTS[kind.name.lower()] for kind in TokenClass], np.float32)
+    tokens = np.stack([tokens for tokens, _, _ in described]).astype(np.int64)
+    micro_batch = build_micro_batch(tokens, np.concatenate(parts), weights, attention, VOCABULARY)
+    check_against_oracle(micro_batch, described, attention)
+
+
+def test_types_and_shapes(datasets):
+    micro_batch = open_source(datasets, prefetch_batches=0).batch(0)[0]
+    dtypes = [getattr(micro_batch, name).dtype.name for name in ARRAYS]
+    assert dtypes == ["int64", "int64", "float32", "uint8", "uint16", "int64"]
+    for name in ARRAYS:
+        assert getattr(micro_batch, name).shape == (2, LENGTH)
+        assert getattr(micro_batch, name).flags.c_contiguous
+    assert micro_batch.cu_seqlens.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "micro_batch_size"), [(2, 2), (3, 2), (2, 3), (4, 1), (12, 1), (1, 12)]
+)
+def test_ranks_together_read_the_same_global_batch(datasets, num_ranks, micro_batch_size):
+    def rows(num_ranks: int, micro_batch_size: int) -> dict[str, list]:
+        by_micro_batch = []
+        for rank in range(num_ranks):
+            source = open_source(
+                datasets, data_parallel_rank=rank, data_parallel_size=num_ranks,
+                micro_batch_size=micro_batch_size, prefetch_batches=0,
+            )  # fmt: skip
+            by_micro_batch.append(source.batch(24))
+        ordered = [
+            ranks[number] for number in range(len(by_micro_batch[0])) for ranks in by_micro_batch
+        ]
+        return {
+            name: np.concatenate([getattr(one, name) for one in ordered]).tolist()
+            for name in ARRAYS
+        }
+
+    assert rows(num_ranks, micro_batch_size) == rows(1, 2)
+
+
+def test_batches_are_a_pure_function_of_the_sample(datasets):
+    straight = open_source(datasets, prefetch_batches=0)
+    expected = {first: straight.batch(first) for first in (0, 12, 24, 36, 120, 7)}
+    ahead = open_source(datasets, prefetch_batches=3)
+    for first in (0, 12, 24, 120, 0, 7, 36, 12, 12):
+        assert all(map(same, ahead.batch(first), expected[first]))
+    ahead.close()
+
+
+def test_reading_ahead_is_bounded(datasets, monkeypatch):
+    reads = []
+    read = PackedDataSource._read
+    monkeypatch.setattr(
+        PackedDataSource, "_read", lambda self, first: reads.append(first) or read(self, first)
+    )
+    source = open_source(datasets, prefetch_batches=2)
+    source.batch(0)
+    deadline = time.monotonic() + 20
+    while len(reads) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert reads == [0, 12, 24]
+    source.batch(12)
+    source.close()
+    assert reads in ([0, 12, 24], [0, 12, 24, 36])
+
+
+def test_an_error_of_the_background_thread_is_raised_where_its_batch_is_asked_for(
+    datasets, monkeypatch
+):
+    source = open_source(datasets)
+    row = PackedShard.row
+    bad = open_source(datasets, prefetch_batches=0).mixture.locate(13)
+
+    def fail(self, number):
+        place = (self.prefix.parent.name, self.prefix.name, number)
+        if place == (bad.dataset, f"{bad.row // 16:06d}", bad.row % 16):
+            raise UserError("damaged")
+        return row(self, number)
+
+    monkeypatch.setattr(PackedShard, "row", fail)
+    source.batch(0)
+    with pytest.raises(UserError, match="damaged"):
+        source.batch(12)
+    monkeypatch.undo()
+    assert len(source.batch(12)) == 6
+    source.close()
+
+
+def test_close_ends_the_thread(datasets):
+    before = threading.active_count()
+    source = open_source(datasets)
+    source.batch(0)
+    assert threading.active_count() == before + 1
+    source.close()
+    source.close()
+    assert threading.active_count() == before
+    with pytest.raises(AssertionError, match="closed"):
+        source.batch(12)
+
+
+def test_the_fingerprint_tells_what_changes_the_order(datasets):
+    base = open_source(datasets).fingerprint
+    for changes in (
+        {"data_parallel_size": 3, "data_parallel_rank": 2}, {"micro_batch_size": 1}, {"global_batch_size": 24},
+        {"weights": {"chats": 3.0, "mixed": 7.0}},
+    ):  # fmt: skip
+        assert open_source(datasets, **changes).fingerprint == base
+    for changes in (
+        {"seed": 2}, {"weights": {"mixed": 0.6, "chats": 0.4}}, {"weights": {"mixed": 1.0, "chats": 0.0}},
+    ):  # fmt: skip
+        assert open_source(datasets, **changes).fingerprint != base
+    swapped = {"mixed": datasets["chats"], "chats": datasets["mixed"]}
+    assert open_source(swapped).fingerprint != base
+
+
+def test_what_does_not_match_is_refused(datasets, tmp_path):
+    other = Vocabulary.from_config(VocabularyConfig(text_size=1_000_000, visual_size=99))
+    with pytest.raises(UserError, match="another vocabulary") as caught:
+        open_source(datasets, vocabulary=other)
+    assert "visual_size" in caught.value.expected
+    wider = Vocabulary.from_config(
+        VocabularyConfig(text_size=1_000_000, visual_size=1_000_000, pad_multiple=4096)
+    )
+    open_source(datasets, vocabulary=wider)  # the padding of the embedding says nothing about ids
+    with pytest.raises(UserError, match="another length"):
+        open_source(datasets, sequence_length=128)
+    with pytest.raises(UserError, match="no finished packed dataset"):
+        open_source({"mixed": tmp_path, "chats": datasets["chats"]})
+    with pytest.raises(UserError, match="3 problems"):
+        open_source(
+            datasets, micro_batch_size=5, document_attention="none", loss_weights={"text": 1.0}
+        )
+    tokens = write_sources(
+        tmp_path / "tokens", {"pairs": [captioned(9, 9)]}, text_tokenizer="text-2"
+    )
+    pack(tokens, tmp_path / "packed", PackConfig(sequence_length=LENGTH))
+    with pytest.raises(UserError, match="do not agree on the text tokenizer"):
+        open_source({"mixed": tmp_path / "packed", "chats": datasets["chats"]})
+
+
+def test_rows_are_found_however_unevenly_segments_are_spread(tmp_path):
+    """The first rows hold thousands of tiny segments, the last ones a single one each."""
+    sources = write_sources(
+        tmp_path / "tokens",
+        {"clips": [video(2040, 1, 3)] * 2, "text": [text(8190, splittable=False)] * 40},
+    )
+    pack(sources, tmp_path / "packed", PackConfig(sequence_length=8192, open_bins=1))
+    dataset = PackedDataset(tmp_path / "packed")
+    everything = np.load(tmp_path / "packed" / "000000.seg.npy")
+    counts = np.bincount(everything["row"])
+    assert counts.max() > 4000 > 5 > counts.min()
+    for row in range(len(dataset)):
+        assert np.array_equal(dataset.row(row)[1], everything[everything["row"] == row])
+
+
+def test_a_flipped_bit_stops_the_loader_with_its_row(datasets, tmp_path):
+    damaged = Path(shutil.copytree(datasets["chats"], tmp_path / "chats"))
+    content = bytearray((damaged / "000000.bin").read_bytes())
+    content[2 * LENGTH * 4 + 5] ^= 16
+    (damaged / "000000.bin").write_bytes(content)
+    source = open_source(datasets | {"chats": damaged})
+    with pytest.raises(UserError, match=r"damaged[\s\S]*chats/000000\.bin, row 2"):
+        list(map(source.batch, range(0, 1200, 12)))
+    source.close()

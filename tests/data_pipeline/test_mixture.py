@@ -1,0 +1,191 @@
+"""The order of samples: weights hold at every prefix, every row comes once an epoch, nothing depends on the access."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.mixture import MAX_PERIOD, Mixture, quantise_weights, schedule_period
+from data_pipeline.permutation import derive_key, epoch_keys, permute
+from model.errors import UserError
+
+SHARES = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 300)), min_size=2, max_size=12)
+WEIGHTS = st.lists(st.floats(0.1, 100), min_size=2, max_size=12)
+
+
+def worst_discrepancy(schedule: np.ndarray, shares: list[int]) -> Fraction:
+    """Largest distance of any dataset's count from its share, over every prefix; exact."""
+    period = sum(shares)
+    counts = np.cumsum(schedule[:, None] == np.arange(len(shares)), axis=0)
+    prefixes = np.arange(1, len(schedule) + 1)[:, None]
+    return Fraction(int(np.abs(counts * period - prefixes * np.array(shares)).max()), period)
+
+
+@settings(max_examples=150, deadline=None)
+@given(shares=SHARES)
+def test_every_prefix_of_the_schedule_is_within_one_sequence(shares):
+    schedule = schedule_period(np.array(shares))
+    assert Counter(schedule.tolist()) == Counter(dict(enumerate(shares)))
+    assert worst_discrepancy(schedule, shares) <= 1 - Fraction(1, 2 * len(shares) - 2)
+
+
+@pytest.mark.parametrize(
+    "shares", [[1, 1, 998], [1] * 12, [997, 1, 1, 1], [2, 3, 5, 7, 11, 13], [499, 500]]
+)
+def test_extreme_shares_are_within_one_sequence(shares):
+    schedule = np.tile(schedule_period(np.array(shares)), 3)
+    assert worst_discrepancy(schedule, shares) < 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(weights=WEIGHTS)
+def test_located_samples_follow_the_weights_at_every_prefix(weights):
+    mixture = Mixture(
+        dict.fromkeys(map(str, range(len(weights))), 50), dict(enumerate_names(weights)), 0
+    )
+    assert mixture.period <= MAX_PERIOD
+    num_samples = 2000
+    datasets = mixture.locate_many(np.arange(num_samples)).datasets
+    asked = np.array([dict(enumerate_names(weights))[name] for name in mixture.names])
+    counts = np.cumsum(datasets[:, None] == np.arange(len(weights)), axis=0)
+    ideal = np.arange(1, num_samples + 1)[:, None] * (asked / asked.sum())
+    assert np.abs(counts - ideal).max() <= 1 + num_samples * mixture.weight_error
+    assert mixture.weight_error <= 1 / MAX_PERIOD
+
+
+def enumerate_names(weights: list[float]) -> list[tuple[str, float]]:
+    return [(str(index), weight) for index, weight in enumerate(weights)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([0.55, 0.25, 0.15, 0.05], [11, 5, 3, 1]),
+        ([0.1 + 0.2, 0.7], [3, 7]),
+        ([5.0], [1]),
+        ([1 / 3] * 3, [1, 1, 1]),
+    ],
+)
+def test_weights_with_a_common_denominator_are_exact(weights, shares):
+    assert quantise_weights(np.array(weights)).tolist() == shares
+
+
+@settings(max_examples=15, deadline=None)
+@given(weights=st.lists(st.floats(0.05, 1), min_size=2, max_size=3))
+def test_no_shorter_or_equal_period_is_nearer_to_the_weights(weights):
+    fractions = np.array(weights) / sum(weights)
+    shares = quantise_weights(np.array(weights), max_period=24)
+    error = np.abs(shares / shares.sum() - fractions).max()
+    for period in range(len(weights), 25):
+        for first in range(1, period):
+            for second in range(1, period - first + 1) if len(weights) == 3 else [period - first]:
+                candidate = np.array([first, second, period - first - second][: len(weights)])
+                if candidate.min() >= 1 and candidate.sum() == period:
+                    assert error <= np.abs(candidate / period - fractions).max() + 1e-11
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(size, key):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permutations_look_random_and_differ_by_key():
+    size, num_keys = 64, 400
+    images = np.array(
+        [permute(np.arange(size), size, derive_key("test", key)) for key in range(num_keys)]
+    )
+    counts = np.array([np.bincount(images[:, index], minlength=size) for index in range(size)])
+    chi_square = ((counts - num_keys / size) ** 2 / (num_keys / size)).sum() / (size * (size - 1))
+    assert 0.9 < chi_square < 1.1
+    neighbours = np.abs(np.diff(images, axis=1)) == 1
+    assert 0.5 < neighbours.mean() / (2 / size) < 1.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_every_row_comes_exactly_once_an_epoch(sizes, seed, data):
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+    names = [f"d{index}" for index in range(len(sizes))]
+    mixture = Mixture(
+        dict(zip(names, sizes, strict=True)), dict(zip(names, weights, strict=True)), seed
+    )
+    located = mixture.locate_many(np.arange(400))
+    for index, name in enumerate(mixture.names):
+        size = sizes[names.index(name)]
+        here = located.datasets == index
+        epochs, rows = located.epochs[here], located.rows[here]
+        assert np.array_equal(epochs, np.arange(len(epochs)) // size)
+        for epoch in range(len(rows) // size):
+            assert sorted(rows[epochs == epoch]) == list(range(size))
+
+
+def test_access_order_and_key_order_do_not_matter():
+    sizes, weights = {"b": 70, "a": 30, "c": 9}, {"a": 0.2, "b": 0.5, "c": 0.3}
+    mixture = Mixture(sizes, weights, seed=5)
+    again = Mixture(
+        dict(sorted(sizes.items())), dict(sorted(weights.items(), reverse=True)), seed=5
+    )
+    samples = np.random.default_rng(0).integers(0, 10**12, 200)
+    many = mixture.locate_many(samples)
+    for index, sample in enumerate(samples.tolist()):
+        one = again.locate(sample)
+        assert one == (
+            mixture.names[many.datasets[index]], many.epochs[index], many.rows[index],
+        )  # fmt: skip
+    assert mixture.fingerprint == again.fingerprint
+
+
+def test_epochs_and_seeds_differ_and_the_fingerprint_knows():
+    def rows(seed: int, first: int) -> list[int]:
+        return (
+            Mixture({"a": 100}, {"a": 1}, seed)
+            .locate_many(np.arange(first, first + 100))
+            .rows.tolist()
+        )
+
+    assert len({tuple(rows(seed, first)) for seed in (0, 1) for first in (0, 100)}) == 4
+    variants = [
+        Mixture({"a": 100, "b": 5}, {"a": 1, "b": 1}, 0), Mixture({"a": 100, "b": 5}, {"a": 1, "b": 1}, 1),
+        Mixture({"a": 101, "b": 5}, {"a": 1, "b": 1}, 0), Mixture({"a": 100, "b": 5}, {"a": 2, "b": 1}, 0),
+        Mixture({"a": 100, "c": 5}, {"a": 1, "c": 1}, 0),
+    ]  # fmt: skip
+    assert len({variant.fingerprint for variant in variants}) == len(variants)
+
+
+def test_one_epoch_has_its_own_key_in_a_vectorised_call():
+    epochs = np.array([0, 1, 2, 1])
+    keys = epoch_keys(7, epochs)
+    together = permute(np.array([3, 3, 3, 4]), 50, keys)
+    assert together.tolist() == [
+        int(permute(np.array([index]), 50, int(key))[0])
+        for index, key in zip([3, 3, 3, 4], keys, strict=True)
+    ]
+    assert len(set(keys.tolist())) == 3
+
+
+def test_a_dataset_of_weight_zero_is_left_out():
+    mixture = Mixture({"a": 10, "b": 0}, {"a": 1.0, "b": 0.0}, 0)
+    assert mixture.names == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "message"),
+    [
+        ({"a": 1}, {"a": -1.0}, "finite"), ({"a": 1}, {"a": float("nan")}, "finite"),
+        ({"a": 0}, {"a": 1.0}, "no rows"), ({"a": 1}, {"a": 0.0}, "no dataset has a positive weight"),
+        ({"a": 1}, {"b": 1.0}, "are not of datasets"), ({"a": 1, "b": 1}, {"a": 1e9, "b": 1.0}, "too small"),
+    ],
+)  # fmt: skip
+def test_impossible_mixtures_are_refused(sizes, weights, message):
+    with pytest.raises(UserError, match=message):
+        Mixture(sizes, weights, 0)

@@ -1,0 +1,449 @@
+"""Packing: nothing is lost, images stay whole, rows are full, and the bytes are a pure function of the input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_samples import (
+    VOCABULARY,
+    Corpus,
+    captioned,
+    mixed_sources,
+    text,
+    video,
+    write_sources,
+    write_token_file,
+)
+
+from data_pipeline import pack as pack_module
+from data_pipeline.best_fit import BestFitPacker, Piece
+from data_pipeline.pack import PackConfig, pack
+from data_pipeline.packed_files import PackedDataset
+from data_pipeline.pool import Pool
+from data_pipeline.segments import Flag, Kind
+from data_pipeline.token_format import published_prefixes, read_manifest, verify_outputs
+from model.errors import UserError
+
+CONFIG = PackConfig(sequence_length=512, rows_per_shard=16, open_bins=8, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk():
+    """Whether data is flushed is tested in test_store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    return write_sources(tmp_path_factory.mktemp("tokens"), mixed_sources())
+
+
+@pytest.fixture(scope="module")
+def packed(sources, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("packed") / "mixed"
+    pack(sources, target, CONFIG)
+    return target
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def all_documents(sources: dict[str, Path]) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(source, tokens, segments) of every document of the token files."""
+    pool = Pool({name: [folder] for name, folder in sources.items()})
+    lengths, _ = pool.load_index()
+    found = []
+    for document in range(len(pool)):
+        tokens, segments = pool.read(Piece(document, 0, int(lengths[document])))
+        found.append((int(segments["source"][0]), tokens, segments))
+    return found
+
+
+def pieces_by_document(dataset: PackedDataset) -> dict[int, list[tuple[np.ndarray, np.ndarray]]]:
+    """Pieces of each document, found in the rows by their marks; rows are checked to be well formed."""
+    found = defaultdict(list)
+    for row in range(len(dataset)):
+        tokens, segments = dataset.row(row)
+        assert segments["start"][0] == 0
+        assert (np.cumsum(segments["length"]) == [*segments["start"][1:], len(tokens)]).all()
+        starts = np.flatnonzero(
+            (segments["flags"] & Flag.DOCUMENT_START).astype(bool) | (segments["kind"] == Kind.PAD)
+        )
+        assert starts[0] == 0
+        for first, end in zip(starts, [*starts[1:], len(segments)], strict=True):
+            part = segments[first:end]
+            if part["kind"][0] == Kind.PAD:
+                assert end == len(segments) == first + 1
+                assert (tokens[part["start"][0] :] == VOCABULARY.pad).all()
+                continue
+            assert len(set(part["document"].tolist())) == 1
+            span = tokens[part["start"][0] : part["start"][0] + part["length"].sum()]
+            found[int(part["document"][0])].append((span, part))
+    return found
+
+
+def place(piece: np.ndarray, document: np.ndarray) -> int:
+    """Where in its document a piece comes from, told by its first token that is unique."""
+    unique = piece[~np.isin(piece, [VOCABULARY.boi, VOCABULARY.eoi])][0]
+    return int(np.flatnonzero(document == unique)[0])
+
+
+def assert_everything_is_there(sources: dict[str, Path], target: Path) -> None:
+    found = pieces_by_document(PackedDataset(target))
+    originals = all_documents(sources)
+    assert len(found) == len(originals)
+    for source, tokens, segments in originals:
+        pieces = sorted(
+            found[int(segments["document"][0])], key=lambda piece: place(piece[0], tokens)
+        )
+        assert np.concatenate([piece for piece, _ in pieces]).tolist() == tokens.tolist()
+        for number, (_, part) in enumerate(pieces):
+            assert (part["source"] == source).all()
+            assert (((part["flags"] & Flag.CUT) != 0) == (number > 0)).all()
+        images = segments[segments["kind"] == Kind.IMAGE]
+        kept = np.concatenate([part[part["kind"] == Kind.IMAGE] for _, part in pieces])
+        for name in ("length", "grid_height", "grid_width", "time_ms", "document"):
+            assert kept[name].tolist() == images[name].tolist()
+
+
+def test_every_document_is_there_once_and_images_are_whole(sources, packed):
+    assert_everything_is_there(sources, packed)
+
+
+def test_rows_are_full_and_the_summary_counts_them(sources, packed):
+    summary = pack_module.summarise(packed)
+    originals = all_documents(sources)
+    num_real = sum(len(tokens) for _, tokens, _ in originals)
+    text_share = sum(len(tokens) for source, tokens, _ in originals if source == 2) / num_real
+    assert 0.08 < text_share < 0.12
+    assert summary.num_real_tokens == num_real
+    assert summary.fill == num_real / summary.num_tokens >= 0.995
+    assert summary.num_tokens == summary.num_rows * 512
+    by_source = [
+        sum(len(tokens) for number, tokens, _ in originals if number == source)
+        for source in range(3)
+    ]
+    assert summary.sources == dict(zip(["clips", "pairs", "text"], by_source, strict=True))
+    dataset = PackedDataset(packed)
+    visual = sum(
+        int(VOCABULARY.is_visual(dataset.row(row)[0]).sum()) for row in range(len(dataset))
+    )
+    assert summary.counts_by_class["visual"] == visual
+    assert sum(summary.counts_by_class.values()) == summary.num_tokens
+
+
+def test_rows_mix_sources(packed):
+    dataset = PackedDataset(packed)
+    mixed = sum(len(set(dataset.row(row)[1]["source"].tolist())) > 1 for row in range(len(dataset)))
+    assert mixed > 0.5 * len(dataset)
+
+
+def test_manifests_describe_the_shards(packed):
+    prefixes = published_prefixes(packed)
+    assert len(prefixes) > 3
+    for prefix in prefixes:
+        manifest = read_manifest(prefix, kind="packed")
+        verify_outputs(prefix, manifest)
+        assert manifest["sources"] == ["clips", "pairs", "text"]
+        assert manifest["vocabulary"] == VOCABULARY.describe()
+        assert manifest["num_tokens"] == manifest["num_rows"] * 512
+
+
+def test_the_same_input_gives_the_same_bytes_wherever_it_stands(sources, packed, tmp_path):
+    moved = {
+        name: shutil.copytree(folder, tmp_path / "moved" / name) for name, folder in sources.items()
+    }
+    pack(dict(reversed(moved.items())), tmp_path / "again", CONFIG)
+    assert content(tmp_path / "again") == content(packed)
+    other_seed = PackConfig(sequence_length=512, rows_per_shard=16, open_bins=8, seed=4)
+    pack(sources, tmp_path / "other", other_seed)
+    assert content(tmp_path / "other")["000000.bin"] != content(packed)["000000.bin"]
+
+
+@pytest.mark.parametrize("rows_before_death", [0, 16, 41, 64])
+def test_a_killed_run_is_continued_to_the_same_bytes(sources, packed, tmp_path, rows_before_death):
+    target = tmp_path / "target"
+    child = os.fork()
+    if child == 0:
+        die_after(rows_before_death)
+        pack(sources, target, CONFIG)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    survivors = {name: data for name, data in content(target).items() if name.endswith(".json")}
+    assert len(survivors) == rows_before_death // 16
+    assert any(".tmp-" in path.name for path in target.iterdir())
+    times = {name: (target / name).stat().st_mtime_ns for name in survivors}
+    pack(sources, target, CONFIG)
+    assert content(target) == content(packed)
+    assert times == {name: (target / name).stat().st_mtime_ns for name in survivors}
+
+
+def die_after(num_rows: int) -> None:
+    """In a child process: kill -9 when the given number of rows has been written."""
+    add = pack_module.TokenFileWriter.add
+    written = 0
+
+    def add_or_die(self, tokens, segments):
+        nonlocal written
+        if written == num_rows:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written += 1
+        add(self, tokens, segments)
+
+    pack_module.TokenFileWriter.add = add_or_die  # type: ignore[method-assign]
+
+
+def test_a_finished_target_is_not_touched_and_a_lost_shard_is_written_again(
+    sources, packed, tmp_path
+):
+    target = shutil.copytree(packed, tmp_path / "target")
+    before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    pack(sources, target, CONFIG)
+    assert before == {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    (target / "000001.json").unlink()
+    (target / "000001.bin").write_bytes(b"damaged")
+    pack(sources, target, CONFIG)
+    assert content(target) == content(packed)
+
+
+def test_a_target_of_another_configuration_is_refused(sources, packed):
+    before = content(packed)
+    with pytest.raises(UserError, match="another configuration"):
+        pack(sources, packed, PackConfig(sequence_length=256, rows_per_shard=16))
+    assert content(packed) == before
+
+
+def test_long_documents_are_cut_at_boundaries_and_what_cannot_fit_is_refused(tmp_path):
+    sources = write_sources(
+        tmp_path / "tokens",
+        {
+            "clips": [video(12, 9, 45), captioned(10, 99), captioned(10, 101), video(30, 3, 20)],
+            "text": [text(450), text(101, splittable=False), []],
+        },
+    )
+    config = PackConfig(sequence_length=100, rows_per_shard=100, open_bins=4, seed=0)
+    summary = pack(sources, tmp_path / "packed", config)
+    assert summary.quarantined == {
+        "image_longer_than_row": 1, "segment_longer_than_row": 1, "empty_document": 1,
+    }  # fmt: skip
+    listed = [
+        json.loads(line) for line in (tmp_path / "packed" / "dataset.quarantine.jsonl").open()
+    ]
+    assert {(entry["source"], entry["index"]) for entry in listed} == {
+        ("clips", 2),
+        ("text", 1),
+        ("text", 2),
+    }
+    found = pieces_by_document(PackedDataset(tmp_path / "packed"))
+    originals = {int(segments["document"][0]): segments for _, _, segments in all_nonempty(sources)}
+    for document in (0, 1, 3):  # no splittable text: cut between segments only
+        kept = np.concatenate([part for _, part in found[document]])
+        assert sorted(kept["length"].tolist()) == sorted(originals[document]["length"].tolist())
+    assert sum(len(span) for span, _ in found[4]) == 452
+    assert len(found[0]) == 8  # of at most two frames each
+    assert summary.num_real_tokens == sum(
+        len(span) for parts in found.values() for span, _ in parts
+    )
+
+
+def all_nonempty(sources):
+    pool = Pool({name: [folder] for name, folder in sources.items()})
+    lengths, _ = pool.load_index()
+    for document in np.flatnonzero(lengths):
+        tokens, segments = pool.read(Piece(int(document), 0, int(lengths[document])))
+        yield document, tokens, segments
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_corpus_is_packed_without_loss(tmp_path_factory, data):
+    random_text = st.builds(text, st.integers(1, 150), st.just(True))
+    random_pair = st.builds(captioned, st.integers(1, 40), st.integers(3, 40))
+    random_clip = st.builds(video, st.integers(1, 6), st.integers(1, 20), st.integers(3, 40))
+    specs = data.draw(
+        st.lists(st.one_of(random_text, random_pair, random_clip), min_size=1, max_size=25)
+    )
+    folder = tmp_path_factory.mktemp("any")
+    sources = write_sources(folder / "tokens", {"all": specs})
+    config = PackConfig(
+        sequence_length=data.draw(st.integers(40, 120)), rows_per_shard=7, open_bins=data.draw(st.integers(1, 6)),
+        minimum_piece_tokens=data.draw(st.integers(1, 10)), seed=data.draw(st.integers(0, 99)),
+    )  # fmt: skip
+    summary = pack(sources, folder / "packed", config)
+    assert summary.quarantined == {}
+    assert_everything_is_there(sources, folder / "packed")
+
+
+class NaivePacker:
+    """Best fit as one would say it: look at every open row. No fillers."""
+
+    def __init__(self, sequence_length: int, open_bins: int):
+        self.sequence_length, self.open_bins = sequence_length, open_bins
+        self.rows: list[list[Piece]] = []
+        self.closed: list[list[Piece]] = []
+
+    def room(self, row: list[Piece]) -> int:
+        return self.sequence_length - sum(piece.length for piece in row)
+
+    def add(self, piece: Piece, limited: bool = True) -> None:
+        fitting = [row for row in self.rows if self.room(row) >= piece.length]
+        if not fitting:
+            if limited and len(self.rows) == self.open_bins:
+                self.close(min(self.rows, key=self.room))
+            fitting = [[]]
+            self.rows.append(fitting[0])
+        row = min(fitting, key=self.room)
+        row.append(piece)
+        if self.room(row) == 0:
+            self.close(row)
+
+    def close(self, row: list[Piece]) -> None:
+        self.closed.append(row)
+        self.rows = [other for other in self.rows if other is not row]
+
+    def flush(self) -> None:
+        left = [piece for row in self.rows for piece in row]
+        self.rows = []
+        for piece in sorted(left, key=lambda piece: -piece.length):
+            self.add(piece, limited=False)
+        for row in sorted(self.rows, key=self.room):
+            self.closed.append(row)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), max_size=60), open_bins=st.integers(1, 6))
+def test_best_fit_is_what_looking_at_every_row_gives(lengths, open_bins):
+    packer, naive = (
+        BestFitPacker(20, open_bins, 1, lambda piece, limit: 0),
+        NaivePacker(20, open_bins),
+    )
+    rows = []
+    for number, length in enumerate(lengths):
+        rows.extend(packer.add(Piece(number, 0, length)))
+        naive.add(Piece(number, 0, length))
+    rows.extend(packer.flush())
+    naive.flush()
+    assert rows == naive.closed
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pieces=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=60), open_bins=st.integers(1, 4),
+    minimum=st.integers(1, 5),
+)  # fmt: skip
+def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, open_bins, minimum):
+    length = 20
+    packer = BestFitPacker(length, open_bins, minimum, lambda piece, limit: limit)
+    rows, most_waiting = [], 0
+    for number, (size, filler) in enumerate(pieces):
+        if filler:
+            rows.extend(packer.add_filler(Piece(number, 0, size)))
+        else:
+            rows.extend(packer.add(Piece(number, 0, min(size, length))))
+        most_waiting = max(most_waiting, packer._reservoir_tokens)
+    rows.extend(packer.flush())
+    assert most_waiting <= open_bins * length
+    covered = defaultdict(list)
+    for row in rows:
+        assert 0 < sum(piece.length for piece in row) <= length
+        for piece in row:
+            covered[piece.document].append((piece.start, piece.start + piece.length))
+    for number, (size, filler) in enumerate(pieces):
+        spans = sorted(covered[number])
+        assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
+        assert spans[-1][1] == (size if filler else min(size, length))
+    if pieces and all(filler for _, filler in pieces):
+        holes = [length - sum(piece.length for piece in row) for row in rows[:-1]]
+        assert all(hole < minimum for hole in holes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    specs=st.lists(
+        st.tuples(st.just(Kind.TEXT), st.integers(1, 12), st.sampled_from([0, Flag.SPLITTABLE])), min_size=1, max_size=6
+    ),
+    data=st.data(),
+)  # fmt: skip
+def test_a_filler_is_cut_at_the_last_place_allowed(specs, data):
+    _, segments = Corpus().document(specs)
+    pool = Pool.__new__(Pool)
+    pool.segments = lambda document: segments  # type: ignore[method-assign]
+    total = int(segments["length"].sum())
+    start = data.draw(st.integers(0, total - 1))
+    limit = data.draw(st.integers(1, total + 5))
+    allowed = {0, total}
+    for segment in segments:
+        first, end = int(segment["start"]), int(segment["start"] + segment["length"])
+        allowed |= {first, end} | (
+            set(range(first, end)) if segment["flags"] & Flag.SPLITTABLE else set()
+        )
+    best = max((place - start for place in allowed if 0 <= place - start <= limit), default=0)
+    assert pool.cut(Piece(0, start, total - start), limit) == best
+
+
+def test_disagreeing_token_files_are_refused_and_listed(sources, tmp_path):
+    documents = [Corpus().document(text(10))]
+    for key, value in (
+        ("text_tokenizer", "text-2"),
+        ("vocabulary", VOCABULARY.describe() | {"visual_size": 5}),
+    ):
+        write_token_file(tmp_path / key / "000000", documents, **{key: value})
+        with pytest.raises(
+            UserError, match=f"do not agree on the {key.replace('_', ' ')}"
+        ) as caught:
+            pack(sources | {"other": tmp_path / key}, tmp_path / "target", CONFIG)
+        assert str(tmp_path / key / "000000") in caught.value.got
+        assert str(sources["clips"] / "000000") in caught.value.got
+    write_token_file(tmp_path / "no_images" / "000000", documents, vision_tokenizer=None)
+    pack(sources | {"other": tmp_path / "no_images"}, tmp_path / "target", CONFIG)
+
+
+def test_bad_input_is_named(sources, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        pack({"a": tmp_path / "missing"}, tmp_path / "target", CONFIG)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no finished token files"):
+        pack({"a": tmp_path / "empty"}, tmp_path / "target", CONFIG)
+    with pytest.raises(UserError, match="no source is given"):
+        pack({}, tmp_path / "target", CONFIG)
+    with pytest.raises(UserError, match="3 problems"):
+        pack(
+            sources,
+            tmp_path / "target",
+            PackConfig(sequence_length=0, rows_per_shard=0, minimum_piece_tokens=4),
+        )
+    tokens, segments = Corpus().document(text(10))
+    tokens[3] = VOCABULARY.size
+    write_token_file(tmp_path / "foreign" / "000000", [(tokens, segments)])
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        pack({"a": tmp_path / "foreign"}, tmp_path / "target", CONFIG)
+    write_token_file(tmp_path / "damaged" / "000000", [Corpus().document(text(10))])
+    (tmp_path / "damaged" / "000000.bin").write_bytes(b"\0" * 48)
+    with pytest.raises(UserError, match="checksum"):
+        pack({"a": tmp_path / "damaged"}, tmp_path / "target", CONFIG)
+
+
+def test_the_command_answers(sources, tmp_path):
+    from launch.commands.pack import Config, run
+
+    config = Config(
+        tokens={name: str(folder) for name, folder in sources.items()}, target=str(tmp_path / "target"),
+        sequence_length=512, rows_per_shard=64, open_bins=8,
+    )  # fmt: skip
+    answer = run(config)
+    assert json.loads(json.dumps(answer)) == answer
+    assert {"fill", "num_rows", "num_tokens", "num_real_tokens", "sources", "target"} <= set(answer)
+    with pytest.raises(UserError, match="target"):
+        run(Config(tokens=config.tokens))

@@ -1,0 +1,233 @@
+"""Token files: Megatron reads what is written here and the other way round; nothing half-written is ever seen."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_samples import Corpus, captioned, text, write_token_file
+
+from data_pipeline.atomic import atomic_write_json, read_json, remove_stale_temporaries
+from data_pipeline.descriptors import DescriptorCache
+from data_pipeline.segments import SEGMENT_DTYPE, Kind
+from data_pipeline.store import TokenFileReader, TokenFileWriter
+from data_pipeline.token_format import published_prefixes, read_index, read_manifest, verify_outputs
+from model.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    from megatron.core.datasets import indexed_dataset
+
+    return indexed_dataset
+
+
+def sample_documents(count: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
+    corpus = Corpus()
+    return [
+        corpus.document(captioned(3 + index, 8) if index % 2 else text(7)) for index in range(count)
+    ]
+
+
+@settings(max_examples=8, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), max_size=12), seed=st.integers(0, 2**32 - 1))
+def test_megatron_and_nextstate_read_and_write_the_same_bytes(megatron, lengths, seed):
+    import torch
+
+    random = np.random.default_rng(seed)
+    documents = [random.integers(-(2**31), 2**31, length).astype(np.int32) for length in lengths]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ours = folder / "000000"
+        write_token_file(ours, [(tokens, one_segment(tokens)) for tokens in documents])
+        builder = megatron.IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=np.int32)
+        for tokens in documents:
+            builder.add_item(torch.from_numpy(tokens))
+            builder.end_document()
+        builder.finalize(str(folder / "theirs.idx"))
+        for suffix in ("bin", "idx"):
+            assert (folder / f"000000.{suffix}").read_bytes() == (
+                folder / f"theirs.{suffix}"
+            ).read_bytes()
+        read_lengths, _ = read_index(folder / "theirs.idx")
+        assert read_lengths.tolist() == lengths
+        reader = TokenFileReader(ours)
+        assert [reader.tokens(index).tolist() for index in range(len(reader))] == [
+            tokens.tolist() for tokens in documents
+        ]
+        if sum(lengths):  # Megatron cannot map an empty file
+            dataset = megatron.IndexedDataset(str(ours))
+            assert [dataset[index].tolist() for index in range(len(dataset))] == [
+                tokens.tolist() for tokens in documents
+            ]
+
+
+def one_segment(tokens: np.ndarray) -> np.ndarray:
+    segments = np.zeros(1 if len(tokens) else 0, SEGMENT_DTYPE)
+    segments["length"], segments["kind"] = len(tokens), Kind.TEXT
+    return segments
+
+
+def test_segments_and_parts_of_documents_come_back(tmp_path):
+    documents = sample_documents()
+    write_token_file(tmp_path / "000003", documents)
+    reader = TokenFileReader(tmp_path / "000003")
+    assert len(reader) == 5
+    for index, (tokens, segments) in enumerate(documents):
+        found = reader.segments(index)
+        assert (found["row"] == index).all()
+        for name in SEGMENT_DTYPE.names:
+            if name != "row":
+                assert (found[name] == segments[name]).all()
+        assert reader.tokens(index, 2, 3).tolist() == tokens[2:5].tolist()
+
+
+def test_a_file_without_manifest_does_not_exist(tmp_path):
+    write_token_file(tmp_path / "000000", sample_documents())
+    (tmp_path / "000000.json").unlink()
+    assert published_prefixes(tmp_path) == []
+    with pytest.raises(UserError, match="missing"):
+        TokenFileReader(tmp_path / "000000")
+
+
+def test_everything_is_flushed_before_it_is_named_and_the_manifest_comes_last(
+    tmp_path, monkeypatch
+):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_replace(temporary: Path, final: Path) -> None:
+        events.append(("rename", final.name))
+        replace(temporary, final)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_token_file(tmp_path / "000000", sample_documents())
+    expected = []
+    for name in ("000000.bin", "000000.idx", "000000.seg.npy", "000000.json"):
+        expected += [
+            ("fsync", f"{name}.tmp-{os.getpid()}"),
+            ("rename", name),
+            ("fsync", tmp_path.name),
+        ]
+    assert events == expected
+
+
+def test_an_unfinished_writer_leaves_nothing_and_keeps_the_published_file(tmp_path):
+    write_token_file(tmp_path / "000000", sample_documents())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with TokenFileWriter(tmp_path / "000000") as writer:
+        writer.add(*sample_documents()[0])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_the_temporaries_of_dead_processes_are_removed(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead = tmp_path / f"000000.bin.tmp-{process.pid}"
+    alive, other_file = tmp_path / "000000.bin.tmp-1", tmp_path / f"000001.bin.tmp-{process.pid}"
+    for path in (dead, alive, other_file):
+        path.write_bytes(b"left behind")
+    assert remove_stale_temporaries(tmp_path, "000000.") == 1
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other_file])
+
+
+@pytest.fixture
+def small_files():
+    """The kernel refuses files beyond 64 KiB, as a full disk or a quota does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, old[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_full_disk_is_named_and_nothing_good_is_lost(tmp_path, small_files):
+    write_token_file(tmp_path / "000000", sample_documents())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tokens = np.zeros(40_000, np.int32)
+    with pytest.raises(UserError, match="cannot write") as caught:
+        write_token_file(tmp_path / "000000", [(tokens, one_segment(tokens))])
+    assert caught.value.where == str(tmp_path)
+    assert "160," in caught.value.expected  # 160,000 bytes of tokens and what belongs to them
+    with pytest.raises(UserError, match="cannot write"):
+        atomic_write_json(tmp_path / "000000.json", "x" * 70_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".seg.npy"])
+def test_a_flipped_bit_is_attributed_to_its_row(tmp_path, suffix):
+    documents = sample_documents()
+    prefix = tmp_path / "000000"
+    with TokenFileWriter(prefix, with_crc=True) as writer:
+        for tokens, segments in documents:
+            writer.add(tokens, segments)
+        writer.finish({"kind": "packed", "num_rows": len(writer)})
+    assert len(np.load(tmp_path / "000000.crc.npy")) == len(documents)
+    path = tmp_path / f"000000{suffix}"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of the last row
+    path.write_bytes(content)
+    reader = TokenFileReader(prefix)
+    for row in range(4):
+        reader.tokens(row)
+    with pytest.raises(UserError, match=r"damaged[\s\S]*000000\.bin, row 4"):
+        reader.tokens(4)
+    with pytest.raises(UserError, match="checksum"):
+        verify_outputs(prefix, read_manifest(prefix))
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    write_token_file(tmp_path / "000000", sample_documents())
+    os.truncate(tmp_path / "000000.bin", 30)
+    reader = TokenFileReader(tmp_path / "000000")
+    with pytest.raises(UserError, match=r"shorter[\s\S]*000000\.bin, document 4"):
+        reader.tokens(4)
+    os.truncate(tmp_path / "000000.idx", 40)
+    with pytest.raises(UserError, match="truncated"):
+        TokenFileReader(tmp_path / "000000").tokens(0)
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    write_token_file(tmp_path / "000000", sample_documents())
+    with pytest.raises(UserError, match="kind"):
+        read_manifest(tmp_path / "000000", kind="packed")
+    (tmp_path / "000000.idx").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="not a Megatron index"):
+        TokenFileReader(tmp_path / "000000").tokens(0)
+    (tmp_path / "000001.json").write_text("{broken")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "000001.json")
+
+
+def test_segments_must_tile_the_tokens(tmp_path):
+    tokens, segments = sample_documents()[0]
+    with (
+        TokenFileWriter(tmp_path / "000000") as writer,
+        pytest.raises(AssertionError, match="tile"),
+    ):
+        writer.add(tokens[:-1], segments)
+
+
+def test_open_files_stay_within_the_limit(tmp_path):
+    cache = DescriptorCache(max_open=2)
+    paths = [tmp_path / str(number) for number in range(4)]
+    for path in paths:
+        path.write_bytes(b"content")
+    open_before = len(os.listdir("/proc/self/fd"))
+    for path in [*paths, *paths]:
+        assert os.pread(cache.get(path), 7, 0) == b"content"
+        assert len(cache) <= 2
+    assert len(os.listdir("/proc/self/fd")) == open_before + 2
+    cache.close()
+    assert len(os.listdir("/proc/self/fd")) == open_before

@@ -172,6 +172,13 @@ def test_lines_longer_than_the_trainers_limit_are_not_lost(tmp_path: Path) -> No
     assert len(tokenizer.encode(word * 10)) <= 5 * 10
 
 
+def test_rare_characters_do_not_crowd_out_the_words(tmp_path: Path) -> None:
+    many = "".join(chr(0x4E00 + number) for number in range(600))
+    tokenizer = train_sentencepiece([*TEXTS * 5, many], tmp_path / "tokenizer", 360)
+    assert tokenizer.decode(tokenizer.encode(many)) == many
+    assert len(tokenizer.encode("the quick brown fox")) < len("the quick brown fox")
+
+
 def test_too_few_texts_for_the_size_say_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"at most \d+ pieces"):
         train_sentencepiece(TEXTS[:2], tmp_path / "tokenizer", 5000)

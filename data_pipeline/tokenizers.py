@@ -216,10 +216,9 @@ def train_sentencepiece(
     The same texts in the same order give the same bytes: one thread, nothing sampled. Text is
     taken as it is (no normalisation, no added space), unknown characters become bytes, and digits
     stand one by one, so that decode(encode(x)) == x. `character_coverage` is the share of the
-    text's characters that get pieces of their own, lowered where they would take more than a
-    quarter of the pieces (a half of a small vocabulary). `inputs` is kept in the description, which is
-    written last. Raises `UserError` when the texts are too
-    few for `size` pieces.
+    text's characters that get pieces of their own, as far as `_rare_characters` allows. `inputs` is
+    kept in the description, which is written last. Raises `UserError` when the texts are too few
+    for `size` pieces.
     """
     import sentencepiece
 

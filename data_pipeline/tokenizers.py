@@ -137,7 +137,8 @@ def encode_grid(tokenizer: TextTokenizer, height: int, width: int) -> list[int]:
         encoded = tokenizer.encode(character)
         if len(encoded) != 1:
             raise UserError(
-                "the text tokenizer cannot write image sizes", expected="one token for each digit and *",
+                "the text tokenizer cannot write image sizes",
+                expected="one token for each digit and *",
                 got=f"{len(encoded)} tokens for {character!r}",
                 fix="train the tokenizer with digits and * among its characters",
             )  # fmt: skip

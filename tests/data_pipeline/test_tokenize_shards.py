@@ -287,6 +287,10 @@ def test_work_that_is_done_is_not_done_again(
     other.fingerprint = "another"
     assert not again(vision=other)
     assert not again()
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"red circle", b"big circle"))  # of the same length
+    os.utime(shard, ns=(2, 2))
+    assert not again()
     write_shard(shard, good_samples()[:3])
     assert not again()
     (tmp_path / "tokens/000000.seg.npy").unlink()

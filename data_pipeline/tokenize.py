@@ -28,7 +28,8 @@ from data_pipeline.layout import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.prepare import Pixels, PreparedSample, SamplePreparer
 from data_pipeline.segments import count_classes
 from data_pipeline.sources import BadSample, SampleError, read_shard
-from data_pipeline.store import TokenFileWriter, checksum_file, suffixed
+from data_pipeline.store import TokenFileWriter
+from data_pipeline.token_format import checksum_file, suffixed
 from data_pipeline.tokenizers import TextTokenizer
 from data_pipeline.video.keyframes import VideoConfig
 from model.errors import Problems, UserError

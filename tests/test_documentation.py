@@ -48,7 +48,10 @@ def help_examples() -> list[tuple[str, str]]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
                 text = ast.literal_eval(node.value).replace("\\\n", " ")
                 lines = re.findall(r"^ +(nextstate .*)$", text, re.MULTILINE)
-                found += [(path.name, re.split(r"\s{3,}(?=[a-z])(?!\w+[.\w]*=)", line)[0]) for line in lines]
+                found += [
+                    (path.name, re.split(r"\s{3,}(?=[a-z])(?!\w+[.\w]*=)", line)[0])
+                    for line in lines
+                ]
     return found
 
 
@@ -56,7 +59,9 @@ def help_examples() -> list[tuple[str, str]]:
 def test_marked_commands_run(page, line, tmp_path):
     arguments = [sys.executable, "-m", "launch.cli", *shlex.split(line)[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr
 
 
@@ -66,7 +71,9 @@ def test_other_commands_compose(page, line, capsys):
 
 
 def test_make_targets_of_the_docs_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     used = {
         line.split()[1]
         for page in PAGES

@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.document import TASKS
 from data_pipeline.sources import Sample, SampleError, read_shard
 from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
-from data_pipeline.store import checksum_file
+from data_pipeline.token_format import checksum_file
 from data_pipeline.tokenizers import read_description, train_sentencepiece
 from data_pipeline.video.transcript import join_words, parse_transcript
 from model.errors import Problems, UserError

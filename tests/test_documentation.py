@@ -5,11 +5,8 @@ a group or a command that no longer exists is found.
 """
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,13 +53,10 @@ def help_examples() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "line"), documented(executed=True))
-def test_marked_commands_run(page, line, tmp_path):
-    arguments = [sys.executable, "-m", "launch.cli", *shlex.split(line)[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
+def test_marked_commands_run(page, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("page", "line"), documented(executed=False) + help_examples())

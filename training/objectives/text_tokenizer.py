@@ -32,9 +32,9 @@ class TextTokenizerOptions:
 
     corpora: list[str] = field(default_factory=list)  # patterns of raw .tar shards
     size: int = 1024  # pieces, the 256 bytes among them
-    character_coverage: float = 0.9995  # share of the text's characters that get pieces
+    character_coverage: float = 0.9995  # share of the characters that get pieces, if they fit
     max_bytes: int = 1 << 30  # of text; beyond it the rest of the corpora is not read
-    template_copies: int = 50  # how often the chat template is counted
+    template_copies: int = 200  # how often the chat template is counted
     extra_texts: list[str] = field(default_factory=list)
 
     @classmethod

@@ -1,0 +1,116 @@
+"""Reading packed rows at random: `PackedDataset` beside numpy.memmap and megatron-core's IndexedDataset.
+
+    python benchmarks/read_rows.py [--rows 512] [--length 32768] [--rounds 5]
+
+Every reader gives the same rows in the same order and every token is touched (cast to int64). `PackedDataset` also
+reads the segments and checks the CRC of the row, which the others have not. CPU seconds, median of the rounds, the
+readers taking turns. Files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.loader import PackedDataSource
+from data_pipeline.pack import PackConfig, pack
+from data_pipeline.packed_files import PackedDataset
+from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.store import TokenFileReader, TokenFileWriter
+from model.vocabulary import Vocabulary, VocabularyConfig
+
+VOCABULARY = Vocabulary.from_config(VocabularyConfig(preset="emu35", pad_multiple=1024))
+SEGMENTS_PER_ROW = 29
+
+
+def make_rows(folder: Path, num_rows: int, length: int) -> None:
+    """One packed shard of rows that alternate text and images, made by `pack` from documents as long as a row."""
+    random = np.random.default_rng(0)
+    bounds = np.linspace(0, length, SEGMENTS_PER_ROW + 1).astype(np.int64)
+    segments = np.zeros(SEGMENTS_PER_ROW, SEGMENT_DTYPE)
+    segments["start"], segments["length"] = bounds[:-1], np.diff(bounds)
+    segments["kind"] = [
+        Kind.IMAGE if number % 2 else Kind.TEXT for number in range(SEGMENTS_PER_ROW)
+    ]
+    segments["flags"][::6] |= np.uint8(Flag.DOCUMENT_START)
+    manifest = {"kind": "tokens", "num_documents": num_rows, "vocabulary": VOCABULARY.describe()}
+    with TokenFileWriter(folder / "tokens" / "000000") as writer:
+        for _ in range(num_rows):
+            writer.add(random.integers(0, VOCABULARY.size, length), segments)
+        writer.finish(manifest)
+    pack({"rows": folder / "tokens"}, folder / "packed", PackConfig(length, num_rows, open_bins=1))
+
+
+def readers(folder: Path, num_rows: int, length: int) -> dict[str, Callable[[int], np.ndarray]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = folder / "packed" / "000000"
+    dataset, plain = PackedDataset(folder / "packed"), TokenFileReader(folder / "tokens" / "000000")
+    mapped = np.memmap(prefix.with_suffix(".bin"), "<i4", "r", shape=(num_rows, length))
+    megatron = IndexedDataset(str(prefix))
+    return {
+        "PackedDataset (segments, CRC)": lambda row: dataset.row(row)[0],
+        "TokenFileReader (pread)": plain.tokens,
+        "numpy.memmap": lambda row: mapped[row],
+        "megatron IndexedDataset": lambda row: megatron[row],
+    }
+
+
+def measure(read: Callable[[int], np.ndarray], order: list[int]) -> float:
+    started = time.process_time()
+    for row in order:
+        read(row).astype(np.int64)
+    return time.process_time() - started
+
+
+def measure_loader(folder: Path, length: int, num_rows: int) -> float:
+    source = PackedDataSource(
+        {"rows": folder / "packed"}, {"rows": 1.0}, 0, length, num_rows, 1, 0, 1,
+        {"text": 1.0, "visual": 0.5, "structure": 1.0}, "document", VOCABULARY, prefetch_batches=0,
+    )  # fmt: skip
+    started = time.process_time()
+    source.batch(0)
+    source.close()
+    return (time.process_time() - started) / num_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--length", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_rows(folder, arguments.rows, arguments.length)
+        order = np.random.default_rng(1).permutation(arguments.rows).tolist()
+        named = readers(folder, arguments.rows, arguments.length)
+        seconds: dict[str, list[float]] = {name: [] for name in named}
+        for _ in range(arguments.rounds):
+            for name, read in named.items():
+                seconds[name].append(measure(read, order))
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        tokens = arguments.rows * arguments.length / 1e6
+        print(f"{'reader':<32}{'Mtokens/CPU-s':>15}{'vs megatron':>14}{'vs memmap':>12}")
+        for name, median in medians.items():
+            against = [
+                medians[other] / median for other in ("megatron IndexedDataset", "numpy.memmap")
+            ]
+            print(f"{name:<32}{tokens / median:>15.0f}{against[0]:>14.2f}{against[1]:>12.2f}")
+        loader = statistics.median(
+            measure_loader(folder, arguments.length, min(64, arguments.rows))
+            for _ in range(arguments.rounds)
+        )
+        print(f"PackedDataSource, all arrays of a micro-batch: {loader * 1e3:.2f} ms of CPU a row")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,12 +4,14 @@
 
 Every reader gives the same rows in the same order and every token is touched (cast to int64). `PackedDataset` also
 reads the segments and checks the CRC of the row, which the others have not. CPU seconds, median of the rounds, the
-readers taking turns. Files are in the page cache.
+readers taking turns; each round opens the files anew, once with them in the page cache and once without.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import statistics
 import tempfile
 import time
@@ -47,26 +49,51 @@ def make_rows(folder: Path, num_rows: int, length: int) -> None:
     pack({"rows": folder / "tokens"}, folder / "packed", PackConfig(length, num_rows, open_bins=1))
 
 
-def readers(folder: Path, num_rows: int, length: int) -> dict[str, Callable[[int], np.ndarray]]:
+Reader = Callable[[int], np.ndarray]
+
+
+def open_readers(folder: Path, num_rows: int, length: int) -> dict[str, Callable[[], Reader]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     prefix = folder / "packed" / "000000"
-    dataset, plain = PackedDataset(folder / "packed"), TokenFileReader(folder / "tokens" / "000000")
-    mapped = np.memmap(prefix.with_suffix(".bin"), "<i4", "r", shape=(num_rows, length))
-    megatron = IndexedDataset(str(prefix))
+
+    def packed() -> Reader:
+        dataset = PackedDataset(folder / "packed")
+        return lambda row: dataset.row(row)[0]
+
+    def mapped() -> Reader:
+        rows = np.memmap(prefix.with_suffix(".bin"), "<i4", "r", shape=(num_rows, length))
+        return lambda row: rows[row]
+
+    def megatron() -> Reader:
+        dataset = IndexedDataset(str(prefix))
+        return lambda row: dataset[row]
+
     return {
-        "PackedDataset (segments, CRC)": lambda row: dataset.row(row)[0],
-        "TokenFileReader (pread)": plain.tokens,
-        "numpy.memmap": lambda row: mapped[row],
-        "megatron IndexedDataset": lambda row: megatron[row],
+        "PackedDataset (segments, CRC)": packed,
+        "TokenFileReader (pread)": lambda: TokenFileReader(folder / "tokens" / "000000").tokens,
+        "numpy.memmap": mapped,
+        "megatron IndexedDataset": megatron,
     }
 
 
-def measure(read: Callable[[int], np.ndarray], order: list[int]) -> float:
+def measure(opener: Callable[[], Reader], order: list[int], folder: Path, cold: bool) -> float:
+    """CPU seconds (of the process, kernel included) to open and to read all rows."""
+    gc.collect()  # closes the maps of the round before, which would keep their pages
+    if cold:
+        drop_cache(folder)
     started = time.process_time()
+    read = opener()
     for row in order:
         read(row).astype(np.int64)
     return time.process_time() - started
+
+
+def drop_cache(folder: Path) -> None:
+    for path in folder.rglob("*.*"):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure_loader(folder: Path, length: int, num_rows: int) -> float:
@@ -78,6 +105,14 @@ def measure_loader(folder: Path, length: int, num_rows: int) -> float:
     source.batch(0)
     source.close()
     return (time.process_time() - started) / num_rows
+
+
+def print_ratios(medians: dict[str, float], num_tokens: int, cold: bool) -> None:
+    title = "not in the page cache" if cold else "in the page cache"
+    print(f"{title:<32}{'Mtokens/CPU-s':>15}{'vs megatron':>14}{'vs memmap':>12}")
+    for name, median in medians.items():
+        against = [medians[other] / median for other in ("megatron IndexedDataset", "numpy.memmap")]
+        print(f"{name:<32}{num_tokens / 1e6 / median:>15.0f}{against[0]:>14.2f}{against[1]:>12.2f}")
 
 
 def main() -> None:
@@ -92,19 +127,14 @@ def main() -> None:
         folder = Path(name)
         make_rows(folder, arguments.rows, arguments.length)
         order = np.random.default_rng(1).permutation(arguments.rows).tolist()
-        named = readers(folder, arguments.rows, arguments.length)
-        seconds: dict[str, list[float]] = {name: [] for name in named}
-        for _ in range(arguments.rounds):
-            for name, read in named.items():
-                seconds[name].append(measure(read, order))
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        tokens = arguments.rows * arguments.length / 1e6
-        print(f"{'reader':<32}{'Mtokens/CPU-s':>15}{'vs megatron':>14}{'vs memmap':>12}")
-        for name, median in medians.items():
-            against = [
-                medians[other] / median for other in ("megatron IndexedDataset", "numpy.memmap")
-            ]
-            print(f"{name:<32}{tokens / median:>15.0f}{against[0]:>14.2f}{against[1]:>12.2f}")
+        openers = open_readers(folder, arguments.rows, arguments.length)
+        for cold in (False, True):
+            seconds: dict[str, list[float]] = {name: [] for name in openers}
+            for _ in range(arguments.rounds):
+                for name, opener in openers.items():
+                    seconds[name].append(measure(opener, order, folder, cold))
+            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            print_ratios(medians, arguments.rows * arguments.length, cold)
         loader = statistics.median(
             measure_loader(folder, arguments.length, min(64, arguments.rows))
             for _ in range(arguments.rounds)

@@ -321,4 +321,7 @@ def test_a_flipped_bit_stops_the_loader_with_its_row(datasets, tmp_path):
     source = open_source(datasets | {"chats": damaged})
     with pytest.raises(UserError, match=r"damaged[\s\S]*chats/000000\.bin, row 2"):
         list(map(source.batch, range(0, 1200, 12)))
+    (damaged / "000000.json").unlink()
+    with pytest.raises(UserError, match="no manifest"):
+        PackedDataset(damaged).row(0)
     source.close()

@@ -7,8 +7,7 @@ holds a combination of shape, colour and place that no training document shows; 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -36,7 +35,7 @@ MAX_ATTEMPTS_ALONE = 200  # draws of an unseen one-shape prompt before two shape
 class ShapesTask:
     """What the tasks share: how many prompts, from which seed, and the judge of the answer's first picture."""
 
-    name: ClassVar[str]
+    name: str = field(default="", init=False)
     num_prompts: int = 200
     seed: int = 1000
     held_out: bool = True
@@ -84,7 +83,7 @@ class ShapesTask:
 class T2IAccuracy(ShapesTask):
     """A caption asks for a scene."""
 
-    name: ClassVar[str] = "t2i_accuracy"
+    name: str = field(default="t2i_accuracy", init=False)
 
     def make_prompt(
         self, rng: np.random.Generator, num_items: int, number: int
@@ -99,7 +98,7 @@ class T2IAccuracy(ShapesTask):
 class EditAccuracy(ShapesTask):
     """A picture and an instruction that recolours one shape; the new colour makes a held-out combination."""
 
-    name: ClassVar[str] = "edit_accuracy"
+    name: str = field(default="edit_accuracy", init=False)
 
     def make_prompt(
         self, rng: np.random.Generator, num_items: int, number: int
@@ -121,7 +120,7 @@ class NextStateAccuracy(ShapesTask):
     The frame to predict is the second or the third rest, in turn; a shape that moves makes it a held-out combination.
     """
 
-    name: ClassVar[str] = "next_state_accuracy"
+    name: str = field(default="next_state_accuracy", init=False)
 
     def make_prompt(
         self, rng: np.random.Generator, num_items: int, number: int
@@ -153,7 +152,7 @@ class NextStateAccuracy(ShapesTask):
 class ReconstructionAccuracy(ShapesTask):
     """A true scene, to be judged after the vision tokenizer has encoded and decoded it: the ceiling of the others."""
 
-    name: ClassVar[str] = "reconstruction_accuracy"
+    name: str = field(default="reconstruction_accuracy", init=False)
 
     def make_prompt(
         self, rng: np.random.Generator, num_items: int, number: int

@@ -21,7 +21,7 @@ from examples.shapes_world.build import build_corpora, parse_arguments
 from examples.shapes_world.datasets import CorpusConfig
 from examples.shapes_world.judge import read_scene
 from examples.shapes_world.media import mp4_frames
-from examples.shapes_world.motion import NUM_RESTS, STEPS
+from examples.shapes_world.motion import NUM_RESTS
 from examples.shapes_world.world import CAPTIONS, caption, is_held_out
 from model.errors import UserError
 
@@ -33,7 +33,13 @@ TINY = CorpusConfig(
     num_edits=30,
     samples_per_shard=25,
 )
-PICTURES = ("jpg", "png", "source_0.png", "target.png")
+DIRECTIONS = {
+    "moves right": (0, 1),
+    "moves left": (0, -1),
+    "moves up": (-1, 0),
+    "moves down": (1, 0),
+    "stays": (0, 0),
+}
 TEXTS = ("txt", "words.json", "instruction.txt")
 
 
@@ -112,8 +118,8 @@ def follow_law(sentence: str, scenes: list) -> None:
     clauses = sentence.split(" and ")
     assert len(clauses) == len(scenes[0])
     for clause in clauses:
-        _, color, shape, verb, *rest = clause.split()
-        step = STEPS["stay" if verb == "stays" else rest[0]]
+        _, color, shape, law = clause.split(maxsplit=3)
+        step = DIRECTIONS[law]
         path = [
             [
                 (item.row, item.column)

@@ -17,9 +17,10 @@ from typing import Any
 from launch.worker import PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
 from training.config import TrainConfig, save_yaml
+from training.objectives.next_token import RENDEZVOUS_VARIABLE
 from training.stage import EXIT_STOPPED, SUMMARY_NAME, StoppedEarly, run_stage
 
-RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"
+
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 0.05
 # After one rank failed the others get this long to notice, tell their own story and end.

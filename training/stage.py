@@ -113,11 +113,12 @@ def train_job(config: TrainConfig, build: Any) -> dict[str, Any]:
         with Watchdog(run.heartbeat, run.events, job.engine.world_size, timeout):
             prepare(run)
             status = train(run)
-        # Only now: an engine is closed by all ranks together, and after an error the others may be gone.
-        summary = summarize(run)
-        job.data.close()
-        job.engine.barrier()
-        job.engine.close()
+            summary = summarize(run)
+            run.heartbeat.enter("close")
+            # Not after an error: an engine is closed by all ranks together, and the others may be gone.
+            job.data.close()
+            job.engine.barrier()
+            job.engine.close()
         run.events.record(status, step=run.state.step)
         run.events.close()
     if status == "stopped":
@@ -183,7 +184,9 @@ def summarize(run: Run) -> dict[str, Any]:
     from training.callbacks.watchdog import read_heartbeats
     from training.metrics import first_and_last_loss
 
-    run.engine.barrier()  # each rank's last heartbeat is written
+    run.heartbeat.enter("summarize")
+    run.heartbeat.write()
+    run.engine.barrier()
     config, state = run.config, run.state
     beats = read_heartbeats(config.stage_folder, run.engine.world_size)
     loss_first, loss_last = first_and_last_loss(config.stage_folder)

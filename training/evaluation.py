@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from model.errors import UserError
-from model.generation.sampling import SamplingConfig
-from training.inference import Output, Prompt
+from model.generation.settings import SamplingConfig
+from training.inference_prompts import Output, Prompt
 
 WILSON_Z = 1.959964  # of a 95% interval
 

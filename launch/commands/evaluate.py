@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import Problems, UserError
-from model.generation.sampling import SamplingConfig
-from training.inference import InferenceOptions
+from model.generation.settings import SamplingConfig
+from training.inference_prompts import InferenceOptions
 
 HELP = """Evaluate a checkpoint on tasks and keep the figures, with samples, as JSON and PNG files.
 
@@ -23,9 +23,7 @@ examples:
 @dataclass
 class Config:
     checkpoint: str = ""  # a stage folder (its newest checkpoint) or a checkpoint folder
-    run_folder: str = (
-        "."  # a checkpoint or output path that is not absolute and starts with no "." is below it
-    )
+    run_folder: str = "."  # base of `checkpoint` and `out`
     out: str = "evaluation/final.json"  # the figures; pictures go to `samples/NAME` beside it
     tasks: dict[str, dict[str, Any]] = field(
         default_factory=dict

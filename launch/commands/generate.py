@@ -8,8 +8,8 @@ from typing import Any
 
 from launch.commands.evaluate import publish
 from model.errors import Problems, UserError
-from model.generation.sampling import SamplingConfig
-from training.inference import FORMATS, InferenceOptions
+from model.generation.settings import SamplingConfig
+from training.inference_prompts import FORMATS, InferenceOptions
 
 HELP = """Generate pictures and text from prompts with a trained checkpoint.
 
@@ -146,7 +146,7 @@ def _read_object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def make_prompt(config: Config, question: dict[str, Any]) -> Any:
-    from training.inference import Prompt
+    from training.inference_prompts import Prompt
 
     images = [load_image(Path(name)) for name in question["images"]]
     size = _size(config.image_size)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from model.generation.grammar import GrammarState, ImageGrammar, Phase
-from model.generation.sampling import Choice, SamplingConfig, next_tokens, uniform_numbers
+from model.generation.sampling import Choice, next_tokens, uniform_numbers
+from model.generation.settings import SamplingConfig
 
 Grid = tuple[int, int]  # height and width of an image, in tokens
 

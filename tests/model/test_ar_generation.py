@@ -9,7 +9,7 @@ import torch
 
 from model.generation.ar import ARGenerator
 from model.generation.grammar import GrammarOptions, ImageGrammar
-from model.generation.sampling import PhaseSampling, SamplingConfig
+from model.generation.settings import PhaseSampling, SamplingConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=20, visual_size=7, pad_multiple=16))

@@ -12,7 +12,7 @@ from model import parallel
 from model.config import ModelConfig
 from model.generation.ar import ARGenerator
 from model.generation.grammar import GrammarOptions, ImageGrammar
-from model.generation.sampling import PhaseSampling, SamplingConfig
+from model.generation.settings import PhaseSampling, SamplingConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 DIGITS, STAR = list(range(3, 13)), 13

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from model.errors import Problems
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.sampling import (
-    PhaseSampling,
-    SamplingConfig,
     allowed_log_probs,
     choose,
     draw,
@@ -21,6 +19,7 @@ from model.generation.sampling import (
     truncate,
     uniform_numbers,
 )
+from model.generation.settings import PhaseSampling, SamplingConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=20, visual_size=7, pad_multiple=16))

@@ -66,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
             fix="free space and run the same command",
         )
         return refuse(full, as_json=call is not None and call.json)
+    except BrokenPipeError:  # the reader of our output is gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -153,13 +156,18 @@ def execute(call: Call) -> int:
         print(command_help(call.command, call.overrides))
         return 0
     if call.multirun:
-        from launch.multirun import run_all
+        from launch.multirun import plan_jobs, run_all
 
-        return run_all(call.command, call.overrides, as_json=call.json)
+        jobs = plan_jobs(call.command, call.overrides)
+        if not call.show_config:
+            return run_all(call.command, jobs, as_json=call.json)
+    else:
+        jobs = [call.overrides]
     if call.show_config:
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(configs.compose_tree(call.command, call.overrides)), end="")
+        trees = [configs.compose_tree(call.command, overrides) for overrides in jobs]
+        print("---\n".join(OmegaConf.to_yaml(tree) for tree in trees), end="")
         return 0
     config = configs.compose_config(call.command, call.overrides)
     logging.basicConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from typing import Any
@@ -101,7 +102,7 @@ def key_line(key: str, kind: str, value: Any, comment: str | None) -> str:
 def type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and typing.get_origin(annotation) is None:
         return annotation.__name__
-    text = str(annotation).replace("typing.", "")
+    text = re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(annotation))  # without the modules' names
     origin = typing.get_origin(annotation)
     if origin is dict:
         return f"{{name: {type_name(typing.get_args(annotation)[1])}}}"

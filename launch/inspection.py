@@ -145,7 +145,8 @@ def inspect_tokens(
     path: Path, prefixes: list[Path], num_samples: int, tokenizer_path: Path | None
 ) -> dict[str, Any]:
     """Counts of the manifests, and the first documents or rows decoded to readable text and image sizes."""
-    from data_pipeline.store import TokenFileReader, read_manifest
+    from data_pipeline.store import TokenFileReader
+    from data_pipeline.token_format import read_manifest
 
     manifests = [read_manifest(prefix) for prefix in prefixes]
     tokenizer = None

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from launch import configs
 
 
-def run_all(command: str, overrides: list[str], *, as_json: bool) -> int:
-    """Runs the jobs one after another; the exit code is the highest of theirs.
+def plan_jobs(command: str, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job; every one is composed, so that mistakes show before the first job starts.
 
     Sweeps use Hydra's grammar (`key=1,2`, `key=range(1,4)`, `group=glob(*)`). Job n writes to
     `<run folder>/multirun/<n>` where the command has a run folder.
@@ -23,12 +23,15 @@ def run_all(command: str, overrides: list[str], *, as_json: bool) -> int:
     (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     jobs = []
     for index, combination in enumerate(combinations):
-        tree = configs.compose_tree(
-            command, list(combination)
-        )  # every mistake shows before the first job starts
+        tree = configs.compose_tree(command, list(combination))
         run_folder = OmegaConf.select(tree, "run_folder")
         own = [f"run_folder='{run_folder}/multirun/{index:03d}'"] if run_folder else []
         jobs.append(list(combination) + own)
+    return jobs
+
+
+def run_all(command: str, jobs: list[list[str]], *, as_json: bool) -> int:
+    """Runs the jobs one after another; the exit code is the highest of theirs."""
     results = [run_job(command, index, job, as_json) for index, job in enumerate(jobs)]
     if as_json:
         print(json.dumps({"jobs": results}, ensure_ascii=False))

@@ -5,11 +5,8 @@ a group or a command that no longer exists is found.
 """
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,16 +45,18 @@ def help_examples() -> list[tuple[str, str]]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
                 text = ast.literal_eval(node.value).replace("\\\n", " ")
                 lines = re.findall(r"^ +(nextstate .*)$", text, re.MULTILINE)
-                found += [(path.name, re.split(r"\s{3,}(?=[a-z])(?!\w+[.\w]*=)", line)[0]) for line in lines]
+                found += [
+                    (path.name, re.split(r"\s{3,}(?=[a-z])(?!\w+[.\w]*=)", line)[0])
+                    for line in lines
+                ]
     return found
 
 
 @pytest.mark.parametrize(("page", "line"), documented(executed=True))
-def test_marked_commands_run(page, line, tmp_path):
-    arguments = [sys.executable, "-m", "launch.cli", *shlex.split(line)[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+def test_marked_commands_run(page, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("page", "line"), documented(executed=False) + help_examples())
@@ -66,7 +65,9 @@ def test_other_commands_compose(page, line, capsys):
 
 
 def test_make_targets_of_the_docs_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     used = {
         line.split()[1]
         for page in PAGES

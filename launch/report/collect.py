@@ -59,17 +59,20 @@ def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def find_metric(evaluations: dict[str, dict[str, Any]], name: str) -> Any:
-    """A metric by name, at the top of an evaluation's file or under its `metrics`; `X_untrained` is X of `untrained`."""
-    if name.endswith("_untrained") and "untrained" in evaluations:
-        return metric_of(evaluations["untrained"], name, name.removesuffix("_untrained"))
+    """A metric by name: `X_untrained` is X of the evaluation `untrained`, all others come from the other ones.
+
+    `num_prompts` is the smallest number of prompts among the tasks that are reported.
+    """
+    if name.endswith("_untrained"):
+        return (
+            evaluations.get("untrained", {}).get("metrics", {}).get(name.removesuffix("_untrained"))
+        )
     trained = [value for key, value in evaluations.items() if key != "untrained"]
-    found = [metric_of(one, name) for one in trained]
+    if name == "num_prompts":
+        tasks = [(task, entry) for one in trained for task, entry in one.get("tasks", {}).items()]
+        return min((entry["count"] for task, entry in tasks if task in METRICS), default=None)
+    found = [one.get("metrics", {}).get(name) for one in trained]
     return next((value for value in found if value is not None), None)
-
-
-def metric_of(evaluation: dict[str, Any], *names: str) -> Any:
-    figures = {**evaluation, **evaluation.get("metrics", {})}
-    return next((figures[name] for name in names if figures.get(name) is not None), None)
 
 
 def stage_folders(run_folder: Path) -> list[Path]:

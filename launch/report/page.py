@@ -152,10 +152,17 @@ def samples(entries: list[dict[str, Any]], run_folder: Path) -> str:
 
 
 def sample_card(entry: dict[str, Any], run_folder: Path) -> str:
-    pictures = entry.get("images") or ([entry["image"]] if entry.get("image") else [])
-    shown = "".join(picture(run_folder / "evaluation" / path) for path in pictures)
-    verdict = {True: ' class="right"', False: ' class="wrong"'}.get(entry.get("correct"), "")  # type: ignore[arg-type]
-    return f"<figure{verdict}><div>{shown}</div><figcaption>{html.escape(str(entry.get('prompt', '')))}</figcaption></figure>"
+    """The pictures of the prompt, the pictures of the answer, and the words of the prompt."""
+    folder = run_folder / "evaluation"
+    groups = [
+        "".join(picture(folder / path) for path in entry.get(key) or [])
+        for key in ("prompt_images", "images")
+    ]
+    shown = "".join(f"<div>{group}</div>" for group in groups if group)
+    correct = entry.get("correct")
+    verdict = "" if correct is None else ' class="right"' if correct else ' class="wrong"'
+    words = html.escape(str(entry.get("prompt", "")))
+    return f'<figure{verdict}><div class="pictures">{shown}</div><figcaption>{words}</figcaption></figure>'
 
 
 def picture(path: Path) -> str:

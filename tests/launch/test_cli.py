@@ -33,13 +33,12 @@ def test_the_overview_lists_every_command_without_importing_one():
     assert not loaded & {"torch", "hydra", "omegaconf", "numpy", "megatron"}
 
 
-@pytest.mark.parametrize("command", ["curriculum", "demo", "doctor", "inspect", "report", "train"])
-def test_help_and_config_of_a_command_need_no_torch(command):
-    loaded = modules_after(
-        f"from launch import cli; cli.main(['{command}', '--help']); cli.main(['{command}', '--cfg', 'job'])"
-    )
-    assert "torch" not in loaded
-    assert "megatron" not in loaded
+def test_help_and_config_of_commands_need_no_torch():
+    commands = ["curriculum", "demo", "doctor", "inspect", "report", "train"]
+    calls = [[name, *options] for name in commands for options in (["--help"], ["--cfg", "job"])]
+    loaded = modules_after(f"from launch import cli; [cli.main(call) for call in {calls}]")
+    assert "launch.commands.train" in loaded
+    assert not loaded & {"torch", "megatron"}
 
 
 def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
@@ -90,7 +89,8 @@ def test_every_problem_of_a_configuration_is_listed_with_its_mend(capsys):
         cli.main(["train", "stage.steps=-1", "model.num_query_groups=3", "parallel.tensor=1"]) == 2
     )
     message = capsys.readouterr().err
-    assert "2 problems" in message
+    assert "problems" in message
+    assert "stage.steps" in message
     assert "model.num_query_groups=4" in message
 
 

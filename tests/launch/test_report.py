@@ -71,10 +71,13 @@ def run_folder(tmp_path):
         {
             "group": "text_to_image",
             "prompt": "a <red> circle",
-            "image": "samples/one.png",
+            "prompt_images": ["samples/one.png"],
+            "images": ["samples/one.png", "samples/lost.png"],
             "correct": True,
         }
     ]
+    tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
+    tasks["real_video_reconstruction"] = {"count": 5}
     figures = {
         "t2i_accuracy": 0.9,
         "reconstruction_accuracy": 0.99,
@@ -83,11 +86,11 @@ def run_folder(tmp_path):
     }
     write(
         tmp_path / "evaluation" / "final.json",
-        {"metrics": {**figures, "num_prompts": 200}, "samples": samples},
+        {"metrics": figures, "tasks": tasks, "samples": samples},
     )
     write(
         tmp_path / "evaluation" / "untrained.json",
-        {"metrics": {"t2i_accuracy": 0.05, "num_prompts": 200}},
+        {"metrics": {"t2i_accuracy": 0.05}},
     )
     (tmp_path / "evaluation" / "samples").mkdir()
     Image.new("RGB", (4, 4), "red").save(tmp_path / "evaluation" / "samples" / "one.png")
@@ -152,7 +155,8 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     text = (run_folder / "report.html").read_text()
     page = Outside()
     page.feed(text)
-    assert page.references
+    assert len(page.references) == 2
+    assert "lost.png is missing" in text
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "script" not in page.tags
     assert page.tags.count("svg") == 4  # a curve and a mixture for each of two stages

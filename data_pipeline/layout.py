@@ -43,11 +43,16 @@ class DocumentLayout:
     """Turns the parts of a sample into its document. Choices depend on (seed, key) only."""
 
     def __init__(
-        self, builder: DocumentBuilder, format: str, config: LayoutConfig, source: str, seed: int
+        self,
+        builder: DocumentBuilder,
+        document_format: str,
+        config: LayoutConfig,
+        source: str,
+        seed: int,
     ):
-        assert format in FORMATS, format
+        assert document_format in FORMATS, document_format
         self.builder = builder
-        self.format = format
+        self.format = document_format
         self.config = config
         self.source = source
         self.seed = seed

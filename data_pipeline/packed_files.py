@@ -38,6 +38,12 @@ class PackedShard:
     ):
         self.prefix, self.num_rows, self.sequence_length = prefix, num_rows, sequence_length
         self._descriptors = descriptors
+        manifest = suffixed(prefix, ".json")
+        if not manifest.is_file():
+            raise UserError(
+                "a shard of a packed dataset has no manifest", where=str(manifest),
+                fix="run `nextstate pack` again: it writes that shard anew",
+            )  # fmt: skip
         self._bin, self._crc, self._seg = (
             suffixed(prefix, end) for end in (".bin", ".crc.npy", ".seg.npy")
         )

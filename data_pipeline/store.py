@@ -56,7 +56,8 @@ class TokenFileWriter:
         self._num_bytes = 0
         self._digest = hashlib.blake2b(digest_size=16)
         self._bin = suffixed(self.prefix, ".bin")
-        self._stream = temporary_path(self._bin).open("wb", buffering=1 << 20)
+        with no_space_is_a_user_error(self.prefix.parent, 0):
+            self._stream = temporary_path(self._bin).open("wb", buffering=1 << 20)
 
     def __len__(self) -> int:
         return len(self._lengths)

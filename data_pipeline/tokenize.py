@@ -28,7 +28,8 @@ from data_pipeline.layout import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.prepare import Pixels, PreparedSample, SamplePreparer
 from data_pipeline.segments import count_classes
 from data_pipeline.sources import BadSample, SampleError, read_shard
-from data_pipeline.store import TokenFileWriter, checksum_file, suffixed
+from data_pipeline.store import TokenFileWriter
+from data_pipeline.token_format import checksum_file, suffixed
 from data_pipeline.tokenizers import TextTokenizer
 from data_pipeline.video.keyframes import VideoConfig
 from model.errors import Problems, UserError
@@ -40,7 +41,6 @@ CODE_VERSION = 1
 _WINDOW_PICTURES = 128  # pictures held back so that they are encoded together
 _WINDOW_SAMPLES = 1024  # samples held back at most
 _WINDOW_PIXELS = 32 * 1024 * 1024  # pixels held back, a limit on memory
-_BATCH_PIXELS = 4 * 1024 * 1024  # pixels of one batch of the vision encoder, at least one picture
 
 
 class VisionTokenizer(Protocol):
@@ -231,12 +231,9 @@ class ShardTokenizer:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for number, picture in enumerate(pictures):
             by_size.setdefault(picture.pixels.shape, []).append(number)
-        for (height, width, _), numbers in by_size.items():
-            batch_size = max(1, _BATCH_PIXELS // (height * width))
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                encoded = vision.encode(np.stack([pictures[number].pixels for number in batch]))
-                codes.update(zip(batch, encoded, strict=True))
+        for numbers in by_size.values():
+            encoded = vision.encode(np.stack([pictures[number].pixels for number in numbers]))
+            codes.update(zip(numbers, encoded, strict=True))
         return iter([codes[number] for number in range(len(pictures))])
 
 

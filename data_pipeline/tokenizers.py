@@ -13,6 +13,7 @@ import io
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ FORMAT_VERSION = 1
 
 # Longer texts are encoded piece by piece: the tokenizers' time grows faster than the text.
 _MAX_CHARACTERS = 100_000
+_NUM_BYTES = 256  # pieces that every model has, to write any character
 _MAX_LINE_BYTES = 4096  # of the SentencePiece trainer; longer lines would be ignored
 
 # How Qwen's tokenizer cuts text before merging; digits stand one by one.
@@ -212,21 +214,25 @@ def train_sentencepiece(
 
     The same texts in the same order give the same bytes: one thread, nothing sampled. Text is
     taken as it is (no normalisation, no added space), unknown characters become bytes, and digits
-    stand one by one, so that decode(encode(x)) == x. `inputs` is kept in the description, which is
+    stand one by one, so that decode(encode(x)) == x. `character_coverage` is the share of the
+    text's characters that get pieces of their own, lowered where they would take more than a quarter of
+    the pieces. `inputs` is kept in the description, which is
     written last. Raises `UserError` when the texts are too
     few for `size` pieces.
     """
     import sentencepiece
 
     model = io.BytesIO()
+    lines = list(_training_lines(texts))  # the trainer holds them all anyway
+    coverage = min(character_coverage, _affordable_coverage(lines, (size - _NUM_BYTES) // 4))
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_training_lines(texts)), model_writer=model, vocab_size=size,
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=size,
             model_type="unigram", num_threads=1, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, required_chars="0123456789*",
-            character_coverage=character_coverage, shuffle_input_sentence=False,
+            character_coverage=coverage, shuffle_input_sentence=False,
             max_sentence_length=_MAX_LINE_BYTES + 8, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
             minloglevel=2,
         )  # fmt: skip
@@ -255,6 +261,15 @@ def _training_error(error: RuntimeError, size: int) -> UserError:
         "the text tokenizer cannot be trained", expected=f"text for {size} pieces", got=message,
         fix=f"{fix}, or give more text",
     )  # fmt: skip
+
+
+def _affordable_coverage(lines: Iterable[str], max_characters: int) -> float:
+    """The share of all characters that the `max_characters` most frequent ones make up."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update(line)
+    frequent = sorted(counts.values(), reverse=True)[: max(1, max_characters)]
+    return sum(frequent) / max(1, counts.total())
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

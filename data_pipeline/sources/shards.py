@@ -67,20 +67,25 @@ def _finish(key: str, parts: dict[str, bytes], duplicate: str) -> Sample | BadSa
         return BadSample(key, error.reason, error.detail)
 
 
+def split_name(path: str) -> tuple[str, str]:
+    """webdataset's convention: the key is the path up to the first dot of the file name."""
+    folder, slash, name = path.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return (folder + slash + stem if stem else ""), extension
+
+
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
     """(key, extension, bytes) of each file of the tar; raises `_DamageError` where it ends too soon.
 
     tarfile, and webdataset's own reader on top of it, takes a broken header as the end of the
     archive without a word. Hence the look at the block where reading ended.
     """
-    from webdataset.tariterators import base_plus_ext  # imports torch
-
     key = ""
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                name, extension = base_plus_ext(member.name)
-                if not member.isreg() or name is None or name.startswith("__"):
+                name, extension = split_name(member.name)
+                if not (member.isreg() and name and extension) or name.startswith("__"):
                     continue
                 key = name
                 stream = archive.extractfile(member)

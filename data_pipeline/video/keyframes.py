@@ -29,7 +29,7 @@ def key_frame_times(scene_starts: list[float], duration: float, interval: float)
     """Seconds: the middle of each scene shorter than `interval`, else one time an interval.
 
     In a long scene the first time is half an interval after its start, so that each frame stands
-    in the middle of the time it stands for. A rest shorter than half an interval has none.
+    in the middle of the time it stands for. A rest of at most half an interval has none.
     """
     assert interval > 0
     times: list[float] = []
@@ -38,8 +38,8 @@ def key_frame_times(scene_starts: list[float], duration: float, interval: float)
         if length < interval:
             times.append(start + length / 2)
             continue
-        # The tolerance makes 3 intervals that rounding has shortened give 3 frames.
-        count = math.floor(length / interval + 0.5 + 1e-6)
+        # A time at the very end would show the next scene.
+        count = math.ceil(length / interval - 0.5 - 1e-6)
         times.extend(start + interval * (number + 0.5) for number in range(count))
     return [min(time, duration) for time in times]
 

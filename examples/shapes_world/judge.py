@@ -10,7 +10,16 @@ import functools
 
 import numpy as np
 
-from examples.shapes_world.world import BACKGROUND, COLORS, GRID, SHAPES, Item, Scene, draw, make_scene
+from examples.shapes_world.world import (
+    BACKGROUND,
+    COLORS,
+    GRID,
+    SHAPES,
+    Item,
+    Scene,
+    draw,
+    make_scene,
+)
 
 MIN_IOU = 0.8
 FOREGROUND_DISTANCE = 60.0  # RGB distance from the background that makes a pixel foreground
@@ -48,7 +57,7 @@ def name_color(pixels: np.ndarray, foreground: np.ndarray) -> str | None:
     return color if distances[color] <= MAX_COLOR_DISTANCE else None
 
 
-def read_cell(pixels: np.ndarray) -> tuple[str, str] | None | bool:
+def read_cell(pixels: np.ndarray) -> tuple[str, str] | bool | None:
     """(shape, colour) of a cell, None when it is empty, False when it cannot be read."""
     foreground = background_distance(pixels) > FOREGROUND_DISTANCE
     if foreground.mean() < MIN_FOREGROUND:
@@ -74,7 +83,9 @@ def read_scene(picture: np.ndarray) -> Scene | None:
     items = []
     for row in range(GRID):
         for column in range(GRID):
-            found = read_cell(picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell])
+            found = read_cell(
+                picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+            )
             if found is False:
                 return None
             if isinstance(found, tuple):

@@ -18,7 +18,7 @@ from data_pipeline.engine import (
     run_tasks,
     threads_per_worker,
 )
-from data_pipeline.store import published_prefixes, suffixed
+from data_pipeline.token_format import published_prefixes, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
 from data_pipeline.tokenizers import load_text_tokenizer
 from model.errors import Problems, UserError

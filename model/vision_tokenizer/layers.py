@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,12 +31,12 @@ class Normalize(nn.GroupNorm):
 def convolution(
     in_channels: int, out_channels: int, config: VisionTokenizerConfig, kernel_size: int = 3
 ) -> nn.Conv2d:
+    """A convolution that keeps the size."""
+    padding_mode: Literal["zeros", "replicate"] = (
+        "replicate" if config.padding_mode == "replicate" else "zeros"
+    )
     return nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        padding=kernel_size // 2,
-        padding_mode=config.padding_mode,
+        in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=padding_mode
     )
 
 

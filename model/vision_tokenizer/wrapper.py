@@ -18,7 +18,7 @@ from model.vision_tokenizer.ibq import IBQ
 
 CHECKPOINT_KIND = "vision_tokenizer"
 MODEL_PREFIX = "model/"
-PIXELS_AT_ONCE = 1 << 22  # bounds the memory of one forward pass
+PIXELS_AT_ONCE = 1 << 19  # bounds the memory of one forward pass
 
 
 def to_model_range(images: np.ndarray) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -231,9 +232,9 @@ def test_an_error_of_the_background_thread_is_raised_where_its_batch_is_asked_fo
     bad = open_source(datasets, prefetch_batches=0).mixture.locate(13)
 
     def fail(self, number):
-        if self.prefix.parent.name == bad.dataset and self.prefix.name == f"{bad.row // 16:06d}":
-            if number == bad.row % 16:
-                raise UserError("damaged")
+        place = (self.prefix.parent.name, self.prefix.name, number)
+        if place == (bad.dataset, f"{bad.row // 16:06d}", bad.row % 16):
+            raise UserError("damaged")
         return row(self, number)
 
     monkeypatch.setattr(PackedShard, "row", fail)
@@ -266,9 +267,10 @@ def test_the_fingerprint_tells_what_changes_the_order(datasets):
         assert open_source(datasets, **changes).fingerprint == base
     for changes in (
         {"seed": 2}, {"weights": {"mixed": 0.6, "chats": 0.4}}, {"weights": {"mixed": 1.0, "chats": 0.0}},
-        {"datasets": {"mixed": datasets["chats"], "chats": datasets["mixed"]}},
     ):  # fmt: skip
         assert open_source(datasets, **changes).fingerprint != base
+    swapped = {"mixed": datasets["chats"], "chats": datasets["mixed"]}
+    assert open_source(swapped).fingerprint != base
 
 
 def test_what_does_not_match_is_refused(datasets, tmp_path):
@@ -312,14 +314,14 @@ def test_rows_are_found_however_unevenly_segments_are_spread(tmp_path):
 
 
 def test_a_flipped_bit_stops_the_loader_with_its_row(datasets, tmp_path):
-    import shutil
-
     damaged = Path(shutil.copytree(datasets["chats"], tmp_path / "chats"))
     content = bytearray((damaged / "000000.bin").read_bytes())
     content[2 * LENGTH * 4 + 5] ^= 16
     (damaged / "000000.bin").write_bytes(content)
     source = open_source(datasets | {"chats": damaged})
     with pytest.raises(UserError, match=r"damaged[\s\S]*chats/000000\.bin, row 2"):
-        for first in range(0, 1200, 12):
-            source.batch(first)
+        list(map(source.batch, range(0, 1200, 12)))
+    (damaged / "000000.json").unlink()
+    with pytest.raises(UserError, match="no manifest"):
+        PackedDataset(damaged).row(0)
     source.close()

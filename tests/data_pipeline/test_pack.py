@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections import defaultdict
@@ -203,6 +204,34 @@ def die_after(num_rows: int) -> None:
         add(self, tokens, segments)
 
     pack_module.TokenFileWriter.add = add_or_die  # type: ignore[method-assign]
+
+
+def test_a_full_disk_stops_packing_and_the_same_command_continues(sources, packed, tmp_path):
+    """The kernel refuses files beyond one shard's rows but not the first shard, as a disk that fills up does."""
+    target = tmp_path / "target"
+    add, num_added = pack_module.TokenFileWriter.add, 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def add_until_full(self, tokens, segments):
+        nonlocal num_added
+        num_added += 1
+        if num_added == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8_192, limits[1]))
+        add(self, tokens, segments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_module.TokenFileWriter, "add", add_until_full)
+        try:
+            with pytest.raises(UserError, match="cannot write") as caught:
+                pack(sources, target, CONFIG)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.where == str(target)
+    assert sorted(content(target)) == [
+        f"000000{end}" for end in (".bin", ".crc.npy", ".idx", ".json", ".seg.npy")
+    ]
+    pack(sources, target, CONFIG)
+    assert content(target) == content(packed)
 
 
 def test_a_finished_target_is_not_touched_and_a_lost_shard_is_written_again(

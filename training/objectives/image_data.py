@@ -88,11 +88,13 @@ class ImageSource:
         self.global_batch_size = global_batch_size
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason
-        self.images: list[list[list[np.ndarray]]] = []  # [view][corpus][image], uint8 [H, W, 3]
         self.held_back: list[np.ndarray] = []  # at the first view's size
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([asdict(options), seed, global_batch_size]).encode())
-        self.images = [[[] for _ in self.source_names] for _ in options.views]
+        # [area][corpus][image], uint8 [H, W, 3]; views of the same area share them
+        self.images: dict[int, list[list[np.ndarray]]] = {
+            view.area: [[] for _ in self.source_names] for view in options.views
+        }
         for corpus_index, (name, corpus) in enumerate(options.corpora.items()):
             self._load(corpus_index, name, corpus, digest)
         self.fingerprint = digest.hexdigest()
@@ -113,13 +115,14 @@ class ImageSource:
         num_held_back = max(1, min(num_held_back, len(pictures) // 4))
         held_back = set(rng.permutation(len(pictures))[:num_held_back].tolist())
         for index, picture in enumerate(pictures):
-            sized = [self._resize(picture, view) for view in self.options.views]
-            digest.update(sized[0].tobytes())
+            sized = {area: self._resize(picture, area) for area in self.images}
+            first = sized[self.options.views[0].area]
+            digest.update(first.tobytes())
             if index in held_back:
-                self.held_back.append(sized[0])
+                self.held_back.append(first)
                 continue
-            for view_index, image in enumerate(sized):
-                self.images[view_index][corpus_index].append(image)
+            for area, image in sized.items():
+                self.images[area][corpus_index].append(image)
 
     def _read_pictures(self, corpus: ImageCorpus, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Decoded pictures of a corpus, at most `max_images`."""
@@ -157,9 +160,8 @@ class ImageSource:
                 self.num_bad[error.reason] += 1
         return pictures
 
-    def _resize(self, picture: np.ndarray, view: View) -> np.ndarray:
-        config = ImageConfig(max_area=view.area, min_area=view.area)
-        return smart_resize(picture, config, self.factor)
+    def _resize(self, picture: np.ndarray, area: int) -> np.ndarray:
+        return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
 
     def batch(self, first_sample: int) -> list[np.ndarray]:
         """The images of one global batch: arrays uint8 [n, H, W, 3], one for each size that occurs."""
@@ -170,7 +172,7 @@ class ImageSource:
         for corpus_index in rng.choice(
             len(self._corpus_shares), size=self.global_batch_size, p=self._corpus_shares
         ):
-            images = self.images[view_index][corpus_index]
+            images = self.images[view.area][corpus_index]
             image = images[int(rng.integers(len(images)))]
             chosen += (
                 busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]

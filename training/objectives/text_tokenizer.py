@@ -12,7 +12,7 @@ from typing import Any
 from data_pipeline.document import TASKS
 from data_pipeline.sources import Sample, SampleError, read_shard
 from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
-from data_pipeline.store import checksum_file
+from data_pipeline.token_format import checksum_file
 from data_pipeline.tokenizers import read_description, train_sentencepiece
 from data_pipeline.video.transcript import join_words, parse_transcript
 from model.errors import Problems, UserError
@@ -32,9 +32,9 @@ class TextTokenizerOptions:
 
     corpora: list[str] = field(default_factory=list)  # patterns of raw .tar shards
     size: int = 1024  # pieces, the 256 bytes among them
-    character_coverage: float = 0.9995  # share of the text's characters that get pieces
+    character_coverage: float = 0.9995  # share of the characters that get pieces, if they fit
     max_bytes: int = 1 << 30  # of text; beyond it the rest of the corpora is not read
-    template_copies: int = 50  # how often the chat template is counted
+    template_copies: int = 200  # how often the chat template is counted
     extra_texts: list[str] = field(default_factory=list)
 
     @classmethod

@@ -1,0 +1,145 @@
+"""Tokens per second of one training step on the CPU, by layout.
+
+    python benchmarks/cpu_step.py [--rows 8] [--steps 5] [--layouts one tensor pipeline data]
+
+The toy model (the defaults of ModelConfig), rows of 512 tokens packed with documents of 30 to 70 tokens, float32,
+AdamW. `one` is one process with two threads, the others two processes with one thread each. Also printed: CPU
+seconds per step summed over processes, which say more than wall seconds on a machine that is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "one": {}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}, "data": {"data": 2},
+}  # fmt: skip
+ROW_TOKENS = 512
+
+
+def synthetic_batch(num_rows: int, seed: int) -> Any:
+    """A micro-batch of full rows with 8 to 15 documents each."""
+    from data_pipeline.batch import MicroBatch
+
+    rng = np.random.default_rng(seed)
+    bounds = [0]
+    for row in range(num_rows):
+        start, end = row * ROW_TOKENS, (row + 1) * ROW_TOKENS
+        while start < end:
+            start = min(end, start + int(rng.integers(30, 70)))
+            bounds.append(start)
+    cu_seqlens = np.array(bounds, dtype=np.int32)
+    shape = (num_rows, ROW_TOKENS)
+    tokens = rng.integers(0, 1500, shape)
+    lengths = np.diff(cu_seqlens)
+    positions = np.arange(num_rows * ROW_TOKENS) - np.repeat(cu_seqlens[:-1], lengths)
+    return MicroBatch(
+        tokens=tokens, labels=np.roll(tokens, -1, axis=1), loss_weights=np.ones(shape, np.float32),
+        loss_classes=rng.integers(0, 3, shape).astype(np.uint8), sources=np.zeros(shape, np.uint16),
+        position_ids=positions.reshape(shape), cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()),
+        num_real_tokens=tokens.size,
+    )  # fmt: skip
+
+
+def measure(
+    rank: int,
+    world_size: int,
+    store: str,
+    layout: dict[str, int],
+    options: argparse.Namespace,
+    answers: Any,
+) -> None:
+    import torch
+
+    torch.set_num_threads(2 if world_size == 1 else 1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    from training.config import ParallelConfig, StageConfig, TrainConfig
+    from training.engines.megatron import MegatronEngine
+
+    stage = StageConfig(
+        sequence_length=ROW_TOKENS,
+        micro_batch_size=options.micro_batch,
+        global_batch_size=options.rows,
+    )
+    config = TrainConfig(stage=stage, parallel=ParallelConfig(**layout))
+    engine = MegatronEngine(config, source_names=["synthetic"], init_method=store)
+    rows_here = options.rows // engine.data_parallel_size
+    size = min(options.micro_batch, rows_here)
+    batches = [synthetic_batch(size, seed) for seed in range(rows_here // size)]
+    for _ in range(2):
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-4)
+    wall, cpu = [], time.process_time()
+    for _ in range(options.steps):
+        engine.barrier()
+        start = time.perf_counter()
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-4)
+        wall.append(time.perf_counter() - start)
+    answers.put((rank, float(np.median(wall)), (time.process_time() - cpu) / options.steps))
+    if options.profile and rank == 0:
+        profile(engine, batches)
+    engine.close()
+
+
+def profile(engine: Any, batches: list[Any]) -> None:
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        engine.forward_backward(batches)
+        engine.optimizer_step(1e-4)
+    print(
+        recorded.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=8, help="rows of the global batch")
+    parser.add_argument("--micro-batch", type=int, default=8, help="rows of one forward pass")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument(
+        "--profile", action="store_true", help="print a profile of one step (single process)"
+    )
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    for name in options.layouts:
+        world_size = int(np.prod(list(LAYOUTS[name].values()) or [1]))
+        answers = context.Queue()
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (world_size, f"file://{folder}/store", LAYOUTS[name], options, answers)
+            workers = [
+                context.Process(target=measure, args=(rank, *arguments))
+                for rank in range(world_size)
+            ]
+            for worker in workers:
+                worker.start()
+            results = [answers.get(timeout=600) for _ in workers]
+            for worker in workers:
+                worker.join()
+        wall = max(result[1] for result in results)
+        cpu = sum(result[2] for result in results)
+        tokens = options.rows * ROW_TOKENS
+        print(
+            f"{name:<10} {tokens / wall:10.0f} tokens/s  {wall:7.3f} s/step  {cpu:7.3f} CPU s/step  "
+            f"{tokens / cpu:8.0f} tokens per CPU second",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

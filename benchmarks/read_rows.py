@@ -1,0 +1,146 @@
+"""Reading packed rows at random: `PackedDataset` beside numpy.memmap and megatron-core's IndexedDataset.
+
+    python benchmarks/read_rows.py [--rows 512] [--length 32768] [--rounds 5]
+
+Every reader gives the same rows in the same order and every token is touched (cast to int64). `PackedDataset` also
+reads the segments and checks the CRC of the row, which the others have not. CPU seconds, median of the rounds, the
+readers taking turns; each round opens the files anew, once with them in the page cache and once without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.loader import PackedDataSource
+from data_pipeline.pack import PackConfig, pack
+from data_pipeline.packed_files import PackedDataset
+from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.store import TokenFileReader, TokenFileWriter
+from model.vocabulary import Vocabulary, VocabularyConfig
+
+VOCABULARY = Vocabulary.from_config(VocabularyConfig(preset="emu35", pad_multiple=1024))
+SEGMENTS_PER_ROW = 29
+
+
+def make_rows(folder: Path, num_rows: int, length: int) -> None:
+    """One packed shard of rows that alternate text and images, made by `pack` from documents as long as a row."""
+    random = np.random.default_rng(0)
+    bounds = np.linspace(0, length, SEGMENTS_PER_ROW + 1).astype(np.int64)
+    segments = np.zeros(SEGMENTS_PER_ROW, SEGMENT_DTYPE)
+    segments["start"], segments["length"] = bounds[:-1], np.diff(bounds)
+    segments["kind"] = [
+        Kind.IMAGE if number % 2 else Kind.TEXT for number in range(SEGMENTS_PER_ROW)
+    ]
+    segments["flags"][::6] |= np.uint8(Flag.DOCUMENT_START)
+    manifest = {"kind": "tokens", "num_documents": num_rows, "vocabulary": VOCABULARY.describe()}
+    with TokenFileWriter(folder / "tokens" / "000000") as writer:
+        for _ in range(num_rows):
+            writer.add(random.integers(0, VOCABULARY.size, length), segments)
+        writer.finish(manifest)
+    pack({"rows": folder / "tokens"}, folder / "packed", PackConfig(length, num_rows, open_bins=1))
+
+
+Reader = Callable[[int], np.ndarray]
+
+
+def open_readers(folder: Path, num_rows: int, length: int) -> dict[str, Callable[[], Reader]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefix = folder / "packed" / "000000"
+
+    def packed() -> Reader:
+        dataset = PackedDataset(folder / "packed")
+        return lambda row: dataset.row(row)[0]
+
+    def mapped() -> Reader:
+        rows = np.memmap(prefix.with_suffix(".bin"), "<i4", "r", shape=(num_rows, length))
+        return lambda row: rows[row]
+
+    def megatron() -> Reader:
+        dataset = IndexedDataset(str(prefix))
+        return lambda row: dataset[row]
+
+    return {
+        "PackedDataset (segments, CRC)": packed,
+        "TokenFileReader (pread)": lambda: TokenFileReader(folder / "tokens" / "000000").tokens,
+        "numpy.memmap": mapped,
+        "megatron IndexedDataset": megatron,
+    }
+
+
+def measure(opener: Callable[[], Reader], order: list[int], folder: Path, cold: bool) -> float:
+    """CPU seconds (of the process, kernel included) to open and to read all rows."""
+    gc.collect()  # closes the maps of the round before, which would keep their pages
+    if cold:
+        drop_cache(folder)
+    started = time.process_time()
+    read = opener()
+    for row in order:
+        read(row).astype(np.int64)
+    return time.process_time() - started
+
+
+def drop_cache(folder: Path) -> None:
+    for path in folder.rglob("*.*"):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_loader(folder: Path, length: int, num_rows: int) -> float:
+    source = PackedDataSource(
+        {"rows": folder / "packed"}, {"rows": 1.0}, 0, length, num_rows, 1, 0, 1,
+        {"text": 1.0, "visual": 0.5, "structure": 1.0}, "document", VOCABULARY, prefetch_batches=0,
+    )  # fmt: skip
+    started = time.process_time()
+    source.batch(0)
+    source.close()
+    return (time.process_time() - started) / num_rows
+
+
+def print_ratios(medians: dict[str, float], num_tokens: int, cold: bool) -> None:
+    title = "not in the page cache" if cold else "in the page cache"
+    print(f"{title:<32}{'Mtokens/CPU-s':>15}{'vs megatron':>14}{'vs memmap':>12}")
+    for name, median in medians.items():
+        against = [medians[other] / median for other in ("megatron IndexedDataset", "numpy.memmap")]
+        print(f"{name:<32}{num_tokens / 1e6 / median:>15.0f}{against[0]:>14.2f}{against[1]:>12.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--length", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_rows(folder, arguments.rows, arguments.length)
+        order = np.random.default_rng(1).permutation(arguments.rows).tolist()
+        openers = open_readers(folder, arguments.rows, arguments.length)
+        for cold in (False, True):
+            seconds: dict[str, list[float]] = {name: [] for name in openers}
+            for _ in range(arguments.rounds):
+                for name, opener in openers.items():
+                    seconds[name].append(measure(opener, order, folder, cold))
+            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            print_ratios(medians, arguments.rows * arguments.length, cold)
+        loader = statistics.median(
+            measure_loader(folder, arguments.length, min(64, arguments.rows))
+            for _ in range(arguments.rounds)
+        )
+        print(f"PackedDataSource, all arrays of a micro-batch: {loader * 1e3:.2f} ms of CPU a row")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`nextstate evaluate`: accuracies of a checkpoint on tasks named by the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.errors import Problems, UserError
+from model.generation.settings import SamplingConfig
+from training.inference_prompts import InferenceOptions
+
+HELP = """Evaluate a checkpoint on tasks and keep the figures, with samples, as JSON and PNG files.
+
+A task is a class with `prompts()` and `judge()`, named by its dotted path; its other keys are given to the class.
+
+examples:
+  nextstate evaluate checkpoint=runs/demo/sft out=runs/demo/evaluation/final.json \\
+      tasks.t2i_accuracy.path=examples.shapes_world.tasks.T2IAccuracy tasks.t2i_accuracy.num_prompts=200
+  nextstate evaluate evaluation=toy run_folder=runs/demo untrained=true   the figure before training"""
+
+
+@dataclass
+class Config:
+    checkpoint: str = ""  # a stage folder (its newest checkpoint) or a checkpoint folder
+    run_folder: str = "."  # base of `checkpoint` and `out`
+    out: str = "evaluation/final.json"  # the figures; pictures go to `samples/NAME` beside it
+    tasks: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # name -> {path: package.Class, ...}
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    answers: InferenceOptions = field(default_factory=InferenceOptions)
+    untrained: bool = False  # fresh weights of the checkpoint's model instead of its own
+    text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
+    vision_tokenizer: str | None = None
+    seed: int = 0
+    batch_size: int = 256  # prompts answered at a time
+    num_samples: int = 12  # answers of each task kept as pictures
+    json: bool = False  # answer with one JSON object
+
+    def validate(self) -> None:
+        problems = Problems()
+        problems.check(
+            bool(self.checkpoint), "checkpoint", "is required", "checkpoint=<stage folder>"
+        )
+        problems.check(
+            bool(self.tasks),
+            "tasks",
+            "there is nothing to evaluate",
+            "tasks.NAME.path=package.module.Class",
+        )
+        for name, task in self.tasks.items():
+            problems.check(
+                "path" in task,
+                f"tasks.{name}.path",
+                "is required",
+                f"tasks.{name}.path=package.Class",
+            )
+        problems.check(self.batch_size > 0, "batch_size", "must be positive")
+        problems.check(
+            self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0"
+        )
+        self.sampling.validate(problems)
+        self.answers.validate(problems, "answers")
+        problems.raise_if_any()
+
+
+def run(config: Config) -> dict[str, Any]:
+    """The answer: `metrics` by task, `num_prompts` (of the task with the fewest), details by task, samples."""
+    from training.evaluation import evaluate, load_task
+    from training.inference import InferenceModel
+
+    config.validate()
+    tasks = {
+        name: load_task(task["path"], {key: value for key, value in task.items() if key != "path"})
+        for name, task in config.tasks.items()
+    }
+    base = Path(config.run_folder)
+    model = InferenceModel.load(
+        base / config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers,
+        untrained=config.untrained,
+    )  # fmt: skip
+    out = base / config.out
+    samples_folder = out.parent / "samples" / out.stem
+    results = evaluate(
+        model, tasks, config.sampling, batch_size=config.batch_size, seed=config.seed,
+        samples_folder=samples_folder, num_samples=config.num_samples,
+    )  # fmt: skip
+    answer = {
+        "checkpoint": str(base / config.checkpoint),
+        "untrained": config.untrained,
+        "metrics": {name: result["accuracy"] for name, result in results.items()},
+        "num_prompts": min(result["count"] for result in results.values()),
+        "samples": _below(out.parent, samples_folder, results),
+        "tasks": results,
+    }
+    return publish(out, answer)
+
+
+def _below(
+    folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """All tasks' samples, taken out of `results`, with file names relative to `folder`."""
+    prefix = samples_folder.relative_to(folder)
+    samples = [sample for result in results.values() for sample in result.pop("samples")]
+    for sample in samples:
+        for key in ("prompt_images", "images"):
+            sample[key] = [str(prefix / name) for name in sample[key]]
+    return samples
+
+
+def publish(path: Path, answer: dict[str, Any]) -> dict[str, Any]:
+    """Writes `answer` as JSON, atomically, and returns it."""
+    import json
+
+    from training.files import write_atomically
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(answer, indent=1, ensure_ascii=False))
+    except NotADirectoryError as error:
+        raise UserError("the output folder is not a folder", where=str(path.parent)) from error
+    return answer
+
+
+def render(answer: dict[str, Any]) -> str:
+    lines = [
+        f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")
+    ]
+    for name, task in answer["tasks"].items():
+        low, high = task["interval"]
+        lines.append(
+            f"{name}: {task['accuracy']:.3f} (95% {low:.3f} to {high:.3f}) of {task['count']}, {task['seconds']:.1f} s"
+        )
+    return "\n".join(lines)

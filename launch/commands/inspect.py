@@ -1,0 +1,83 @@
+"""`nextstate inspect`: what is in a shard, a token file, a packed file, a checkpoint, or a model preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.errors import Problems
+
+HELP = """Show what is in a raw shard, a token file, a packed file, a checkpoint, or a model preset.
+
+examples:
+  nextstate inspect runs/demo/corpora/shapes_image_text/000000.tar
+  nextstate inspect runs/demo/tokens/low/shapes_video text_tokenizer=runs/demo/text_tokenizer
+  nextstate inspect runs/demo/packed/pretrain_1/image_text
+  nextstate inspect runs/demo/sft
+  nextstate inspect model=emu35_34b json=true"""
+
+POSITIONAL = "path"
+
+
+@dataclass
+class Config:
+    path: str | None = None  # a file or folder; exclusive with model
+    model: ModelConfig | None = None  # a preset, chosen as model=NAME
+    num_samples: int = 3  # samples that are shown in full
+    text_tokenizer: str | None = (
+        None  # folder of the text tokenizer, to read the text of token files
+    )
+    json: bool = False  # print one JSON object on stdout
+
+    def validate(self) -> None:
+        problems = Problems()
+        one_given = (self.path is None) != (self.model is None)
+        problems.check(
+            one_given, "path", "give a path or a model, one of them", "nextstate inspect PATH"
+        )
+        problems.check(
+            self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=3"
+        )
+        if self.model is not None:
+            self.model.validate(problems)
+        problems.raise_if_any()
+
+
+def run(config: Config) -> dict[str, Any]:
+    from launch.inspection import inspect_model, inspect_path
+
+    if config.model is not None:
+        return inspect_model(config.model)
+    tokenizer = Path(config.text_tokenizer) if config.text_tokenizer else None
+    return inspect_path(Path(config.path or ""), config.num_samples, tokenizer)
+
+
+def render(answer: dict[str, Any]) -> str:
+    lines = []
+    for key, value in answer.items():
+        if key == "samples":
+            lines += [f"sample {number}:\n{indented(one)}" for number, one in enumerate(value)]
+        elif isinstance(value, dict):
+            inner = ", ".join(
+                f"{name} {count:,}" if isinstance(count, int) else f"{name} {count}"
+                for name, count in value.items()
+            )
+            lines.append(f"{key + ':':<20} {inner}")
+        elif value is not None:
+            lines.append(
+                f"{key + ':':<20} {value:,}"
+                if isinstance(value, int)
+                else f"{key + ':':<20} {value}"
+            )
+    return "\n".join(lines)
+
+
+def indented(sample: Any) -> str:
+    if isinstance(sample, dict):
+        sample = "\n".join(
+            f"{name}: {inner}" for key, value in sample.items()
+            for name, inner in (value.items() if isinstance(value, dict) else [(key, value)])
+        )  # fmt: skip
+    return "\n".join("  " + line for line in str(sample).splitlines())

@@ -1,0 +1,51 @@
+"""`nextstate report`: report.json and report.html of a run folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+HELP = """Write report.json and report.html of a run folder, from the figures that its parts left.
+
+The page holds its pictures and charts itself and needs no network. Parts that have not run yet are left out.
+
+examples:
+  nextstate report run_folder=runs/demo"""
+
+
+@dataclass
+class Config:
+    run_folder: str = "runs/demo"  # the folder of the curriculum
+    json: bool = False  # print the figures as one JSON object
+
+
+def run(config: Config) -> dict[str, Any]:
+    from launch.report.collect import collect
+    from launch.report.page import render_page
+
+    folder = Path(config.run_folder)
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such run folder",
+            got=str(folder),
+            fix="nextstate report run_folder=runs/NAME",
+        )
+    report = collect(folder)
+    publish(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    publish(folder / "report.html", render_page(report, folder))
+    return report
+
+
+def publish(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def render(report: dict[str, Any]) -> str:
+    figures = [f"  {name}: {value}" for name, value in report["metrics"].items()]
+    return "\n".join(["report.html and report.json are written", *figures])

@@ -1,0 +1,180 @@
+"""Composition: the YAML tree `conf/`, the typed schema of a command and the overrides of one call become one object.
+
+Hydra's compose API does the composing, so nothing is written to disk. Every failure becomes a `UserError` that names
+the key and, where one is near, the key that was probably meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model.errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+
+
+def load_command(name: str) -> types.ModuleType:
+    """The module of a command: `HELP: str`, `Config` (dataclass), `run(config) -> dict`."""
+    return importlib.import_module(f"launch.commands.{name}")
+
+
+def compose_tree(command: str, overrides: list[str]) -> DictConfig:
+    """The composed configuration of `command`, typed by its `Config`, interpolations still unresolved."""
+    schema = load_command(command).Config
+    store = ConfigStore.instance()
+    store.store(name=f"{command}_schema", node=schema)
+    primary = command if (CONFIG_FOLDER / f"{command}.yaml").exists() else f"{command}_schema"
+    parsed = [parse_override(text) for text in overrides]
+    mappings = [one for one in parsed if adds_to_mapping(schema, one)]
+    plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
+    try:
+        tree: Any
+        with initialize_config_module("conf", version_base="1.3"):
+            tree = compose(primary, overrides=plain)
+        OmegaConf.set_struct(tree, False)
+        tree = OmegaConf.merge(tree, *(nested(one) for one in mappings))
+        # Merging into a fresh schema refuses what `+key=value` or a YAML file added outside of it.
+        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(tree))
+        OmegaConf.resolve(tree)
+    except (HydraException, OmegaConfBaseException, MissingConfigException) as error:
+        raise explain(error, command, schema) from error
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def compose_config(command: str, overrides: list[str]) -> Any:
+    """The validated `Config` object of `command`. Raises `UserError` that lists every problem."""
+    config = to_object(compose_tree(command, overrides))
+    if hasattr(config, "validate"):
+        config.validate()
+    return config
+
+
+def to_object(tree: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise UserError("a required value is missing", got=first_line(error)) from error
+
+
+def parse_override(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(
+            "an override cannot be read",
+            got=text,
+            expected="key=value",
+            fix="quote values with special characters: 'key=\"a=b\"'",
+        ) from error
+
+
+def adds_to_mapping(schema: type, override: Override) -> bool:
+    """True when the key lies inside a mapping field (`stage.data.datasets.NAME.weight`): new names are welcome there."""
+    if override.is_delete() or override.is_sweep_override():
+        return False
+    current: Any = schema
+    for part in override.key_or_group.split("."):
+        if not dataclasses.is_dataclass(current):
+            return False
+        current = without_none(typing.get_type_hints(current).get(part))
+        if typing.get_origin(current) is dict:
+            return True
+    return False
+
+
+def without_none(annotation: Any) -> Any:
+    """`X` of `X | None`; anything else unchanged."""
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return members[0] if is_union and len(members) == 1 else annotation
+
+
+def nested(override: Override) -> dict[str, Any]:
+    value: Any = override.value()
+    for part in reversed(override.key_or_group.split(".")):
+        value = {part: value}
+    return value
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted keys of a dataclass and of the dataclasses in it."""
+    keys = []
+    for name, annotation in typing.get_type_hints(schema).items():
+        keys.append(prefix + name)
+        inner = without_none(annotation)
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            keys += known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def near_miss(wrong: str, candidates: list[str]) -> str:
+    """The candidate nearest to `wrong`: the whole dotted key first, then the same last part elsewhere."""
+    close = difflib.get_close_matches(wrong, candidates, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = wrong.rsplit(".", 1)[-1]
+    by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(candidates)}
+    close = difflib.get_close_matches(last, list(by_last_part), n=1, cutoff=0.75)
+    return by_last_part[close[0]] if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def explain(error: Exception, command: str, schema: type) -> UserError:
+    """Hydra's and OmegaConf's errors in our words."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        wanted = str(error.missing_cfg_file)
+        group, _, option = wanted.rpartition("/")
+        options = sorted(name for name in error.options if name != "base")
+        guess = near_miss(option, options)
+        return UserError(
+            f"there is no {group or 'configuration'} named {option!r}",
+            expected=", ".join(options),
+            fix=f"{group}={guess}" if guess else f"nextstate {command} --help lists the options",
+        )
+    texts = [str(one) for one in (error, error.__cause__) if one is not None]
+    unknown = unknown_key(texts)
+    if unknown:
+        guess = near_miss(unknown, known_keys(schema))
+        return UserError(
+            f"unknown key {unknown!r}",
+            where=f"configuration of nextstate {command}",
+            fix=f"did you mean {guess}?" if guess else f"nextstate {command} --help lists the keys",
+        )
+    key = re.search(r"full_key: (\S+)", "\n".join(texts))
+    return UserError(
+        "a value of the configuration does not fit",
+        where=key.group(1) if key else f"configuration of nextstate {command}",
+        got=first_line(error.__cause__ or error),
+        fix=f"nextstate {command} --help lists keys and types",
+    )
+
+
+def unknown_key(texts: list[str]) -> str:
+    """The dotted key in the messages of an unknown key; empty when they say something else."""
+    for text in texts:
+        found = re.search(r"Could not (?:override|append to config).*?'([^']+)'", text)
+        if found:
+            return found.group(1)
+        if re.search(r"Key '[^']*' (?:not in|is not in struct)", text):
+            full_key = re.search(r"full_key: (\S+)", text)
+            return full_key.group(1) if full_key else ""
+    return ""

@@ -1,0 +1,397 @@
+"""A curriculum: entries that run one after another, each skipped while nothing it depends on has changed.
+
+The state lives in `<run folder>/curriculum.json`, published by rename after every change; there is no daemon, and
+the same command may be run again at any time. An entry's fingerprint covers its resolved configuration (that of the
+`nextstate` command it calls included) and the results of the entries it needs. Outputs of an earlier configuration
+are moved to `<run folder>/superseded`, so that no command mistakes them for its own beginnings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.batch import CALL
+from launch.subprocesses import run_supervised
+from model.errors import Problems, UserError
+
+STATE_VERSION = 1
+
+
+@dataclass
+class EntryConfig:
+    """One step of a curriculum: a nextstate command, or a Python module run as `python -m`."""
+
+    command: str = ""  # a nextstate command; exclusive with module
+    module: str = ""  # a module with its own command line
+    overrides: list[str] = field(default_factory=list)  # or the arguments of the module
+    each: dict[str, list[str]] = field(default_factory=dict)  # call the command once for each name
+    # in one process, with these overrides added
+    needs: list[str] = field(
+        default_factory=list
+    )  # entries that come first; their results count as inputs
+    outputs: list[str] = field(
+        default_factory=list
+    )  # files or folders below run_folder that exist afterwards
+
+
+@dataclass
+class CurriculumConfig:
+    """An ordered set of entries and the folder they work in."""
+
+    action: str = "run"  # run | status
+    name: str = "curriculum"
+    run_folder: str = "runs/${name}"  # entries write below it
+    entries: dict[str, EntryConfig] = field(default_factory=dict)
+    until: str | None = None  # stop after this entry
+    force: list[str] = field(
+        default_factory=list
+    )  # entries to run again although nothing has changed
+    dry_run: bool = False  # say what would run, run nothing
+    json: bool = False  # print one JSON object on stdout at the end
+
+    def validate(self) -> None:
+        problems = Problems()
+        problems.check(
+            self.action in ("run", "status"),
+            "action",
+            f"unknown action {self.action!r}",
+            "action=run",
+        )
+        for name, entry in self.entries.items():
+            key = f"entries.{name}"
+            problems.check(
+                bool(entry.command) != bool(entry.module),
+                key,
+                "needs exactly one of command and module",
+            )
+            problems.check(not entry.each or bool(entry.command), f"{key}.each", "needs a command")
+            problems.check(
+                bool(entry.outputs),
+                key,
+                "names no outputs: it could never be skipped",
+                f"{key}.outputs=[...]",
+            )
+            for output in entry.outputs:
+                inside = not Path(output).is_absolute() and ".." not in Path(output).parts
+                problems.check(inside, key, f"the output {output!r} is not below run_folder")
+            for needed in entry.needs:
+                problems.check(needed in self.entries, key, f"needs {needed!r}, which is no entry")
+        for name in [*self.force, *([self.until] if self.until else [])]:
+            problems.check(
+                name in self.entries,
+                "until/force",
+                f"{name!r} is no entry",
+                ", ".join(self.entries),
+            )
+        problems.raise_if_any()
+
+
+@dataclass
+class Record:
+    """What is known of one entry; a member of curriculum.json."""
+
+    state: str = "pending"  # pending | running | done | failed | stopped
+    fingerprint: str = ""  # of what ran last
+    result: str = ""  # changes with every completed run; what dependants build on
+    outputs: dict[str, list[int]] = field(default_factory=dict)  # path -> [number of files, bytes]
+    arguments: list[str] = field(default_factory=list)
+    started_at: float = 0.0  # seconds since the epoch
+    wall_seconds: float = 0.0  # summed over interrupted attempts
+    peak_memory_bytes: int = 0  # resident memory of the whole process tree, sampled
+    exit_code: int | None = None
+    process: list[float] = field(default_factory=list)  # [pid, its creation time] while running
+
+
+class Curriculum:
+    """The entries in order of their needs, and their records on disk."""
+
+    def __init__(self, config: CurriculumConfig):
+        self.config = config
+        self.folder = Path(config.run_folder)
+        self.state_path = self.folder / "curriculum.json"
+        self.order = ordered(config.entries)
+        self.records = self._read()
+
+    def _read(self) -> dict[str, Record]:
+        records = {name: Record() for name in self.order}
+        if not self.state_path.exists():
+            return records
+        try:
+            stored = json.loads(self.state_path.read_text(encoding="utf-8"))
+            known = {name: Record(**value) for name, value in stored["entries"].items()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                "the curriculum's state cannot be read", where=str(self.state_path), got=str(error),
+                fix="move the file away: entries run again, and each finds what it had finished",
+            ) from error  # fmt: skip
+        return {**known, **{name: known.get(name, record) for name, record in records.items()}}
+
+    def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        active = [self.records[name] for name in self.order]
+        state = {
+            "format_version": STATE_VERSION,
+            "name": self.config.name,
+            "wall_seconds": sum(record.wall_seconds for record in active),
+            "peak_memory_bytes": max((record.peak_memory_bytes for record in active), default=0),
+            "entries": {name: asdict(record) for name, record in self.records.items()},
+        }
+        temporary = self.state_path.with_suffix(".json.tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(state, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.state_path)
+
+    def fingerprint(self, name: str) -> str:
+        """Of everything that decides what the entry produces."""
+        entry = self.config.entries[name]
+        text = json.dumps(
+            {
+                "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
+                "configs": resolved_calls(entry),
+                "needs": {needed: self.records[needed].result for needed in entry.needs},
+            },
+            sort_keys=True,
+        )
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def is_done(self, name: str) -> bool:
+        record = self.records[name]
+        return (
+            record.state == "done"
+            and record.fingerprint == self.fingerprint(name)
+            and self.outputs_present(name)
+        )
+
+    def outputs_present(self, name: str) -> bool:
+        """Every output is there and has lost neither files nor bytes since the entry finished."""
+        recorded = self.records[name].outputs
+        for output in self.config.entries[name].outputs:
+            num_files, num_bytes = measure(self.folder / output)
+            before = recorded.get(output, [1, 0])
+            if num_files < max(1, before[0]) or num_bytes < before[1]:
+                return False
+        return True
+
+    def state(self, name: str) -> str:
+        """The state shown to people: a recorded one, or `interrupted` or `changed` where the record is out of date."""
+        record = self.records[name]
+        if record.state == "running" and not alive(record.process):
+            return "interrupted"
+        if record.state == "done" and not self.is_done(name):
+            return "changed"
+        return record.state
+
+
+def ordered(entries: dict[str, EntryConfig]) -> list[str]:
+    """Entries after everything they need; otherwise as written."""
+    order: list[str] = []
+    waiting = list(entries)
+    while waiting:
+        ready = next(
+            (name for name in waiting if all(needed in order for needed in entries[name].needs)),
+            None,
+        )
+        if ready is None:
+            raise UserError(
+                "the entries of the curriculum need each other in a circle", got=", ".join(waiting)
+            )
+        waiting.remove(ready)
+        order.append(ready)
+    return order
+
+
+def resolved_calls(entry: EntryConfig) -> list[Any]:
+    """The composed configuration of each call, so that an edited preset counts as a change."""
+    if not entry.command:
+        return []
+    from omegaconf import OmegaConf
+
+    from launch.configs import compose_tree
+
+    calls = [entry.overrides + own for own in entry.each.values()] or [entry.overrides]
+    return [OmegaConf.to_container(compose_tree(entry.command, call)) for call in calls]
+
+
+def measure(path: Path) -> tuple[int, int]:
+    """(number of files, bytes) of a file or a folder; (0, 0) when there is none."""
+    if path.is_file():
+        return 1, path.stat().st_size
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return len(sizes), sum(sizes)
+
+
+def alive(process: list[float]) -> bool:
+    """True while the recorded process exists; a process id used again by another process does not count."""
+    if not process:
+        return False
+    try:
+        return abs(psutil.Process(int(process[0])).create_time() - process[1]) < 1.0
+    except psutil.Error:
+        return False
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One curriculum at a time in a folder. The kernel frees the lock when its holder dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".curriculum.lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                "another curriculum is running in this folder", where=str(folder),
+                fix="wait for it, end it, or choose another run_folder",
+            ) from error  # fmt: skip
+        yield
+
+
+def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
+    """Runs what is not done. The answer's `exit_code` is that of the entry that stopped it, 0 when all are done."""
+    if not config.entries:
+        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
+    with locked(Path(config.run_folder)):
+        curriculum = Curriculum(config)
+        ran: list[str] = []
+        for position, name in enumerate(curriculum.order, 1):
+            label = f"[{position}/{len(curriculum.order)}] {name}"
+            if name not in config.force and curriculum.is_done(name):
+                print(f"{label}: up to date", file=sys.stderr)
+            elif config.dry_run:
+                print(f"{label}: {' '.join(command_line(config.entries[name]))}", file=sys.stderr)
+            else:
+                exit_code = run_entry(curriculum, name, label)
+                ran.append(name)
+                if exit_code != 0:
+                    return {
+                        **summary(curriculum),
+                        "ran": ran,
+                        "stopped_at": name,
+                        "exit_code": exit_code,
+                    }
+            if name == config.until:
+                break
+        return {**summary(curriculum), "ran": ran}
+
+
+def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
+    """Runs one entry to its end and records it. Returns its exit code."""
+    entry, record = curriculum.config.entries[name], curriculum.records[name]
+    if alive(record.process) and record.state == "running":
+        raise UserError(
+            f"{name} is still running",
+            got=f"process {int(record.process[0])}",
+            fix="wait for it or end it",
+        )
+    fingerprint = curriculum.fingerprint(name)
+    if fingerprint != record.fingerprint or name in curriculum.config.force:
+        supersede(curriculum.folder, name, entry.outputs)
+        record.wall_seconds, record.peak_memory_bytes = 0.0, 0
+    record.fingerprint, record.arguments = fingerprint, command_line(entry)
+    record.state, record.exit_code, record.started_at = "running", None, time.time()
+    print(f"{label}: starts", file=sys.stderr, flush=True)
+
+    def note_process(pid: int) -> None:
+        record.process = [pid, psutil.Process(pid).create_time()]
+        curriculum.save()
+
+    log = curriculum.folder / "logs" / f"{name}.log"
+    outcome = run_supervised(record.arguments, log, prefix=f"{name} | ", on_start=note_process)
+    record.process, record.exit_code = [], outcome.exit_code
+    record.wall_seconds += outcome.wall_seconds
+    record.peak_memory_bytes = max(record.peak_memory_bytes, outcome.peak_memory_bytes)
+    record.outputs = {output: list(measure(curriculum.folder / output)) for output in entry.outputs}
+    exit_code = outcome.exit_code
+    if exit_code == 0 and not curriculum.outputs_present(name):
+        missing = [output for output, (files, _) in record.outputs.items() if files == 0]
+        print(f"{label}: ended well but did not write {', '.join(missing)}", file=sys.stderr)
+        exit_code = 1
+    record.state = {0: "done", 3: "stopped"}.get(exit_code, "failed")
+    if exit_code == 0:
+        record.result = hashlib.blake2b(
+            f"{fingerprint}/{time.time_ns()}".encode(), digest_size=16
+        ).hexdigest()
+    curriculum.save()
+    memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
+    ending = (
+        "done"
+        if exit_code == 0
+        else f"{record.state} with exit code {outcome.exit_code}, log {log}"
+    )
+    print(
+        f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})", file=sys.stderr, flush=True
+    )
+    return exit_code
+
+
+def command_line(entry: EntryConfig) -> list[str]:
+    python = [sys.executable, "-m"]
+    if entry.module:
+        return [*python, entry.module, *entry.overrides]
+    if not entry.each:
+        return [*python, "launch.cli", entry.command, *entry.overrides]
+    calls = [text for own in entry.each.values() for text in (CALL, *own)]
+    return [*python, "launch.batch", entry.command, *entry.overrides, *calls]
+
+
+def supersede(folder: Path, name: str, outputs: list[str]) -> None:
+    """Moves outputs of another configuration aside; one older generation of each entry is kept."""
+    present = [output for output in outputs if (folder / output).exists()]
+    if not present:
+        return
+    aside = folder / "superseded" / name
+    shutil.rmtree(aside, ignore_errors=True)
+    for output in present:
+        target = aside / output
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / output).rename(target)
+    print(f"{name}: earlier outputs moved to {aside}", file=sys.stderr)
+
+
+def summary(curriculum: Curriculum) -> dict[str, Any]:
+    """One item an entry, in order; what `nextstate curriculum status json=true` answers."""
+    entries = []
+    for name in curriculum.order:
+        record = curriculum.records[name]
+        entries.append(
+            {
+                "name": name,
+                "state": curriculum.state(name),
+                "wall_seconds": round(record.wall_seconds, 1),
+                "peak_memory_bytes": record.peak_memory_bytes,
+                "exit_code": record.exit_code,
+                **progress(curriculum.folder / name),
+            }
+        )
+    return {
+        "name": curriculum.config.name,
+        "run_folder": str(curriculum.folder),
+        "entries": entries,
+    }
+
+
+def progress(stage_folder: Path) -> dict[str, Any]:
+    """Step, loss and tokens of a training stage, from the last line of its metrics."""
+    path = stage_folder / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    lines = path.read_bytes()[-20_000:].splitlines()
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the line being written at this moment
+            metrics = json.loads(line)
+            return {key: metrics[key] for key in ("step", "loss") if key in metrics}
+    return {}

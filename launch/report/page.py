@@ -1,0 +1,203 @@
+"""`report.html`: one file, no scripts, pictures as data URIs; readable in a light and a dark theme."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from launch.report.charts import line_chart, share_bars
+
+STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+METRIC_TITLES = {
+    "t2i_accuracy": "text to image",
+    "next_state_accuracy": "next state",
+    "edit_accuracy": "edit",
+    "reconstruction_accuracy": "ceiling: reconstructions",
+    "t2i_accuracy_untrained": "text to image, untrained",
+}
+MAX_SAMPLES_SHOWN = 24
+
+
+def render_page(report: dict[str, Any], run_folder: Path) -> str:
+    title = html.escape(str(report["name"]))
+    sections = [
+        headline(report),
+        section("Stages", stage_table(report["stages"])),
+        section("Loss by class of token", curves(report["stages"])),
+        section("Mixture as consumed", mixtures(report["stages"])),
+        samples(report["samples"], run_folder),
+        section(
+            "Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])
+        ),
+        section("Time and memory", entry_table(report["entries"])),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} - nextstate</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><main><h1>{title}</h1>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The few figures that say whether the run was good."""
+    figures = [
+        (METRIC_TITLES[name], percent(report["metrics"].get(name))) for name in METRIC_TITLES
+    ]
+    tokenizer = report["tokenizer"]
+    figures += [
+        ("tokenizer PSNR", unit(tokenizer["psnr_db"], "dB", 1)),
+        ("codes in use", percent(tokenizer["codebook_use"])),
+        ("packing fill", percent(report["packing"]["fill"], 2)),
+        ("wall time", unit(minutes(report["wall_seconds"]), "min", 1)),
+        ("peak memory", unit(gibibytes(report["peak_memory_bytes"]), "GiB", 2)),
+    ]
+    items = "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures
+    )
+    prompts = report["metrics"].get("num_prompts")
+    note = f"<p>Accuracies on {prompts} held-out prompts.</p>" if isinstance(prompts, int) else ""
+    return f'<dl class="figures">{items}</dl>{note}'
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    return f"{value:.{digits}%}" if isinstance(value, int | float) else "-"
+
+
+def unit(value: Any, name: str, digits: int) -> str:
+    return f"{value:.{digits}f} {name}" if isinstance(value, int | float) else "-"
+
+
+def minutes(seconds: Any) -> float | None:
+    return seconds / 60 if isinstance(seconds, int | float) else None
+
+
+def gibibytes(num_bytes: Any) -> float | None:
+    return num_bytes / 2**30 if isinstance(num_bytes, int | float) else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def stage_table(stages: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            str(stage["name"]),
+            " x ".join(f"{name} {stage[key]}" for name, key in LAYOUT if (stage[key] or 1) > 1) or "1 process",
+            whole(stage["steps"]), whole(stage["tokens"]),
+            unit(stage["loss_first"], "", 3), unit(stage["loss_last"], "", 3), unit(stage["wall_seconds"], "s", 0),
+        ]
+        for stage in stages
+    ]  # fmt: skip
+    return table(["stage", "layout", "steps", "tokens", "first loss", "last loss", "time"], rows)
+
+
+LAYOUT = (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"), ("DP", "data"))
+
+
+def whole(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else "-"
+
+
+def curves(stages: list[dict[str, Any]]) -> str:
+    charts = [
+        f"<figure><figcaption>{html.escape(str(stage['name']))}</figcaption>"
+        f"{line_chart(stage['curves'], x_label='step', y_label='loss')}</figure>"
+        for stage in stages
+    ]
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def mixtures(stages: list[dict[str, Any]]) -> str:
+    charts = []
+    for stage in stages:
+        rows = [
+            (one["dataset"], one["share"], one["weight"])
+            for one in stage["mixture"]
+            if one["share"] is not None
+        ]
+        if rows:
+            charts.append(
+                f"<figure><figcaption>{html.escape(str(stage['name']))}</figcaption>{share_bars(rows)}</figure>"
+            )
+    note = "<p>Bars: share of the tokens that carried loss. Ticks: share of the rows that the configuration asks for.</p>"
+    return f'{note}<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def samples(entries: list[dict[str, Any]], run_folder: Path) -> str:
+    """Grids of pictures with their prompts, one grid a group, in the order of the evaluation's file."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        groups[str(entry.get("group", "samples"))].append(entry)
+    parts = []
+    for name, members in groups.items():
+        cards = "".join(sample_card(member, run_folder) for member in members[:MAX_SAMPLES_SHOWN])
+        parts.append(
+            section(name.replace("_", " ").capitalize(), f'<div class="samples">{cards}</div>')
+        )
+    return "".join(parts)
+
+
+def sample_card(entry: dict[str, Any], run_folder: Path) -> str:
+    """The pictures of the prompt, the pictures of the answer, and the words of the prompt."""
+    folder = run_folder / "evaluation"
+    groups = [
+        "".join(picture(folder / path) for path in entry.get(key) or [])
+        for key in ("prompt_images", "images")
+    ]
+    shown = "".join(f"<div>{group}</div>" for group in groups if group)
+    correct = entry.get("correct")
+    verdict = "" if correct is None else ' class="right"' if correct else ' class="wrong"'
+    words = html.escape(str(entry.get("prompt", "")))
+    return f'<figure{verdict}><div class="pictures">{shown}</div><figcaption>{words}</figcaption></figure>'
+
+
+def picture(path: Path) -> str:
+    if not path.is_file():
+        return f'<span class="absent">{html.escape(path.name)} is missing</span>'
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="" src="data:image/png;base64,{data}">'
+
+
+def token_table(datasets: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            one["dataset"], whole(one["documents"]), whole(one["tokens"]),
+            ", ".join(f"{name} {count:,}" for name, count in one["by_class"].items()),
+            ", ".join(f"{name} {count:,}" for name, count in one["quarantined"].items()) or "none",
+        ]
+        for one in datasets
+    ]  # fmt: skip
+    return table(["tokenized dataset", "documents", "tokens", "by class", "quarantined"], rows)
+
+
+def packing_table(datasets: list[dict[str, Any]]) -> str:
+    rows = [
+        [one["dataset"], whole(one["rows"]), whole(one["tokens"]), percent(one["fill"], 2)]
+        for one in datasets
+    ]
+    return table(["packed dataset", "rows", "tokens", "fill"], rows)
+
+
+def entry_table(entries: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            one["name"], str(one["state"]), unit(one["wall_seconds"], "s", 1),
+            unit(gibibytes(one["peak_memory_bytes"]), "GiB", 2),
+        ]
+        for one in entries
+    ]  # fmt: skip
+    return table(["entry", "state", "time", "peak memory"], rows)

@@ -1,0 +1,128 @@
+"""Runs one child process under supervision: its output is shown and logged, signals reach it, memory is sampled."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import psutil
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass
+class Outcome:
+    exit_code: int  # 128 + n after signal n, as in a shell
+    wall_seconds: float
+    peak_memory_bytes: int  # resident memory summed over the process tree, pages shared by two processes counted twice
+
+
+def run_supervised(
+    arguments: list[str],
+    log: Path,
+    *,
+    prefix: str = "",
+    on_start: Callable[[int], None] = lambda pid: None,
+    sample_seconds: float = 0.5,
+) -> Outcome:
+    """Runs `arguments` to the end. Its stdout and stderr go to our stderr, each line with `prefix`, and into `log`.
+
+    SIGTERM, SIGUSR1 and SIGINT that arrive here are passed on, so that a training stage can save and exit 3. The
+    child gets SIGTERM when this process dies.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with log.open("ab") as stream:
+        child = subprocess.Popen(
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        assert child.stdout is not None
+        relay = threading.Thread(
+            target=relay_lines, args=(child.stdout, stream, prefix), daemon=True
+        )
+        memory = MemorySampler(child.pid, sample_seconds)
+        with signals_to(child):
+            relay.start()
+            memory.start()
+            on_start(child.pid)
+            code = child.wait()
+        memory.finish()
+        relay.join(timeout=10.0)  # a grandchild that outlives the child may keep the pipe open
+    return Outcome(
+        code if code >= 0 else 128 - code, time.perf_counter() - started, memory.peak_bytes
+    )
+
+
+def end_with_parent() -> None:
+    """In the child, before it starts: ask Linux for a SIGTERM when the parent dies, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def relay_lines(source: IO[bytes], log: IO[bytes], prefix: str) -> None:
+    for line in source:
+        log.write(line)
+        log.flush()
+        sys.stderr.write(prefix + line.decode("utf-8", "replace"))
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Passes signals on while the block runs. Off the main thread Python allows no handlers: nothing is passed on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class MemorySampler(threading.Thread):
+    """Samples the resident memory of a process and all its descendants."""
+
+    def __init__(self, pid: int, sample_seconds: float):
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._pid, self._sample_seconds, self._done = pid, sample_seconds, threading.Event()
+
+    def run(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._pid)
+            while not self._done.wait(self._sample_seconds if self.peak_bytes else 0.02):
+                self.peak_bytes = max(self.peak_bytes, tree_memory_bytes(root))
+
+    def finish(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def tree_memory_bytes(root: psutil.Process) -> int:
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # it ended between the listing and the reading
+            total += process.memory_info().rss
+    return total

@@ -1,0 +1,157 @@
+"""Autoregressive generation: prompts in, text and image tokens out, many prompts at once, with a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from model.generation.grammar import GrammarState, ImageGrammar, Phase
+from model.generation.sampling import Choice, next_tokens, uniform_numbers
+from model.generation.settings import SamplingConfig
+
+Grid = tuple[int, int]  # height and width of an image, in tokens
+
+
+class Decoder(Protocol):
+    """What generation asks of a model: logits after a prompt, then after each further token."""
+
+    def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
+        """Reads R prompts of any lengths and makes room for more; logits [R, padded vocabulary] after the last id."""
+        ...
+
+    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
+        """Reads one id (int64 [R]) for each row; logits [R, padded vocabulary] after it.
+
+        A row where `advances` (bool [R]) is False forgets its id again: the next step takes its place.
+        """
+        ...
+
+
+@dataclass
+class Generation:
+    """What was generated after one prompt: arrays of n tokens."""
+
+    ids: np.ndarray  # int64 [n]
+    log_probs: (
+        np.ndarray
+    )  # float32 [n]; of the sampling distribution (see `Choice`), 0 for forced tokens
+    sampled: np.ndarray  # bool [n]; False where the grammar left no choice
+    finished: bool  # False: max_new_tokens came first
+
+
+class ARGenerator:
+    """Generates token by token under the grammar.
+
+    A sequence depends on (seed, its prompt's index) and not on the other prompts; see `model.generation.sampling`.
+    """
+
+    def __init__(self, decoder: Decoder, grammar: ImageGrammar, max_batch_size: int = 256) -> None:
+        self.decoder, self.grammar, self.max_batch_size = decoder, grammar, max_batch_size
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        image_grid: Grid | None = None,
+    ) -> list[list[int]]:
+        """The generated ids of each prompt, without the prompt; every image has `image_grid` when it is given."""
+        return [
+            g.ids.tolist()
+            for g in self.sample(prompts, sampling, seed, [image_grid] * len(prompts))
+        ]
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int,
+        image_grids: Sequence[Grid | None] | None = None,
+        unconditional_prompts: Sequence[Sequence[int]] | None = None,
+        prompt_indices: Sequence[int] | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Generates after each prompt, in batches of prompts of similar length.
+
+        `image_grids`: for each prompt the grid of its images, None: the model chooses.
+        `unconditional_prompts`: for each prompt the one without the condition; needed when guidance is on.
+        `prompt_indices`: what identifies each prompt to the random numbers; default 0, 1, 2...
+        """
+        guided = sampling.guidance_scale != 1.0
+        assert not guided or unconditional_prompts is not None, (
+            "guidance needs unconditional prompts"
+        )
+        assert all(len(prompt) for prompt in prompts), "a prompt holds at least one token"
+        grids = list(image_grids or [None] * len(prompts))
+        indices = np.arange(len(prompts)) if prompt_indices is None else np.asarray(prompt_indices)
+        results: dict[int, Generation] = {}
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for first in range(0, len(prompts), self.max_batch_size):
+            rows = by_length[first : first + self.max_batch_size]
+            unconditional = (
+                [unconditional_prompts[row] for row in rows]
+                if guided and unconditional_prompts
+                else []
+            )
+            uniforms = uniform_numbers(seed, indices[rows], sampling.max_new_tokens)
+            batch = self._batch(
+                [prompts[row] for row in rows],
+                unconditional,
+                [grids[row] for row in rows],
+                sampling,
+                uniforms,
+            )
+            results.update(zip(rows, batch, strict=True))
+        return [results[index] for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _batch(
+        self, prompts: list[Sequence[int]], unconditional: list[Sequence[int]], grids: list[Grid | None],
+        sampling: SamplingConfig, uniforms: np.ndarray,
+    ) -> list[Generation]:  # fmt: skip
+        """One batch: B prompts, and as many unconditional ones behind them when guided."""
+        device, rows = self.grammar.device, len(prompts)
+        numbers = torch.as_tensor(uniforms, device=device)
+        state = self.grammar.start(prompts, grids)
+        logits = self.decoder.start([*prompts, *unconditional], sampling.max_new_tokens)
+        record = _Record()
+        for position in range(sampling.max_new_tokens):
+            guide_logits = logits[rows:] if unconditional else None
+            choice = next_tokens(
+                logits[:rows], state, self.grammar, sampling, numbers[:, position], guide_logits
+            )
+            record.add(choice, state.done)
+            before, state = state, self.grammar.advance(state, choice.ids)
+            if bool(state.done.all()) or position + 1 == sampling.max_new_tokens:
+                break
+            if unconditional:
+                advances = torch.cat([~before.done, self._in_image(before, choice.ids)])
+                logits = self.decoder.step(choice.ids.repeat(2), advances)
+            else:
+                logits = self.decoder.step(choice.ids)
+        return record.split(state.done)
+
+    def _in_image(self, state: GrammarState, ids: torch.Tensor) -> torch.Tensor:
+        """bool [B]: the token belongs to an image block. The unconditional stream reads no other generated token."""
+        phase = state.phase
+        inside = (phase >= Phase.BEGIN_IMAGE) & (phase <= Phase.IMAGE_END)
+        return inside | ((phase == Phase.TEXT) & (ids == self.grammar.vocabulary.boi))
+
+
+class _Record:
+    """Collects the steps of one batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, choice: Choice, was_done: torch.Tensor) -> None:
+        self.steps.append((choice.ids, choice.log_probs, choice.sampled, ~was_done))
+
+    def split(self, done: torch.Tensor) -> list[Generation]:
+        columns = [
+            torch.stack(column, dim=1).cpu().numpy() for column in zip(*self.steps, strict=True)
+        ]
+        return [
+            Generation(ids[real], log_probs[real], sampled[real], finished)
+            for ids, log_probs, sampled, real, finished in zip(*columns, done.tolist(), strict=True)
+        ]

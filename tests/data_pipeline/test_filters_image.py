@@ -1,0 +1,169 @@
+"""Pictures: decoding, resizing; quality filters."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.document import Text
+from data_pipeline.filters.base import FILTERS, FilterChain, FilterConfig
+from data_pipeline.image import ImageConfig, decode_image, fit_size, smart_resize
+from data_pipeline.prepare import Pixels, PreparedSample
+from data_pipeline.sources import SampleError
+from model.errors import Problems
+
+
+def photo(name: str) -> bytes:
+    specification = importlib.util.find_spec("skimage")
+    assert specification is not None
+    assert specification.origin is not None
+    return (Path(specification.origin).parent / "data" / name).read_bytes()
+
+
+def encode(picture: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_the_demos_sizes() -> None:
+    assert fit_size(96, 96, factor=8, max_area=2304) == (48, 48)
+    assert fit_size(96, 96, factor=8, max_area=576) == (24, 24)
+
+
+def test_published_area_gives_the_published_grid() -> None:
+    assert fit_size(2000, 2000, factor=16, max_area=1024 * 1024) == (1024, 1024)
+
+
+def test_small_pictures_are_not_enlarged_unless_asked() -> None:
+    assert fit_size(40, 24, factor=8, max_area=10**6) == (40, 24)
+    assert fit_size(40, 40, factor=8, max_area=10**6, min_area=6400) == (80, 80)
+    assert fit_size(3, 3, factor=8, max_area=10**6) == (8, 8)
+
+
+@given(
+    height=st.integers(1, 5000), width=st.integers(1, 5000), factor=st.sampled_from([1, 8, 16]),
+    max_tokens=st.integers(1, 5000),
+)  # fmt: skip
+def test_sizes_keep_area_and_aspect(height: int, width: int, factor: int, max_tokens: int) -> None:
+    max_area = max_tokens * factor**2
+    rows, columns = fit_size(height, width, factor=factor, max_area=max_area)
+    assert rows % factor == 0 == columns % factor
+    assert rows * columns <= max_area
+    if min(height, width) >= 2 * factor:  # never enlarged beyond rounding to the nearest token
+        assert rows <= height + factor / 2
+        assert columns <= width + factor / 2
+    if min(rows, columns) >= 8 * factor:
+        assert (rows / columns) / (height / width) == pytest.approx(1, abs=0.2)
+
+
+def test_real_photos_are_decoded_and_resized() -> None:
+    pixels = decode_image(photo("astronaut.png"))
+    assert pixels.shape == (512, 512, 3)
+    assert pixels.dtype == np.uint8
+    resized = smart_resize(pixels, ImageConfig(max_area=2304), 8)
+    assert resized.shape == (48, 48, 3)
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resized, expected)
+    assert decode_image(photo("rocket.jpg")).shape == (427, 640, 3)
+
+
+def test_modes_other_than_rgb_become_rgb() -> None:
+    grey = decode_image(photo("camera.png"))
+    assert grey.shape == (512, 512, 3)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (decode_image(encode(clear, "png")) == 255).all()  # transparent: white
+    palette = Image.new("RGB", (4, 4), (10, 200, 30)).quantize(4)
+    assert (decode_image(encode(palette, "png")) == (10, 200, 30)).all()
+    assert decode_image(encode(Image.new("CMYK", (4, 4)), "jpeg")).shape == (4, 4, 3)
+
+
+def test_the_cameras_orientation_is_applied() -> None:
+    picture = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    assert decode_image(encode(picture, "jpeg", exif=exif)).shape == (4, 2, 3)
+
+
+def test_pictures_of_the_right_size_are_left_alone() -> None:
+    pixels = np.zeros((48, 48, 3), np.uint8)
+    assert smart_resize(pixels, ImageConfig(max_area=2304), 8) is pixels
+
+
+@pytest.mark.parametrize("kept", [0, 10, 300, 5000])
+def test_corrupt_pictures_are_named(kept: int) -> None:
+    for name in ("rocket.jpg", "coffee.png"):
+        with pytest.raises(SampleError) as caught:
+            decode_image(photo(name)[:kept])
+        assert caught.value.reason == "corrupt_image"
+
+
+def test_flipped_bytes_never_raise_anything_else() -> None:
+    for kind in ("png", "jpeg", "webp"):
+        content = encode(Image.fromarray(decode_image(photo("rocket.jpg"))[:64, :64]), kind)
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            damaged = bytearray(content)
+            for position in rng.integers(0, len(damaged), 5):
+                damaged[position] = rng.integers(256)
+            with contextlib.suppress(SampleError):
+                decode_image(bytes(damaged))
+
+
+def test_decompression_bombs_are_refused() -> None:
+    bomb = encode(Image.new("1", (20_000, 20_000)), "png")
+    assert len(bomb) < 200_000
+    with pytest.raises(SampleError) as caught:
+        decode_image(bomb)
+    assert caught.value.reason == "image_too_large"
+
+
+def prepared(*parts: Text | Pixels) -> PreparedSample:
+    return PreparedSample("key", "image_text", list(parts))
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+WIDE = Pixels(NOISE, (100, 400))
+BLANK = Pixels(np.full((8, 8, 3), (9, 99, 199), np.uint8), (64, 64))
+
+
+def score(name: str, sample: PreparedSample) -> float | None:
+    return FILTERS[name]().score(sample)
+
+
+def test_scores() -> None:
+    both = prepared(Text("four"), WIDE, BLANK, Text("你好"))
+    assert score("min_size", both) == 64
+    assert score("aspect_ratio", both) == 4
+    assert score("blank_image", both) == 0
+    assert score("blank_image", prepared(WIDE)) > 50  # type: ignore[operator]
+    assert score("text_length", both) == 6
+    for name in ("min_size", "aspect_ratio", "blank_image"):
+        assert score(name, prepared(Text("no picture"))) is None
+
+
+def test_the_chain_names_the_filter_that_refuses() -> None:
+    chain = FilterChain(
+        [FilterConfig("aspect_ratio", maximum=3.0), FilterConfig("blank_image", minimum=2.0)]
+    )
+    chain.check(prepared(Pixels(NOISE, (100, 300))))
+    chain.check(prepared(Text("no picture")))
+    for picture, reason in ((WIDE, "filter_aspect_ratio"), (BLANK, "filter_blank_image")):
+        with pytest.raises(SampleError) as caught:
+            chain.check(prepared(picture))
+        assert caught.value.reason == reason
+
+
+def test_filter_configs_are_checked() -> None:
+    problems = Problems()
+    FilterConfig("beauty", minimum=1).validate(problems, "filters[0]")
+    FilterConfig("min_size").validate(problems, "filters[1]")
+    assert len(problems.found) == 2

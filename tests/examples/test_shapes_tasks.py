@@ -1,0 +1,101 @@
+"""Evaluation tasks: what they ask is held out, what they show is seen as the pipeline would show it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from examples.shapes_world.judge import read_scene
+from examples.shapes_world.tasks import (
+    EditAccuracy,
+    NextStateAccuracy,
+    ReconstructionAccuracy,
+    ShapesTask,
+    T2IAccuracy,
+)
+from examples.shapes_world.world import caption, draw_array, is_held_out
+
+TASKS = (T2IAccuracy, EditAccuracy, NextStateAccuracy, ReconstructionAccuracy)
+
+
+@pytest.fixture(scope="module", params=TASKS, ids=lambda task: task.name)
+def task_and_prompts(request: pytest.FixtureRequest):
+    task: ShapesTask = request.param()
+    return task, task.prompts()
+
+
+def test_200_distinct_prompts_with_held_out_answers(task_and_prompts):
+    _, prompts = task_and_prompts
+    assert len(prompts) == 200
+    keys = {(p.text, p.target, *(image.tobytes() for image in p.images)) for p in prompts}
+    assert len(keys) == 200
+    assert {len(prompt.target) for prompt in prompts} == {1, 2}
+    assert all(any(map(is_held_out, prompt.target)) for prompt in prompts)
+    assert all(prompt.image_size == (48, 48) for prompt in prompts)
+    assert all(image.shape == (48, 48, 3) for prompt in prompts for image in prompt.images)
+
+
+def test_the_true_answer_passes_and_others_fail(task_and_prompts):
+    task, prompts = task_and_prompts
+    answers = [draw_array(prompt.target, 48) for prompt in prompts]
+    assert all(
+        task.judge(prompt, [answer], "") for prompt, answer in zip(prompts, answers, strict=True)
+    )
+    assert not any(task.judge(prompt, [], "") for prompt in prompts)
+    following = zip(prompts, answers[1:], strict=False)
+    assert sum(task.judge(prompt, [answer], "") for prompt, answer in following) <= 4
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_prompts_depend_on_the_seed_only(task: type[ShapesTask]):
+    one, same, other = (task(num_prompts=10, seed=seed).prompts() for seed in (7, 7, 8))
+    assert [p.target for p in one] == [p.target for p in same]
+    assert all(
+        np.array_equal(a, b)
+        for p, q in zip(one, same, strict=True)
+        for a, b in zip(p.images, q.images, strict=True)
+    )
+    assert [p.target for p in one] != [p.target for p in other]
+    seen = task(num_prompts=10, held_out=False).prompts()
+    assert not any(is_held_out(item) for prompt in seen for item in prompt.target)
+
+
+def test_copying_the_source_or_the_last_frame_fails():
+    for task in (EditAccuracy(num_prompts=40), NextStateAccuracy(num_prompts=40)):
+        for prompt in task.prompts():
+            assert not task.judge(prompt, [prompt.images[-1]], "")
+
+
+def test_captions_ask_for_the_target():
+    for prompt in T2IAccuracy(num_prompts=20).prompts():
+        assert prompt.text == caption(prompt.target)
+        assert not prompt.images
+
+
+def test_edit_sources_hold_only_seen_combinations():
+    for prompt in EditAccuracy(num_prompts=40).prompts():
+        source = read_scene(prompt.images[0])
+        assert source
+        assert not any(map(is_held_out, source))
+
+
+def test_next_state_parts_alternate_and_continue_the_law():
+    for prompt in NextStateAccuracy(num_prompts=40).prompts():
+        frames = [part for part in prompt.parts if isinstance(part, np.ndarray)]
+        texts = [part for part in prompt.parts if isinstance(part, str)]
+        assert [isinstance(part, str) for part in prompt.parts] == [False, True] * len(frames)
+        assert " ".join(texts) == prompt.text
+        assert all(a is b for a, b in zip(frames, prompt.images, strict=True))
+        states = [*(read_scene(frame) for frame in frames), prompt.target]
+        assert all(state is not None for state in states)
+        assert len({frozenset((item.shape, item.color) for item in state) for state in states}) == 1
+
+
+def test_reconstruction_pictures_are_read_as_their_scene():
+    task = ReconstructionAccuracy(num_prompts=60)
+    assert all(task.judge(prompt, prompt.images, "") for prompt in task.prompts())
+
+
+def test_more_one_shape_prompts_than_exist_are_not_waited_for():
+    prompts = T2IAccuracy(num_prompts=300).prompts()
+    assert len({prompt.text for prompt in prompts}) == 300

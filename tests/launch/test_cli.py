@@ -1,0 +1,164 @@
+"""The command line: help without heavy imports, exit codes, one message a mistake, JSON alone on stdout."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from launch import cli
+
+
+def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+
+
+def test_the_overview_lists_every_command_without_importing_one():
+    assert set(cli.command_summaries()) >= {"curriculum", "demo", "doctor", "inspect", "report"}
+    loaded = modules_after("from launch import cli; cli.main(['--help'])")
+    assert not loaded & {"torch", "hydra", "omegaconf", "numpy", "megatron"}
+
+
+def test_help_and_config_of_commands_need_no_torch():
+    commands = ["curriculum", "demo", "doctor", "inspect", "report", "train"]
+    calls = [[name, *options] for name in commands for options in (["--help"], ["--cfg", "job"])]
+    loaded = modules_after(f"from launch import cli; [cli.main(call) for call in {calls}]")
+    assert "launch.commands.train" in loaded
+    assert not loaded & {"torch", "megatron"}
+
+
+def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
+    assert cli.main(["train", "stage=pretrain_1", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "emu35_34b" in text
+    assert "pretrain_2, sft" in text
+    steps = next(line for line in text.splitlines() if "stage.steps " in line)
+    assert "700000" in steps
+    assert "int" in steps
+    assert "shard optimizer state over data-parallel ranks" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "nextstate train"),
+        (["train", "stage.stepz=3"], "did you mean stage.steps?"),
+        (["train", "optimizer.learning_rate=1"], "did you mean stage.optimizer.learning_rate?"),
+        (["train", "+surprise=1"], "unknown key 'surprise'"),
+        (["train", "+model.surprise=1"], "unknown key 'model.surprise'"),
+        (
+            ["train", "stage.data.datasets.extra.pth=x"],
+            "unknown key 'stage.data.datasets.extra.pth'",
+        ),
+        (["train", "stage.steps=many"], "stage.steps"),
+        (["train", "stage=pretrain_3"], "stage=pretrain_2"),
+        (["train", "name=a=b"], "quote values"),
+        (["train", "stage.steps"], "not of the form key=value"),
+        (["train", "--frobnicate"], "unknown option"),
+        (["train", "--cfg", "hydra"], "--cfg job"),
+        (["train", "run_folder=${nam}"], "nam"),
+        (["inspect"], "give a path or a model"),
+        (["inspect", "no/such/file"], "there is no such file"),
+        (["report", "run_folder=no/such/run"], "no such run folder"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, expected, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_every_problem_of_a_configuration_is_listed_with_its_mend(capsys):
+    assert (
+        cli.main(["train", "stage.steps=-1", "model.num_query_groups=3", "parallel.tensor=1"]) == 2
+    )
+    message = capsys.readouterr().err
+    assert "problems" in message
+    assert "stage.steps" in message
+    assert "model.num_query_groups=4" in message
+
+
+def test_a_mapping_takes_new_names_without_a_plus(capsys):
+    assert cli.main(["train", "stage.data.datasets.extra.path=somewhere", "--cfg", "job"]) == 0
+    assert "extra:\n        path: somewhere\n        weight: 1.0" in capsys.readouterr().out
+
+
+def test_json_answers_are_alone_on_stdout_whatever_is_printed(tmp_path):
+    script = (
+        "import os, sys, types; from launch import cli, configs; real = configs.load_command('inspect');"
+        "fake = types.SimpleNamespace(Config=real.Config, HELP='', run=lambda config: (print('noise'),"
+        "os.system('echo child'), {'answer': 1})[2]);"
+        "configs.load_command = lambda name: fake; sys.exit(cli.main(['inspect', 'path=x', 'json=true']))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert json.loads(finished.stdout) == {"answer": 1}
+    assert "noise" in finished.stderr
+    assert "child" in finished.stderr
+
+
+def test_a_mistake_under_json_answers_json_too(capsys):
+    assert cli.main(["train", "stage.stepz=3", "json=true"]) == 2
+    assert "stage.stepz" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_defect_shows_its_traceback_and_exits_with_1():
+    script = (
+        "import sys, types; from launch import cli, configs; real = configs.load_command('inspect');"
+        "configs.load_command = lambda name: types.SimpleNamespace(Config=real.Config, run=lambda config: 1 / 0);"
+        "sys.exit(cli.main(['inspect', 'path=x']))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1
+    assert "ZeroDivisionError" in finished.stderr
+
+
+def test_a_full_disk_is_the_users_to_mend(monkeypatch, capsys):
+    def full(call):
+        raise OSError(28, "No space left on device", "runs/demo/x")
+
+    monkeypatch.setattr(cli, "execute", full)
+    assert cli.main(["doctor"]) == 2
+    assert "disk is full" in capsys.readouterr().err
+
+
+def test_multirun_runs_each_combination_in_its_own_folder(tmp_path):
+    """`curriculum dry_run=true` is the cheapest command with a run folder."""
+    command = [
+        "curriculum",
+        "-m",
+        f"run_folder={tmp_path}",
+        "dry_run=true",
+        "until=corpora",
+        "name=a,b",
+        "json=true",
+    ]
+    finished = nextstate(*command)
+    assert finished.returncode == 0, finished.stderr
+    jobs = json.loads(finished.stdout)["jobs"]
+    assert len({job["answer"]["run_folder"] for job in jobs}) == 2
+    assert {job["answer"]["name"] for job in jobs} == {"a", "b"}
+
+
+def test_a_bad_job_of_a_multirun_stops_it_before_the_first_starts(capsys):
+    assert cli.main(["inspect", "-m", "model=toy,huge", "json=true"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"].startswith("there is no model named 'huge'")

@@ -1,0 +1,251 @@
+"""The curriculum: order, skipping, what makes an entry run again, failures, signals, and its state on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.curriculum import (
+    Curriculum,
+    CurriculumConfig,
+    EntryConfig,
+    measure,
+    ordered,
+    run_curriculum,
+)
+from launch.subprocesses import run_supervised
+from model.errors import UserError
+
+WRITER = """
+import sys, pathlib
+target, text = sys.argv[1:3]
+path = pathlib.Path(target)
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text(text)
+with open(path.parent / "ran.txt", "a") as log:
+    log.write(path.name + "\\n")
+"""
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A curriculum of three entries a -> b -> c, each writing one file with a small script."""
+    (tmp_path / "writer_module.py").write_text(WRITER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    def build(texts=("1", "2", "3"), **options):
+        run = tmp_path / "run"
+        entries = {}
+        for name, text, needs in zip("abc", texts, ([], ["a"], ["b"]), strict=True):
+            entries[name] = EntryConfig(
+                module="writer_module",
+                overrides=[str(run / name), text],
+                needs=needs,
+                outputs=[name],
+            )
+        config = CurriculumConfig(name="test", run_folder=str(run), entries=entries, **options)
+        config.validate()
+        return config
+
+    return build
+
+
+def ran(config: CurriculumConfig) -> list[str]:
+    path = Path(config.run_folder) / "ran.txt"
+    lines = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def test_entries_run_in_order_once_and_are_recorded(make):
+    config = make()
+    answer = run_curriculum(config)
+    assert ran(config) == ["a", "b", "c"] == answer["ran"]
+    state = json.loads((Path(config.run_folder) / "curriculum.json").read_text())
+    assert [entry["state"] for entry in state["entries"].values()] == ["done"] * 3
+    assert all(entry["peak_memory_bytes"] > 2**20 for entry in state["entries"].values())
+    assert state["wall_seconds"] > 0
+    assert run_curriculum(config)["ran"] == []
+    assert ran(config) == []
+
+
+def test_a_changed_entry_runs_again_with_everything_after_it(make):
+    run_curriculum(make())
+    config = make(texts=("1", "changed", "3"))
+    ran(config)
+    assert [one["state"] for one in run_states(config)] == ["done", "changed", "done"]
+    assert run_curriculum(config)["ran"] == ["b", "c"]
+    assert (Path(config.run_folder) / "superseded" / "b" / "b").read_text() == "2"
+
+
+def run_states(config: CurriculumConfig) -> list[dict]:
+    curriculum = Curriculum(config)
+    return [{"name": name, "state": curriculum.state(name)} for name in curriculum.order]
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_damaged_output_is_made_again(make, damage):
+    config = make()
+    run_curriculum(config)
+    target = Path(config.run_folder) / "b"
+    target.unlink() if damage == "delete" else target.write_text("")
+    assert run_curriculum(config)["ran"] == ["b", "c"]
+    assert target.read_text() == "2"
+
+
+def test_force_until_and_dry_run(make, capsys):
+    assert run_curriculum(make(until="b"))["ran"] == ["a", "b"]
+    assert run_curriculum(make(dry_run=True))["ran"] == []
+    assert "writer_module" in capsys.readouterr().err
+    assert run_curriculum(make())["ran"] == ["c"]
+    assert run_curriculum(make(force=["b"]))["ran"] == ["b", "c"]
+
+
+def test_a_failing_entry_stops_the_curriculum_with_its_code_and_message(make, capsys):
+    config = make()
+    config.entries["b"] = EntryConfig(
+        command="report", overrides=["run_folder=no/such"], needs=["a"], outputs=["b"]
+    )
+    answer = run_curriculum(config)
+    assert (answer["exit_code"], answer["stopped_at"]) == (2, "b")
+    assert "no such run folder" in capsys.readouterr().err
+    assert "no such run folder" in (Path(config.run_folder) / "logs" / "b.log").read_text()
+    assert [one["state"] for one in run_states(config)] == ["done", "failed", "pending"]
+
+
+def test_an_entry_that_writes_nothing_is_a_failure(make, capsys):
+    config = make()
+    config.entries["b"] = EntryConfig(module="this", needs=["a"], outputs=["b"])
+    assert run_curriculum(config)["exit_code"] == 1
+    assert "did not write b" in capsys.readouterr().err
+
+
+def test_needs_decide_the_order_and_circles_are_refused():
+    entries = {
+        name: EntryConfig(module="m", needs=needs)
+        for name, needs in {"c": ["b"], "a": [], "b": ["a"]}.items()
+    }
+    assert ordered(entries) == ["a", "b", "c"]
+    entries["a"].needs = ["c"]
+    with pytest.raises(UserError, match="circle"):
+        ordered(entries)
+
+
+def test_validation_lists_all_problems():
+    entries = {"x": EntryConfig(), "y": EntryConfig(command="pack", outputs=["../up"], needs=["z"])}
+    with pytest.raises(UserError, match="5 problems"):
+        CurriculumConfig(entries=entries, until="w").validate()
+
+
+def test_unreadable_state_is_one_message(make):
+    config = make()
+    Path(config.run_folder).mkdir()
+    (Path(config.run_folder) / "curriculum.json").write_text("{")
+    with pytest.raises(UserError, match="state cannot be read"):
+        run_curriculum(config)
+
+
+def test_an_interrupted_entry_is_continued_not_started_anew(make, tmp_path):
+    """The record of a killed run says `running` with a dead process: the same configuration keeps its outputs."""
+    config = make()
+    run_curriculum(config)
+    path = Path(config.run_folder) / "curriculum.json"
+    state = json.loads(path.read_text())
+    state["entries"]["c"] |= {"state": "running", "process": [2**22 + 1, 0.0]}
+    path.write_text(json.dumps(state))
+    assert run_states(config)[2]["state"] == "interrupted"
+    assert run_curriculum(config)["ran"] == ["c"]
+    assert not (Path(config.run_folder) / "superseded").exists()
+
+
+SLEEPER = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+pathlib.Path(sys.argv[1]).write_text("started")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def sleeping(tmp_path):
+    """A curriculum in a process of its own, whose only entry sleeps until SIGUSR1 and then exits with 3."""
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    started, run = tmp_path / "run" / "started", tmp_path / "run"
+    run.mkdir()
+    entry = {"module": "sleeper", "overrides": [str(started)], "outputs": ["started"]}
+    script = (
+        "import sys; from launch.curriculum import *; "
+        f"c = CurriculumConfig(run_folder={str(run)!r}, entries={{'sleep': EntryConfig(**{entry!r})}});"
+        "sys.exit(run_curriculum(c).get('exit_code', 0))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL
+    )
+    wait_for(started.exists)
+    yield process, run
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def wait_for(condition) -> None:
+    while not condition():
+        time.sleep(0.02)
+
+
+def test_signals_reach_the_entry_and_exit_code_3_comes_back(sleeping):
+    process, run = sleeping
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 3
+    assert (
+        json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["state"] == "stopped"
+    )
+
+
+def test_kill_9_of_the_curriculum_ends_its_entry_and_frees_the_lock(sleeping):
+    process, run = sleeping
+    config = CurriculumConfig(
+        run_folder=str(run), entries={"x": EntryConfig(module="m", outputs=["x"])}, dry_run=True
+    )
+    with pytest.raises(UserError, match="another curriculum is running"):
+        run_curriculum(config)
+    child = int(json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["process"][0])
+    process.kill()
+    process.wait()
+    wait_for(lambda: not is_running(child))
+    run_curriculum(config)
+
+
+def is_running(pid: int) -> bool:
+    """False for a zombie too: nobody may be there to collect it."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_peak_memory_counts_the_whole_tree(tmp_path):
+    grandchild = "import time; block = bytearray(120 * 2**20); time.sleep(1.2)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    outcome = run_supervised([sys.executable, "-c", child], tmp_path / "log", sample_seconds=0.1)
+    assert outcome.exit_code == 0
+    assert outcome.peak_memory_bytes > 120 * 2**20
+
+
+def test_a_child_killed_by_a_signal_gives_a_shells_exit_code(tmp_path):
+    code = "import os; os.kill(os.getpid(), 9)"
+    assert run_supervised([sys.executable, "-c", code], tmp_path / "log").exit_code == 137
+
+
+def test_measure_counts_files_and_bytes(tmp_path):
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "one").write_bytes(b"123")
+    (tmp_path / "x" / "two").write_bytes(b"4")
+    assert measure(tmp_path / "x") == (2, 4)
+    assert measure(tmp_path / "nothing") == (0, 0)

@@ -1,0 +1,129 @@
+"""`nextstate inspect` and `nextstate doctor`."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.store import TokenFileWriter
+from launch import cli, doctor
+from launch.inspection import inspect_path
+from model.errors import UserError
+from model.vocabulary import Vocabulary, VocabularyConfig
+
+
+def inspect(capsys, *arguments: str) -> dict:
+    assert cli.main(["inspect", *arguments, "json=true"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_published_model_is_counted_exactly(capsys):
+    answer = inspect(capsys, "model=emu35_34b")
+    assert answer["parameters"]["total"] == 34_103_460_864
+    assert answer["parameters"]["layers"] == 31_206_298_624
+    assert answer["parameters"]["embeddings"] == 2_897_162_240
+    assert answer["vocabulary"]["size"] == 282_926
+
+
+def test_a_raw_shard_with_a_bad_sample(tmp_path, capsys):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(picture, "PNG")
+    members = {"a.png": picture.getvalue(), "a.txt": b"a red circle", "b.xyz": b"?"}
+    with tarfile.open(tmp_path / "000000.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    answer = inspect(capsys, str(tmp_path / "000000.tar"))
+    assert answer["by_kind"] == {"image_text": 1}
+    assert answer["unreadable"] == {"unknown_kind": 1}
+    assert answer["samples"][0]["parts"] == {"png": "PNG 8x6", "txt": "a red circle"}
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    """One document: BOS, four text tokens, an image of 1*1, two tokens of padding."""
+    vocabulary = Vocabulary.from_config(VocabularyConfig())
+    ids = vocabulary.structure
+    image = [ids["boi"], 5, 6, 7, ids["img"], vocabulary.visual_start, ids["eoi"]]
+    tokens = np.array([ids["bos"], 1, 2, 3, 4, *image, ids["pad"], ids["pad"]], np.int32)
+    rows = [
+        (0, 0, 5, Kind.TEXT, Flag.DOCUMENT_START, 0, 0, 0, 1, 0),
+        (0, 5, 7, Kind.IMAGE, 0, 1, 1, 0, 1, 0),
+        (0, 12, 2, Kind.PAD, 0, 0, 0, 0, 0, 0),
+    ]
+    with TokenFileWriter(tmp_path / "000000") as writer:
+        writer.add(tokens, np.array(rows, SEGMENT_DTYPE))
+        writer.finish(
+            {
+                "kind": "tokens",
+                "num_documents": 1,
+                "sources": ["s"],
+                "vocabulary": vocabulary.describe(),
+                "counts_by_class": {"text": 4},
+                "quarantined": {"too_short": 2},
+            }
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["", "000000", "000000.idx", "000000.seg.npy"])
+def test_a_token_file_by_any_of_its_names(token_file, capsys, name):
+    answer = inspect(capsys, str(token_file / name))
+    assert (answer["kind"], answer["num_documents"], answer["num_tokens"]) == ("tokens", 1, 14)
+    assert answer["quarantined"] == {"too_short": 2}
+    assert answer["samples"] == ["<text 5> <image 1*1> [12 tokens, 2 of padding]"]
+
+
+def test_a_checkpoint_is_read_from_its_manifest(tmp_path, capsys):
+    folder = tmp_path / "sft" / "checkpoints"
+    for step in (10, 20):
+        manifest = {
+            "kind": "transformer", "step": step, "keys": {
+                "model/a": {"global_shape": [3, 4]}, "model/b": {"global_shape": []},
+                "optimizer/exp_avg/a": {"global_shape": [3, 4]},
+            },
+            "files": {"rank_00000.safetensors": {"bytes": 100, "checksum": "x"}}, "layout": {"tensor": 2},
+        }  # fmt: skip
+        path = folder / f"step_{step:08d}"
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "step_00000030").mkdir()  # without a manifest it does not exist
+    answer = inspect(capsys, str(tmp_path / "sft"))
+    assert (answer["step"], answer["num_parameters"], answer["bytes"]) == (20, 13, 100)
+
+
+def test_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("hello")
+    with pytest.raises(UserError, match="nothing here that can be inspected"):
+        inspect_path(tmp_path / "notes.md", 3, None)
+
+
+def test_people_get_readable_lines(token_file, capsys):
+    assert cli.main(["inspect", str(token_file)]) == 0
+    text = capsys.readouterr().out
+    assert "num_tokens:" in text
+    assert "sample 0:" in text
+
+
+def test_the_doctor_names_what_is_missing_and_its_cure(monkeypatch, tmp_path):
+    package = doctor.package("no-such-distribution", "testing", True)
+    assert not package.ok
+    assert "pip install no-such-distribution" in package.cure
+    broken = doctor.attempt("probe", lambda: 1 / 0, "mend it", True)  # type: ignore[return-value,arg-type]
+    assert (broken.ok, broken.cure) == (False, "mend it")
+    assert "ZeroDivisionError" in broken.detail
+    assert not doctor.report([package])["ok"]
+    assert doctor.report([doctor.Finding("x", False, "absent")])["ok"]
+
+
+def test_the_doctor_finds_the_backends_of_this_machine(tmp_path):
+    findings = {finding.name: finding for finding in doctor.examine(tmp_path / "runs" / "new")}
+    assert findings["torch"].ok
+    assert findings["gloo"].ok, findings["gloo"].detail
+    assert findings["video"].ok, findings["video"].detail
+    assert findings["disk"].detail.endswith(str(tmp_path))

@@ -1,0 +1,102 @@
+"""The presets hold the published figures of Emu3.5 (arXiv 2510.26583, Tables 1 and 2, section 4.1.3)."""
+
+import pytest
+
+from launch.configs import compose_config
+from launch.inspection import inspect_model
+
+
+def train_config(*overrides: str, model: str = "emu35_34b"):
+    return compose_config("train", [f"model={model}", *overrides])
+
+
+def tokens_of(stage: str) -> int:
+    config = train_config(f"stage={stage}").stage
+    return config.global_batch_size * config.sequence_length * config.steps
+
+
+def test_emu35_34b_has_exactly_the_published_parameters():
+    parameters = inspect_model(train_config("stage=pretrain_1").model)["parameters"]
+    assert parameters["total"] == 34_103_460_864
+    assert parameters["layers"] == 31_206_298_624
+    assert parameters["embeddings"] == 2_897_162_240
+
+
+@pytest.mark.parametrize(("stage", "trillions"), [("pretrain_1", 10.3), ("pretrain_2", 3.5)])
+def test_pretraining_reads_the_published_tokens(stage, trillions):
+    assert round(tokens_of(stage) / 1e12, 1) == trillions
+
+
+def test_fine_tuning_reads_the_published_tokens():
+    """151.0B from batch x length x steps; Table 3 sums its tasks to 150.1B."""
+    assert round((tokens_of("sft_1") + tokens_of("sft_2")) / 1e9, 1) == 151.0
+
+
+def test_published_mixtures():
+    first = {
+        name: entry.weight
+        for name, entry in train_config("stage=pretrain_1").stage.data.datasets.items()
+    }
+    second = {
+        name: entry.weight
+        for name, entry in train_config("stage=pretrain_2").stage.data.datasets.items()
+    }
+    assert first == {
+        "text": 0.20,
+        "image_text": 0.20,
+        "video_text": 0.05,
+        "video_interleaved": 0.55,
+    }
+    assert second == {
+        "text": 0.18,
+        "image_text": 0.16,
+        "video_text": 0.08,
+        "x2i": 0.03,
+        "video_interleaved": 0.55,
+    }
+    tasks = train_config("stage=sft_1").stage.data.datasets
+    assert sum(entry.weight for entry in tasks.values()) == pytest.approx(150.1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "layout", "learning_rate", "visual"),
+    [
+        ("pretrain_1", (8, 2), 5e-4, 0.5),
+        ("pretrain_2", (8, 2), 1e-5, 0.5),
+        ("sft_1", (8, 1), 6e-6, 1.0),
+        ("sft_2", (8, 2), 6e-6, 0.5),
+    ],
+)
+def test_published_hyper_parameters(stage, layout, learning_rate, visual):
+    config = train_config(f"stage={stage}")
+    assert (config.parallel.tensor, config.parallel.context) == layout
+    assert config.stage.optimizer.learning_rate == learning_rate
+    assert (config.stage.optimizer.beta1, config.stage.optimizer.beta2) == (0.9, 0.95)
+    assert config.stage.loss_weights.visual == visual
+    if stage.startswith("pretrain"):
+        optimizer = config.stage.optimizer
+        assert (optimizer.warmup_steps, optimizer.weight_decay, optimizer.gradient_clip) == (
+            700,
+            0.1,
+            5.0,
+        )
+
+
+def test_toy_stages_inherit_and_form_a_chain():
+    first, second, third = (
+        train_config(f"stage=toy_{name}", "run_folder=R", model="toy")
+        for name in ("pretrain_1", "pretrain_2", "sft")
+    )
+    assert [config.stage.name for config in (first, second, third)] == [
+        "pretrain_1",
+        "pretrain_2",
+        "sft",
+    ]
+    assert [config.stage.initialize_from for config in (first, second, third)] == [
+        None,
+        "R/pretrain_1",
+        "R/pretrain_2",
+    ]
+    assert (first.parallel.tensor, second.parallel.pipeline, third.parallel.data) == (2, 2, 2)
+    assert all(config.parallel.world_size == 2 for config in (first, second, third))
+    assert second.stage.data.datasets["x2i"].path == "R/packed/pretrain_2/x2i"

@@ -1,0 +1,197 @@
+"""The report: figures from a small run folder written by hand, and a page that needs nothing outside itself."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from launch import cli
+from launch.report.charts import line_chart, nice_ceiling, share_bars
+from launch.report.collect import MAX_CURVE_POINTS, collect, curve
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    entries = {
+        name: {"state": "done", "wall_seconds": 5.0, "peak_memory_bytes": 7}
+        for name in ("pretrain_1", "sft")
+    }
+    write(
+        tmp_path / "curriculum.json",
+        {"name": "small", "wall_seconds": 10.0, "peak_memory_bytes": 7, "entries": entries},
+    )
+    tokenizer = {"psnr_db": 30.5, "codebook_use": 0.9, "codebook_size": 512, "loss_last": 0.1}
+    write(tmp_path / "vision_tokenizer" / "summary.json", tokenizer)
+    for index, name in enumerate(("sft", "pretrain_1")):
+        summary = {
+            "name": name, "tensor": 1 + index, "pipeline": 1, "context": 1, "data": 1, "steps": 2, "tokens": 64,
+            "loss_first": 4.0, "loss_last": 2.0, "wall_seconds": 5.0, "peak_memory_bytes": 7, "checkpoint": "x",
+        }  # fmt: skip
+        write(tmp_path / name / "summary.json", summary)
+        lines = [
+            {
+                "step": step,
+                "loss": 5.0 - step,
+                "loss_text": 4.0,
+                "loss_visual": None,
+                "tokens_by_source": {"a": 30, "b": 10},
+            }
+            for step in (1, 2)
+        ]
+        write(tmp_path / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        datasets = {"a": {"path": "p", "weight": 1.0}, "b": {"path": "q", "weight": 3.0}}
+        write(
+            tmp_path / name / "config.yaml",
+            yaml.safe_dump({"stage": {"data": {"datasets": datasets}}}),
+        )
+    packed = {
+        "kind": "packed",
+        "num_rows": 2,
+        "sequence_length": 100,
+        "tokens_by_source": {"s": 150, "t": 40},
+        "num_tokens": 200,
+    }
+    write(tmp_path / "packed" / "sft" / "a" / "000000.json", packed)
+    write(tmp_path / "packed" / "sft" / "a" / "dataset.json", {"kind": "packed_dataset"})
+    tokens = {
+        "kind": "tokens", "num_documents": 3, "num_tokens": 50,
+        "counts_by_class": {"text": 50}, "quarantined": {"corrupt_image": 1},
+    }  # fmt: skip
+    write(tmp_path / "tokens" / "48" / "a" / "000000.json", tokens)
+    samples = [
+        {
+            "group": "text_to_image",
+            "prompt": "a <red> circle",
+            "prompt_images": ["samples/one.png"],
+            "images": ["samples/one.png", "samples/lost.png"],
+            "correct": True,
+        }
+    ]
+    tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
+    tasks["real_video_reconstruction"] = {"count": 5}
+    figures = {
+        "t2i_accuracy": 0.9,
+        "reconstruction_accuracy": 0.99,
+        "next_state_accuracy": 0.8,
+        "edit_accuracy": 0.7,
+    }
+    write(
+        tmp_path / "evaluation" / "final.json",
+        {"metrics": figures, "tasks": tasks, "samples": samples},
+    )
+    write(
+        tmp_path / "evaluation" / "untrained.json",
+        {"metrics": {"t2i_accuracy": 0.05}},
+    )
+    (tmp_path / "evaluation" / "samples").mkdir()
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "evaluation" / "samples" / "one.png")
+    return tmp_path
+
+
+def test_report_json_has_the_figures_and_keys(run_folder, capsys):
+    assert cli.main(["report", f"run_folder={run_folder}", "json=true"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report == answer
+    assert report["wall_seconds"] == 10.0
+    assert report["tokenizer"] == {"psnr_db": 30.5, "codebook_use": 0.9, "codebook_size": 512}
+    assert report["packing"]["fill"] == pytest.approx(190 / 200)
+    assert [stage["name"] for stage in report["stages"]] == ["pretrain_1", "sft"]
+    wanted = {
+        "name",
+        "tensor",
+        "pipeline",
+        "context",
+        "data",
+        "steps",
+        "tokens",
+        "loss_first",
+        "loss_last",
+        "wall_seconds",
+    }
+    assert wanted <= set(report["stages"][0])
+    assert report["metrics"] == {
+        "reconstruction_accuracy": 0.99, "t2i_accuracy_untrained": 0.05, "t2i_accuracy": 0.9,
+        "next_state_accuracy": 0.8, "edit_accuracy": 0.7, "num_prompts": 200,
+    }  # fmt: skip
+    assert report["tokens"][0]["quarantined"] == {"corrupt_image": 1}
+
+
+def test_mixture_and_curves_come_from_the_metrics(run_folder):
+    stage = collect(run_folder)["stages"][0]
+    assert stage["mixture"] == [
+        {"dataset": "a", "tokens": 60, "share": 0.75, "weight": 0.25},
+        {"dataset": "b", "tokens": 20, "share": 0.25, "weight": 0.75},
+    ]
+    assert stage["curves"] == {"all": [(1.0, 4.0), (2.0, 3.0)], "text": [(1.0, 4.0), (2.0, 4.0)]}
+
+
+class Outside(HTMLParser):
+    """Collects what a page would load from elsewhere, and counts open tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [
+            value for name, value in attributes if name in ("src", "href") and value
+        ]
+
+
+def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
+    cli.main(["report", f"run_folder={run_folder}"])
+    text = (run_folder / "report.html").read_text()
+    page = Outside()
+    page.feed(text)
+    assert len(page.references) == 2
+    assert "lost.png is missing" in text
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 4  # a curve and a mixture for each of two stages
+    assert "a &lt;red&gt; circle" in text
+    assert not re.search(r"url\(|@import", text)
+
+
+def test_a_run_that_has_only_begun_gives_a_report_too(tmp_path, capsys):
+    assert cli.main(["report", f"run_folder={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["t2i_accuracy"] is None
+    assert report["packing"]["fill"] is None
+    assert "<h1>" in (tmp_path / "report.html").read_text()
+
+
+def test_long_curves_are_averaged_over_equal_windows():
+    lines = [{"step": step, "loss": float(step)} for step in range(1, 1001)]
+    points = curve(lines, "loss")
+    assert len(points) == MAX_CURVE_POINTS
+    assert points[0] == (5.0, 3.0)
+    assert points[-1] == (1000.0, 998.0)
+
+
+def test_charts_place_points_inside_the_picture():
+    svg = line_chart({"text": [(0.0, 0.0), (10.0, 2.0)]}, x_label="step", y_label="loss")
+    (points,) = re.findall(r'points="([^"]+)"', svg)
+    (x0, y0), (x1, y1) = (tuple(map(float, point.split(","))) for point in points.split())
+    assert x0 < x1
+    assert y1 < y0  # upwards is a smaller y
+    assert "nothing recorded" in line_chart({}, x_label="", y_label="")
+    assert [nice_ceiling(value) for value in (0.03, 1.0, 2.2, 6.0, 0.0)] == [
+        0.05,
+        1.0,
+        2.5,
+        10.0,
+        1.0,
+    ]
+    assert share_bars([("a", 0.5, 0.25)]).count("<rect") == 1

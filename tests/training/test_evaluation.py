@@ -1,0 +1,223 @@
+"""Evaluation with a model and tasks made by hand, and the two commands around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch.commands import evaluate as evaluate_command
+from launch.commands import generate as generate_command
+from model.errors import UserError
+from model.generation.settings import PhaseSampling, SamplingConfig
+from training.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
+from training.inference_prompts import Output, Prompt
+
+TASKS = """
+from dataclasses import dataclass
+import numpy as np
+from training.evaluation import EvaluationPrompt
+
+@dataclass
+class Gray:
+    name = "gray"
+    num_prompts: int = 7
+    format: str = "t2i"
+
+    def prompts(self):
+        pictures = [np.full((8, 8, 3), n, np.uint8) for n in range(self.num_prompts)]
+        return [EvaluationPrompt(self.format, str(n), [p], [p, str(n)], n, (8, 8)) for n, p in enumerate(pictures)]
+
+    def judge(self, prompt, images, text):
+        return len(images) == 1 and int(images[0][0, 0, 0]) == prompt.target
+"""
+
+
+class GrayModel:
+    """Draws the brightness that the prompt's words name, and cannot count beyond 4."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seed: int = 0,
+        first_index: int = 0,
+    ) -> list[Output]:
+        self.calls.append((len(prompts), first_index))
+        return [self.answer(prompt) for prompt in prompts]
+
+    def answer(self, prompt: Prompt) -> Output:
+        words = prompt.text if prompt.format != "interleaved" else str(prompt.parts[-1])
+        image = np.full((8, 8, 3), min(4, int(words)), np.uint8)
+        tokens, log_probs = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        return Output("words", [image], ["words", image], tokens, log_probs, True)
+
+    def reconstruct(
+        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
+    ) -> list[np.ndarray]:
+        self.calls.append((len(images), -1))
+        return list(images)
+
+
+@pytest.fixture
+def tasks_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "hand_made_tasks.py").write_text(TASKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "hand_made_tasks.Gray"
+
+
+def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Path) -> None:
+    model = GrayModel()
+    tasks = {
+        "drawn": load_task(tasks_module, {"num_prompts": 7}),
+        "continued": load_task(tasks_module, {"format": "interleaved", "num_prompts": 4}),
+        "rebuilt": load_task(tasks_module, {"format": "reconstruction", "num_prompts": 3}),
+        "empty": load_task(tasks_module, {"num_prompts": 0}),
+    }
+    results = evaluate(
+        model, tasks, SamplingConfig(), batch_size=3, samples_folder=tmp_path / "samples", num_samples=2
+    )  # fmt: skip
+    assert results["drawn"]["accuracy"] == pytest.approx(5 / 7)
+    assert [results[name]["count"] for name in tasks] == [7, 4, 3, 0]
+    assert results["continued"]["accuracy"] == results["rebuilt"]["accuracy"] == 1.0
+    assert results["empty"]["accuracy"] == 0.0
+    assert results["empty"]["interval"] == [0.0, 1.0]
+    assert model.calls == [(3, 0), (3, 3), (1, 6), (3, 0), (1, 3), (1, -1), (1, -1), (1, -1)]
+    first, second = results["drawn"]["samples"]
+    assert first["prompt"] == "0"
+    assert first["correct"] is True
+    assert second["images"] == ["drawn_001_answer_0.png"]
+    kept = np.asarray(Image.open(tmp_path / "samples" / second["images"][0]))
+    assert kept.shape == (8, 8, 3)
+    assert (kept == 1).all()
+    assert len(results["continued"]["samples"][0]["prompt_images"]) == 1
+
+
+def test_wilson_interval_against_published_values() -> None:
+    # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
+    for (right, count), expected in {
+        (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }.items():  # fmt: skip
+        assert wilson_interval(right / count, count) == pytest.approx(expected, abs=5e-5)
+    assert wilson_interval(1.0, 10)[1] == pytest.approx(1.0)
+
+
+def test_tasks_that_cannot_be_made_are_the_users(tasks_module: str) -> None:
+    for path in ("no.such.Module", "hand_made_tasks.Missing", "Gray", ""):
+        with pytest.raises(UserError, match="cannot be imported"):
+            load_task(path, {})
+    with pytest.raises(UserError, match="does not take these arguments"):
+        load_task(tasks_module, {"number": 3})
+
+
+def loads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Makes `InferenceModel.load` give a `GrayModel`; what it was asked for."""
+    seen = SimpleNamespace(model=GrayModel(), checkpoint=None, untrained=None)
+
+    def load(checkpoint: Path, text: str, vision: str, options: object, *, untrained: bool = False):
+        seen.checkpoint, seen.untrained = Path(checkpoint), untrained
+        return seen.model
+
+    monkeypatch.setattr("training.inference.InferenceModel.load", load)
+    return seen
+
+
+def test_evaluate_command(
+    tasks_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = loads(monkeypatch)
+    tasks = {"drawn": {"path": tasks_module, "num_prompts": 10}, "few": {"path": tasks_module}}
+    config = evaluate_command.Config(
+        checkpoint="sft", run_folder=str(tmp_path), out="evaluation/x.json", tasks=tasks, untrained=True
+    )  # fmt: skip
+    answer = evaluate_command.run(config)
+    assert seen.checkpoint == tmp_path / "sft"
+    assert seen.untrained is True
+    assert json.loads((tmp_path / "evaluation/x.json").read_text()) == answer
+    assert answer["metrics"] == {"drawn": 0.5, "few": pytest.approx(5 / 7)}
+    assert answer["num_prompts"] == 7
+    assert all(
+        (tmp_path / "evaluation" / name).is_file() for name in answer["samples"][0]["images"]
+    )
+    assert "drawn: 0.500" in evaluate_command.render(answer)
+
+
+def test_evaluate_command_lists_all_problems() -> None:
+    config = evaluate_command.Config(
+        tasks={"a": {}}, batch_size=0, sampling=SamplingConfig(text=PhaseSampling(top_p=2.0))
+    )
+    with pytest.raises(UserError) as caught:
+        evaluate_command.run(config)
+    for key in ("checkpoint", "tasks.a.path", "batch_size", "sampling.text.top_p"):
+        assert key in str(caught.value)
+
+
+def test_generate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = loads(monkeypatch)
+    config = generate_command.Config(
+        checkpoint="somewhere", prompt="3", image_size=8, num=2, out=str(tmp_path / "out")
+    )
+    answer = generate_command.run(config)
+    assert [entry["pictures"] for entry in answer["answers"]] == [["000_0_0.png"], ["000_1_0.png"]]
+    assert np.asarray(Image.open(tmp_path / "out" / "000_1_0.png"))[0, 0, 0] == 3
+    assert json.loads((tmp_path / "out" / "generated.json").read_text()) == answer
+    assert "000_1_0.png" in generate_command.render(answer)
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "source.png")
+    (tmp_path / "edits.jsonl").write_text(
+        '{"text": "1", "images": ["source.png"]}\n\n{"text": "2"}\n'
+    )
+    config = generate_command.Config(
+        checkpoint="somewhere", prompts_file=str(tmp_path / "edits.jsonl"), format="x2i", out=str(tmp_path / "b")
+    )  # fmt: skip
+    prompts = [
+        generate_command.make_prompt(config, q) for q in generate_command.read_questions(config)
+    ]
+    assert [(prompt.text, len(prompt.images)) for prompt in prompts] == [("1", 1), ("2", 0)]
+    assert prompts[0].images[0][0, 0, 0] == 9
+    assert len(generate_command.run(config)["answers"]) == 2
+    assert seen.model.calls == [(2, 0), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": "a", "prompts_file": "b"}, "either prompt or prompts_file"),
+        ({"prompt": "a", "image_size": "big"}, "not a size"),
+        ({"prompt": "a", "image_size": [48, 0]}, "not a size"),
+        ({"prompt": "a", "format": "t3i"}, "unknown format"),
+        ({"prompt": "a", "format": "x2i"}, "source pictures"),
+        ({"prompts_file": "nowhere.txt"}, "cannot be read"),
+        ({"prompts_file": "broken.jsonl"}, "not a JSON object"),
+        ({"prompts_file": "odd.jsonl"}, "not a prompt"),
+        ({"prompt": "a", "images": ["broken.jsonl"]}, "source picture cannot be read"),
+    ],
+)
+def test_generate_command_refuses(
+    values: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loads(monkeypatch)
+    Path("broken.jsonl").write_text("{text")
+    Path("odd.jsonl").write_text('{"txt": "a"}')
+    with pytest.raises(UserError, match=message):
+        generate_command.run(generate_command.Config(checkpoint="somewhere", **values))
+
+
+def test_a_reconstruction_never_asks_the_decoder() -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    task = SimpleNamespace(
+        name="r", prompts=lambda: [EvaluationPrompt("reconstruction", images=[image])],
+        judge=lambda prompt, images, text: 0.25,
+    )  # fmt: skip
+    model = GrayModel()
+    assert evaluate(model, {"r": task}, SamplingConfig())["r"]["accuracy"] == 0.25
+    assert model.calls == [(1, -1)]

@@ -1,0 +1,313 @@
+"""Prompts and answers with a decoder that plays back training documents, and loading of checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.document import DocumentBuilder, Picture, Text
+from data_pipeline.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from model import parallel
+from model.config import ModelConfig
+from model.errors import UserError
+from model.generation.settings import PhaseSampling, SamplingConfig
+from model.vocabulary import Vocabulary, VocabularyConfig
+from training.inference import InferenceModel, split_parts
+from training.inference_prompts import InferenceOptions, Prompt
+
+TEXTS = ["a red circle at top left", "make the circle blue", "it moves right"] * 40
+TEXT_SIZE = 288
+VOCABULARY_CONFIG = VocabularyConfig(text_size=TEXT_SIZE, visual_size=64, pad_multiple=64)
+VOCABULARY = Vocabulary.from_config(VOCABULARY_CONFIG)
+GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=200)
+
+
+class GrayTokenizer:
+    """A code is the mean brightness of an 8 x 8 patch, in 64 steps."""
+
+    factor, codebook_size, fingerprint = 8, 64, "gray"
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        batch, height, width, _ = images.shape
+        patches = images.reshape(batch, height // 8, 8, width // 8, 8, 3)
+        return (patches.mean(axis=(2, 4, 5)) / 4).astype(np.int64)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        gray = (codes * 4).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+        return np.stack([gray] * 3, axis=-1)
+
+
+class PlaybackDecoder:
+    """Knows whole documents by heart; says the next token of the one that begins like a row."""
+
+    device = "cpu"
+
+    def __init__(self, documents: Sequence[np.ndarray]) -> None:
+        self.documents = [document.tolist() for document in documents]
+        self.rows: list[list[int]] = []
+
+    def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
+        self.rows = [list(prompt) for prompt in prompts]
+        return self._logits()
+
+    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
+        self.rows = [[*row, token] for row, token in zip(self.rows, ids.tolist(), strict=True)]
+        return self._logits()
+
+    def _logits(self) -> torch.Tensor:
+        logits = torch.zeros(len(self.rows), VOCABULARY.padded_size)
+        for index, row in enumerate(self.rows):
+            for document in self.documents:
+                if document[: len(row)] == row and len(document) > len(row):
+                    logits[index, document[len(row)]] = 10.0
+        return logits
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "text_tokenizer"
+    train_sentencepiece(TEXTS, folder, TEXT_SIZE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer((tokenizer_folder / "tokenizer.model").read_bytes())
+
+
+def picture(seed: int, height: int = 16, width: int = 24) -> np.ndarray:
+    """Flat 8 x 8 patches, so that the tokenizer loses nothing."""
+    codes = np.random.default_rng(seed).integers(0, 64, (1, height // 8, width // 8))
+    return GrayTokenizer().decode(codes)[0]
+
+
+def codes_of(image: np.ndarray) -> Picture:
+    return Picture(GrayTokenizer().encode(image[None])[0])
+
+
+def make_model(
+    documents: Sequence[np.ndarray], tokenizer: SentencePieceTokenizer, **options: Any
+) -> InferenceModel:
+    return InferenceModel(
+        PlaybackDecoder(documents), VOCABULARY, tokenizer, GrayTokenizer(), max_sequence_length=2048,
+        options=InferenceOptions(**options),
+    )  # fmt: skip
+
+
+def test_answers_to_prompts_of_every_format_come_from_training_documents(
+    tokenizer: SentencePieceTokenizer,
+) -> None:
+    builder = DocumentBuilder(VOCABULARY, tokenizer)
+    scene, target, first, second = (picture(seed) for seed in range(4))
+    source = np.full_like(scene, 120)  # flat, so that resizing changes nothing
+    documents = [
+        builder.chat(0, "t2i", TEXTS[0], [], [codes_of(scene)]),
+        builder.chat(1, "x2i", TEXTS[1], [codes_of(source)], [codes_of(target)]),
+        builder.interleaved(2, [codes_of(first), Text(TEXTS[2]), codes_of(second), Text("end")]),
+    ]
+    size = (16, 24)
+    prompts = [
+        Prompt("interleaved", parts=[first, TEXTS[2]], image_size=size),
+        Prompt("t2i", TEXTS[0], image_size=size),
+        Prompt("x2i", TEXTS[1], [source.repeat(2, axis=0).repeat(2, axis=1)], image_size=size),
+    ]
+    model = make_model([document.tokens for document in documents], tokenizer)
+    answers = model.generate(prompts, GREEDY)
+    for answer, expected in zip(answers, [second, scene, target], strict=True):
+        assert len(answer.images) == 1
+        assert np.array_equal(answer.images[0], expected)
+        assert answer.finished
+        assert answer.text == ""
+        assert len(answer.tokens) == len(answer.log_probs)
+
+
+def test_interleaved_answers_hold_text_and_several_pictures(
+    tokenizer: SentencePieceTokenizer,
+) -> None:
+    builder = DocumentBuilder(VOCABULARY, tokenizer)
+    first, second, third = (picture(seed) for seed in range(3))
+    story = [codes_of(first), Text("it moves"), codes_of(second), Text(" right"), codes_of(third)]
+    document = builder.interleaved(0, story)
+    prompt = Prompt("interleaved", parts=[first], image_size=(16, 24))
+    model = make_model([document.tokens], tokenizer, max_images=2)
+    (answer,) = model.generate([prompt], GREEDY)
+    assert [part if isinstance(part, str) else "picture" for part in answer.parts] == [
+        "it moves", "picture", " right", "picture",
+    ]  # fmt: skip
+    assert answer.text == "it moves right"
+    assert np.array_equal(answer.images[1], third)
+    chat = builder.chat(0, "explore", "it moves", [codes_of(first)], [codes_of(second)])
+    model = make_model([chat.tokens], tokenizer, interleaved_as="chat")
+    (answer,) = model.generate(
+        [Prompt("interleaved", parts=[first, "it moves"], image_size=(16, 24))], GREEDY
+    )
+    assert np.array_equal(answer.images[0], second)
+
+
+def test_picture_cut_short_is_left_out(tokenizer: SentencePieceTokenizer) -> None:
+    builder = DocumentBuilder(VOCABULARY, tokenizer)
+    document = builder.chat(0, "t2i", TEXTS[0], [], [codes_of(picture(0))])
+    model = make_model([document.tokens], tokenizer)
+    sampling = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=8)
+    (answer,) = model.generate([Prompt("t2i", TEXTS[0], image_size=(16, 24))], sampling)
+    assert not answer.finished
+    assert answer.images == []
+    assert len(answer.tokens) == 8
+
+
+def test_split_parts_reads_what_the_builder_writes(tokenizer: SentencePieceTokenizer) -> None:
+    codes = np.arange(15).reshape(3, 5)
+    for image_format in ("emu35", "emu3"):
+        builder = DocumentBuilder(VOCABULARY, tokenizer, image_format)
+        tokens = builder.interleaved(0, [Text("a red"), Picture(codes), Picture(codes.T)]).tokens
+        text, first, second = split_parts(tokens, VOCABULARY)
+        assert tokenizer.decode(text.tolist()) == "a red"
+        assert np.array_equal(first, codes)
+        assert np.array_equal(second, codes.T)
+
+
+def test_reconstruction_needs_no_decoder(tokenizer: SentencePieceTokenizer) -> None:
+    model = InferenceModel(None, VOCABULARY, tokenizer, GrayTokenizer(), max_sequence_length=8)
+    images = [picture(0), picture(1, 24, 16), picture(2)]
+    for image, found in zip(images, model.reconstruct(images, (16, 24)), strict=True):
+        assert np.array_equal(image, found)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt("t2x", "a"), "format"),
+        (Prompt("t2i", "a", image_size=(20, 24)), "whole number of visual tokens"),
+        (Prompt("t2i", "a red " * 3000, image_size=(16, 24)), "longer than the model"),
+    ],
+)
+def test_bad_prompts_are_the_users(
+    tokenizer: SentencePieceTokenizer, prompt: Prompt, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_model([np.array([1])], tokenizer).generate([prompt], GREEDY)
+
+
+# Checkpoints
+
+MODEL_CONFIG = ModelConfig(
+    num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=1, head_dim=16,
+    init_std=0.3, vocabulary=VOCABULARY_CONFIG,
+)  # fmt: skip
+
+
+@pytest.fixture
+def real_model() -> Iterator[torch.nn.Module]:
+    from model.transformer import build_model
+
+    started_here = not parallel.is_initialized()
+    if started_here:
+        parallel.initialize(rank=0, world_size=1)
+    yield build_model(MODEL_CONFIG, seed=5).eval()
+    if started_here:
+        parallel.destroy()
+
+
+def write_checkpoint(folder: Path, model: torch.nn.Module, metadata: dict[str, Any]) -> Path:
+    """As two ranks would write it: each block of a parameter in two halves, in two files."""
+    from model.layout import logical_parameters
+
+    folder.mkdir(parents=True)
+    files: list[dict[str, torch.Tensor]] = [{}, {}]
+    keys: dict[str, Any] = {}
+    parameters = dict(model.named_parameters())
+    for local_name, logical in logical_parameters(model).items():
+        pieces = []
+        for number, block in enumerate(logical.blocks):
+            values = block.of(parameters[local_name]).detach()
+            half = len(values) // 2
+            for rank, (start, part) in enumerate([(0, values[:half]), (half, values[half:])]):
+                name = f"{logical.name}@{number}"
+                files[rank][name] = part.clone()
+                first, *rest = block.global_offset
+                piece = {"file": f"{rank}.safetensors", "name": name}
+                pieces.append(piece | {"offset": [first + start, *rest], "shape": list(part.shape)})
+        shape = list(logical.global_shape)
+        entry = {"global_shape": shape, "dtype": "float32", "pieces": pieces}
+        keys[f"model/{logical.name}"] = entry
+    for rank, tensors in enumerate(files):
+        save_file(tensors, folder / f"{rank}.safetensors")
+    (folder / "manifest.json").write_text(
+        json.dumps({"format_version": 1, "keys": keys} | metadata)
+    )
+    return folder
+
+
+@pytest.fixture
+def checkpoint(
+    tokenizer_folder: Path, tokenizer: SentencePieceTokenizer, real_model: torch.nn.Module,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> Path:  # fmt: skip
+    monkeypatch.setattr("training.inference_loading.load_vision", lambda folder: GrayTokenizer())
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "text_tokenizer").symlink_to(tokenizer_folder)
+    metadata = {
+        "kind": "transformer",
+        "config": {"model": asdict(MODEL_CONFIG), "seed": 11},
+        "text_tokenizer": {"path": "text_tokenizer", "fingerprint": tokenizer.fingerprint},
+        "vision_tokenizer": {"path": "vision_tokenizer", "fingerprint": "gray"},
+    }
+    write_checkpoint(run / "sft" / "checkpoints" / "step_00000003", real_model, metadata)
+    return run / "sft"
+
+
+def change_manifest(stage: Path, **values: Any) -> None:
+    path = stage / "checkpoints" / "step_00000003" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_loaded_model_answers_like_the_one_that_was_saved(
+    checkpoint: Path, real_model: torch.nn.Module, tokenizer: SentencePieceTokenizer
+) -> None:
+    from model.generation.decoder import CachedDecoder
+
+    prompts = [Prompt("t2i", text, image_size=(16, 16)) for text in TEXTS[:3]]
+    loaded = InferenceModel.load(checkpoint).generate(prompts, GREEDY)
+    saved = InferenceModel(
+        CachedDecoder(real_model), VOCABULARY, tokenizer, GrayTokenizer(), max_sequence_length=2048
+    )
+    for found, expected in zip(loaded, saved.generate(prompts, GREEDY), strict=True):
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert found.log_probs.tolist() == expected.log_probs.tolist()
+        assert found.images[0].shape == (16, 16, 3)
+    fresh = InferenceModel.load(checkpoint, untrained=True).generate(prompts, GREEDY)
+    assert fresh[0].log_probs.tolist() != loaded[0].log_probs.tolist()
+
+
+def test_foreign_tokenizers_and_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    change_manifest(checkpoint, vision_tokenizer={"path": "vision_tokenizer", "fingerprint": "x"})
+    with pytest.raises(UserError, match="vision_tokenizer is not the one"):
+        InferenceModel.load(checkpoint)
+    train_sentencepiece(TEXTS, tmp_path / "other", TEXT_SIZE + 2)
+    with pytest.raises(UserError, match="text_tokenizer is not the one"):
+        InferenceModel.load(checkpoint, text_tokenizer=tmp_path / "other")
+    change_manifest(checkpoint, text_tokenizer=None)
+    with pytest.raises(UserError, match="does not say which text_tokenizer"):
+        InferenceModel.load(checkpoint)
+    change_manifest(checkpoint, kind="vision_tokenizer")
+    with pytest.raises(UserError, match="cannot generate"):
+        InferenceModel.load(checkpoint)
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        InferenceModel.load(tmp_path / "nowhere")
+
+
+def test_weights_of_another_size_are_refused(checkpoint: Path) -> None:
+    change_manifest(
+        checkpoint, config={"model": asdict(MODEL_CONFIG) | {"hidden_size": 64}, "seed": 1}
+    )
+    with pytest.raises(UserError, match="do not fit"):
+        InferenceModel.load(checkpoint)

@@ -1,0 +1,214 @@
+"""The vision tokenizer's stage: images out of shards, determinism, bitwise resume, collapse."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.checkpoint_format import CheckpointReader
+from model.errors import UserError
+from model.vision_tokenizer import load_vision_tokenizer
+from training.checkpoint import CheckpointStore
+from training.config import StageConfig, TrainConfig
+from training.objectives.image_data import busiest_crops, squares
+from training.objectives.vision_tokenizer import build, measure, parse_options
+
+MODEL = {
+    "ch": 8, "ch_mult": [1, 1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 48,
+    "z_channels": 8, "embed_dim": 8, "n_embed": 32, "norm_groups": 4, "cosine_similarity": True,
+    "logit_scale": 10.0, "mid_attention": False, "norm_scope": "pixel", "padding_mode": "replicate",
+}  # fmt: skip
+
+
+def png(seed, height=48, width=48):
+    rng = np.random.default_rng(seed)
+    pixels = np.full((height, width, 3), 245, dtype=np.uint8)
+    top, left = rng.integers(0, height - 12), rng.integers(0, width - 12)
+    pixels[top : top + 12, left : left + 12] = rng.integers(0, 256, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, entries):
+    with tarfile.open(path, "w") as archive:
+        for name, data in entries:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    entries = []
+    for index in range(20):
+        entries += [(f"{index:03d}.png", png(index)), (f"{index:03d}.txt", b"a box")]
+    entries += [("020.png", b"not a picture"), ("020.txt", b"broken"), ("021.xyz", b"?")]
+    write_tar(folder / "scenes.tar", entries)
+    edits = []
+    for index in range(4):
+        edits += [
+            (f"{index}.instruction.txt", b"move it"), (f"{index}.source_0.png", png(100 + index, 40, 80)),
+            (f"{index}.target.png", png(200 + index, 40, 80)),
+        ]  # fmt: skip
+    write_tar(folder / "edits.tar", edits)
+    return folder
+
+
+def make_config(corpora, tmp_path, **options):
+    data = {
+        "corpora": {
+            "scenes": {"path": str(corpora / "scenes.tar"), "weight": 3.0},
+            "edits": {"path": str(corpora / "edits.tar")},
+        },
+        "views": [{"area": 2304, "share": 1.0}, {"area": 2304, "share": 1.0, "crop": 16, "crops_per_image": 2}],
+        "num_held_back": 6,
+    }  # fmt: skip
+    values = {
+        "model": MODEL,
+        "data": data,
+        "continuous_steps": 2,
+        "average_decay": 0.9,
+        "num_threads": 1,
+    }
+    stage = StageConfig(
+        name="vision_tokenizer", objective="vision_tokenizer", steps=6, global_batch_size=4, micro_batch_size=4,
+        options=values | options,
+    )  # fmt: skip
+    return TrainConfig(run_folder=str(tmp_path), seed=5, stage=stage)
+
+
+def run_steps(job, first, last):
+    losses = []
+    for step in range(first, last):
+        result = job.engine.forward_backward(job.data.batch(step * 4))
+        job.engine.optimizer_step(1e-3)
+        losses.append(result.loss)
+    return losses
+
+
+def weights_of(engine):
+    shards = engine.model_shards() + engine.optimizer_shards()
+    return {shard.key: shard.tensor.clone() for shard in shards}
+
+
+def test_batches_are_a_pure_function(corpora, tmp_path):
+    first, second = (build(make_config(corpora, tmp_path)).data for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert dict(first.num_bad) == {"corrupt_image": 1, "unknown_kind": 1}
+    for start in (8, 0, 4):
+        for a, b in zip(first.batch(start), second.batch(start), strict=True):
+            assert np.array_equal(a, b)
+    shapes = {images.shape[1:] for start in range(0, 80, 4) for images in first.batch(start)}
+    # 40 x 80 pictures keep their aspect: 32 x 64 pixels hold no more than the area of 48 x 48.
+    assert shapes == {(48, 48, 3), (32, 64, 3), (16, 16, 3)}
+    trained = {image.tobytes() for images in first.images[2304] for image in images}
+    assert len(first.held_back) == 5
+    assert not trained & {image.tobytes() for image in first.held_back}
+
+
+def test_resume_is_bitwise(corpora, tmp_path):
+    config = make_config(corpora, tmp_path)
+    whole = build(config)
+    losses = run_steps(whole, 0, 6)
+
+    broken = build(config)
+    run_steps(broken, 0, 3)
+    store = CheckpointStore(tmp_path / "vision_tokenizer", broken.engine, 2, lambda phase: None)
+    folder = store.save(3, broken.metadata, "")
+    resumed = build(config)
+    with CheckpointReader(folder) as reader:
+        resumed.engine.load_model(reader)
+        resumed.engine.load_optimizer(reader)
+    assert run_steps(resumed, 3, 6) == losses[3:]
+    expected, got = weights_of(whole.engine), weights_of(resumed.engine)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_saved_tokenizer_loads_and_matches(corpora, tmp_path):
+    job = build(make_config(corpora, tmp_path))
+    run_steps(job, 0, 4)
+    stage_folder = tmp_path / "vision_tokenizer"
+    CheckpointStore(stage_folder, job.engine, 2, lambda phase: None).save(4, job.metadata, "")
+    tokenizer = load_vision_tokenizer(stage_folder)
+    assert (tokenizer.factor, tokenizer.codebook_size) == (8, 32)
+    codes = tokenizer.encode(
+        np.stack([image for image in job.data.held_back if image.shape[0] == 48])
+    )
+    metrics = job.engine.final_metrics()
+    assert 0 < metrics["codebook_use"] <= 1
+    assert np.unique(codes).size <= metrics["num_codes_used"]
+
+
+def test_training_lowers_the_loss_and_reports(corpora, tmp_path):
+    job = build(make_config(corpora, tmp_path, continuous_steps=15))
+    losses = run_steps(job, 0, 30)
+    assert np.mean(losses[10:15]) < 0.7 * losses[0]
+    result = job.engine.forward_backward(job.data.batch(0))
+    assert {
+        "psnr_db",
+        "codes_used",
+        "loss_l1",
+        "loss_l2",
+        "loss_quantization",
+    } <= result.extra.keys()
+    assert np.isfinite(result.gradient_norm)
+
+
+def test_collapse_stops_the_stage(corpora, tmp_path):
+    job = build(make_config(corpora, tmp_path))
+    with torch.no_grad():
+        job.engine.model.quantize.embedding.weight.copy_(torch.ones(32, 8))
+    with pytest.raises(UserError, match="collapsed"):
+        measure(job.engine.model, job.data.held_back, min_codebook_use=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": {"chanels": 8}}, "chanels"),
+        ({"model": {"ch": "many"}}, "stage.options"),
+        ({"data": {"corpora": {}}}, "no corpus given"),
+        ({"data": {"corpora": {"a": {"path": "x"}}, "views": [{"crop": 7}]}}, "views.0.crop"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        parse_options(options)
+
+
+def test_missing_and_empty_corpora_are_refused(corpora, tmp_path):
+    for path, message in (
+        (tmp_path / "no_*.tar", "no shards"),
+        (tmp_path / "text.tar", "no usable images"),
+    ):
+        write_tar(tmp_path / "text.tar", [("0.txt", b"words")])
+        with pytest.raises(UserError, match=message):
+            build(make_config(corpora, tmp_path, data={"corpora": {"a": {"path": str(path)}}}))
+
+
+def test_more_than_one_process_is_refused(corpora, tmp_path):
+    config = make_config(corpora, tmp_path)
+    config.parallel.data = 2
+    with pytest.raises(UserError, match="one process"):
+        build(config)
+
+
+def test_crops_and_squares():
+    image = np.zeros((32, 48, 3), dtype=np.uint8)
+    image[20:24, 36:40] = 255
+    image[2:3, 2:3] = 255
+    crops = busiest_crops(image, 16, 2)
+    assert np.array_equal(crops[0], image[16:32, 32:48])
+    assert np.array_equal(crops[1], image[:16, :16])
+    assert busiest_crops(image, 64, 2)[0] is image
+    found = list(squares(image, 5, np.random.default_rng(0)))
+    assert all(square.shape[0] == square.shape[1] >= 8 for square in found)
+    assert next(squares(image, 0, np.random.default_rng(0))) is image

@@ -1,0 +1,197 @@
+"""Evaluation: tasks give prompts and judge what the model answers; this module asks, counts and keeps samples.
+
+A task is any class with the shape of `EvaluationTask`; a configuration names it by dotted path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from model.errors import UserError
+from model.generation.settings import SamplingConfig
+from training.inference_prompts import Output, Prompt
+
+WILSON_Z = 1.959964  # of a 95% interval
+
+
+@dataclass
+class EvaluationPrompt:
+    """One question of a task. Pictures are uint8 [H, W, 3]."""
+
+    format: str  # t2i | x2i | interleaved | reconstruction
+    text: str = ""  # t2i, x2i: the caption or instruction
+    images: list[np.ndarray] = field(
+        default_factory=list
+    )  # x2i: sources; reconstruction: the pictures
+    parts: list[str | np.ndarray] = field(
+        default_factory=list
+    )  # interleaved: what came so far, in order
+    target: Any = None  # read by the task's `judge` only
+    image_size: tuple[int, int] = (0, 0)  # height and width in pixels of the pictures to make
+
+
+class EvaluationTask(Protocol):
+    """What a task answers for. `judge` returns True/False or a score in [0, 1]."""
+
+    name: str
+
+    def prompts(self) -> Sequence[EvaluationPrompt]: ...
+    def judge(
+        self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str
+    ) -> bool | float: ...
+
+
+class EvaluationModel(Protocol):
+    """What evaluation asks of a model; `training.inference.InferenceModel` is one."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, first_index: int = 0
+    ) -> list[Output]: ...
+
+    def reconstruct(
+        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
+    ) -> list[np.ndarray]: ...
+
+
+def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
+    """The task of class `package.module.Class`, made with `arguments`."""
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        task_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            "the evaluation task cannot be imported",
+            where=path,
+            expected="package.module.Class",
+            got=str(error),
+        ) from error
+    try:
+        return task_class(**arguments)
+    except TypeError as error:
+        raise UserError(
+            "the evaluation task does not take these arguments", where=path, got=str(error),
+            fix="give only arguments that the task's class has",
+        ) from error  # fmt: skip
+
+
+def wilson_interval(mean: float, count: int) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson 1927); (0, 1) without observations."""
+    if count == 0:
+        return 0.0, 1.0
+    spread = WILSON_Z**2 / count
+    center = (mean + spread / 2) / (1 + spread)
+    half = WILSON_Z * math.sqrt(mean * (1 - mean) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def evaluate(
+    model: EvaluationModel, tasks: Mapping[str, EvaluationTask], sampling: SamplingConfig, *,
+    batch_size: int = 128, seed: int = 0, samples_folder: Path | None = None, num_samples: int = 8,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson), `seconds` and `samples`.
+
+    With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
+    `samples` names them (relative to that folder) with their prompts and scores.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name, task in tasks.items():
+        started = time.monotonic()
+        scores: list[float] = []
+        samples: list[dict[str, Any]] = []
+        for prompt, images, text in _answers(
+            model, list(task.prompts()), sampling, batch_size, seed
+        ):
+            score = float(task.judge(prompt, images, text))
+            assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
+            if samples_folder is not None and len(samples) < num_samples:
+                stem = f"{name}_{len(scores):03d}"
+                record = _save_sample(samples_folder, stem, prompt, images, text, score)
+                samples.append({"group": name} | record)
+            scores.append(score)
+        accuracy = float(np.mean(scores)) if scores else 0.0
+        results[name] = {
+            "accuracy": accuracy,
+            "count": len(scores),
+            "interval": list(wilson_interval(accuracy, len(scores))),
+            "seconds": time.monotonic() - started,
+            "samples": samples,
+        }
+    return results
+
+
+def _answers(
+    model: EvaluationModel,
+    prompts: list[EvaluationPrompt],
+    sampling: SamplingConfig,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[EvaluationPrompt, list[np.ndarray], str]]:
+    """Each prompt with the pictures and the text of its answer, asked batch by batch."""
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        for prompt, answer in zip(batch, _answer(model, batch, sampling, seed, first), strict=True):
+            yield prompt, *answer
+
+
+def _answer(
+    model: EvaluationModel,
+    prompts: list[EvaluationPrompt],
+    sampling: SamplingConfig,
+    seed: int,
+    first_index: int,
+) -> list[tuple[list[np.ndarray], str]]:
+    """Images and text for each prompt. Reconstructions ask the vision tokenizer only."""
+    reconstructions = [prompt.format == "reconstruction" for prompt in prompts]
+    if any(reconstructions):
+        assert all(reconstructions), "a task asks for reconstructions only, or for none"
+        return [(model.reconstruct(prompt.images, prompt.image_size), "") for prompt in prompts]
+    questions = [
+        Prompt(prompt.format, prompt.text, prompt.images, prompt.parts, prompt.image_size)
+        for prompt in prompts
+    ]
+    return [
+        (output.images, output.text)
+        for output in model.generate(questions, sampling, seed, first_index)
+    ]
+
+
+def _save_sample(
+    folder: Path,
+    stem: str,
+    prompt: EvaluationPrompt,
+    images: list[np.ndarray],
+    text: str,
+    score: float,
+) -> dict[str, Any]:
+    """Writes the pictures of one answer and of its prompt; the record that describes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(kind: str, pictures: Sequence[np.ndarray]) -> list[str]:
+        names = []
+        for number, picture in enumerate(pictures):
+            names.append(f"{stem}_{kind}_{number}.png")
+            Image.fromarray(picture).save(folder / names[-1])
+        return names
+
+    words, shown = prompt.text, list(prompt.images)
+    if prompt.format == "interleaved":
+        words = " ".join(part for part in prompt.parts if isinstance(part, str))
+        shown = [part for part in prompt.parts if not isinstance(part, str)]
+    return {
+        "format": prompt.format,
+        "prompt": words,
+        "prompt_images": save("prompt", shown),
+        "images": save("answer", images),
+        "text": text,
+        "score": score,
+        "correct": score >= 0.5,
+    }

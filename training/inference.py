@@ -1,0 +1,258 @@
+"""A trained checkpoint that answers prompts: tokens of the prompt in, text and pictures out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.document import DocumentBuilder, Part, Picture, Text
+from data_pipeline.image import ImageConfig, smart_resize
+from data_pipeline.tokenizers import TextTokenizer, encode_grid
+from model.errors import UserError
+from model.generation.ar import ARGenerator, Decoder, Generation, Grid
+from model.generation.grammar import GrammarOptions, ImageGrammar
+from model.generation.settings import SamplingConfig
+from model.vocabulary import Vocabulary
+from training.inference_loading import VisionTokenizer, load_checkpoint
+from training.inference_prompts import FORMATS, INTERLEAVED_TASK, InferenceOptions, Output, Prompt
+
+ENCODER_BATCH_SIZE = 64  # pictures
+
+
+class InferenceModel:
+    """A decoder with its tokenizers. `load` makes one from a checkpoint folder."""
+
+    def __init__(
+        self, decoder: Decoder | None, vocabulary: Vocabulary, text_tokenizer: TextTokenizer,
+        vision_tokenizer: VisionTokenizer, *, max_sequence_length: int, image_format: str = "emu35",
+        options: InferenceOptions | None = None, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.decoder, self.vocabulary = decoder, vocabulary
+        self.text_tokenizer, self.vision_tokenizer = text_tokenizer, vision_tokenizer
+        self.max_sequence_length, self.device = max_sequence_length, device
+        self.options = options or InferenceOptions()
+        self.builder = DocumentBuilder(vocabulary, text_tokenizer, image_format)
+        *digits_from_one, zero, self.star_id, _ = encode_grid(text_tokenizer, 1234567890, 1)
+        self.digit_ids = [zero, *digits_from_one]
+
+    @classmethod
+    def load(
+        cls, checkpoint: Path | str, text_tokenizer: Path | str | None = None,
+        vision_tokenizer: Path | str | None = None, options: InferenceOptions | None = None, *,
+        untrained: bool = False,
+    ) -> InferenceModel:  # fmt: skip
+        """The model of a checkpoint folder (or of the newest one of a stage folder), in this process alone.
+
+        The tokenizers are those that the checkpoint names, below its run folder, unless others are given; either way
+        their fingerprints must be the recorded ones. `untrained` gives the stage's model with fresh weights instead.
+        """
+        loaded = load_checkpoint(checkpoint, text_tokenizer, vision_tokenizer, untrained=untrained)
+        return cls(
+            loaded.decoder, Vocabulary.from_config(loaded.config.vocabulary), loaded.text_tokenizer,
+            loaded.vision_tokenizer, max_sequence_length=loaded.config.max_sequence_length,
+            image_format=loaded.image_format, options=options, device=str(loaded.decoder.device),
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seed: int = 0,
+        first_index: int = 0,
+    ) -> list[Output]:
+        """One answer for each prompt. Prompt i draws with index `first_index + i`, whatever its batch."""
+        assert self.decoder is not None, "only the tokenizers were loaded"
+        with_codes = self._encode_prompts(prompts)
+        groups: dict[GrammarOptions, list[int]] = defaultdict(list)
+        for index, prompt in enumerate(prompts):
+            groups[self._grammar_options(prompt)].append(index)
+        answers: dict[int, Generation] = {}
+        for grammar_options, indices in groups.items():
+            grammar = ImageGrammar(
+                self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device
+            )
+            generator = ARGenerator(self.decoder, grammar, self.options.max_batch_size)
+            conditional = [self._prompt_tokens(with_codes[index]) for index in indices]
+            unconditional = [self._unconditional_tokens(with_codes[index]) for index in indices]
+            found = generator.sample(
+                conditional, self._fit(sampling, conditional), seed, [self._grid(prompts[index]) for index in indices],
+                unconditional, [first_index + index for index in indices],
+            )  # fmt: skip
+            answers.update(zip(indices, found, strict=True))
+        return self._outputs([answers[index] for index in range(len(prompts))])
+
+    def reconstruct(
+        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
+    ) -> list[np.ndarray]:
+        """Pictures through the vision tokenizer and back, at `image_size`."""
+        return self._decode_images(
+            [picture.codes for picture in self._encode_images(images, image_size)]
+        )
+
+    def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[_EncodedPrompt]:
+        sizes: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+        for prompt in prompts:
+            if prompt.format not in FORMATS:
+                raise UserError(
+                    "unknown format of a prompt", expected=", ".join(FORMATS), got=prompt.format
+                )
+            sizes[prompt.image_size] += _pictures(prompt)
+        codes = {size: iter(self._encode_images(images, size)) for size, images in sizes.items()}
+        encoded = []
+        for prompt in prompts:
+            pictures = [next(codes[prompt.image_size]) for _ in _pictures(prompt)]
+            in_order = iter(pictures)
+            parts: list[Part] = [
+                Text(part) if isinstance(part, str) else next(in_order)
+                for part in (prompt.parts if prompt.format == "interleaved" else [])
+            ]
+            encoded.append(_EncodedPrompt(prompt, parts, pictures))
+        return encoded
+
+    def _encode_images(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> list[Picture]:
+        """Codes of pictures, resized to the area of `size` (zeros: as they are, up to whole tokens)."""
+        config = (
+            ImageConfig(max_area=size[0] * size[1], min_area=size[0] * size[1])
+            if size[0]
+            else ImageConfig()
+        )
+        factor = self.vision_tokenizer.factor
+        resized = [smart_resize(image, config, factor) for image in images]
+        codes = _by_shape(resized, self.vision_tokenizer.encode)
+        return [Picture(np.asarray(grid)) for grid in codes]
+
+    def _decode_images(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return _by_shape(codes, self.vision_tokenizer.decode)
+
+    def _grammar_options(self, prompt: Prompt) -> GrammarOptions:
+        base = GrammarOptions(emu3_format=self.builder.image_format == "emu3")
+        if prompt.format != "interleaved":
+            return replace(
+                base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first
+            )
+        ends_with_text = bool(prompt.parts) and isinstance(prompt.parts[-1], str)
+        limit = self.options.max_images
+        first = self.options.image_first and ends_with_text
+        return replace(base, max_images=limit, stop_after_images=limit, begin_with_image=first)
+
+    def _prompt_tokens(self, item: _EncodedPrompt) -> list[int]:
+        prompt = item.prompt
+        if prompt.format != "interleaved":
+            return self.builder.chat_prompt(prompt.format, prompt.text, item.pictures)
+        if self.options.interleaved_as == "document":
+            return self.builder.interleaved_prompt(item.parts)
+        question = " ".join(part.text for part in item.parts if isinstance(part, Text))
+        return self.builder.chat_prompt(INTERLEAVED_TASK, question, item.pictures)
+
+    def _unconditional_tokens(self, item: _EncodedPrompt) -> list[int]:
+        """The prompt of guidance: the pictures stay, the words go."""
+        if item.prompt.format == "interleaved" and self.options.interleaved_as == "document":
+            return self.builder.interleaved_prompt(item.pictures)
+        return self.builder.unconditional_prompt(item.pictures)
+
+    def _grid(self, prompt: Prompt) -> Grid | None:
+        height, width = prompt.image_size
+        factor = self.vision_tokenizer.factor
+        if height % factor or width % factor:
+            raise UserError(
+                "the image size is not a whole number of visual tokens", expected=f"multiples of {factor} pixels",
+                got=f"{height} x {width}", fix=f"image_size={max(1, round(height / factor)) * factor}",
+            )  # fmt: skip
+        return (height // factor, width // factor) if height and width else None
+
+    def _fit(self, sampling: SamplingConfig, prompts: Sequence[list[int]]) -> SamplingConfig:
+        """At most as many new tokens as the model's length leaves behind the longest prompt."""
+        longest = max(len(prompt) for prompt in prompts)
+        room = self.max_sequence_length - longest
+        if room <= 0:
+            raise UserError(
+                "a prompt is longer than the model can read", got=f"{longest} tokens",
+                expected=f"fewer than model.max_sequence_length = {self.max_sequence_length}",
+                fix="give fewer or smaller pictures",
+            )  # fmt: skip
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+    def _outputs(self, generations: list[Generation]) -> list[Output]:
+        split = [split_parts(generation.ids, self.vocabulary) for generation in generations]
+        grids = [part for parts in split for part in parts if part.ndim == 2]
+        pictures = iter(self._decode_images(grids))
+        return [
+            self._output(generation, parts, pictures)
+            for generation, parts in zip(generations, split, strict=True)
+        ]
+
+    def _output(
+        self, generation: Generation, parts: list[np.ndarray], pictures: Iterator[np.ndarray]
+    ) -> Output:
+        shown: list[str | np.ndarray] = []
+        for part in parts:
+            is_image = part.ndim == 2
+            shown.append(next(pictures) if is_image else self.text_tokenizer.decode(part.tolist()))
+        text = "".join(part for part in shown if isinstance(part, str))
+        images = [part for part in shown if not isinstance(part, str)]
+        return Output(
+            text, images, shown, generation.ids, generation.log_probs, generation.finished
+        )
+
+
+@dataclass
+class _EncodedPrompt:
+    """A prompt with its pictures as codes: `parts` of an interleaved one, `pictures` in order of any."""
+
+    prompt: Prompt
+    parts: list[Part]
+    pictures: list[Picture]
+
+
+def split_parts(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
+    """Generated ids as text ids [n] and complete images as codes [h, w], in order. Other structure is left out.
+
+    An image that the length limit cut short is left out too.
+    """
+    parts: list[np.ndarray] = []
+    starts = np.flatnonzero(ids == vocabulary.boi)
+    ends = np.flatnonzero(ids == vocabulary.eoi)
+    position = 0
+    for start in starts:
+        parts.append(ids[position:start])
+        later = ends[ends > start]
+        position = int(later[0]) + 1 if len(later) else len(ids)
+        if len(later):
+            parts.append(_read_codes(ids[start:position], vocabulary))
+    parts.append(ids[position:])
+    kept = [part if part.ndim == 2 else part[part < vocabulary.text_size] for part in parts]
+    return [part for part in kept if part.size]
+
+
+def _read_codes(block: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """Codes [h, w] of an image block, whose rows are as long as the first."""
+    visual = vocabulary.is_visual(block)
+    first = int(np.argmax(visual))
+    width = int(np.argmin(visual[first:]))
+    return vocabulary.ids_to_codes(block[visual]).reshape(-1, width)
+
+
+def _pictures(prompt: Prompt) -> list[np.ndarray]:
+    if prompt.format == "interleaved":
+        return [part for part in prompt.parts if not isinstance(part, str)]
+    return list(prompt.images)
+
+
+def _by_shape(arrays: Sequence[np.ndarray], function: Any) -> list[np.ndarray]:
+    """`function` over batches of equal shape; results in the order of `arrays`."""
+    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, array in enumerate(arrays):
+        by_shape[array.shape].append(index)
+    results: dict[int, np.ndarray] = {}
+    for indices in by_shape.values():
+        for first in range(0, len(indices), ENCODER_BATCH_SIZE):
+            batch = indices[first : first + ENCODER_BATCH_SIZE]
+            results.update(
+                zip(batch, function(np.stack([arrays[index] for index in batch])), strict=True)
+            )
+    return [results[index] for index in range(len(arrays))]

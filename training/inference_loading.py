@@ -1,0 +1,137 @@
+"""From a checkpoint folder to a decoder and its tokenizers, in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipeline.tokenizers import TextTokenizer, load_text_tokenizer
+from model.checkpoint_format import CheckpointReader, latest_checkpoint
+from model.config import ModelConfig
+from model.errors import UserError
+from model.vocabulary import VocabularyConfig
+
+
+class VisionTokenizer(Protocol):
+    """Pictures to codes and back; see `model.vision_tokenizer`."""
+
+    factor: int
+    codebook_size: int
+    fingerprint: str
+
+    def encode(self, images: np.ndarray) -> np.ndarray: ...
+    def decode(self, codes: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass
+class LoadedModel:
+    decoder: Any  # model.generation.decoder.CachedDecoder
+    config: ModelConfig
+    text_tokenizer: TextTokenizer
+    vision_tokenizer: VisionTokenizer
+    image_format: str  # of the documents that it was trained on
+
+
+def load_checkpoint(
+    checkpoint: Path | str, text_tokenizer: Path | str | None = None, vision_tokenizer: Path | str | None = None, *,
+    untrained: bool = False,
+) -> LoadedModel:  # fmt: skip
+    """Loads the checkpoint that a folder means; arguments as of `InferenceModel.load`."""
+    folder = latest_checkpoint(checkpoint)
+    with CheckpointReader(folder) as reader:
+        manifest = reader.manifest
+        check_kind(manifest, folder)
+        text = load_text_tokenizer(
+            tokenizer_folder(manifest, folder, "text_tokenizer", text_tokenizer)
+        )
+        check_fingerprint(manifest, folder, "text_tokenizer", text.fingerprint)
+        vision = load_vision(
+            tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer)
+        )
+        check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
+        config = model_config(manifest["config"]["model"])
+        decoder = load_decoder(reader, config, manifest["config"]["seed"] if untrained else None)
+    return LoadedModel(decoder, config, text, vision, manifest.get("image_format", "emu35"))
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """The `ModelConfig` that a manifest holds as a plain dictionary."""
+    return ModelConfig(**{**values, "vocabulary": VocabularyConfig(**values["vocabulary"])})
+
+
+def check_kind(manifest: dict[str, Any], folder: Path) -> None:
+    if manifest.get("kind") != "transformer":
+        raise UserError(
+            "this checkpoint cannot generate", where=str(folder), expected="a checkpoint of kind transformer",
+            got=str(manifest.get("kind")), fix="name the folder of a pretraining or fine-tuning stage",
+        )  # fmt: skip
+
+
+def tokenizer_folder(
+    manifest: dict[str, Any], checkpoint: Path, name: str, given: Path | str | None
+) -> Path:
+    """Where a tokenizer is: `given`, or the recorded path below the run folder of `checkpoint`."""
+    recorded = manifest.get(name)
+    if given is not None:
+        return Path(given)
+    if not recorded:
+        raise UserError(
+            f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint),
+            fix=f"{name}=FOLDER",
+        )  # fmt: skip
+    run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
+    return run_folder / recorded["path"]
+
+
+def check_fingerprint(
+    manifest: dict[str, Any], checkpoint: Path, name: str, fingerprint: str
+) -> None:
+    expected = (manifest.get(name) or {}).get("fingerprint")
+    if expected is not None and expected != fingerprint:
+        raise UserError(
+            f"the {name} is not the one that the checkpoint was trained with", where=str(checkpoint),
+            expected=f"fingerprint {expected}", got=fingerprint, fix=f"{name}=FOLDER of the right one",
+        )  # fmt: skip
+
+
+def load_vision(folder: Path) -> VisionTokenizer:
+    from model.vision_tokenizer import load_vision_tokenizer
+
+    return load_vision_tokenizer(folder)
+
+
+def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None) -> Any:
+    """A `CachedDecoder` with the checkpoint's weights, or with fresh ones drawn from `seed`."""
+    from model import parallel
+    from model.generation.decoder import CachedDecoder
+    from model.transformer import build_model
+
+    if not parallel.is_initialized():
+        parallel.initialize(rank=0, world_size=1)
+    model = build_model(config, seed=seed)
+    if seed is None:
+        load_weights(model, reader)
+    return CachedDecoder(model.eval())
+
+
+def load_weights(model: Any, reader: CheckpointReader) -> None:
+    """Fills this rank's part of a model by logical name, whatever layout wrote the checkpoint."""
+    import torch
+
+    from model.layout import logical_parameters
+
+    parameters = dict(model.named_parameters())
+    for local_name, logical in logical_parameters(model).items():
+        key = f"model/{logical.name}"
+        if reader.global_shape(key) != logical.global_shape:
+            raise UserError(
+                "the checkpoint's weights do not fit its model configuration", where=f"{reader.folder}: {key}",
+                expected=str(logical.global_shape), got=str(reader.global_shape(key)),
+            )  # fmt: skip
+        with torch.no_grad():
+            for block in logical.blocks:
+                values = reader.read(key, block.global_offset, block.shape)
+                block.of(parameters[local_name]).copy_(values)

@@ -1,0 +1,63 @@
+"""Questions, answers and options of inference. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from model.errors import Problems
+
+FORMATS = ("t2i", "x2i", "interleaved")
+INTERLEAVED_TASK = "explore"  # of the chat template, when interleaved prompts are asked as chat
+
+
+@dataclass
+class Prompt:
+    """One question.
+
+    Pictures are uint8 [H, W, 3] of any size; they are resized to the area of `image_size`, which is the height and
+    width in pixels of the pictures to make (zeros: the model chooses).
+    """
+
+    format: str  # t2i | x2i | interleaved
+    text: str = ""  # caption or instruction
+    images: list[np.ndarray] = field(default_factory=list)  # sources
+    # What came so far, in order; read for interleaved prompts, which have neither text nor images apart from it.
+    parts: list[str | np.ndarray] = field(default_factory=list)
+    image_size: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Output:
+    """One answer. `parts` holds its text and pictures (uint8 [H, W, 3]) in order."""
+
+    text: str
+    images: list[np.ndarray]
+    parts: list[str | np.ndarray]
+    tokens: np.ndarray  # int64 [n]
+    log_probs: np.ndarray  # float32 [n]; see `model.generation.ar.Generation`
+    finished: bool  # False: the length limit came first
+
+
+@dataclass
+class InferenceOptions:
+    """How prompts are put and what may be answered.
+
+    `interleaved_as`: "document" continues a pretraining document, "chat" asks in the chat template. `max_images` is
+    for answers to interleaved prompts; other formats are answered with one picture. `image_first`: an answer starts
+    with a picture, unless an interleaved prompt ends with one.
+    """
+
+    interleaved_as: str = "document"
+    max_images: int = 1
+    image_first: bool = True
+    max_batch_size: int = 256  # sequences decoded at once
+
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(
+            self.interleaved_as in ("document", "chat"), f"{key}.interleaved_as",
+            f"unknown value {self.interleaved_as!r}", f"{key}.interleaved_as=document",
+        )  # fmt: skip
+        problems.check(self.max_images > 0, f"{key}.max_images", "must be positive")
+        problems.check(self.max_batch_size > 0, f"{key}.max_batch_size", "must be positive")

@@ -297,6 +297,7 @@ def test_damaged_newest_checkpoint(tmp_path, monkeypatch, capsys):
     assert "step_00000008 is damaged" in capsys.readouterr().err
     assert events(config, "damaged_checkpoint")[0]["checkpoint"] == "step_00000008"
     assert events(config, "resume")[0]["step"] == 5
+    assert [line["step"] for line in metric_lines(config)] == list(range(1, 21))
     assert_same_weights(unbroken, config)
 
 

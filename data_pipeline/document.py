@@ -1,8 +1,8 @@
 """Samples to documents: image blocks, interleaved video, any-to-image, chat.
 
 Training documents and the prompts of inference are made by the same methods, so they never drift.
-Formats: `src/utils/input_utils.py` and `configs/` of github.com/baaivision/Emu3.5. Where text stands
-relative to video frames is not published; here it stands before the frame it precedes.
+Formats: `src/utils/input_utils.py` and `configs/` of github.com/baaivision/Emu3.5. Where text
+stands relative to video frames is not published; here it stands before the frame it precedes.
 """
 
 from __future__ import annotations

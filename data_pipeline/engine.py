@@ -1,4 +1,4 @@
-"""Runs shard jobs: which shard belongs to which task, and the tasks on datatrove or in this process.
+"""Runs shard jobs: which shard belongs to which task; the tasks on datatrove or in this process.
 
 A task is a group of shards chosen by a hash of the shard's name. What is done is told by the token
 files' manifests and by nothing else, so the number of tasks may change at any time.

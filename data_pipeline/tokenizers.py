@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import io
+import itertools
 import json
 import re
 import unicodedata
@@ -136,7 +137,8 @@ def encode_grid(tokenizer: TextTokenizer, height: int, width: int) -> list[int]:
         encoded = tokenizer.encode(character)
         if len(encoded) != 1:
             raise UserError(
-                "the text tokenizer cannot write image sizes", expected="one token for each digit and *",
+                "the text tokenizer cannot write image sizes",
+                expected="one token for each digit and *",
                 got=f"{len(encoded)} tokens for {character!r}",
                 fix="train the tokenizer with digits and * among its characters",
             )  # fmt: skip
@@ -215,24 +217,24 @@ def train_sentencepiece(
     The same texts in the same order give the same bytes: one thread, nothing sampled. Text is
     taken as it is (no normalisation, no added space), unknown characters become bytes, and digits
     stand one by one, so that decode(encode(x)) == x. `character_coverage` is the share of the
-    text's characters that get pieces of their own, lowered where they would take more than a quarter of
-    the pieces. `inputs` is kept in the description, which is
-    written last. Raises `UserError` when the texts are too
-    few for `size` pieces.
+    text's characters that get pieces of their own, as far as `_rare_characters` allows. `inputs` is
+    kept in the description, which is written last. Raises `UserError` when the texts are too few
+    for `size` pieces.
     """
     import sentencepiece
 
     model = io.BytesIO()
     lines = list(_training_lines(texts))  # the trainer holds them all anyway
-    coverage = min(character_coverage, _affordable_coverage(lines, (size - _NUM_BYTES) // 4))
+    rare = _rare_characters(lines, size - _NUM_BYTES, character_coverage)
+    sentences = [part for line in lines for part in line.translate(rare).split("\n") if part]
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=size,
+            sentence_iterator=iter(sentences), model_writer=model, vocab_size=size,
             model_type="unigram", num_threads=1, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, required_chars="0123456789*",
-            character_coverage=coverage, shuffle_input_sentence=False,
+            character_coverage=1.0, shuffle_input_sentence=False,
             max_sentence_length=_MAX_LINE_BYTES + 8, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
             minloglevel=2,
         )  # fmt: skip
@@ -263,13 +265,21 @@ def _training_error(error: RuntimeError, size: int) -> UserError:
     )  # fmt: skip
 
 
-def _affordable_coverage(lines: Iterable[str], max_characters: int) -> float:
-    """The share of all characters that the `max_characters` most frequent ones make up."""
+def _rare_characters(lines: Iterable[str], num_pieces: int, coverage: float) -> dict[int, str]:
+    """A table that turns the characters without a piece of their own into line ends.
+
+    Kept are the most frequent ones that make up `coverage` of the text, as far as they take a
+    quarter of the pieces at most (of a small vocabulary, a half). The trainer has an option for
+    the share, but not for the number, without which Chinese text leaves no room for words.
+    """
     counts: Counter[str] = Counter()
     for line in lines:
         counts.update(line)
-    frequent = sorted(counts.values(), reverse=True)[: max(1, max_characters)]
-    return sum(frequent) / max(1, counts.total())
+    ordered = sorted(counts, key=lambda character: (-counts[character], character))
+    covered = itertools.accumulate(counts[character] for character in ordered)
+    wanted = sum(total < coverage * counts.total() for total in covered) + 1
+    num_kept = min(wanted, max(num_pieces // 4, min(num_pieces // 2, 128)))
+    return dict.fromkeys(map(ord, ordered[num_kept:]), "\n")
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -54,7 +54,7 @@ class FilterChain:
         self.filters = [(FILTERS[config.name](), config) for config in configs]
 
     def check(self, sample: PreparedSample) -> None:
-        """Raises `SampleError("filter_<name>")` at the first filter that the sample does not pass."""
+        """Raises `SampleError("filter_<name>")` at the first filter that refuses the sample."""
         for quality, config in self.filters:
             score = quality.score(sample)
             if score is None:

@@ -37,7 +37,7 @@ class Sample:
     def text(self, extension: str) -> str:
         """The part as text: UTF-8, without a byte order mark, with `\\n` line ends, stripped.
 
-        Raises `SampleError`: `corrupt_text` when it is not UTF-8, `empty_text` when nothing is left.
+        Raises `SampleError`: `corrupt_text` if it is not UTF-8, `empty_text` if nothing is left.
         """
         try:
             text = self.parts[extension].decode("utf-8-sig")

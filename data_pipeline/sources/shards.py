@@ -75,7 +75,7 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of each file of the tar; raises `_DamageError` where it ends too soon.
+    """(key, extension, bytes) of each file of the tar; raises `_DamageError` if it ends too soon.
 
     tarfile, and webdataset's own reader on top of it, takes a broken header as the end of the
     archive without a word. Hence the look at the block where reading ended.

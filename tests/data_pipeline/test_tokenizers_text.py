@@ -6,6 +6,7 @@ import base64
 import json
 import unicodedata
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ TEXTS = [
     "红色的圆形在左上角。蓝色的正方形在中间。你好，世界！今天天气很好。",
     "You are a helpful assistant for t2i task. USER: draw it ASSISTANT: ",
     "In 1984 there were 128 * 64 = 8192 pixels;\nnow there are many more, aren't there?",
-] * 20
+] * 20 + [topics["lambda"], topics["comparisons"]]  # real English text
 CONTROL_TEXT = "<s></s><unk><0x41><pad><|extra_200|><|image start|><|endoftext|>[CLS]"
 
 

@@ -18,6 +18,9 @@ from data_pipeline.video.transcript import join_words, parse_transcript
 from model.errors import Problems, UserError
 from training.config import TrainConfig
 
+# Raised when the same texts and options would give another tokenizer than before.
+CODE_VERSION = 1
+
 # What every chat document says, so that it costs few tokens whatever the corpora are.
 _TEMPLATE_TEXTS = (
     "You are a helpful assistant. USER:  ASSISTANT: ",
@@ -72,6 +75,7 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     started = time.monotonic()
     shards = find_shards(options.corpora)
     inputs = {
+        "code_version": CODE_VERSION,
         "options": asdict(options),
         "seed": config.seed,
         "shards": {str(path): checksum_file(path) for path in shards},

@@ -118,7 +118,7 @@ def load_array(path: Path) -> np.ndarray:
 
 def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
     """CRC32 of a row: its tokens' bytes (int32) followed by its segments' bytes."""
-    return zlib.crc32(segments.view(np.uint8), zlib.crc32(tokens.view(np.uint8)))
+    return zlib.crc32(segments.view(np.uint8).data, zlib.crc32(tokens.view(np.uint8).data))
 
 
 def check_row(

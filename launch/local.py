@@ -20,7 +20,6 @@ from training.config import TrainConfig, save_yaml
 from training.objectives.next_token import RENDEZVOUS_VARIABLE
 from training.stage import EXIT_STOPPED, SUMMARY_NAME, StoppedEarly, run_stage
 
-
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 0.05
 # After one rank failed the others get this long to notice, tell their own story and end.
@@ -35,6 +34,7 @@ class Worker:
     process: subprocess.Popen[bytes]
     log_path: Path | None  # None: rank 0, which writes to this process's stderr
     report_path: Path
+    was_killed: bool = False  # by this process, because another rank had failed
 
     def read_report(self) -> dict[str, Any] | None:
         return json.loads(self.report_path.read_text()) if self.report_path.exists() else None
@@ -77,6 +77,7 @@ class Supervisor:
     def kill(self) -> None:
         for worker in self.workers:
             if worker.process.poll() is None:
+                worker.was_killed = True
                 worker.process.kill()
                 worker.process.wait()
 
@@ -147,13 +148,16 @@ def judge_exits(workers: list[Worker], codes: list[int], signals_sent: set[int])
         -code in signals_sent for code in codes
     ):
         raise StoppedEarly
-    if reports:
+    deaths = [
+        _describe_death(worker, code)
+        for worker, code in zip(workers, codes, strict=True)
+        if code not in (0, EXIT_STOPPED) and not worker.was_killed and worker.rank not in reports
+    ]
+    if deaths or not reports:
+        message = "\n".join(deaths or ["all ranks were killed"])
+    else:
         rank, report = min(reports.items(), key=lambda item: item[1]["time"])
         message = f"rank {rank} failed:\n{report['message']}"
-    else:
-        message = "\n".join(
-            _describe_death(worker, code) for worker, code in zip(workers, codes, strict=True)
-        )
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(1)
 

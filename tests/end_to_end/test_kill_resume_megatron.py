@@ -1,4 +1,4 @@
-"""`nextstate train` with the real engine on two processes, killed with -9: the end is bitwise that of an unbroken run."""
+"""`nextstate train` with the real engine on two processes: interrupted runs end bitwise as an unbroken one."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def wait_for_step(process: subprocess.Popen, config: TrainConfig, step: int) -> 
         time.sleep(0.005)
 
 
-def test_killed_twice_ends_bitwise_equal(tmp_path, packed):
+def test_killed_and_stopped_run_ends_bitwise_equal(tmp_path, packed):
     unbroken = make_config(tmp_path / "one", packed)
     summary = finish(start(unbroken), unbroken)
     assert (summary["steps"], summary["data"]) == (STEPS, 2)
@@ -110,12 +110,10 @@ def test_killed_twice_ends_bitwise_equal(tmp_path, packed):
     assert "SIGKILL" in (tmp_path / "two/stderr.txt").read_text()
 
     process = start(broken)
-    wait_for_step(process, broken, draw.randint(8, 11))
-    workers = psutil.Process(process.pid).children()
-    process.kill()
-    process.communicate()
-    psutil.wait_procs(workers, timeout=30)
-    assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+    wait_for_step(process, broken, draw.randint(7, 9))
+    process.send_signal(signal.SIGTERM)
+    answer, _ = process.communicate(timeout=60)
+    assert (process.returncode, answer) == (3, "")
 
     assert finish(start(broken), broken)["loss_last"] == summary["loss_last"]
     for name in ("rank_00000.safetensors", "rank_00001.safetensors"):

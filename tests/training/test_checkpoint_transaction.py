@@ -139,7 +139,9 @@ def test_damaged_newest_is_passed_over(tmp_path, damage):
 def test_damage_seen_by_one_rank_is_known_to_all(tmp_path):
     on_ranks(2, lambda rank, engine: save(make_store(tmp_path, engine), 5))
     on_ranks(2, lambda rank, engine: save(make_store(tmp_path, engine), 10))
-    content = bytearray((tmp_path / "checkpoints/step_00000010/rank_00001.safetensors").read_bytes())
+    content = bytearray(
+        (tmp_path / "checkpoints/step_00000010/rank_00001.safetensors").read_bytes()
+    )
     content[-1] ^= 1
     (tmp_path / "checkpoints/step_00000010/rank_00001.safetensors").write_bytes(content)
     found = on_ranks(
@@ -162,9 +164,14 @@ def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path):
         save(store, step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000003"]
     shutil.copytree(store.folder / "step_00000004", store.folder / ".tmp-step_00000005")
-    (store.folder / "step_00000002").mkdir()  # its manifest was removed, then the process was killed
+    (
+        store.folder / "step_00000002"
+    ).mkdir()  # its manifest was removed, then the process was killed
     save(make_store(tmp_path, FakeEngine(), keep=2), 5)
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000004", "step_00000005"]
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        "step_00000004",
+        "step_00000005",
+    ]
 
 
 def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path):
@@ -173,7 +180,9 @@ def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path):
     def write(rank, engine):
         store = make_store(tmp_path, engine)
         if rank == 1:
-            store._write_own_files = lambda temporary: (_ for _ in ()).throw(OSError(28, "No space"))
+            store._write_own_files = lambda temporary: (_ for _ in ()).throw(
+                OSError(28, "No space")
+            )
         save(store, 10)
 
     results = on_ranks(2, write)

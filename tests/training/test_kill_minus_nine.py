@@ -47,7 +47,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert leftovers == []
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_in_every_phase(tmp_path, unbroken, seed):
     outcome = play(tmp_path, seed, "own")
     assert outcome["num_kills"] >= 3

@@ -36,7 +36,11 @@ def test_a_hang_is_named_and_every_rank_leaves_its_stacks(tmp_path, capfd):
     for rank in range(2):
         assert "test_a_hang_is_named" in (tmp_path / f"stacks_rank_{rank}.txt").read_text()
     hang = read_json_lines(tmp_path / "events.jsonl")[0]
-    assert (hang["event"], hang["rank_behind"], hang["phase_behind"]) == ("hang", 1, "wait for data")
+    assert (hang["event"], hang["rank_behind"], hang["phase_behind"]) == (
+        "hang",
+        1,
+        "wait for data",
+    )
     assert "rank behind all others is 1 in phase 'wait for data'" in capfd.readouterr().err
     json.dumps(hang)
 

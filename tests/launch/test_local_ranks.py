@@ -1,0 +1,112 @@
+"""Starting ranks as processes: whose failure is told, which exit code, and nobody is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.commands import train
+from launch.local import Worker, judge_exits, run_local
+from launch.worker import PARENT_VARIABLE, REPORT_VARIABLE
+from model.errors import UserError
+from training.config import TrainConfig
+from training.stage import StoppedEarly
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def workers_with(folder: Path, *reports) -> list[Worker]:
+    workers = []
+    for rank, report in enumerate(reports):
+        path = folder / f"report_{rank}.json"
+        if report:
+            path.write_text(json.dumps(report))
+        workers.append(Worker(rank, SimpleNamespace(), folder / "log", path))  # type: ignore[arg-type]
+    return workers
+
+
+def defect(message: str, time: float) -> dict:
+    return {"kind": "defect", "message": message, "time": time}
+
+
+def test_all_well(tmp_path):
+    judge_exits(workers_with(tmp_path, None, None), [0, 0], set())
+
+
+def test_the_users_mistake_comes_before_what_it_caused(tmp_path):
+    mistake = {"kind": "user_error", "message": "no such data", "time": 5.0}
+    workers = workers_with(tmp_path, defect("connection closed", 4.0), mistake)
+    with pytest.raises(UserError, match="no such data"):
+        judge_exits(workers, [1, 2], set())
+
+
+def test_stopping_passes_through(tmp_path):
+    with pytest.raises(StoppedEarly) as stopped:
+        judge_exits(workers_with(tmp_path, None, None), [3, 3], {signal.SIGTERM})
+    assert stopped.value.code == 3
+    with pytest.raises(StoppedEarly):  # the signal came before the handlers were there
+        judge_exits(workers_with(tmp_path, None, None), [-15, -9], {signal.SIGTERM})
+
+
+def test_the_first_defect_is_told(tmp_path, capsys):
+    workers = workers_with(tmp_path, defect("connection closed", 9.0), defect("the cause", 8.0))
+    with pytest.raises(SystemExit) as ended:
+        judge_exits(workers, [1, 1], set())
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "rank 1 failed:\nthe cause\n"
+
+
+def test_a_killed_rank_is_the_cause_of_the_others_complaints(tmp_path, capsys):
+    workers = workers_with(tmp_path, defect("connection closed", 9.0), None, None)
+    workers[2].was_killed = True
+    with pytest.raises(SystemExit):
+        judge_exits(workers, [1, -9, -9], set())
+    told = capsys.readouterr().err
+    assert told.startswith("rank 1: ended by SIGKILL")
+    assert "rank 2" not in told
+
+
+def test_a_mistake_of_two_ranks_is_raised_once(tmp_path, capfd):
+    """Real processes; both find the unknown option."""
+    config = TrainConfig(run_folder=str(tmp_path))
+    config.stage.objective = "vision_tokenizer"
+    config.stage.options = {"colour": "blue"}
+    config.parallel.data = 2
+    with pytest.raises(UserError, match="colour"):
+        run_local(config)
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "Traceback" not in output.err
+
+
+def test_the_command_validates_before_it_starts_anything(tmp_path):
+    config = TrainConfig(run_folder=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="no dataset is named"):
+        train.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """It hangs on reading its config; then the other end of the pipe is closed, as by a kill -9."""
+    os.mkfifo(tmp_path / "config.yaml")
+    read_end, write_end = os.pipe()
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY), PARENT_VARIABLE: str(read_end),
+        REPORT_VARIABLE: str(tmp_path / "report.json"),
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.worker", "--config", tmp_path / "config.yaml"],
+        env=environment, pass_fds=(read_end,),
+    )  # fmt: skip
+    os.close(read_end)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    os.close(write_end)
+    assert process.wait(30) == 1

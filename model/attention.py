@@ -40,40 +40,43 @@ class SpanBatch:
 
 
 @dataclass
-class PackedDocuments(PackedSeqParams):
-    """One micro-batch of packed documents, flattened to T tokens; T_local = T / context of them on this rank.
+class RowMoves:
+    """How tokens get into the padded rows of the batches, and back.
 
     Spans are padded to the length of their batch by repeating their last token. Causal attention never looks at
     what lies behind, and nothing reads the outputs of the repeats, so they change neither values nor gradients.
     """
 
-    rotary_cos: torch.Tensor | None = None  # [T_local, 1, head_dim]
-    rotary_sin: torch.Tensor | None = None
-    batches: list[SpanBatch] | None = None
-    query_rows: torch.Tensor | None = (
-        None  # int64, the query token of each padded row; None: rows are the tokens
-    )
-    key_rows: torch.Tensor | None = (
-        None  # int64, the key token (of all ranks' tokens) of each padded row
-    )
-    home_rows: torch.Tensor | None = None  # int64 [T_local], the padded row of each query token
-    gathered_order: torch.Tensor | None = (
-        None  # int64 [T], token -> its row after the gather over context ranks
-    )
+    query_rows: torch.Tensor  # int64, the query token (of this rank) of each padded row
+    key_rows: torch.Tensor  # int64, the key token (of all context ranks) of each padded row
+    home_rows: torch.Tensor  # int64 [T_local], the padded row of each query token
 
 
-@dataclass
+@dataclass(kw_only=True)
+class PackedDocuments(PackedSeqParams):
+    """One micro-batch of packed documents, flattened to T tokens; T_local = T / context of them on this rank."""
+
+    rotary_cos: torch.Tensor  # [T_local, 1, head_dim]
+    rotary_sin: torch.Tensor
+    batches: list[SpanBatch]
+    moves: RowMoves | None  # None: spans of one length side by side, the rows are the tokens
+    gathered_order: (
+        torch.Tensor | None
+    )  # int64 [T], token -> its row after the gather; None: one context rank
+
+
+@dataclass(kw_only=True)
 class CachedSequences(PackedSeqParams):
     """B sequences that decode in step: t new tokens each behind what `cache` holds of them."""
 
-    cache: KeyValueCache | None = None
-    slots: torch.Tensor | None = None  # int64 [B, t], where the new keys go
-    mask: torch.Tensor | None = (
-        None  # bool [B, 1, t, reach], true where attended; None: one token, equal lengths
-    )
-    reach: int = 0  # slots that any row may attend to
-    rotary_cos: torch.Tensor | None = None  # [t, B, 1, head_dim]
-    rotary_sin: torch.Tensor | None = None
+    cache: KeyValueCache
+    slots: torch.Tensor  # int64 [B, t], where the new keys go
+    reach: int  # slots that any row may attend to
+    mask: (
+        torch.Tensor | None
+    )  # bool [B, 1, t, reach], true where attended; None: one token, equal lengths
+    rotary_cos: torch.Tensor  # [t, B, 1, head_dim]
+    rotary_sin: torch.Tensor
 
 
 def rotary_tables(
@@ -131,15 +134,16 @@ def pack_documents(
         "position_ids must be those of this context rank's tokens"
     )
     queries, keys = _pieces(np.asarray(cu_seqlens, dtype=np.int64), held, context_size)
-    cos, sin = rotary_tables(position_ids, head_dim, rope_theta, dtype)
-    packed = PackedDocuments(qkv_format="thd", rotary_cos=cos[:, None], rotary_sin=sin[:, None])
-    _group_spans(packed, queries, keys, device)
+    batches, moves = _group_spans(queries, keys, device)
+    order = None
     if context_size > 1:
-        order = np.concatenate(
-            [context_token_ids(total, rank, context_size) for rank in range(context_size)]
-        )
-        packed.gathered_order = torch.from_numpy(np.argsort(order)).to(device)
-    return packed
+        gathered = [context_token_ids(total, rank, context_size) for rank in range(context_size)]
+        order = torch.from_numpy(np.argsort(np.concatenate(gathered))).to(device)
+    cos, sin = rotary_tables(position_ids, head_dim, rope_theta, dtype)
+    return PackedDocuments(
+        qkv_format="thd", rotary_cos=cos[:, None], rotary_sin=sin[:, None], batches=batches, moves=moves,
+        gathered_order=order,
+    )  # fmt: skip
 
 
 def _pieces(
@@ -164,37 +168,34 @@ def _pieces(
 
 
 def _group_spans(
-    packed: PackedDocuments, queries: np.ndarray, keys: np.ndarray, device: torch.device
-) -> None:
-    """Fill `packed` with few batches of spans of similar length and the rows that lead into and out of them."""
-    complete = queries[:, 1] == keys[:, 1]
+    queries: np.ndarray, keys: np.ndarray, device: torch.device
+) -> tuple[list[SpanBatch], RowMoves | None]:
+    """Few batches of spans of similar length, and the rows that lead into and out of them."""
     lengths = queries[:, 1]
-    steps = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(_LENGTH_RATIO)).astype(np.int64)
+    complete = lengths == keys[:, 1]
+    steps = np.ceil(np.log(lengths) / np.log(_LENGTH_RATIO)).astype(np.int64)
     groups = [np.flatnonzero(complete & (steps == step)) for step in np.unique(steps[complete])]
     groups += [np.array([index]) for index in np.flatnonzero(~complete)]
     batches, query_rows, key_rows = [], [], []
     home = np.empty(int(lengths.sum()), dtype=np.int64)
-    row = 0
+    num_rows = 0
     for members in groups:
-        query_length, key_length = int(queries[members, 1].max()), int(keys[members, 1].max())
+        query_length, key_length = int(lengths[members].max()), int(keys[members, 1].max())
         query_tokens, valid = _padded_tokens(queries[members], query_length)
         key_tokens, _ = _padded_tokens(keys[members], key_length)
         mask = None
         if key_length != query_length:
             mask = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
             mask = mask.tril(key_length - query_length)
-        home[query_tokens[valid]] = row + np.flatnonzero(valid)
-        row += query_tokens.size
+        home[query_tokens[valid]] = num_rows + np.flatnonzero(valid)
+        num_rows += query_tokens.size
         query_rows.append(query_tokens.ravel())
         key_rows.append(key_tokens.ravel())
         batches.append(SpanBatch(len(members), query_length, key_length, mask))
-    packed.batches = batches
-    all_queries, all_keys = np.concatenate(query_rows), np.concatenate(key_rows)
-    if np.array_equal(all_queries, np.arange(home.size)) and np.array_equal(all_queries, all_keys):
-        return  # spans of one length, side by side: no rows need to move
-    packed.query_rows = torch.from_numpy(all_queries).to(device)
-    packed.key_rows = torch.from_numpy(all_keys).to(device)
-    packed.home_rows = torch.from_numpy(home).to(device)
+    rows = [np.concatenate(query_rows), np.concatenate(key_rows), home]
+    if all(np.array_equal(row, np.arange(home.size)) for row in rows):
+        return batches, None
+    return batches, RowMoves(*(torch.from_numpy(row).to(device) for row in rows))
 
 
 def _padded_tokens(spans: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -250,42 +251,34 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """query [T, heads, d], key/value [T, groups, d] -> [T, heads * d]; with a cache [t, B, ...] likewise."""
-        assert attention_mask is None and attention_bias is None, (
-            "masks come from packed_seq_params"
-        )
+        assert attention_mask is None, "masks come from packed_seq_params"
         if isinstance(packed_seq_params, CachedSequences):
             return self._attend_cached(query, key, value, packed_seq_params)
-        assert isinstance(packed_seq_params, PackedDocuments)
+        assert isinstance(packed_seq_params, PackedDocuments), (
+            "packed_seq_params must be PackedDocuments"
+        )
         return self._attend_documents(query, key, value, packed_seq_params)
 
     def _attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedDocuments
     ) -> torch.Tensor:
-        assert (
-            packed.rotary_cos is not None
-            and packed.rotary_sin is not None
-            and packed.batches is not None
-        )
         query = apply_rotary(query, packed.rotary_cos, packed.rotary_sin)
         key = apply_rotary(key, packed.rotary_cos, packed.rotary_sin)
         if packed.gathered_order is not None:
             key = self._gather_context(key, packed.gathered_order)
             value = self._gather_context(value, packed.gathered_order)
-        if packed.query_rows is not None:
-            assert packed.home_rows is not None and packed.key_rows is not None
-            query = _MoveRows.apply(query, packed.query_rows, packed.home_rows)
-            if packed.gathered_order is None:
-                key = _MoveRows.apply(key, packed.key_rows, packed.home_rows)
-                value = _MoveRows.apply(value, packed.key_rows, packed.home_rows)
-            else:  # one key may serve two of this rank's chunks: its gradients add up
-                key, value = (
-                    key.index_select(0, packed.key_rows),
-                    value.index_select(0, packed.key_rows),
-                )
-        output = self._attend_batches(query, key, value, packed.batches)
-        if packed.home_rows is not None:
-            output = output.index_select(0, packed.home_rows)
-        return output
+        moves = packed.moves
+        if moves is None:
+            return self._attend_batches(query, key, value, packed.batches)
+        query = _MoveRows.apply(query, moves.query_rows, moves.home_rows)
+        if packed.gathered_order is None:
+            key = _MoveRows.apply(key, moves.key_rows, moves.home_rows)
+            value = _MoveRows.apply(value, moves.key_rows, moves.home_rows)
+        else:  # one key may serve two of this rank's chunks: its gradients add up
+            key, value = key.index_select(0, moves.key_rows), value.index_select(0, moves.key_rows)
+        return self._attend_batches(query, key, value, packed.batches).index_select(
+            0, moves.home_rows
+        )
 
     def _gather_context(self, heads: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """All context ranks' tokens, in their order; the gradient is summed back to the rank that owns a token."""
@@ -322,8 +315,6 @@ class PackedAttention(MegatronModule):
     def _attend_cached(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedSequences
     ) -> torch.Tensor:
-        assert step.cache is not None and step.slots is not None
-        assert step.rotary_cos is not None and step.rotary_sin is not None
         query = apply_rotary(query, step.rotary_cos, step.rotary_sin)
         key = apply_rotary(key, step.rotary_cos, step.rotary_sin)
         step.cache.write(self.layer_index, step.slots, key.transpose(0, 1), value.transpose(0, 1))

@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,13 @@ HARMLESS = frozenset(
     }
 )  # fmt: skip
 
+# What megatron-core says on every host without the GPU libraries; here it is as it should be.
+_EXPECTED_WARNINGS = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+)
+
 _TENSOR_TYPE_STRING = re.compile(r"^torch\.cuda\.(\w+Tensor)$")
 _QUOTED_NAME = re.compile(r"^torch\.cuda\.([\w.]+)$")
 
@@ -78,6 +86,8 @@ def install() -> None:
     )
     sys.meta_path.insert(0, _CpuFinder())
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_keep_random_state_record)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _keep_random_state_record(record: logging.LogRecord) -> bool:
@@ -166,7 +176,7 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         return super().get_data(self._own_cache(path))
 
     def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
-        super().set_data(self._own_cache(path), data, _mode=_mode)  # type: ignore[call-arg]
+        super().set_data(self._own_cache(path), data, _mode=_mode)
 
     def _own_cache(self, path: str) -> str:
         return path.removesuffix(".pyc") + self.cache_tag if path.endswith(".pyc") else path
@@ -214,5 +224,6 @@ class _CpuFinder(importlib.abc.MetaPathFinder):
 def package_folder() -> Path:
     """Where the installed megatron-core lies; nothing is imported."""
     spec = importlib.machinery.PathFinder.find_spec("megatron")
-    assert spec is not None and spec.submodule_search_locations, "megatron-core is not installed"
+    assert spec is not None, "megatron-core is not installed"
+    assert spec.submodule_search_locations, "megatron is not a package"
     return Path(next(iter(spec.submodule_search_locations))) / "core"

@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def megatron_config(config: ModelConfig, *, sequence_parallel: bool = True) -> TransformerConfig:
@@ -184,7 +184,8 @@ def decoder_forward(
     `last_only` [B, 1, ...] of each row's last real token. All tensor-parallel ranks return the same; the model must
     not be split over pipeline stages.
     """
-    assert model.pre_process and model.post_process, "decoding needs the whole depth on one rank"
+    whole = model.pre_process and model.post_process
+    assert whole, "decoding needs the whole depth on one rank"
     config: ModelConfig = model.model_config
     step = _cached_step(config, position_ids, cache)
     was_training = model.training

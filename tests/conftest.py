@@ -55,11 +55,13 @@ def _worker(connection: Connection, rank: int) -> None:
 
 
 class ProcessPool:
-    """Workers 0 .. MAX_RANKS - 1, each started when first needed; megatron is imported once in each."""
+    """Workers 0 .. MAX_RANKS - 1, each started when first needed; megatron is imported once for all of them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.context = multiprocessing.get_context("spawn")
+        # The server imports torch and megatron once; each worker is a fork of it.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["training.engines.megatron"])
         self.workers: list[tuple[Any, Connection]] = []
         self.num_jobs = 0
 

@@ -178,3 +178,43 @@ def _copied(shard: Any) -> Any:
     from dataclasses import replace
 
     return replace(shard, tensor=shard.tensor.clone())
+
+
+def discarded_step(config: TrainConfig) -> tuple[list[Any], list[Any]]:
+    """Three steps with a refused one between them, and without."""
+    engine = build_engine(config)
+    refused = run_steps(engine, 0, 1)
+    batches = batch_of_step(99, engine.data_parallel_rank, engine.data_parallel_size, 2)
+    engine.forward_backward(batches)
+    engine.discard_gradients()
+    refused += run_steps(engine, 1, 3)
+    return refused, run_steps(build_engine(config), 0, 3)
+
+
+def dropout_replay(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """The same batch twice from one random state, then once more from where that left it."""
+    engine = build_engine(config)
+    run_steps(engine, 0, 1)
+    batches = batch_of_step(1, engine.data_parallel_rank, engine.data_parallel_size, 2)
+    state = {name: tensor.clone() for name, tensor in engine.random_state().items()}
+    first = engine.forward_backward(batches)
+    engine.load_random_state(state)
+    return first, engine.forward_backward(batches), engine.forward_backward(batches)
+
+
+def vote(config: TrainConfig) -> tuple[bool, bool]:
+    engine = build_engine(config)
+    return engine.any_rank(engine.rank == 1), engine.any_rank(False)
+
+
+def load_foreign_checkpoint(config: TrainConfig) -> str:
+    from model.errors import UserError
+
+    engine = build_engine(config)
+    reader = MemoryReader(gather_shards(engine))
+    reader.tensors["model/embedding.word_embeddings.weight"] = torch.zeros(3, 3)
+    try:
+        engine.load_model(reader)
+    except UserError as error:
+        return str(error)
+    return "accepted"

@@ -87,8 +87,8 @@ def test_rows_of_one_length_are_not_moved() -> None:
     packed = pack_documents(
         np.array([0, 16, 32]), torch.arange(32) % 16, head_dim=WIDTH, rope_theta=THETA
     )
-    assert packed.query_rows is None
-    assert len(packed.batches or []) == 1
+    assert packed.moves is None
+    assert len(packed.batches) == 1
 
 
 def test_few_calls_serve_many_documents() -> None:
@@ -100,7 +100,6 @@ def test_few_calls_serve_many_documents() -> None:
         head_dim=8,
         rope_theta=THETA,
     )
-    assert packed.batches is not None
     assert len(packed.batches) <= 8
     assert sum(batch.num_spans * batch.query_length for batch in packed.batches) < 1.25 * total
 

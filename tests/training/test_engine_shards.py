@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +46,7 @@ def test_shards_of_all_ranges_cover_the_logical_tensor_once(
         local = torch.cat([whole[where] for where in place]).contiguous().view(-1)
         parameter = LogicalParameter("name", shape, blocks, True)
         bounds = sorted({0, local.numel(), *(min(cut, local.numel()) for cut in cuts)})
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in itertools.pairwise(bounds):
             for shard in shards_of("key", parameter, local[start:stop], start):
                 where = tuple(
                     slice(o, o + n)

@@ -43,7 +43,8 @@ def _block_pieces(block: Block, start: int, stop: int) -> Iterator[Piece]:
     for run_start, run_stop in _row_runs(start - first, stop - first, width):
         row, column = divmod(run_start, width)
         num_rows = max(1, (run_stop - run_start) // width)
-        offset, shape = (block.global_offset[0] + row,), (num_rows,)
+        offset: tuple[int, ...] = (block.global_offset[0] + row,)
+        shape: tuple[int, ...] = (num_rows,)
         if len(block.shape) > 1:
             offset += (block.global_offset[1] + column,)
             shape += ((run_stop - run_start) // num_rows,)

@@ -52,7 +52,7 @@ def load_checkpoint(
             tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer)
         )
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
-        config = model_config(manifest["config"]["model"])
+        config = model_config(manifest["model"])
         decoder = load_decoder(reader, config, manifest["config"]["seed"] if untrained else None)
     return LoadedModel(decoder, config, text, vision, manifest.get("image_format", "emu35"))
 
@@ -70,31 +70,48 @@ def check_kind(manifest: dict[str, Any], folder: Path) -> None:
         )  # fmt: skip
 
 
+def recorded_tokenizer(manifest: dict[str, Any], name: str) -> tuple[str, str] | None:
+    """Folder below the run folder and fingerprint of a tokenizer, as a checkpoint records them.
+
+    A record is {"path", "fingerprint"}, or the fingerprint alone of a tokenizer at its usual place.
+    """
+    record = manifest.get(name)
+    if not record:
+        return None
+    if isinstance(record, str):
+        return name, record
+    return record["path"], record["fingerprint"]
+
+
 def tokenizer_folder(
     manifest: dict[str, Any], checkpoint: Path, name: str, given: Path | str | None
 ) -> Path:
-    """Where a tokenizer is: `given`, or the recorded path below the run folder of `checkpoint`."""
-    recorded = manifest.get(name)
+    """Where a tokenizer is: `given`, or the recorded place below the run folder of `checkpoint`."""
     if given is not None:
         return Path(given)
-    if not recorded:
+    recorded = recorded_tokenizer(manifest, name)
+    if recorded is None:
         raise UserError(
-            f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint),
+            f"the checkpoint does not say which {name} it was trained with",
+            where=str(checkpoint),
             fix=f"{name}=FOLDER",
-        )  # fmt: skip
+        )
     run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
-    return run_folder / recorded["path"]
+    return run_folder / recorded[0]
 
 
 def check_fingerprint(
     manifest: dict[str, Any], checkpoint: Path, name: str, fingerprint: str
 ) -> None:
-    expected = (manifest.get(name) or {}).get("fingerprint")
-    if expected is not None and expected != fingerprint:
+    recorded = recorded_tokenizer(manifest, name)
+    if recorded is not None and recorded[1] != fingerprint:
         raise UserError(
-            f"the {name} is not the one that the checkpoint was trained with", where=str(checkpoint),
-            expected=f"fingerprint {expected}", got=fingerprint, fix=f"{name}=FOLDER of the right one",
-        )  # fmt: skip
+            f"the {name} is not the one that the checkpoint was trained with",
+            where=str(checkpoint),
+            expected=f"fingerprint {recorded[1]}",
+            got=fingerprint,
+            fix=f"{name}=FOLDER of the right one",
+        )
 
 
 def load_vision(folder: Path) -> VisionTokenizer:

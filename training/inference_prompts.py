@@ -42,16 +42,11 @@ class Output:
 
 @dataclass
 class InferenceOptions:
-    """How prompts are put and what may be answered.
+    """How prompts are put and what may be answered."""
 
-    `interleaved_as`: "document" continues a pretraining document, "chat" asks in the chat template. `max_images` is
-    for answers to interleaved prompts; other formats are answered with one picture. `image_first`: an answer starts
-    with a picture, unless an interleaved prompt ends with one.
-    """
-
-    interleaved_as: str = "document"
-    max_images: int = 1
-    image_first: bool = True
+    interleaved_as: str = "document"  # document: continue it; chat: ask in the chat template
+    max_images: int = 1  # in the answer to an interleaved prompt; other answers hold one
+    image_first: bool = True  # answers start with a picture, except after an interleaved one
     max_batch_size: int = 256  # sequences decoded at once
 
     def validate(self, problems: Problems, key: str) -> None:

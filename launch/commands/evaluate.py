@@ -17,7 +17,7 @@ A task is a class with `prompts()` and `judge()`, named by its dotted path; its 
 examples:
   nextstate evaluate checkpoint=runs/demo/sft out=runs/demo/evaluation/final.json \\
       tasks.t2i_accuracy.path=examples.shapes_world.tasks.T2IAccuracy tasks.t2i_accuracy.num_prompts=200
-  nextstate evaluate evaluation=toy run_folder=runs/demo untrained=true   the figure before training"""
+  nextstate evaluate evaluation=toy_untrained run_folder=runs/demo   the figure before training"""
 
 
 @dataclass

@@ -251,15 +251,17 @@ def checkpoint(
     tokenizer_folder: Path, tokenizer: SentencePieceTokenizer, real_model: torch.nn.Module,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> Path:  # fmt: skip
-    monkeypatch.setattr("training.inference_loading.load_vision", lambda folder: GrayTokenizer())
     run = tmp_path / "run"
+    at_folder = {run / "vision_tokenizer": GrayTokenizer()}
+    monkeypatch.setattr("training.inference_loading.load_vision", at_folder.__getitem__)
     run.mkdir()
     (run / "text_tokenizer").symlink_to(tokenizer_folder)
     metadata = {
         "kind": "transformer",
-        "config": {"model": asdict(MODEL_CONFIG), "seed": 11},
+        "model": asdict(MODEL_CONFIG),
+        "config": {"seed": 11},
         "text_tokenizer": {"path": "text_tokenizer", "fingerprint": tokenizer.fingerprint},
-        "vision_tokenizer": {"path": "vision_tokenizer", "fingerprint": "gray"},
+        "vision_tokenizer": "gray",
     }
     write_checkpoint(run / "sft" / "checkpoints" / "step_00000003", real_model, metadata)
     return run / "sft"
@@ -306,8 +308,6 @@ def test_foreign_tokenizers_and_checkpoints_are_refused(checkpoint: Path, tmp_pa
 
 
 def test_weights_of_another_size_are_refused(checkpoint: Path) -> None:
-    change_manifest(
-        checkpoint, config={"model": asdict(MODEL_CONFIG) | {"hidden_size": 64}, "seed": 1}
-    )
+    change_manifest(checkpoint, model=asdict(MODEL_CONFIG) | {"hidden_size": 64})
     with pytest.raises(UserError, match="do not fit"):
         InferenceModel.load(checkpoint)

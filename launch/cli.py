@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,6 +174,7 @@ def execute(call: Call) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
+    quiet_libraries()
     with stdout_kept_clean(call.json):
         answer = module.run(config)
     exit_code = int(answer.pop("exit_code", 0))
@@ -194,6 +196,13 @@ def place_words(call: Call, key: str | None) -> None:
     for word in call.words:
         quoted = word.replace("\\", "\\\\").replace("'", "\\'")
         call.overrides.append(f"{key}='{quoted}'")
+
+
+def quiet_libraries() -> None:
+    """Libraries' warnings hide a run's own lines, here and in its child processes; PYTHONWARNINGS brings them back."""
+    if "PYTHONWARNINGS" not in os.environ:
+        os.environ["PYTHONWARNINGS"] = "ignore"
+        warnings.simplefilter("ignore")
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from launch.batch import split_calls
-from launch.curriculum import command_line, (
+from launch.curriculum import (
     Curriculum,
     CurriculumConfig,
     EntryConfig,
+    command_line,
     measure,
     ordered,
     run_curriculum,
@@ -180,8 +181,7 @@ def sleeping(tmp_path):
     run.mkdir()
     entry = {"module": "sleeper", "overrides": [str(started)], "outputs": ["started"]}
     script = (
-        "import sys; from launch.batch import split_calls
-from launch.curriculum import command_line, *; "
+        "import sys; from launch.curriculum import *; "
         f"c = CurriculumConfig(run_folder={str(run)!r}, entries={{'sleep': EntryConfig(**{entry!r})}});"
         "sys.exit(run_curriculum(c).get('exit_code', 0))"
     )
@@ -255,7 +255,10 @@ def test_an_entry_with_each_is_several_calls_in_one_process(tmp_path, capsys):
     config = CurriculumConfig(run_folder=str(tmp_path), entries={"reports": entry})
     assert run_curriculum(config)["ran"] == ["reports"]
     assert run_curriculum(config)["ran"] == []
-    assert split_calls(["a=1", "--call", "b=2", "--call", "c=3"]) == [["a=1", "b=2"], ["a=1", "c=3"]]
+    assert split_calls(["a=1", "--call", "b=2", "--call", "c=3"]) == [
+        ["a=1", "b=2"],
+        ["a=1", "c=3"],
+    ]
     assert split_calls(["a=1"]) == [["a=1"]]
 
 

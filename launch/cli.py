@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         return execute(call)
     except UserError as error:
         return refuse(error, as_json=call is not None and call.json)
+    except BrokenPipeError:  # the reader of our output is gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -67,9 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
             fix="free space and run the same command",
         )
         return refuse(full, as_json=call is not None and call.json)
-    except BrokenPipeError:  # the reader of our output is gone (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

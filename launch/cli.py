@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         return execute(call)
     except UserError as error:
         return refuse(error, as_json=call is not None and call.json)
+    except BrokenPipeError:  # the reader of our output is gone (`| head`): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -66,9 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
             fix="free space and run the same command",
         )
         return refuse(full, as_json=call is not None and call.json)
-    except BrokenPipeError:  # the reader of our output is gone (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -173,6 +174,7 @@ def execute(call: Call) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
     )
+    quiet_libraries()
     with stdout_kept_clean(call.json):
         answer = module.run(config)
     exit_code = int(answer.pop("exit_code", 0))
@@ -194,6 +196,13 @@ def place_words(call: Call, key: str | None) -> None:
     for word in call.words:
         quoted = word.replace("\\", "\\\\").replace("'", "\\'")
         call.overrides.append(f"{key}='{quoted}'")
+
+
+def quiet_libraries() -> None:
+    """Libraries' warnings hide a run's own lines, here and in its child processes; PYTHONWARNINGS brings them back."""
+    if "PYTHONWARNINGS" not in os.environ:
+        os.environ["PYTHONWARNINGS"] = "ignore"
+        warnings.simplefilter("ignore")
 
 
 @contextlib.contextmanager

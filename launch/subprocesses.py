@@ -112,7 +112,8 @@ class MemorySampler(threading.Thread):
     def run(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self._pid)
-            while not self._done.wait(self._sample_seconds if self.peak_bytes else 0.02):
+            self.peak_bytes = tree_memory_bytes(root)  # at once: the process may be a short one
+            while not self._done.wait(self._sample_seconds):
                 self.peak_bytes = max(self.peak_bytes, tree_memory_bytes(root))
 
     def finish(self) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 from training.config import TrainConfig
 from training.stage import finished_summary, run_stage
 
-HELP = "train one stage: fresh, from another stage's weights, or on from where it was interrupted"
+HELP = """Train one stage: fresh, from another stage's weights, or on from where it was interrupted.
+
+A stage preset sets stage.* and parallel.*; keys on the command line win over it. The stage writes below
+<run_folder>/<stage.name>; the same command goes on from its newest complete checkpoint.
+
+examples:
+  nextstate train model=emu35_34b stage=pretrain_1 run_folder=runs/emu35
+  nextstate train stage=toy_sft run_folder=runs/demo parallel.data=1
+  nextstate train stage=toy_pretrain_1 stage.optimizer.learning_rate=1e-3 stage.steps=50
+  nextstate train -m stage=toy_pretrain_1 stage.optimizer.learning_rate=1e-3,2e-3"""
 Config = TrainConfig
 
 

@@ -102,9 +102,8 @@ def collect_stage(folder: Path) -> dict[str, Any]:
         for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
         if any(line.get(key) is not None for line in lines)
     }
-    stage["mixture"] = mixture(
-        lines, {name: entry.get("weight", 1.0) for name, entry in datasets.items()}
-    )
+    weights = {name: entry.get("weight", 1.0) for name, entry in datasets.items()}
+    stage["mixture"] = mixture(lines, weights, sources_of(datasets))
     return stage
 
 
@@ -129,12 +128,23 @@ def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in windows]
 
 
-def mixture(lines: list[dict[str, Any]], weights: dict[str, float]) -> list[dict[str, Any]]:
+def sources_of(datasets: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Source -> packed dataset: metrics count by source, and a packed dataset mixes one or more of them."""
+    found = {}
+    for name, entry in datasets.items():
+        for source in read_json(Path(entry.get("path", "")) / "dataset.json").get("sources", {}):
+            found[source] = name
+    return found
+
+
+def mixture(
+    lines: list[dict[str, Any]], weights: dict[str, float], sources: dict[str, str]
+) -> list[dict[str, Any]]:
     """Tokens with loss that each dataset gave, their share, and the share that the configuration asked for."""
     tokens: dict[str, int] = defaultdict(int)
     for line in lines:
-        for name, count in (line.get("tokens_by_source") or {}).items():
-            tokens[name] += int(count)
+        for source, count in (line.get("tokens_by_source") or {}).items():
+            tokens[sources.get(source, source)] += int(count)
     total, total_weight = sum(tokens.values()), sum(weights.values())
     return [
         {

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.batch import split_calls
 from launch.curriculum import (
     Curriculum,
     CurriculumConfig,
     EntryConfig,
+    command_line,
     measure,
     ordered,
     run_curriculum,
@@ -68,7 +70,7 @@ def test_entries_run_in_order_once_and_are_recorded(make):
     assert ran(config) == ["a", "b", "c"] == answer["ran"]
     state = json.loads((Path(config.run_folder) / "curriculum.json").read_text())
     assert [entry["state"] for entry in state["entries"].values()] == ["done"] * 3
-    assert all(entry["peak_memory_bytes"] > 2**20 for entry in state["entries"].values())
+    assert all(entry["exit_code"] == 0 for entry in state["entries"].values())
     assert state["wall_seconds"] > 0
     assert run_curriculum(config)["ran"] == []
     assert ran(config) == []
@@ -241,6 +243,23 @@ def test_peak_memory_counts_the_whole_tree(tmp_path):
 def test_a_child_killed_by_a_signal_gives_a_shells_exit_code(tmp_path):
     code = "import os; os.kill(os.getpid(), 9)"
     assert run_supervised([sys.executable, "-c", code], tmp_path / "log").exit_code == 137
+
+
+def test_an_entry_with_each_is_several_calls_in_one_process(tmp_path, capsys):
+    each = {name: [f"run_folder={tmp_path / name}"] for name in ("one", "two")}
+    for name in each:
+        (tmp_path / name).mkdir()
+    entry = EntryConfig(command="report", each=each, outputs=["one/report.json", "two/report.json"])
+    line = command_line(entry)
+    assert line[2:] == ["launch.batch", "report", "--call", *each["one"], "--call", *each["two"]]
+    config = CurriculumConfig(run_folder=str(tmp_path), entries={"reports": entry})
+    assert run_curriculum(config)["ran"] == ["reports"]
+    assert run_curriculum(config)["ran"] == []
+    assert split_calls(["a=1", "--call", "b=2", "--call", "c=3"]) == [
+        ["a=1", "b=2"],
+        ["a=1", "c=3"],
+    ]
+    assert split_calls(["a=1"]) == [["a=1"]]
 
 
 def test_measure_counts_files_and_bytes(tmp_path):

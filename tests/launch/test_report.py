@@ -43,12 +43,15 @@ def run_folder(tmp_path):
                 "loss": 5.0 - step,
                 "loss_text": 4.0,
                 "loss_visual": None,
-                "tokens_by_source": {"a": 30, "b": 10},
+                "tokens_by_source": {"s": 20, "t": 10, "b": 10},
             }
             for step in (1, 2)
         ]
         write(tmp_path / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        datasets = {"a": {"path": "p", "weight": 1.0}, "b": {"path": "q", "weight": 3.0}}
+        datasets = {
+            "a": {"path": str(tmp_path / "packed" / "sft" / "a"), "weight": 1.0},
+            "b": {"path": "q", "weight": 3.0},
+        }
         write(
             tmp_path / name / "config.yaml",
             yaml.safe_dump({"stage": {"data": {"datasets": datasets}}}),
@@ -61,7 +64,10 @@ def run_folder(tmp_path):
         "num_tokens": 200,
     }
     write(tmp_path / "packed" / "sft" / "a" / "000000.json", packed)
-    write(tmp_path / "packed" / "sft" / "a" / "dataset.json", {"kind": "packed_dataset"})
+    write(
+        tmp_path / "packed" / "sft" / "a" / "dataset.json",
+        {"kind": "packed_dataset", "sources": {"s": 150, "t": 40}},
+    )
     tokens = {
         "kind": "tokens", "num_documents": 3, "num_tokens": 50,
         "counts_by_class": {"text": 50}, "quarantined": {"corrupt_image": 1},

@@ -66,11 +66,13 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
     if summary is not None:
         return summary
     folder = config.stage_folder
-    folder.mkdir(parents=True, exist_ok=True)
+    with told_to_the_user(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     is_first_rank = int(os.environ.get("RANK", "0")) == 0
     with lock_stage(folder) if is_first_rank else contextlib.nullcontext():
         if is_first_rank:
-            save_yaml(config, folder / CONFIG_NAME, versions())
+            with told_to_the_user(folder):
+                save_yaml(config, folder / CONFIG_NAME, versions())
         if config.stage.objective in FITTED_OBJECTIVES:
             module = importlib.import_module(FITTED_OBJECTIVES[config.stage.objective])
             summary = {"name": config.stage.name} | module.fit(config)
@@ -79,7 +81,8 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
             summary = train_job(config, module.build)
         summary |= {"objective": config.stage.objective, "config_fingerprint": config.fingerprint()}
         if is_first_rank:
-            write_atomically(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+            with told_to_the_user(folder):
+                write_atomically(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -108,7 +111,8 @@ def train_job(config: TrainConfig, build: Any) -> dict[str, Any]:
 
     with StopSignals() as signals:
         job: Job = build(config)
-        run = assemble(config, job, signals)
+        with told_to_the_user(config.stage_folder):
+            run = assemble(config, job, signals)
         timeout = config.reliability.hang_timeout_seconds
         with Watchdog(run.heartbeat, run.events, job.engine.world_size, timeout):
             prepare(run)
@@ -203,6 +207,18 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def told_to_the_user(folder: Path) -> Iterator[None]:
+    """A stage folder that cannot be written (full disk, no permission) is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "the stage folder cannot be written", where=str(folder), got=str(error),
+            fix="free space or give permission, then start the same command again",
+        ) from None  # fmt: skip
+
+
+@contextlib.contextmanager
 def lock_stage(folder: Path) -> Iterator[None]:
     """Hold the stage folder; a second run is refused. The system frees the lock of a process that died."""
     path = folder / LOCK_NAME
@@ -220,9 +236,9 @@ def lock_stage(folder: Path) -> Iterator[None]:
                         got=file.read().strip(), fix="wait for it, stop it, or choose another run_folder",
                     ) from None  # fmt: skip
                 time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        with told_to_the_user(folder):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
 
 

@@ -55,7 +55,7 @@ class VisionTokenizerOptions:
         0  # first steps without the quantizer; then the codes start from latents
     )
     average_decay: float = 0.0  # of the moving average of the weights; 0: none is kept
-    num_threads: int = 2  # of torch
+    num_threads: int = 1  # of torch; small models gain nothing from more
     min_codebook_use: float = (
         0.01  # share of codes used on the held-back images, below which the stage fails
     )

@@ -178,9 +178,17 @@ class DocumentBuilder:
         draft.add([self.vocabulary.ess], Kind.STRUCTURE)
         return self._end(draft, identity)
 
-    def chat_prompt(self, task: str, question: str, images: Sequence[Picture] = ()) -> list[int]:
-        """BOS ... BSS: what a model fine-tuned on `chat` documents is given."""
-        return self._chat_prompt(task, question, images, unconditional=False).tokens()
+    def chat_prompt(
+        self,
+        task: str,
+        question: str,
+        images: Sequence[Picture] = (),
+        response_so_far: Sequence[Part] = (),
+    ) -> list[int]:
+        """BOS ... BSS and what is answered already: what a model fine-tuned on `chat` documents is given."""
+        draft = self._chat_prompt(task, question, images, unconditional=False)
+        self._add_parts(draft, response_so_far)
+        return draft.tokens()
 
     def unconditional_prompt(self, images: Sequence[Picture] = ()) -> list[int]:
         """The chat prompt without task and question, reference images kept: for guidance."""

@@ -106,16 +106,23 @@ def split_video(
     The question is what is said before the last context frame; the response is what follows it,
     with at least one frame. Raises `SampleError("too_few_frames")` where there is none.
     """
+    question, images, response = split_context(parts, num_context_frames)
+    if not any(isinstance(part, Picture) for part in response):
+        raise SampleError("too_few_frames", f"no frame after {num_context_frames} of context")
+    return question, images, response
+
+
+def split_context(
+    parts: Sequence[Part], num_context_frames: int
+) -> tuple[str, list[Picture], Sequence[Part]]:
+    """(what is said before the last context frame, context frames, all that follows it)."""
     texts: list[str] = []
     images: list[Picture] = []
     for position, part in enumerate(parts):
         if len(images) == num_context_frames:
-            response = parts[position:]
-            if any(isinstance(rest, Picture) for rest in response):
-                return " ".join(texts), images, response
-            break
+            return " ".join(texts), images, parts[position:]
         if isinstance(part, Text):
             texts.append(part.text)
         else:
             images.append(part)
-    raise SampleError("too_few_frames", f"no frame after {num_context_frames} of context")
+    return " ".join(texts), images, []

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.document import DocumentBuilder, Part, Picture, Text
 from data_pipeline.image import ImageConfig, smart_resize
+from data_pipeline.layout import split_context
 from data_pipeline.tokenizers import TextTokenizer, encode_grid
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Decoder, Generation, Grid
@@ -146,8 +147,8 @@ class InferenceModel:
             return self.builder.chat_prompt(prompt.format, prompt.text, item.pictures)
         if self.options.interleaved_as == "document":
             return self.builder.interleaved_prompt(item.parts)
-        question = " ".join(part.text for part in item.parts if isinstance(part, Text))
-        return self.builder.chat_prompt(INTERLEAVED_TASK, question, item.pictures)
+        question, context, answered = split_context(item.parts, self.options.context_frames)
+        return self.builder.chat_prompt(INTERLEAVED_TASK, question, context, answered)
 
     def _unconditional_tokens(self, item: _EncodedPrompt) -> list[int]:
         """The prompt of guidance: the pictures stay, the words go."""

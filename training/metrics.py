@@ -44,6 +44,7 @@ class StepRecord:
             "tokens_by_source": dict(result.tokens_by_source),
             "loss_by_source": {name: _finite(loss) for name, loss in result.loss_by_source.items()},
         }
+        line |= {name: _finite(value) for name, value in result.extra.items()}
         return line | ({"skipped": self.skipped} if self.skipped else {})
 
 

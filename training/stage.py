@@ -203,7 +203,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "peak_memory_bytes": sum(beat["peak_memory_bytes"] for beat in beats),
         "skipped_steps": state.num_skipped_steps, "skipped_windows": state.skipped_windows,
         "checkpoint": str(run.store.folder / step_folder_name(state.step)),
-    }  # fmt: skip
+    } | run.engine.final_metrics()  # fmt: skip
 
 
 @contextlib.contextmanager

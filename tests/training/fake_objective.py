@@ -27,6 +27,9 @@ class FakeCluster:
         self.flags = [False] * world_size
         self.barrier = threading.Barrier(world_size, timeout=30)
 
+    def final_metrics(self) -> dict[str, float]:
+        return {}
+
     def any_rank(self, rank: int, flag: bool) -> bool:
         self.flags[rank] = flag
         self.barrier.wait()

@@ -74,6 +74,10 @@ class Engine(Protocol):
         """Layout and sizes for the manifest: tensor, pipeline, context, data, num_parameters."""
         ...
 
+    def final_metrics(self) -> dict[str, float]:
+        """Figures of the trained model for the summary; raises `UserError` when it is of no use."""
+        ...
+
     def any_rank(self, flag: bool) -> bool:
         """True on every rank when true on any: the ranks' common decision (signals, stops)."""
         ...

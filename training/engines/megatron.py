@@ -229,6 +229,9 @@ class MegatronEngine:
             "num_parameters": count_parameters(self.config.model)["total"],
         }  # fmt: skip
 
+    def final_metrics(self) -> dict[str, float]:
+        return {}
+
     def any_rank(self, flag: bool) -> bool:
         value = torch.tensor([int(flag)], device=self.device)
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)

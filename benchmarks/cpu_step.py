@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import queue
 import sys
 import tempfile
 import time
@@ -64,6 +65,7 @@ def measure(
 
     torch.set_num_threads(2 if world_size == 1 else 1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    from model.config import ModelConfig
     from training.config import ParallelConfig, StageConfig, TrainConfig
     from training.engines.megatron import MegatronEngine
 
@@ -72,7 +74,8 @@ def measure(
         micro_batch_size=options.micro_batch,
         global_batch_size=options.rows,
     )
-    config = TrainConfig(stage=stage, parallel=ParallelConfig(**layout))
+    model = ModelConfig(dtype=options.dtype)
+    config = TrainConfig(model=model, stage=stage, parallel=ParallelConfig(**layout))
     engine = MegatronEngine(config, source_names=["synthetic"], init_method=store)
     rows_here = options.rows // engine.data_parallel_size
     size = min(options.micro_batch, rows_here)
@@ -91,6 +94,22 @@ def measure(
     if options.profile and rank == 0:
         profile(engine, batches)
     engine.close()
+
+
+def collect(workers: list[Any], answers: Any) -> list[tuple[int, float, float]]:
+    """One answer from each worker; stops when one of them fails."""
+    results = []
+    while len(results) < len(workers):
+        try:
+            results.append(answers.get(timeout=1))
+        except queue.Empty:
+            if any(worker.exitcode for worker in workers):
+                for worker in workers:
+                    worker.terminate()
+                raise SystemExit("a worker failed") from None
+    for worker in workers:
+        worker.join()
+    return results
 
 
 def profile(engine: Any, batches: list[Any]) -> None:
@@ -115,6 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="print a profile of one step (single process)"
     )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     for name in options.layouts:
@@ -128,9 +148,7 @@ def main() -> None:
             ]
             for worker in workers:
                 worker.start()
-            results = [answers.get(timeout=600) for _ in workers]
-            for worker in workers:
-                worker.join()
+            results = collect(workers, answers)
         wall = max(result[1] for result in results)
         cpu = sum(result[2] for result in results)
         tokens = options.rows * ROW_TOKENS

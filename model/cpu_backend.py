@@ -60,11 +60,7 @@ HARMLESS = frozenset(
 )  # fmt: skip
 
 # What megatron-core says on every host without the GPU libraries; here it is as it should be.
-_EXPECTED_WARNINGS = (
-    "Transformer Engine and Apex are not installed",
-    "Apex is not installed",
-    "full scope is deprecated",
-)
+_EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed")
 
 _TENSOR_TYPE_STRING = re.compile(r"^torch\.cuda\.(\w+Tensor)$")
 _QUOTED_NAME = re.compile(r"^torch\.cuda\.([\w.]+)$")

@@ -87,6 +87,7 @@ def megatron_config(config: ModelConfig, *, sequence_parallel: bool = True) -> T
         persist_layer_norm=not on_cpu,
         gradient_accumulation_fusion=False,
         barrier_with_L1_time=False,
+        cuda_graph_scope=[],
     )
 
 

@@ -60,7 +60,9 @@ def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, 
     rows = vocabulary.padded_size if padded else vocabulary.size
     query_width = config.num_attention_heads * config.head_dim
     key_value_width = config.num_query_groups * config.head_dim
-    attention = config.hidden_size * (query_width + 2 * key_value_width) + query_width * config.hidden_size
+    attention = (
+        config.hidden_size * (query_width + 2 * key_value_width) + query_width * config.hidden_size
+    )
     mlp = 3 * config.hidden_size * config.ffn_hidden_size
     norms = 2 * config.hidden_size + 2 * config.head_dim
     layers = config.num_layers * (attention + mlp + norms) + config.hidden_size

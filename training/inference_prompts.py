@@ -45,7 +45,9 @@ class InferenceOptions:
     """How prompts are put and what may be answered."""
 
     interleaved_as: str = "document"  # document: continue it; chat: ask in the chat template
-    context_frames: int = 1  # of interleaved prompts as chat: what follows them belongs to the answer
+    context_frames: int = (
+        1  # of interleaved prompts as chat: what follows them belongs to the answer
+    )
     max_images: int = 1  # in the answer to an interleaved prompt; other answers hold one
     image_first: bool = True  # answers start with a picture, except after an interleaved one
     max_batch_size: int = 256  # sequences decoded at once

@@ -352,12 +352,10 @@ def test_full_disk_goes_on_until_the_last_checkpoint(tmp_path, monkeypatch, caps
 
 
 def test_disk_that_is_full_from_the_start(tmp_path):
-    with (
-        small_disk(tmp_path / "small", 4) as folder,
-        pytest.raises(UserError, match="cannot be written"),
-    ):
+    with small_disk(tmp_path / "small", 4) as folder:
         (folder / "filler").write_bytes(b"0" * 2048)
-        run_stage(fake_config(folder))
+        with pytest.raises(UserError, match="cannot be written"):
+            run_stage(fake_config(folder))
 
 
 def test_metrics_that_cannot_be_written_do_not_stop(tmp_path, monkeypatch, capsys):

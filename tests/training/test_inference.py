@@ -144,12 +144,25 @@ def test_interleaved_answers_hold_text_and_several_pictures(
     ]  # fmt: skip
     assert answer.text == "it moves right"
     assert np.array_equal(answer.images[1], third)
-    chat = builder.chat(0, "explore", "it moves", [codes_of(first)], [codes_of(second)])
+
+
+def test_interleaved_prompts_as_chat_go_on_with_the_answer(
+    tokenizer: SentencePieceTokenizer,
+) -> None:
+    """The first frames are the question; what follows them is the answer so far, as in training documents."""
+    builder = DocumentBuilder(VOCABULARY, tokenizer)
+    first, second, third = (picture(seed) for seed in range(3))
+    response = [Text("it moves"), codes_of(second), Text(" right"), codes_of(third)]
+    chat = builder.chat(0, "explore", "look", [codes_of(first)], response)
     model = make_model([chat.tokens], tokenizer, interleaved_as="chat")
-    (answer,) = model.generate(
-        [Prompt("interleaved", parts=[first, "it moves"], image_size=(16, 24))], GREEDY
-    )
-    assert np.array_equal(answer.images[0], second)
+    for parts, expected in (
+        (["look", first, "it moves"], second),
+        (["look", first, "it moves", second, " right"], third),
+    ):
+        (answer,) = model.generate(
+            [Prompt("interleaved", parts=parts, image_size=(16, 24))], GREEDY
+        )
+        assert np.array_equal(answer.images[0], expected)
 
 
 def test_picture_cut_short_is_left_out(tokenizer: SentencePieceTokenizer) -> None:
@@ -294,7 +307,7 @@ def test_foreign_tokenizers_and_checkpoints_are_refused(checkpoint: Path, tmp_pa
     change_manifest(checkpoint, vision_tokenizer={"path": "vision_tokenizer", "fingerprint": "x"})
     with pytest.raises(UserError, match="vision_tokenizer is not the one"):
         InferenceModel.load(checkpoint)
-    train_sentencepiece(TEXTS, tmp_path / "other", TEXT_SIZE + 2)
+    train_sentencepiece(TEXTS, tmp_path / "other", TEXT_SIZE - 2)
     with pytest.raises(UserError, match="text_tokenizer is not the one"):
         InferenceModel.load(checkpoint, text_tokenizer=tmp_path / "other")
     change_manifest(checkpoint, text_tokenizer=None)

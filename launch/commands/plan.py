@@ -18,7 +18,8 @@ examples:
   nextstate plan model=emu35_34b stage=pretrain_1 cluster=h100 cluster.num_accelerators=1024
   nextstate plan model=emu35_34b stage=sft_1 cluster=h200 cluster.num_accelerators=64 json=true
   nextstate plan stage=pretrain_1 parallel.tensor=4 parallel.pipeline=2 document_tokens=4000
-  nextstate plan check=published"""
+  nextstate plan check=published
+  nextstate plan simulate=true cluster.num_accelerators=7168"""
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Config(TrainConfig):
     )  # choices that the search may take
     document_tokens: int | None = None  # mean length of a document; null: a row is one document
     attention_flops: str = "causal"  # causal | full: how attention counts in the MFU
+    simulate: bool = False  # build every part of the stage's own layout on the meta device
     check: str = "layouts"  # layouts | published: compare the model with published runs
 
     def validate(self) -> None:
@@ -73,8 +75,10 @@ def run(config: Config) -> dict[str, Any]:
         from launch.plan.published import compare
 
         return compare()
-    from launch.plan.answer import answer
+    from launch.plan.answer import answer, dry_run
 
+    if config.simulate:
+        return dry_run(config, config.cluster, config.document_tokens)
     return answer(
         config, config.cluster, recompute=list(config.recompute), document_tokens=config.document_tokens,
         attention_flops=config.attention_flops,
@@ -84,4 +88,6 @@ def run(config: Config) -> dict[str, Any]:
 def render(found: dict[str, Any]) -> str:
     from launch.plan import answer
 
-    return answer.render_published(found) if "runs" in found else answer.render(found)
+    if "runs" in found:
+        return answer.render_published(found)
+    return answer.render_dry_run(found) if "parts_built" in found else answer.render(found)

@@ -11,6 +11,7 @@ from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESER
 from launch.plan.search import Plan, Problem, check_layout, plan_layout, search
 from launch.plan.shape import ModelShape
 from launch.plan.timing import Efficiencies
+from model.errors import UserError
 from training.config import TrainConfig
 
 TOKEN_BYTES = 4.024  # of packed files with their sidecars (docs/data_formats.md)
@@ -71,6 +72,23 @@ def answer(
         "storage": storage(problem, plans[0]),
         "assumptions": assumptions(problem, attention_flops),
     }  # fmt: skip
+
+
+def dry_run(
+    config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None
+) -> dict[str, Any]:
+    """Builds every part of the stage's own layout; see `launch.plan.simulate`."""
+    problem = make_problem(config, cluster, document_tokens, "causal")
+    layout = layout_of(config, problem)
+    problems = check_layout(problem, layout)
+    if problems:
+        raise UserError(
+            "the layout cannot run on this cluster: " + "; ".join(problems), where="parallel", got=layout.overrides(),
+            fix=f"cluster.num_accelerators={layout.world_size}",
+        )  # fmt: skip
+    from launch.plan.simulate import simulate  # imports torch and megatron
+
+    return {"model": config.model.name, **simulate(config.model, layout, problem.batch)}
 
 
 def details(plan: Plan) -> dict[str, Any]:
@@ -175,6 +193,23 @@ def render(found: dict[str, Any]) -> str:
         f"engine: {found['assumptions']['engine']}",
     ]
     return "\n".join(lines)
+
+
+def render_dry_run(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['model']} on {found['world_size']:,} ranks ({found['layout']})",
+        f"{found['parts_built']} distinct parts built, each held by {found['ranks_of_each_part']} ranks; together "
+        f"{found['parameters']:,} parameters and {found['padding_parameters']:,} of padding, as published",
+        "weights of a rank: "
+        + ", ".join(f"{size / 1e9:.3f} GB" for size in found["weights_bytes_by_stage"]) + ", as planned",
+    ]  # fmt: skip
+    for stage, groups in found["collectives_of_one_step"].items():
+        lines.append(f"{stage}, one step:")
+        lines += [
+            f"  {group:<17} {operation:<15} {entry['count']:>7,} x, {entry['bytes'] / 1e9:>10.3f} GB"
+            for group, operations in groups.items() for operation, entry in operations.items()
+        ]  # fmt: skip
+    return "\n".join([*lines, f"{found['seconds']} s"])
 
 
 def render_published(found: dict[str, Any]) -> str:

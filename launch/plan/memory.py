@@ -6,7 +6,7 @@ fused norms; `tests/launch/test_plan_memory.py` holds them against what real run
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from launch.plan.layout import Batch, Layout
 from launch.plan.shape import ModelShape
@@ -57,30 +57,54 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
     return count
 
 
-def layer_activation_bytes(shape: ModelShape, layout: Layout, *, moves_rows: bool) -> float:
-    """Kept by one layer for one token of this rank, with the layout's recomputation.
+def mask_elements(layout: Layout, batch: Batch) -> int:
+    """Of the attention masks of one layer and micro-batch, on the context rank that has most.
+
+    A span that began in an earlier chunk of the context-parallel order has more keys than queries; the engine gives
+    such a piece a mask of queries x keys.
+    """
+    if layout.context == 1:
+        return 0
+    chunks, row = 2 * layout.context, batch.sequence_length
+    length = layout.micro_batch * row // chunks
+    span = min(row, round(2 * batch.attended_tokens))
+    if span <= length < row or (span < row and length >= row):
+        return span * span  # two chunks, each begins in the middle of a document: span / 2 x span
+    before = [chunk * length % row for chunk in range(chunks)]  # of the row, ahead of each chunk
+    cut = [length * (min(ahead, span) + length) if ahead else 0 for ahead in before]
+    return max(cut[rank] + cut[chunks - 1 - rank] for rank in range(layout.context))
+
+
+def layer_activation_bytes(
+    shape: ModelShape, layout: Layout, batch: Batch, *, moves_rows: bool
+) -> float:
+    """Kept by one layer of one micro-batch on one rank, with the layout's recomputation.
 
     `moves_rows`: attention copies tokens into padded rows (documents of several lengths, or context parallelism).
     """
     sequence_split = layout.tensor if layout.sequence_parallel else 1
+    tokens, size = layout.local_tokens(batch), shape.dtype_bytes
     hidden = shape.hidden / sequence_split
     if layout.recompute == "full":
-        return hidden * shape.dtype_bytes
+        return tokens * hidden * size
     query, key = shape.query_width / layout.tensor, shape.key_width / layout.tensor
     heads, groups = shape.heads / layout.tensor, shape.groups / layout.tensor
     attended_query, attended_keys = query, key  # as the attention kernel keeps them
     if moves_rows:  # rows of keys and of values, and the outputs before they are moved back
         attended_query = 2 * query
         attended_keys = 2 * key * (layout.context + 0.5 if layout.context > 1 else 1)
-    kept = 6 * hidden + 4 * query + 3 * key + shape.ffn_inputs / layout.tensor
-    kept += (3 if shape.gated else 1) * shape.ffn / layout.tensor
+    # With one group a rank its queries lie side by side already; with several they are copied out.
+    kept = 6 * hidden + (4 if groups > 1 else 3) * query + 3 * key
+    kept += (shape.ffn_inputs + (3 if shape.gated else 1) * shape.ffn) / layout.tensor
+    masks = 0
     if layout.recompute == "none":
         kept += attended_query + attended_keys
+        masks = mask_elements(layout, batch)
     statistics = 2 / sequence_split + 2 * heads + groups
     dropped = (
         2 * hidden if shape.dropout > 0 else 0
     )  # one byte each: the masks of both residual branches
-    return kept * shape.dtype_bytes + 4 * statistics + dropped
+    return tokens * (kept * size + 4 * statistics + dropped) + masks * size
 
 
 def stage_memory(
@@ -96,23 +120,17 @@ def stage_memory(
     in_flight = min(layout.pipeline - stage, layout.micro_batches(batch))
     layers = shape.num_layers // layout.pipeline
     hidden = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
-    kept = layers * layer_activation_bytes(shape, layout, moves_rows=moves_rows)
-    kept += 2 * shape.head_dim * size  # cosines and sines
-    if stage == 0:
-        kept += hidden * size + 8
-    working = 0.0
+    kept = layers * layer_activation_bytes(shape, layout, batch, moves_rows=moves_rows)
+    kept += tokens * 2 * shape.head_dim * size  # cosines and sines
+    working = tokens * size * (shape.ffn_inputs + shape.ffn + 2 * shape.query_width) / layout.tensor
     if layout.recompute == "full":
-        plain = Layout(
-            layout.tensor,
-            layout.pipeline,
-            layout.context,
-            sequence_parallel=layout.sequence_parallel,
-        )
-        working = layer_activation_bytes(shape, plain, moves_rows=moves_rows)
-    working += size * (shape.ffn_inputs + shape.ffn + 2 * shape.query_width) / layout.tensor
+        plain = replace(layout, recompute="none")
+        working += layer_activation_bytes(shape, plain, batch, moves_rows=moves_rows)
+    if stage == 0:
+        kept += tokens * 8  # ids
     logits = 0.0
     if stage == layout.pipeline - 1:
-        kept += 2 * hidden * size + 8 + 4  # around the final norm; labels and losses
+        kept += tokens * (3 * hidden * size + 16)  # around the final norm; labels and losses
         logits = shape.vocabulary_rows / layout.tensor * (4 if size == 4 else 6)
     communication = 0.0
     if layout.tensor > 1:
@@ -123,9 +141,9 @@ def stage_memory(
         weights=parameters * size / sharded_weights,
         gradients=parameters * GRADIENT_BYTES / sharded_weights,
         optimizer=parameters * state_bytes / optimizer_shards,
-        activations=tokens * kept * in_flight,
+        activations=kept * in_flight,
         logits=tokens * logits,
-        working=tokens * working,
+        working=working,
         communication=tokens * communication,
     )
 

@@ -142,7 +142,9 @@ def assumptions(problem: Problem, attention_flops: str) -> dict[str, Any]:
         "accelerators_per_fast_domain": cluster.accelerators_per_fast_domain,
         "storage_gigabytes_per_second": cluster.storage_gigabytes_per_second,
         "efficiencies": dict(Efficiencies().__dict__),
-        "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no interleaving",
+        "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no "
+        "interleaving, no switch for recomputation yet (recompute=[none] leaves such layouts out)",
+        "accuracy": "differences below the mean error of check=published (some percent) do not rank layouts",
         "published_runs": "nextstate plan check=published compares the step times with published ones",
     }  # fmt: skip
 
@@ -166,7 +168,8 @@ def render(found: dict[str, Any]) -> str:
     own = found["stage_layout"]
     verdict = (
         "; ".join(own["problems"]) if not own["possible"]
-        else f"{'fits' if own['fits'] else 'does not fit'}, {own['step_seconds']:.3f} s a step"
+        else f"{'fits' if own['fits'] else 'does not fit'} ({own['memory_bytes'] / 1e9:.1f} GB), "
+        f"{own['step_seconds']:.3f} s a step"
     )  # fmt: skip
     lines += [
         "",

@@ -36,11 +36,13 @@ class Recorder:
         entry[0] += 1
         entry[1] += message.numel() * message.element_size()
 
-    def to_dict(self) -> dict[str, dict[str, dict[str, int]]]:
-        found: dict[str, dict[str, dict[str, int]]] = {}
-        for (group, operation), (count, size) in sorted(self.calls.items()):
-            found.setdefault(group, {})[operation] = {"count": count, "bytes": size}
-        return found
+
+def by_group(calls: dict[tuple[str, str], list[int]]) -> dict[str, dict[str, dict[str, int]]]:
+    """{group: {operation: {count, bytes}}}"""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for (group, operation), (count, size) in sorted(calls.items()):
+        found.setdefault(group, {})[operation] = {"count": count, "bytes": size}
+    return found
 
 
 class _Done:

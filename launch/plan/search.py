@@ -14,8 +14,6 @@ from launch.plan.shape import ModelShape
 from launch.plan.timing import OUR_ENGINE, Implementation, Machine, StepModel, StepTime
 from model.errors import UserError
 
-MEMORY_RECOMPUTE_ORDER = ("none", "selective", "full")
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -82,6 +80,8 @@ class Plan:
             "mfu": round(self.mfu, 4),
             "days": round(self.seconds / 86_400, 2),
             "accelerator_hours": round(self.seconds / 3600 * self.problem.cluster.num_accelerators, 1),
+            # The engine has no switch for recomputation yet.
+            "engine_runs_it": layout.recompute == "none",
             "overrides": layout.overrides(),
         }  # fmt: skip
 

@@ -7,6 +7,7 @@ megatron-core's schedule; only numbers and collectives are missing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 from data_pipeline.batch import MicroBatch  # noqa: E402
-from launch.plan.collectives import recorded  # noqa: E402
+from launch.plan.collectives import by_group, recorded  # noqa: E402
 from launch.plan.layout import Batch, Layout  # noqa: E402
 from launch.plan.memory import stage_parameters  # noqa: E402
 from launch.plan.shape import ModelShape  # noqa: E402
@@ -50,6 +51,7 @@ def simulate(config: ModelConfig, layout: Layout, batch: Batch) -> dict[str, Any
     when the parts do not add up to the model or a rank's weights are not those of the plan.
     """
     started = time.perf_counter()
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)  # it lists every parameter
     shape = ModelShape.of(config)
     coverage: dict[str, Coverage] = {}
     weights_by_stage = []
@@ -135,11 +137,34 @@ def add_up(model: Any, coverage: dict[str, Coverage], tensor_rank: int) -> None:
             part.rectangles += [(block.global_offset, block.shape) for block in logical.blocks]
 
 
-def trace_step(config: ModelConfig, layout: Layout, batch: Batch, stage: int) -> dict[str, Any]:
+def trace_step(
+    config: ModelConfig, layout: Layout, batch: Batch, stage: int
+) -> dict[str, dict[str, dict[str, int]]]:
     """Collectives of one optimizer step on one rank of a stage: count and bytes of the whole messages, by group.
 
-    Left out are the handful of scalars of the report and of the gradient norm.
+    Left out are the handful of scalars of the report and of the gradient norm. Every micro-batch behind those that
+    fill the pipeline adds the same calls, so that a step of many is traced with few.
     """
+    count = layout.micro_batches(batch)
+    few = layout.pipeline + 1
+    if count <= few + 1:
+        return by_group(trace_micro_batches(config, layout, batch, stage, count))
+    fewer = trace_micro_batches(config, layout, batch, stage, few)
+    more = trace_micro_batches(config, layout, batch, stage, few + 1)
+    calls = {}
+    for key, values in more.items():
+        before = fewer.get(key, [0, 0])
+        calls[key] = [
+            last + (last - first) * (count - few - 1)
+            for first, last in zip(before, values, strict=True)
+        ]
+    return by_group(calls)
+
+
+def trace_micro_batches(
+    config: ModelConfig, layout: Layout, batch: Batch, stage: int, count: int
+) -> dict[tuple[str, str], list[int]]:
+    """Calls of a step of `count` micro-batches: (group, operation) -> [calls, bytes]."""
     with acting_as(layout, stage), torch.device("meta"), recorded(group_names()) as recorder:
         model = build_part(config, layout)
         wrapped = DistributedDataParallel(model.config, ddp_config(layout), model)
@@ -147,20 +172,20 @@ def trace_step(config: ModelConfig, layout: Layout, batch: Batch, stage: int) ->
             finalize_model_grads(models, None, **options)
         )
         recorder.calls.clear()  # what building takes is no part of a step
-        micro_batches = [rows_of(layout, batch)] * layout.micro_batches(batch)
+        rows = rows_of(layout, batch)
         totals = StepTotals(1.0, np.zeros(len(TokenClass)), np.zeros(1), batch.tokens)
         step = UnreportedStep(config, totals, torch.device("meta"))
         get_forward_backward_func()(
             forward_step_func=step.forward,
-            data_iterator=iter(step.prepare(one) for one in micro_batches),
+            data_iterator=iter(step.prepare(rows) for _ in range(count)),
             model=[wrapped],
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].tokens.size,
+            num_microbatches=count,
+            seq_length=rows.tokens.size,
             micro_batch_size=1,
         )
         if layout.distributed_optimizer:
             wrapped.start_param_sync(force_sync=True)
-        return recorder.to_dict()
+        return recorder.calls
 
 
 def ddp_config(layout: Layout) -> DistributedDataParallelConfig:

@@ -84,7 +84,7 @@ def recorded(group_names: dict[int, str]) -> Iterator[Recorder]:
     # A device context does not reach into the backward pass: it is off while the pass runs.
     replaced: list[tuple[Any, str, Any]] = [(torch, "get_default_device", torch.get_default_device)]
     meta = torch.device("meta")
-    torch.get_default_device = lambda: meta  # type: ignore[assignment]
+    torch.get_default_device = lambda: meta
     names = [name for name in sys.modules if name.startswith("megatron.core.")]
     for module in [distributed, *(sys.modules[name] for name in names)]:
         for attribute, value in list(vars(module).items()):

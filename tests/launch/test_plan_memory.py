@@ -49,6 +49,5 @@ def test_memory_of_every_rank_is_predicted(name, pool):
         assert found["gradients"] == pytest.approx(plan.gradients, rel=0.02)
         assert found["optimizer"] == pytest.approx(plan.optimizer, rel=0.05)
         kept = plan.activations + plan.logits
-        print(name, rank, found, plan, found["activations"] / kept)
         assert found["activations"] == pytest.approx(kept, rel=0.05)
         assert sum(found.values()) - found["parameters"] == pytest.approx(plan.kept, rel=0.05)

@@ -1,0 +1,38 @@
+"""The cluster a job is planned for and runs on: what `conf/cluster/*.yaml` describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.errors import Problems
+
+
+@dataclass
+class ClusterConfig:
+    """Hardware of a cluster. Figures of the accelerator itself stand in `launch.plan.devices` under its name."""
+
+    name: str = "h100"
+    device: str = "h100"  # name of the accelerator in the device table
+    num_accelerators: int = 8  # that the job gets
+    accelerators_per_node: int = 8
+    # Accelerators that reach each other over NVLink; more than a node's where racks are wired so.
+    accelerators_per_fast_domain: int = 8
+    network_gigabits_per_second: float = 400.0  # of one accelerator's way out of its node
+    storage_gigabytes_per_second: float = 40.0  # the shared file system's, for all nodes together
+
+    def validate(self, problems: Problems, key: str = "cluster") -> None:
+        for name in ("num_accelerators", "accelerators_per_node", "accelerators_per_fast_domain"):
+            value = getattr(self, name)
+            problems.check(
+                value > 0, f"{key}.{name}", f"must be positive, got {value}", f"{key}.{name}=8"
+            )
+        for name in ("network_gigabits_per_second", "storage_gigabytes_per_second"):
+            value = getattr(self, name)
+            problems.check(
+                0 < value < float("inf"), f"{key}.{name}", f"must be positive and finite, got {value}",
+                f"{key}.{name}=100",
+            )  # fmt: skip
+        problems.check(
+            self.num_accelerators <= 10_000_000, f"{key}.num_accelerators",
+            f"{self.num_accelerators} is more than any cluster has", f"{key}.num_accelerators=1024",
+        )  # fmt: skip

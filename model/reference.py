@@ -207,9 +207,12 @@ def allowed_next(
 
     `digits` are the ids of "0" to "9", `star` that of "*". `grid` is the (height, width) that images must have.
     """
-    rules = rules or ImageRules()
+    ids, rules = list(ids), rules or ImageRules()
     position, num_images = 0, 0
-    text = {*range(vocabulary.text_size), *(vocabulary.structure[n] for n in rules.structure_in_text)}
+    text = {
+        *range(vocabulary.text_size),
+        *(vocabulary.structure[n] for n in rules.structure_in_text),
+    }
     while True:
         if num_images == rules.stop_after_images:
             return {vocabulary.pad}
@@ -229,32 +232,32 @@ def allowed_next(
         block = ids[position:]
         if vocabulary.eoi not in block:
             return _allowed_in_image(block, vocabulary, digits, star, rules, grid)
-        end = block.index(vocabulary.eoi) if isinstance(block, list) else list(block).index(vocabulary.eoi)
+        end = block.index(vocabulary.eoi)
         if rules.repeat_grid:
             grid = _grid_of(block[: end + 1], vocabulary, digits, star)
         position, num_images = position + end + 1, num_images + 1
 
 
 def _grid_of(
-    block: Sequence[int], vocabulary: Vocabulary, digits: Sequence[int], star: int
+    block: list[int], vocabulary: Vocabulary, digits: Sequence[int], star: int
 ) -> tuple[int, int]:
     spelled = [
-        "*" if token == star else str(list(digits).index(token))
-        for token in block[1 : list(block).index(vocabulary.img)]
+        "*" if token == star else str(digits.index(token))
+        for token in block[1 : block.index(vocabulary.img)]
     ]
     height, width = "".join(spelled).split("*")
     return int(height), int(width)
 
 
 def _allowed_in_image(
-    block: Sequence[int], vocabulary: Vocabulary, digits: Sequence[int], star: int, rules: ImageRules,
+    block: list[int], vocabulary: Vocabulary, digits: Sequence[int], star: int, rules: ImageRules,
     grid: tuple[int, int] | None,
 ) -> set[int]:  # fmt: skip
     """What may follow an image block that begins with BOI and has not ended."""
     if vocabulary.img not in block:
         return _allowed_in_header(block[1:], vocabulary, digits, star, rules, grid)
     height, width = _grid_of(block, vocabulary, digits, star)
-    done = len(block) - 1 - list(block).index(vocabulary.img)
+    done = len(block) - 1 - block.index(vocabulary.img)
     row = ["code"] * width + ["eol"]
     body = row * height + ["eof"] if rules.emu3_format else (row * height)[:-1]
     kind = [*body, "eoi"][done]
@@ -268,16 +271,22 @@ def _allowed_in_header(
     grid: tuple[int, int] | None,
 ) -> set[int]:  # fmt: skip
     """What may follow the digits and the star of "H*W": every number that can still become a legal side."""
-    spelled = "".join("*" if token == star else str(list(digits).index(token)) for token in header)
+    spelled = "".join("*" if token == star else str(digits.index(token)) for token in header)
     sides = spelled.split("*")
     current, height = sides[-1], int(sides[0]) if len(sides) == 2 else 0
-    largest = min(rules.max_side, rules.max_image_tokens // height if height else rules.max_image_tokens)
+    largest = min(
+        rules.max_side, rules.max_image_tokens // height if height else rules.max_image_tokens
+    )
     target = str(grid[len(sides) - 1]) if grid else ""
     end = vocabulary.img if height else star
     allowed = set()
     for digit in range(10):
         longer = current + str(digit)
-        fits = target.startswith(longer) if grid else not longer.startswith("0") and int(longer) <= largest
+        fits = (
+            target.startswith(longer)
+            if grid
+            else not longer.startswith("0") and int(longer) <= largest
+        )
         if fits:
             allowed.add(digits[digit])
     if current == target if grid else current:

@@ -9,49 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qwen3_checkpoints import NUM_IDS, config_of, transformers_model
 
 from model import reference
 from model.attention import pack_documents
-from model.config import ModelConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.layout import logical_parameters
 from model.transformer import build_model
 from model.vocabulary import Vocabulary, VocabularyConfig
 
-VOCABULARY = VocabularyConfig(text_size=70, reserved_size=16, visual_size=41, pad_multiple=64)
-NUM_IDS = Vocabulary.from_config(VOCABULARY).size
-
-
-def config_of(hidden: int, heads: int, groups: int, head_dim: int, theta: float = 1e6) -> ModelConfig:
-    return ModelConfig(
-        num_layers=2, hidden_size=hidden, ffn_hidden_size=56, num_attention_heads=heads, num_query_groups=groups,
-        head_dim=head_dim, rope_theta=theta, init_std=0.2, rms_norm_eps=1e-5, vocabulary=VOCABULARY,
-    )  # fmt: skip
-
-
 SHAPES = [(48, 4, 2, 32, 1e6), (32, 4, 4, 8, 1e4), (24, 6, 1, 10, 5e5), (40, 2, 2, 4, 1e6)]
-
-
-def transformers_model(config: ModelConfig, seed: int = 0) -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=NUM_IDS, hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_query_groups, head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones would hide a norm applied in the wrong place
-                parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()
@@ -87,7 +54,9 @@ class ModelReader:
         for name, logical in logical_parameters(model).items():
             whole = torch.empty(logical.global_shape)
             for block in logical.blocks:
-                place = tuple(slice(o, o + n) for o, n in zip(block.global_offset, block.shape, strict=True))
+                place = tuple(
+                    slice(o, o + n) for o, n in zip(block.global_offset, block.shape, strict=True)
+                )
                 whole[place] = block.of(parameters[name]).detach()
             self.tensors[f"model/{logical.name}"] = whole
 
@@ -116,7 +85,9 @@ def test_the_trained_model_agrees_with_the_reference(shape: tuple) -> None:
     with torch.no_grad():
         got = model(tokens[None], None, None, packed_seq_params=packed)[0, :, :NUM_IDS]
     weight = reference.weights_of_checkpoint(ModelReader(model), config)
-    expected = reference.logits(weight, reference.Sizes.from_config(config), tokens, lengths, torch.float64)
+    expected = reference.logits(
+        weight, reference.Sizes.from_config(config), tokens, lengths, torch.float64
+    )
     assert expected.shape == (sum(lengths), NUM_IDS)
     assert (got - expected).abs().max() <= 1e-4
     assert torch.equal(got.argmax(-1), expected.argmax(-1))

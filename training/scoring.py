@@ -279,8 +279,6 @@ class ScoreFile:
         labels = self.documents.get(index)[1:]
         classes = np.where(labels < self.vocabulary.text_size, 0, 2)
         classes[self.vocabulary.is_visual(labels)] = 1
-        for structure in self.vocabulary.structure.values():  # some lie among the text ids
-            classes[labels == structure] = 2
         self.sums += np.bincount(classes, values.astype(np.float64), minlength=3)
         self.counts += np.bincount(classes, minlength=3)
 
@@ -292,7 +290,7 @@ class ScoreFile:
             os.replace(self.temporary, self.path)
         names = ("text", "visual", "structure")
         by_class = {
-            name: figures(total, count)
+            name: figures(float(total), int(count))
             for name, total, count in zip(names, self.sums, self.counts, strict=True) if count
         }  # fmt: skip
         out = str(self.path) if self.path else None

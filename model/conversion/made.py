@@ -48,7 +48,9 @@ def ones(mapped: list[Mapped], dtype: str) -> MadeSource:
     return MadeSource("norms of one", tensors, make)
 
 
-def rows_from(place: str, tensors: dict[str, TensorInfo], rows: Callable[[str, int, int], np.ndarray]) -> MadeSource:
+def rows_from(
+    place: str, tensors: dict[str, TensorInfo], rows: Callable[[str, int, int], np.ndarray]
+) -> MadeSource:
     """A source of what `rows(name, start, stop)` answers in float32 [stop - start, n]."""
 
     def make(name: str, start: int, stop: int, out: np.ndarray) -> None:

@@ -76,9 +76,7 @@ class SafetensorsFile:
             entries = {name: value for name, value in header.items() if name != "__metadata__"}
             found = {
                 name: StoredTensor(
-                    TensorInfo(
-                        tuple(int(n) for n in value["shape"]), DTYPE_NAMES[value["dtype"]]
-                    ),
+                    TensorInfo(tuple(int(n) for n in value["shape"]), DTYPE_NAMES[value["dtype"]]),
                     8 + length + int(value["data_offsets"][0]),
                 )
                 for name, value in entries.items()

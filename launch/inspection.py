@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig, count_parameters
+from model.config import FLOP_CONVENTION, ModelConfig, count_flops, count_parameters
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
@@ -24,8 +24,19 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
         },
         "vocabulary": vocabulary.describe(),
         "max_sequence_length": config.max_sequence_length,
+        "flops_per_token": {
+            "convention": FLOP_CONVENTION,
+            "document_tokens": config.max_sequence_length,
+            **flops_per_token(config),
+        },
         "dtype": config.dtype,
     }
+
+
+def flops_per_token(config: ModelConfig) -> dict[str, int]:
+    """Of the forward pass over one document of the longest sequence, rounded."""
+    length = config.max_sequence_length
+    return {name: round(value / length) for name, value in count_flops(config, [0, length]).items()}
 
 
 def inspect_path(path: Path, num_samples: int, text_tokenizer: Path | None) -> dict[str, Any]:

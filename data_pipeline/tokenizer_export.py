@@ -6,6 +6,7 @@ pieces, structure ids and visual codes (as special tokens).
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,9 @@ def token_name(index: int, vocabulary: Vocabulary) -> str:
 
 def unigram_parts(model: bytes) -> dict[str, Any]:
     """A SentencePiece unigram model without normalisation, as `train_sentencepiece` makes it."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
+    import importlib
+
+    schema = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # generated code
 
     proto = schema.ModelProto()
     proto.ParseFromString(model)
@@ -172,9 +175,7 @@ def _split(token: bytes, below: int, ranks: dict[bytes, int]) -> list[bytes]:
     """What byte-pair merging makes of a token with only the merges of lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        pairs = [
-            ranks.get(left + right, below) for left, right in zip(parts, parts[1:], strict=False)
-        ]
+        pairs = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
         best = min(pairs)
         if best >= below:
             break

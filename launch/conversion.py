@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CERTIFICATE_NAME = "parity.json"
 TOKENIZER_FOLDER = "text_tokenizer"
+MODES = {"auto": "logits", "logits": "logits", "keys": "keys"}  # of the certificate
 # Both sides in float32 and room to work in.
 BYTES_A_PARAMETER = 10
 
@@ -142,13 +143,68 @@ class Extras:
             shutil.copytree(place, folder / TOKENIZER_FOLDER)
 
     def _certify(self, folder: Path, written: Written) -> None:
+        """Written into the folder before it is published: what fails is never published."""
         config = self.config
-        sums = {
-            "mode": "keys", "action": config.action, "equal": True, "tensors_crc32": written.tensors,
-            "how": "every tensor was read back after writing; the map moves rows and changes none",
-        }  # fmt: skip
-        self.answer["parity"] = {"mode": "keys", "equal": True, "num_tensors": len(written.tensors)}
-        write_json(folder / CERTIFICATE_NAME, sums)
+        if config.action not in ("from_hf", "to_hf") or not self._certify_both_sides(folder):
+            certificate = {
+                "passed": True, "mode": "keys", "num_tensors": len(written.tensors),
+                "tensors_crc32": written.tensors,
+                "message": "every tensor was read back after writing; conversion moves rows and changes none",
+            }  # fmt: skip
+            self._publish_certificate(folder, certificate)
+
+    def _certify_both_sides(self, folder: Path) -> bool:
+        """Compare source and output by independent code; False where that would need more memory than there is."""
+        config = self.config
+        source = self.source
+        ours, theirs = (folder, source) if config.action == "from_hf" else (source, folder)
+        manifest = read_manifest(latest_checkpoint(ours))
+        sizes = model_config(manifest["model"], str(ours))
+        has_config = theirs.is_dir() and (theirs / "config.json").is_file()
+        if not has_config or (config.verify == "auto" and not fits_memory(sizes)):
+            return False
+        from model.conversion.parity import certify
+
+        certificate = certify(
+            ours, theirs, config.layout or self._detected(theirs), mode=MODES[config.verify],
+            num_tokens=config.num_tokens, seed=config.seed, out=folder / CERTIFICATE_NAME,
+        )  # fmt: skip
+        # The output's own name, not that of the folder where it is being made.
+        target = str(config.target)
+        certificate |= (
+            {"checkpoint": target} if config.action == "from_hf" else {"hugging_face": target}
+        )
+        if config.dtype is not None and certificate["mode"] == "logits":
+            certificate["message"] += f"; the weights were cast to {config.dtype} on purpose"
+        elif not certificate["passed"]:
+            raise UserError(
+                "the certificate failed: both sides are not the same model", where=f"{source} and {target}",
+                got=differences(certificate), fix="nothing was published; report this with both configurations",
+            )  # fmt: skip
+        self._publish_certificate(folder, certificate)
+        return True
+
+    @staticmethod
+    def _detected(folder: Path) -> str:
+        return actions.identify(folder, None)[0].name
+
+    def _publish_certificate(self, folder: Path, certificate: dict[str, Any]) -> None:
+        write_json(folder / CERTIFICATE_NAME, certificate)
+        self.answer["parity"] = {
+            name: value for name, value in certificate.items() if not name.startswith("tensors")
+        }
+
+
+def differences(certificate: dict[str, Any]) -> str:
+    """What is not equal in a certificate, in one line."""
+    names = [name for name, one in certificate["tensors"].items() if not one["equal"]]
+    logits = certificate["logits"] or {}
+    parts = [f"{len(names)} tensors differ: {', '.join(names[:10])}"] if names else []
+    if logits:
+        parts.append(
+            f"logits differ by {logits['max_difference']:.3g} at most, argmax agrees at {logits['argmax_agreement']:.2%}"
+        )
+    return "; ".join(parts)
 
 
 def find_text_tokenizer(
@@ -177,12 +233,18 @@ def fits_memory(config: ModelConfig) -> bool:
 
 
 def verify(config: Config) -> dict[str, Any]:
-    """Compare a checkpoint with an export; a difference is a `UserError` that names the tensors."""
+    """Compare a checkpoint with an export; a difference is a `UserError` that names the tensors.
+
+    First every byte through the tables, then, unless `verify=keys`, both sides as models. The certificate goes beside
+    the export.
+    """
     source, target = latest_checkpoint(config.source or "."), Path(config.target or ".")
     layout = config.layout or ""
-    found = compare(source, target, layout, config.threads)
+    certificate = compare(source, target, layout, config.threads)
     problems = {
-        name: found[name] for name in ("missing", "extra", "misshaped", "different") if found[name]
+        name: certificate[name]
+        for name in ("missing", "extra", "misshaped", "different")
+        if certificate[name]
     }
     if problems:
         raise UserError(
@@ -190,12 +252,27 @@ def verify(config: Config) -> dict[str, Any]:
             got="; ".join(f"{name}: {', '.join(names[:20])}" for name, names in problems.items()),
             fix="convert it again",
         )  # fmt: skip
+    if layout != VISION_LAYOUT and config.verify in ("auto", "logits"):
+        from model.conversion.parity import certify
+
+        models = certify(
+            source, target, layout, mode="logits", num_tokens=config.num_tokens, seed=config.seed,
+            out=target / CERTIFICATE_NAME,
+        )  # fmt: skip
+        certificate = certificate | models | {"tensors_crc32": certificate["tensors_crc32"]}
+        if not models["passed"]:
+            raise UserError(
+                "both sides hold the same tensors but are not the same model", where=f"{source} and {target}",
+                got=differences(models), fix="compare config.json with the checkpoint's manifest",
+            )  # fmt: skip
+    write_json(target / CERTIFICATE_NAME, certificate)
+    shown = {name: value for name, value in certificate.items() if not name.startswith("tensors")}
     return {
         "action": "verify",
         "source": str(source),
         "target": str(target),
         "layout": layout,
-        "parity": found,
+        "parity": shown,
     }
 
 

@@ -76,7 +76,7 @@ class Outcome:
 def initialize(target: Path, config: ModelConfig, options: Options) -> Outcome:
     """A checkpoint of fresh weights: bitwise those that training with this seed starts from."""
     refuse_existing(target)
-    _check_split(config, options)
+    check_split(config, options)
     source = fresh_weights(config, options.seed)
     targets = [
         Target(PREFIX + one.ours, source.tensors[one.ours],
@@ -134,7 +134,7 @@ def from_published(
             str(source_path), found, expected_tensors(layout, config, found, options), options.dtype
         )
         config = hugging_face.with_dtype(config, dtype)
-        _check_split(config, options)
+        check_split(config, options)
         padding = _padding_source(source_path, config, record, dtype, options.seed)
         sources: list[TensorSource] = [with_source, padding]
         targets = [
@@ -382,7 +382,7 @@ def reshard(source_path: Path, target: Path, options: Options) -> Outcome:
     source = CheckpointSource(source_path)
     try:
         config = config_of(source)
-        _check_split(config, options)
+        check_split(config, options)
         places = {one.ours: one for one in mapped_tensors(OUR_RULES, config)}
         targets = []
         for name, info in source.tensors.items():
@@ -403,7 +403,7 @@ def reshard(source_path: Path, target: Path, options: Options) -> Outcome:
         source.close()
 
 
-def _check_split(config: ModelConfig, options: Options) -> None:
+def check_split(config: ModelConfig, options: Options) -> None:
     """Whether megatron-core could hold this model in the layout."""
     problems = Problems()
     config.validate(problems)

@@ -19,7 +19,7 @@ from model.conversion.writer import Block, gather, run_all, split_rows
 
 
 def compare(checkpoint: Path, export: Path, layout_name: str, threads: int = 4) -> dict[str, Any]:
-    """`equal`, and by name: checksums of the export's tensors, and those that are missing, extra or different."""
+    """`passed`, and by name: checksums of the export's tensors, and those that are missing, extra or different."""
     ours, theirs = CheckpointSource(checkpoint), open_foreign(export)
     try:
         pairs = _pairs(ours, theirs, layout_name, export)
@@ -34,7 +34,7 @@ def compare(checkpoint: Path, export: Path, layout_name: str, threads: int = 4) 
         ours.close()
         theirs.close()
     return {
-        "mode": "keys", "equal": not (missing or extra or misshaped or different), "num_tensors": len(pairs),
+        "mode": "keys", "passed": not (missing or extra or misshaped or different), "num_tensors": len(pairs),
         "missing": missing, "extra": extra, "misshaped": misshaped, "different": different, "tensors_crc32": sums,
     }  # fmt: skip
 
@@ -79,7 +79,7 @@ def _contents(
             rows = gather(Block(0, target, start, stop))
             found = np.empty_like(rows)
             theirs.read_rows(target.name, start, stop, found)
-            crc = zlib.crc32(memoryview(found.reshape(-1)), crc)
+            crc = zlib.crc32(found.reshape(-1).data, crc)
             if not np.array_equal(rows, found):
                 different.add(target.name)
         sums[target.name] = f"{crc:08x}"

@@ -127,7 +127,7 @@ def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
             expected=f"vocab_size {published} (Emu3.5), or a model configuration",
             got=f"vocab_size {values.get('vocab_size')}", fix="add model=NAME with model.vocabulary.* of this checkpoint",
         )  # fmt: skip
-    sizes = {
+    sizes: dict[str, Any] = {
         ours: head_dim_of(values) if theirs == "head_dim" else values[theirs]
         for theirs, ours in FIELDS.items()
     }

@@ -49,11 +49,11 @@ def ones(mapped: list[Mapped], dtype: str) -> MadeSource:
 
 
 def rows_from(
-    place: str, tensors: dict[str, TensorInfo], rows: Callable[[str, int, int], np.ndarray]
+    place: str, name: str, info: TensorInfo, rows: Callable[[int, int], np.ndarray]
 ) -> MadeSource:
-    """A source of what `rows(name, start, stop)` answers in float32 [stop - start, n]."""
+    """A source of one tensor whose rows `rows(start, stop)` answers in float32 [stop - start, n]."""
 
-    def make(name: str, start: int, stop: int, out: np.ndarray) -> None:
-        out[:] = float_bytes(rows(name, start, stop), tensors[name].dtype).reshape(out.shape)
+    def make(_: str, start: int, stop: int, out: np.ndarray) -> None:
+        out[:] = float_bytes(rows(start, stop), info.dtype).reshape(out.shape)
 
-    return MadeSource(place, tensors, make)
+    return MadeSource(place, {name: info}, make)

@@ -54,7 +54,7 @@ class SafetensorsFile:
 
     def read_into(self, position: int, out: np.ndarray) -> None:
         """Fill the contiguous array `out` with the bytes at `position`."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         while len(view):
             num_read = os.preadv(self._descriptor, [view], position)
             if num_read == 0:

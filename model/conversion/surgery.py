@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +22,14 @@ from model.conversion.actions import (
     PREFIX,
     Options,
     Outcome,
-    _check_split,
     check_model,
+    check_split,
     expected_tensors,
     identify,
     to_checkpoint,
 )
 from model.conversion.checks import check_tensors
-from model.conversion.layouts import VOCABULARY, mapped_tensors
+from model.conversion.layouts import VOCABULARY, Layout, mapped_tensors
 from model.conversion.made import rows_from
 from model.conversion.plan import Segment, Target
 from model.conversion.record import model_metadata
@@ -83,9 +84,10 @@ def operate(
         copied = copied_rows(config, surgery)
         dtype = _check_source(source, layout, config, copied, options, source_path)
         config = hugging_face.with_dtype(config, dtype)
-        _check_split(config, options)
+        check_split(config, options)
         codebook = read_codebook(surgery, config) if surgery.rows == "codebook" else None
-        targets, sources = [], [source]
+        targets: list[Target] = []
+        sources: list[TensorSource] = [source]
         for one in mapped_tensors(layout.rules, config):
             info = TensorInfo(one.our_shape, dtype)
             names = [
@@ -104,11 +106,7 @@ def operate(
                     surgery,
                     codebook,
                 )
-                new = rows_from(
-                    f"new rows of {one.ours}",
-                    {one.ours: info},
-                    lambda _, a, b, make=make: make(a, b),
-                )
+                new = rows_from(f"new rows of {one.ours}", one.ours, info, make)
                 sources.append(new)
                 segments = [
                     Segment(source, names[0], 0, copied), Segment(new, one.ours, copied, info.num_rows - copied),
@@ -149,7 +147,7 @@ def describe(
     options: Options,
     *,
     untied: bool,
-) -> dict:
+) -> dict[str, Any]:
     """What the manifest records of the new rows."""
     vocabulary = Vocabulary.from_config(config.vocabulary)
     return {
@@ -161,7 +159,12 @@ def describe(
 
 
 def _check_source(
-    source: TensorSource, layout, config: ModelConfig, copied: int, options: Options, place: Path
+    source: TensorSource,
+    layout: Layout,
+    config: ModelConfig,
+    copied: int,
+    options: Options,
+    place: Path,
 ) -> str:
     """Like `from_hf`'s check, but with any number of vocabulary rows that holds the copied ones."""
     expected = expected_tensors(layout, config, source.tensors, options)

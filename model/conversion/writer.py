@@ -148,7 +148,7 @@ class _Writer:
                 piece.first_column * item, (piece.first_column + piece.num_columns) * item
             )
             part = np.ascontiguousarray(rows[low - block.start : high - block.start, columns])
-            view = memoryview(part.reshape(-1))
+            view = part.reshape(-1).data
             sums.append(zlib.crc32(view))
             start = self.positions[piece.file][piece.stored_name]
             start += (low - piece.first_row) * piece.num_columns * item
@@ -182,8 +182,8 @@ class _Writer:
             position = (
                 self.positions[piece.file][piece.stored_name] + (low - piece.first_row) * width
             )
-            num_read = os.preadv(self._descriptors[piece.file], [memoryview(buffer)], position)
-            if num_read != len(buffer) or zlib.crc32(memoryview(buffer)) != expected:
+            num_read = os.preadv(self._descriptors[piece.file], [buffer.data], position)
+            if num_read != len(buffer) or zlib.crc32(buffer.data) != expected:
                 # Nothing of this attempt is worth keeping: the next run starts over.
                 (self.work / "plan.json").unlink(missing_ok=True)
                 raise UserError(
@@ -331,7 +331,7 @@ def _read_journal(path: Path) -> dict[int, list[int]]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return {number: sums for number, sums in map(json.loads, whole.splitlines())}
+    return dict(map(json.loads, whole.splitlines()))
 
 
 def _is_published(target: Path, work: Path, fingerprint: str) -> bool:

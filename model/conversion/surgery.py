@@ -44,6 +44,7 @@ COPIED_EMU35 = (
 )
 METHODS = ("normal", "mean", "codebook")
 NUM_MIXED = 1024  # text rows whose random mixtures make noise of the text rows' covariance
+NEW_ROWS = 1024  # drawn by one generator; part of the definition of the new rows
 STATISTICS_ROWS = 4096  # read at a time
 CODEBOOK_NAME = "quantize.embedding.weight"
 
@@ -68,7 +69,8 @@ class TextRows:
     sample: np.ndarray
 
 
-Rows = Callable[[int, int], np.ndarray]  # new rows [start, stop) of the full table, float32
+# New rows [start, stop) of the full table, float32, asked for in blocks of NEW_ROWS.
+Rows = Callable[[int, int], np.ndarray]
 
 
 def operate(
@@ -106,7 +108,7 @@ def operate(
                     surgery,
                     codebook,
                 )
-                new = rows_from(f"new rows of {one.ours}", one.ours, info, make)
+                new = rows_from(f"new rows of {one.ours}", one.ours, info, make, NEW_ROWS)
                 sources.append(new)
                 segments = [
                     Segment(source, names[0], 0, copied), Segment(new, one.ours, copied, info.num_rows - copied),
@@ -190,8 +192,12 @@ def new_rows(
     vocabulary = Vocabulary.from_config(config.vocabulary)
     std = surgery.std if surgery.std is not None else config.init_std
 
+    def draw(start: int, stop: int, width: int, spread: float) -> np.ndarray:
+        shape = (stop - start, width)
+        return initial_rows(f"surgery/{ours}/{start}", shape, spread, seed, 0, stop - start).numpy()
+
     def normal(start: int, stop: int) -> np.ndarray:
-        return initial_rows(f"surgery/{ours}", info.shape, std, seed, start, stop).numpy()
+        return draw(start, stop, info.row_elements, std)
 
     if surgery.rows == "normal":
         return normal
@@ -199,9 +205,7 @@ def new_rows(
     num_mixed = len(text.sample)
 
     def mean(start: int, stop: int) -> np.ndarray:
-        draws = initial_rows(
-            f"surgery/{ours}", (info.num_rows, num_mixed), 1.0, seed, start, stop
-        ).numpy()
+        draws = draw(start, stop, num_mixed, 1.0)
         return text.mean + math.sqrt(surgery.noise / num_mixed) * (draws @ text.sample)
 
     if codebook is None:

@@ -71,14 +71,14 @@ def execute(
     Raises `UserError` for a target that exists, a disk without room and a conversion that another process is making.
     """
     target = target.absolute()
-    work = target.parent / f".{target.name}.converting"
+    work = _work_folder(target)
     started = time.monotonic()
     with _no_space_told(target.parent, plan.num_bytes), _locked(work):
         fingerprint = plan.fingerprint()
         if _is_published(target, work, fingerprint):
             _remove_work(work)
             return Result(plan.num_bytes, time.monotonic() - started, plan.num_bytes)
-        refuse_existing(target)
+        _refuse_existing(target)
         done = _prepare(plan, work, fingerprint)
         _check_room(plan, work)
         writer = _Writer(plan, work, done)
@@ -97,13 +97,23 @@ def execute(
 
 
 def refuse_existing(target: Path) -> None:
-    if target.is_symlink() or (
-        target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    ):
+    """Early, before sources are read. A target whose work folder is still there is `execute`'s to judge."""
+    if _work_folder(target.absolute()).exists():
+        return
+    _refuse_existing(target)
+
+
+def _refuse_existing(target: Path) -> None:
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if target.is_symlink() or (target.exists() and not is_empty):
         raise UserError(
             "the destination exists", where=str(target), expected="a new folder",
             fix="name another target, or remove this one first",
         )  # fmt: skip
+
+
+def _work_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.converting"
 
 
 class _Writer:

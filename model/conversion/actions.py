@@ -49,7 +49,7 @@ PREFIX = "model/"
 
 @dataclass(frozen=True)
 class Options:
-    """What all conversions take. `extras(folder)` adds files (tokenizers) before publication."""
+    """What all conversions take. `extras(folder, written)` adds files (tokenizers, the certificate) before publication."""
 
     dtype: str | None = None
     tensor: int = 1
@@ -59,7 +59,7 @@ class Options:
     seed: int = 0
     untie: bool = False
     ignore: tuple[str, ...] = ()
-    extras: Callable[[Path], None] | None = None
+    extras: Callable[[Path, Written], None] | None = None
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Outcome:
 def initialize(target: Path, config: ModelConfig, options: Options) -> Outcome:
     """A checkpoint of fresh weights: bitwise those that training with this seed starts from."""
     refuse_existing(target)
-    _check_split(config, options)
+    check_split(config, options)
     source = fresh_weights(config, options.seed)
     targets = [
         Target(PREFIX + one.ours, source.tensors[one.ours],
@@ -104,7 +104,7 @@ def to_checkpoint(
         kept.append(written)
         write_manifest(folder, full, targets, written)
         if options.extras:
-            options.extras(folder)
+            options.extras(folder, written)
 
     plan = Plan(what | {"metadata": full}, targets, sources)
     result = execute(plan, target, finish, threads=options.threads)
@@ -130,9 +130,11 @@ def from_published(
             name: info for name, info in with_source.tensors.items()
             if not any(fnmatchcase(name, pattern) for pattern in options.ignore)
         }  # fmt: skip
-        dtype = check_tensors(str(source_path), found, expected_tensors(layout, config, found, options), options.dtype)
+        dtype = check_tensors(
+            str(source_path), found, expected_tensors(layout, config, found, options), options.dtype
+        )
         config = hugging_face.with_dtype(config, dtype)
-        _check_split(config, options)
+        check_split(config, options)
         padding = _padding_source(source_path, config, record, dtype, options.seed)
         sources: list[TensorSource] = [with_source, padding]
         targets = [
@@ -158,7 +160,9 @@ def from_published(
         }  # fmt: skip
         metadata = model_metadata(config, options.seed)
         if record and record.get("layout") == layout.name:
-            metadata |= {name: record["checkpoint"][name] for name in CARRIED if name in record["checkpoint"]}
+            metadata |= {
+                name: record["checkpoint"][name] for name in CARRIED if name in record["checkpoint"]
+            }
         outcome = to_checkpoint(target, targets, sources, config, metadata, what, options)
     finally:
         with_source.close()
@@ -185,13 +189,20 @@ def identify(path: Path, layout_name: str | None) -> tuple[Layout, dict[str, Any
 
 
 def check_model(
-    values: dict[str, Any], config: ModelConfig, options: Options, place: Path, *, vocabulary: bool = True
+    values: dict[str, Any],
+    config: ModelConfig,
+    options: Options,
+    place: Path,
+    *,
+    vocabulary: bool = True,
 ) -> None:
     """Refuse a config.json that is not this model; every difference is listed."""
     problems = Problems()
     config.validate(problems)
     if values:
-        hugging_face.check_config(values, config, problems, untie=options.untie, vocabulary=vocabulary)
+        hugging_face.check_config(
+            values, config, problems, untie=options.untie, vocabulary=vocabulary
+        )
     if problems.found:
         raise UserError(
             "the model's configuration does not fit the checkpoint", where=str(place), got=listed(problems.found)
@@ -204,7 +215,11 @@ def _recorded_config(
     if record:
         return hugging_face.model_config(record["checkpoint"]["model"], str(place))
     if not values:
-        raise UserError("the model cannot be told: there is no config.json", where=str(place), fix="add model=NAME")
+        raise UserError(
+            "the model cannot be told: there is no config.json",
+            where=str(place),
+            fix="add model=NAME",
+        )
     return hugging_face.derive_config(values, place)
 
 
@@ -237,7 +252,9 @@ def _our_target(
             if padding.tensors[one.ours].num_rows == one.num_padding_rows:
                 first = 0  # of a file of these rows alone
             segments.append(Segment(padding, one.ours, first, one.num_padding_rows))
-    return Target(PREFIX + one.ours, TensorInfo(one.our_shape, dtype), segments, one.rule, one.layer)
+    return Target(
+        PREFIX + one.ours, TensorInfo(one.our_shape, dtype), segments, one.rule, one.layer
+    )
 
 
 def _padding_source(
@@ -250,7 +267,10 @@ def _padding_source(
             one.ours: (one.num_padding_rows, *one.our_shape[1:])
             for one in mapped_tensors(OUR_RULES, config) if one.num_padding_rows
         }  # fmt: skip
-        if all(name in kept.tensors and kept.tensors[name].shape == shape for name, shape in wanted.items()):
+        if all(
+            name in kept.tensors and kept.tensors[name].shape == shape
+            for name, shape in wanted.items()
+        ):
             return kept
         kept.close()
     if not any(one.num_padding_rows for one in mapped_tensors(OUR_RULES, config)):
@@ -294,7 +314,9 @@ def to_published(source_path: Path, target: Path, layout_name: str, options: Opt
         for one in mapped_tensors(layout.rules, config):
             key = PREFIX + one.ours
             for index, (name, shape) in enumerate(one.theirs):
-                segments = [Segment(source, key, start, count) for start, count in one.inverse(index)]
+                segments = [
+                    Segment(source, key, start, count) for start, count in one.inverse(index)
+                ]
                 targets.append(Target(name, TensorInfo(shape, dtype), segments))
             if one.num_padding_rows:
                 count = one.num_padding_rows
@@ -314,7 +336,7 @@ def to_published(source_path: Path, target: Path, layout_name: str, options: Opt
             write_json(folder / "generation_config.json", hugging_face.to_generation_config(config))
             write_record(folder, layout.name, source.manifest, written)
             if options.extras:
-                options.extras(folder)
+                options.extras(folder, written)
 
         what = {"action": "to_hf", "layout": layout.name, "dtype": dtype}
         result = execute(Plan(what, targets, [source]), target, finish, threads=options.threads)
@@ -360,7 +382,7 @@ def reshard(source_path: Path, target: Path, options: Options) -> Outcome:
     source = CheckpointSource(source_path)
     try:
         config = config_of(source)
-        _check_split(config, options)
+        check_split(config, options)
         places = {one.ours: one for one in mapped_tensors(OUR_RULES, config)}
         targets = []
         for name, info in source.tensors.items():
@@ -381,7 +403,7 @@ def reshard(source_path: Path, target: Path, options: Options) -> Outcome:
         source.close()
 
 
-def _check_split(config: ModelConfig, options: Options) -> None:
+def check_split(config: ModelConfig, options: Options) -> None:
     """Whether megatron-core could hold this model in the layout."""
     problems = Problems()
     config.validate(problems)
@@ -393,7 +415,11 @@ def _check_split(config: ModelConfig, options: Options) -> None:
     problems.check(options.pipeline > 0, "pipeline", "must be positive", "pipeline=1")
     problems.raise_if_any()
     for name, size in sizes.items():
-        problems.check(size % options.tensor == 0, "tensor", f"{options.tensor} does not divide {name} ({size})")
+        problems.check(
+            size % options.tensor == 0,
+            "tensor",
+            f"{options.tensor} does not divide {name} ({size})",
+        )
     problems.check(
         config.num_layers % options.pipeline == 0, "pipeline",
         f"{options.pipeline} does not divide the {config.num_layers} layers",

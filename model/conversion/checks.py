@@ -32,7 +32,9 @@ def check_tensors(
     known = [name for name in expected if name in found]
     wrong, kept = check_dtypes(known, found, dtype)
     groups = {"missing": missing, "not known": extra, "misshaped": misshaped, "wrong dtype": wrong}
-    problems = [f"{len(names)} {label}: {listed(names)}" for label, names in groups.items() if names]
+    problems = [
+        f"{len(names)} {label}: {listed(names)}" for label, names in groups.items() if names
+    ]
     if problems:
         raise UserError(
             "the tensors do not fit", where=place, expected=f"{len(expected)} tensors",
@@ -53,4 +55,6 @@ def check_dtypes(
     if dtype is None:
         return [f"{name} {found[name].dtype}" for name in names
                 if found[name].dtype != kept or kept not in MODEL_DTYPES], kept  # fmt: skip
-    return [f"{name} {found[name].dtype}" for name in names if found[name].dtype not in CASTABLE], kept
+    return [
+        f"{name} {found[name].dtype}" for name in names if found[name].dtype not in CASTABLE
+    ], kept

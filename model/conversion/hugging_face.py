@@ -65,7 +65,11 @@ def to_config(layout: Layout, config: ModelConfig, dtype: str) -> dict[str, Any]
     # transformers 5 reads the rotary base from this table, earlier versions from rope_theta.
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if layout.name == "qwen3":
-        return values | {"attention_bias": False, "sliding_window": None, "use_sliding_window": False}
+        return values | {
+            "attention_bias": False,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        }
     return values | {"attention_bias": False, "mlp_bias": False}
 
 
@@ -102,7 +106,9 @@ def find_layout_of(values: dict[str, Any], place: Path) -> Layout:
             not architectures or layout.architecture in architectures
         ):
             return layout
-    known = ", ".join(f"{one.model_type}/{one.architecture} (layout={one.name})" for one in LAYOUTS.values())
+    known = ", ".join(
+        f"{one.model_type}/{one.architecture} (layout={one.name})" for one in LAYOUTS.values()
+    )
     raise UserError(
         "this architecture cannot be converted", where=str(place), expected=known,
         got=f"{model_type}/{', '.join(architectures) or 'no architecture'}",
@@ -121,7 +127,10 @@ def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
             expected=f"vocab_size {published} (Emu3.5), or a model configuration",
             got=f"vocab_size {values.get('vocab_size')}", fix="add model=NAME with model.vocabulary.* of this checkpoint",
         )  # fmt: skip
-    sizes = {ours: head_dim_of(values) if theirs == "head_dim" else values[theirs] for theirs, ours in FIELDS.items()}
+    sizes: dict[str, Any] = {
+        ours: head_dim_of(values) if theirs == "head_dim" else values[theirs]
+        for theirs, ours in FIELDS.items()
+    }
     vocabulary = VocabularyConfig(preset="emu35", pad_multiple=1024)
     return ModelConfig(
         **sizes, name=str(values.get("model_type")), vocabulary=vocabulary,
@@ -138,14 +147,23 @@ def head_dim_of(values: dict[str, Any]) -> int | None:
 
 
 def check_config(
-    values: dict[str, Any], config: ModelConfig, problems: Problems, *, untie: bool, vocabulary: bool = True
+    values: dict[str, Any],
+    config: ModelConfig,
+    problems: Problems,
+    *,
+    untie: bool,
+    vocabulary: bool = True,
 ) -> None:
     """Every way in which a `config.json` describes another function than `config` does."""
     for theirs, ours in FIELDS.items():
         found = head_dim_of(values) if theirs == "head_dim" else values.get(theirs)
         expected = getattr(config, ours)
         if found is not None and found != expected:
-            problems.add(f"model.{ours}", f"{expected}, but config.json has {theirs} {found}", f"model.{ours}={found}")
+            problems.add(
+                f"model.{ours}",
+                f"{expected}, but config.json has {theirs} {found}",
+                f"model.{ours}={found}",
+            )
     for name, allowed in FIXED.items():
         if values.get(name, allowed[0]) not in allowed:
             problems.add(f"config.json {name}", f"{values[name]!r} is not a model of this backbone")

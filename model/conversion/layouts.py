@@ -132,7 +132,8 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
 def mapped_tensors(rules: tuple[Rule, ...], config: ModelConfig) -> Iterator[Mapped]:
     """Every row of the table for every layer of the model, in the order of the forward pass."""
     by_stage = {
-        stage: [rule for rule in rules if rule.stage == stage] for stage in ("first", "layer", "last")
+        stage: [rule for rule in rules if rule.stage == stage]
+        for stage in ("first", "layer", "last")
     }
     for rule in by_stage["first"]:
         yield _map(rule, None, config)

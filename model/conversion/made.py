@@ -48,10 +48,19 @@ def ones(mapped: list[Mapped], dtype: str) -> MadeSource:
     return MadeSource("norms of one", tensors, make)
 
 
-def rows_from(place: str, tensors: dict[str, TensorInfo], rows: Callable[[str, int, int], np.ndarray]) -> MadeSource:
-    """A source of what `rows(name, start, stop)` answers in float32 [stop - start, n]."""
+def rows_from(
+    place: str, name: str, info: TensorInfo, rows: Callable[[int, int], np.ndarray], at_once: int
+) -> MadeSource:
+    """A source of one tensor whose rows `rows(start, stop)` answers in float32 [stop - start, n].
 
-    def make(name: str, start: int, stop: int, out: np.ndarray) -> None:
-        out[:] = float_bytes(rows(name, start, stop), tensors[name].dtype).reshape(out.shape)
+    It is asked for blocks of `at_once` rows only, so that a value does not depend on who asks for which rows.
+    """
 
-    return MadeSource(place, tensors, make)
+    def make(_: str, start: int, stop: int, out: np.ndarray) -> None:
+        parts = []
+        for first in range(start - start % at_once, stop, at_once):
+            values = rows(first, min(first + at_once, info.num_rows))
+            parts.append(values[max(start - first, 0) : stop - first])
+        out[:] = float_bytes(np.concatenate(parts), info.dtype).reshape(out.shape)
+
+    return MadeSource(place, {name: info}, make, lambda _: at_once)

@@ -42,8 +42,11 @@ def certify(
     mode: str = "logits",
     num_tokens: int = 256,
     seed: int = 0,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare a checkpoint of ours with a folder of the published layout; the certificate, also written beside it.
+    """Compare a checkpoint of ours with a folder of the published layout; the certificate, also written to a file.
+
+    The file is `out`, by default `parity.json` beside the checkpoint.
 
     Every tensor is compared bitwise (theirs cast to our dtype where that differs). With mode `logits`, random tokens
     run through both sides in float32: ours as it trains, theirs in transformers where it has the architecture, else
@@ -77,7 +80,7 @@ def certify(
         "checkpoint": str(folder), "hugging_face": str(hf_folder), "logits": logits or None,
         "num_tensors": len(tensors), "num_different": num_different, "tensors": tensors,
     }  # fmt: skip
-    _write(folder / CERTIFICATE_NAME, certificate)
+    _write(out or folder / CERTIFICATE_NAME, certificate)
     return certificate
 
 

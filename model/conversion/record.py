@@ -30,7 +30,9 @@ CARRIED = ("kind", "step", "consumed_samples", "data_fingerprint", "text_tokeniz
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def layout_record(config: ModelConfig, tensor: int, pipeline: int) -> dict[str, Any]:
@@ -76,7 +78,9 @@ def write_index(folder: Path, targets: list[Target]) -> None:
     weights = [target for target in targets if not target.pieces[0].file.startswith(RECORD_FOLDER)]
     if len({target.pieces[0].file for target in weights}) > 1:
         total = sum(target.info.num_bytes for target in weights)
-        table = {target.name: target.pieces[0].file for target in sorted(weights, key=lambda t: t.name)}
+        table = {
+            target.name: target.pieces[0].file for target in sorted(weights, key=lambda t: t.name)
+        }
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": table})
 
 
@@ -98,7 +102,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_bytes())
         version = record["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError("the record of the export is damaged", where=str(path), got=repr(error)) from None
+        raise UserError(
+            "the record of the export is damaged", where=str(path), got=repr(error)
+        ) from None
     if version != RECORD_VERSION:
         raise UserError(
             "this export was written by another version", where=str(path),

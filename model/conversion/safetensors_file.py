@@ -54,7 +54,7 @@ class SafetensorsFile:
 
     def read_into(self, position: int, out: np.ndarray) -> None:
         """Fill the contiguous array `out` with the bytes at `position`."""
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         while len(view):
             num_read = os.preadv(self._descriptor, [view], position)
             if num_read == 0:
@@ -76,9 +76,7 @@ class SafetensorsFile:
             entries = {name: value for name, value in header.items() if name != "__metadata__"}
             found = {
                 name: StoredTensor(
-                    TensorInfo(
-                        tuple(int(n) for n in value["shape"]), DTYPE_NAMES[value["dtype"]]
-                    ),
+                    TensorInfo(tuple(int(n) for n in value["shape"]), DTYPE_NAMES[value["dtype"]]),
                     8 + length + int(value["data_offsets"][0]),
                 )
                 for name, value in entries.items()

@@ -38,7 +38,9 @@ class SafetensorsSource:
             file = self._files[file_path.name] = SafetensorsFile(file_path)
             for name, stored in file.tensors.items():
                 if name in self._homes:
-                    problems.append(f"{name} is in {self._homes[name].path.name} and {file_path.name}")
+                    problems.append(
+                        f"{name} is in {self._homes[name].path.name} and {file_path.name}"
+                    )
                 self._homes[name] = file
                 self.tensors[name] = stored.info
         problems += [
@@ -116,7 +118,9 @@ class CheckpointSource:
                 "the checkpoint's manifest is damaged", where=self.place, got=repr(error)
             ) from None
         if unknown:
-            raise UserError("the checkpoint has unknown dtypes", where=self.place, got=listed(unknown))
+            raise UserError(
+                "the checkpoint has unknown dtypes", where=self.place, got=listed(unknown)
+            )
         for name in sorted(names):
             self._files[name] = SafetensorsFile(self.folder / name)
         self._check_pieces()
@@ -156,7 +160,9 @@ class CheckpointSource:
             for piece in entry["pieces"]:
                 stored = self._files[piece["file"]].tensors.get(piece["name"])
                 if stored is None or stored.info != TensorInfo(tuple(piece["shape"]), info.dtype):
-                    problems.append(f"{piece['file']} does not hold {piece['name']} as the manifest says")
+                    problems.append(
+                        f"{piece['file']} does not hold {piece['name']} as the manifest says"
+                    )
                     continue
                 covered += stored.info.num_bytes
                 whole_rows = list(piece["shape"][1:]) == list(info.shape[1:])

@@ -71,14 +71,14 @@ def execute(
     Raises `UserError` for a target that exists, a disk without room and a conversion that another process is making.
     """
     target = target.absolute()
-    work = target.parent / f".{target.name}.converting"
+    work = _work_folder(target)
     started = time.monotonic()
     with _no_space_told(target.parent, plan.num_bytes), _locked(work):
         fingerprint = plan.fingerprint()
         if _is_published(target, work, fingerprint):
             _remove_work(work)
             return Result(plan.num_bytes, time.monotonic() - started, plan.num_bytes)
-        refuse_existing(target)
+        _refuse_existing(target)
         done = _prepare(plan, work, fingerprint)
         _check_room(plan, work)
         writer = _Writer(plan, work, done)
@@ -97,11 +97,23 @@ def execute(
 
 
 def refuse_existing(target: Path) -> None:
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+    """Early, before sources are read. A target whose work folder is still there is `execute`'s to judge."""
+    if _work_folder(target.absolute()).exists():
+        return
+    _refuse_existing(target)
+
+
+def _refuse_existing(target: Path) -> None:
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if target.is_symlink() or (target.exists() and not is_empty):
         raise UserError(
             "the destination exists", where=str(target), expected="a new folder",
             fix="name another target, or remove this one first",
         )  # fmt: skip
+
+
+def _work_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.converting"
 
 
 class _Writer:
@@ -133,7 +145,7 @@ class _Writer:
         self.progress.finish()
 
     def _convert(self, block: Block) -> None:
-        rows = _gather(block)
+        rows = gather(block)
         item = ITEM_BYTES[block.target.info.dtype]
         sums = []
         for piece in block.target.pieces:
@@ -142,9 +154,11 @@ class _Writer:
             if low >= high:
                 sums.append(0)
                 continue
-            columns = slice(piece.first_column * item, (piece.first_column + piece.num_columns) * item)
+            columns = slice(
+                piece.first_column * item, (piece.first_column + piece.num_columns) * item
+            )
             part = np.ascontiguousarray(rows[low - block.start : high - block.start, columns])
-            view = memoryview(part.reshape(-1))
+            view = part.reshape(-1).data
             sums.append(zlib.crc32(view))
             start = self.positions[piece.file][piece.stored_name]
             start += (low - piece.first_row) * piece.num_columns * item
@@ -175,9 +189,11 @@ class _Writer:
                 continue
             width = piece.num_columns * item
             buffer = np.empty((high - low) * width, np.uint8)
-            position = self.positions[piece.file][piece.stored_name] + (low - piece.first_row) * width
-            num_read = os.preadv(self._descriptors[piece.file], [memoryview(buffer)], position)
-            if num_read != len(buffer) or zlib.crc32(memoryview(buffer)) != expected:
+            position = (
+                self.positions[piece.file][piece.stored_name] + (low - piece.first_row) * width
+            )
+            num_read = os.preadv(self._descriptors[piece.file], [buffer.data], position)
+            if num_read != len(buffer) or zlib.crc32(buffer.data) != expected:
                 # Nothing of this attempt is worth keeping: the next run starts over.
                 (self.work / "plan.json").unlink(missing_ok=True)
                 raise UserError(
@@ -192,12 +208,17 @@ class _Writer:
         for block in self.blocks:
             item = ITEM_BYTES[block.target.info.dtype]
             for piece, value in zip(block.target.pieces, self.done[block.number], strict=True):
-                rows = min(block.stop, piece.first_row + piece.num_rows) - max(block.start, piece.first_row)
+                rows = min(block.stop, piece.first_row + piece.num_rows) - max(
+                    block.start, piece.first_row
+                )
                 if rows <= 0:
                     continue
                 crc, length = tensors.get((piece.file, piece.stored_name), (0, 0))
                 size = rows * piece.num_columns * item
-                tensors[piece.file, piece.stored_name] = (join_crc32(crc, value, size), length + size)
+                tensors[piece.file, piece.stored_name] = (
+                    join_crc32(crc, value, size),
+                    length + size,
+                )
         files = {}
         for file in self.plan.files:
             crc = zlib.crc32(file.header)
@@ -253,24 +274,28 @@ def run_all(work: Callable[[Any], None], items: list[Any], threads: int) -> None
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def split_rows(target: Target) -> Iterator[tuple[int, int]]:
+    """(first row, row behind the last) of the blocks in which a target is made."""
+    wanted = [
+        rows for segment in target.segments
+        if (rows := segment.source.rows_at_once(segment.name)) is not None
+    ]  # fmt: skip
+    step = max([1, *wanted] if wanted else [1, BLOCK_BYTES // max(1, target.info.row_bytes)])
+    for start in range(0, target.info.num_rows, step):
+        yield start, min(start + step, target.info.num_rows)
+
+
 def _blocks(plan: Plan) -> Iterator[Block]:
-    number = 0
-    for target in plan.targets:
-        wanted = [
-            rows for segment in target.segments
-            if (rows := segment.source.rows_at_once(segment.name)) is not None
-        ]  # fmt: skip
-        step = max([1, *wanted] if wanted else [1, BLOCK_BYTES // max(1, target.info.row_bytes)])
-        for start in range(0, target.info.num_rows, step):
-            yield Block(number, target, start, min(start + step, target.info.num_rows))
-            number += 1
+    spans = [(target, *rows) for target in plan.targets for rows in split_rows(target)]
+    for number, (target, start, stop) in enumerate(spans):
+        yield Block(number, target, start, stop)
 
 
 def _block_bytes(block: Block) -> int:
     return (block.stop - block.start) * block.target.info.row_bytes
 
 
-def _gather(block: Block) -> np.ndarray:
+def gather(block: Block) -> np.ndarray:
     """The block's rows from all segments that have some of them; uint8 [rows, row_bytes]."""
     info = block.target.info
     rows = np.empty((block.stop - block.start, info.row_bytes), np.uint8)
@@ -316,7 +341,7 @@ def _read_journal(path: Path) -> dict[int, list[int]]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return {number: sums for number, sums in map(json.loads, whole.splitlines())}
+    return dict(map(json.loads, whole.splitlines()))
 
 
 def _is_published(target: Path, work: Path, fingerprint: str) -> bool:

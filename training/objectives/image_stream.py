@@ -107,6 +107,11 @@ def _pictures_of(path: Path, num_bad: Counter[str]) -> Iterator[tuple[str, int, 
                         num_bad["truncated_tar"] += 1
                         return
                     yield key, KINDS.index(suffix), member.offset_data, member.size
+            # tarfile takes a file that stops between members as complete; the end mark tells.
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                num_bad["truncated_tar"] += 1
     except (tarfile.TarError, OSError):
         num_bad["truncated_tar"] += 1
 

@@ -18,6 +18,7 @@ from launch.configs import compose_config
 from model.checkpoint_format import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer
+from model.vision_tokenizer.config import ibq_emu35
 from training.checkpoint import CheckpointStore
 from training.objectives.image_data import stack_by_size
 from training.objectives.image_stream import StreamingImageSource
@@ -270,6 +271,7 @@ def test_the_published_stage_composes_and_a_small_one_runs(
         "train", ["stage=vision_tokenizer", "stage.options.data.corpora.a.path=x"]
     )
     options = parse_options(config.stage.options)
+    assert options.model == ibq_emu35()
     assert (options.model.factor, options.model.n_embed, options.model.num_res_blocks) == (
         16,
         131_072,

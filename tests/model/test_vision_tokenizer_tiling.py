@@ -81,7 +81,8 @@ def test_blended_tiles_leave_no_edges_with_attention_and_image_norms() -> None:
     border = 32 * 4
     elsewhere = edge(blended, whole, list(range(border - 60, border - 40)))
     assert edge(side_by_side, whole, [border]) > 10 * edge(blended, whole, [border])
-    assert edge(blended, whole, [border]) < 2 * elsewhere + 1e-3
+    # Neither there nor where the margins end, on both sides.
+    assert edge(blended, whole, [border - 32, border, border + 32]) < 2 * elsewhere + 1e-3
     # Where neither ramp nor border is, tone differs by little.
     scale = whole.std()
     assert (blended - whole).abs().mean() < 0.2 * scale

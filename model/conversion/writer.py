@@ -30,7 +30,9 @@ from model.conversion.plan import Plan, Target
 from model.conversion.tensors import ITEM_BYTES, cast_rows
 from model.errors import UserError
 
-BLOCK_BYTES = 8 << 20  # of one read and write; a handful of them are in memory at a time
+BLOCK_BYTES = (
+    2 << 20
+)  # of one read and write: small enough to be in the cache when it is checksummed and written
 PROGRESS_SECONDS = 2.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

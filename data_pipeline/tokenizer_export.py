@@ -6,7 +6,6 @@ pieces, structure ids and visual codes (as special tokens).
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -141,17 +140,19 @@ def unigram_parts(model: bytes) -> dict[str, Any]:
 
 
 def byte_pair_parts(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """Byte-level BPE from tiktoken ranks: each token's last merge is the one that its own ranks lead to."""
+    """Byte-level BPE from tiktoken ranks: two tokens merge wherever their sum is a token."""
     letters = byte_letters()
 
     def written(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = _split(token, rank, ranks)
-        if len(parts) == 2:
-            merges.append([written(parts[0]), written(parts[1])])
+    # tiktoken joins any two neighbours whose sum is a token, the token of lowest rank first.
+    merges = [
+        [written(token[:cut]), written(token[cut:])]
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
     return {
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
@@ -169,19 +170,6 @@ def byte_pair_parts(ranks: dict[bytes, int]) -> dict[str, Any]:
             "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges,
         },
     }  # fmt: skip
-
-
-def _split(token: bytes, below: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """What byte-pair merging makes of a token with only the merges of lower rank."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        pairs = [ranks.get(left + right, below) for left, right in itertools.pairwise(parts)]
-        best = min(pairs)
-        if best >= below:
-            break
-        at = pairs.index(best)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
 
 
 def byte_letters() -> dict[int, str]:

@@ -211,17 +211,19 @@ def find_text_tokenizer(
     manifest: dict[str, Any], checkpoint: Path, given: str | None
 ) -> Path | None:
     """Where the checkpoint's text tokenizer is; None when it records none or it is gone."""
-    from training.inference_loading import recorded_tokenizer, tokenizer_folder
-
     if given is not None:
         if not Path(given).exists():
             raise UserError("the text tokenizer does not exist", where=given)
         return Path(given)
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         return checkpoint / TOKENIZER_FOLDER
-    if recorded_tokenizer(manifest, TOKENIZER_FOLDER) is None:
+    recorded = manifest.get(TOKENIZER_FOLDER)
+    if not recorded:
         return None
-    folder = tokenizer_folder(manifest, checkpoint, TOKENIZER_FOLDER, None)
+    name = recorded["path"] if isinstance(recorded, dict) else TOKENIZER_FOLDER
+    # Run folder / stage / checkpoints / step; a converted checkpoint may stand anywhere.
+    above = checkpoint.absolute().parents
+    folder = above[min(2, len(above) - 1)] / name
     return folder if folder.exists() else None
 
 

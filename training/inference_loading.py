@@ -96,6 +96,8 @@ def tokenizer_folder(
             where=str(checkpoint),
             fix=f"{name}=FOLDER",
         )
+    if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
+        return checkpoint / name
     run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
     return run_folder / recorded[0]
 

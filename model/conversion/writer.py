@@ -30,8 +30,11 @@ from model.conversion.plan import Plan, Target
 from model.conversion.tensors import ITEM_BYTES, cast_rows
 from model.errors import UserError
 
-BLOCK_BYTES = 8 << 20  # of one read and write; a handful of them are in memory at a time
+BLOCK_BYTES = (
+    2 << 20
+)  # of one read and write: small enough to be in the cache when it is checksummed and written
 PROGRESS_SECONDS = 2.0
+FLUSH_SECONDS = 0.5
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -141,8 +144,21 @@ class _Writer:
 
     def write(self, threads: int) -> None:
         waiting = [block for block in self.blocks if block.number not in self.done]
-        run_all(self._convert, waiting, threads)
+        written = threading.Event()
+        with ThreadPoolExecutor(1) as background:
+            flushed = background.submit(self._flush_until, written)
+            try:
+                run_all(self._convert, waiting, threads)
+            finally:
+                written.set()
+            flushed.result()
         self.progress.finish()
+
+    def _flush_until(self, written: threading.Event) -> None:
+        """Keep the disk busy meanwhile: at the end little is left to wait for."""
+        while not written.wait(FLUSH_SECONDS):
+            for descriptor in self._descriptors.values():
+                os.fdatasync(descriptor)
 
     def _convert(self, block: Block) -> None:
         rows = gather(block)

@@ -226,7 +226,34 @@ def test_the_released_layout_has_the_published_keys_and_fields(export):
     assert found["model.layers.3.self_attn.q_norm.weight"].shape == (6,)
     config = json.loads((export / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("Emu3", ["Emu3ForCausalLM"])
-    fields = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "img_token_id", "boi_token_id", "eoi_token_id", "eol_token_id", "eof_token_id", "image_area", "pretraining_tp", "tie_word_embeddings", "rope_theta", "rope_scaling", "attention_dropout"]
+    fields = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "img_token_id",
+        "boi_token_id",
+        "eoi_token_id",
+        "eol_token_id",
+        "eof_token_id",
+        "image_area",
+        "pretraining_tp",
+        "tie_word_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "attention_dropout",
+    ]
     assert set(fields) <= config.keys()
     assert config["vocab_size"] == 101
     assert (export / "generation_config.json").is_file()

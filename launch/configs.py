@@ -40,7 +40,7 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     store.store(name=f"{command}_schema", node=schema)
     primary = command if (CONFIG_FOLDER / f"{command}.yaml").exists() else f"{command}_schema"
     parsed = [parse_override(text) for text in overrides]
-    mappings = [one for one in parsed if adds_to_mapping(schema, one)]
+    mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one)]
     plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
     try:
         tree: Any
@@ -96,6 +96,17 @@ def adds_to_mapping(schema: type, override: Override) -> bool:
         if typing.get_origin(current) is dict:
             return True
     return False
+
+
+def is_plain_text(schema: type, override: Override) -> bool:
+    """True for a text field that has the name of a config group of other commands (`vision_tokenizer=FOLDER`).
+
+    Hydra would look for an option of the group.
+    """
+    if override.is_delete() or override.is_sweep_override():
+        return False
+    annotation = typing.get_type_hints(schema).get(override.key_or_group)
+    return without_none(annotation) is str and (CONFIG_FOLDER / override.key_or_group).is_dir()
 
 
 def without_none(annotation: Any) -> Any:

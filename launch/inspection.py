@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig, count_parameters
+from model.checkpoint_manifest import read_manifest
+from model.config import FLOP_CONVENTION, ModelConfig, count_flops, count_parameters
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
@@ -24,8 +26,19 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
         },
         "vocabulary": vocabulary.describe(),
         "max_sequence_length": config.max_sequence_length,
+        "flops_per_token": {
+            "convention": FLOP_CONVENTION,
+            "document_tokens": config.max_sequence_length,
+            **flops_per_token(config),
+        },
         "dtype": config.dtype,
     }
+
+
+def flops_per_token(config: ModelConfig) -> dict[str, int]:
+    """Of the forward pass over one document of the longest sequence, rounded."""
+    length = config.max_sequence_length
+    return {name: round(value / length) for name, value in count_flops(config, [0, length]).items()}
 
 
 def inspect_path(path: Path, num_samples: int, text_tokenizer: Path | None) -> dict[str, Any]:
@@ -38,14 +51,43 @@ def inspect_path(path: Path, num_samples: int, text_tokenizer: Path | None) -> d
     prefixes = find_prefixes(path)
     if prefixes:
         return inspect_tokens(path, prefixes, num_samples, text_tokenizer)
+    from model.conversion.foreign import describe_foreign, looks_foreign
+
+    if path.exists() and looks_foreign(path):
+        return describe_foreign(path, None, num_samples)
     raise UserError(
         "nothing here that can be inspected"
         if path.exists()
         else "there is no such file or folder",
         got=str(path),
-        expected="a .tar shard, a token or packed file (or its folder), a checkpoint or stage folder",
+        expected="a .tar shard, a token or packed file (or its folder), a checkpoint of ours or a published one",
         fix="nextstate inspect --help shows examples",
     )
+
+
+def inspect_any_checkpoint(
+    path: Path, model: ModelConfig | None, num_samples: int
+) -> dict[str, Any]:
+    """A checkpoint, ours or a published one; with `model`, also what does not fit that configuration."""
+    from model.conversion.foreign import describe_foreign
+
+    folder = find_checkpoint(path)
+    if folder is None:
+        return describe_foreign(path, model, num_samples)
+    answer = inspect_checkpoint(folder)
+    if model is not None:
+        answer["mismatches"] = checkpoint_mismatches(folder, model)
+    return answer
+
+
+def checkpoint_mismatches(folder: Path, model: ModelConfig) -> list[str]:
+    """Fields in which a checkpoint's own record of its model differs from `model`."""
+    recorded = read_manifest(folder).get("model") or {}
+    return [
+        f"model.{name}: {value!r}, but the checkpoint has {recorded.get(name)!r}"
+        for name, value in asdict(model).items()
+        if name != "name" and recorded.get(name) != value
+    ]
 
 
 def find_checkpoint(path: Path) -> Path | None:

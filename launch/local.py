@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.worker import PARENT_VARIABLE, REPORT_VARIABLE
+from launch.worker import ANSWER_NAME, PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
 from training.config import TrainConfig, save_yaml
 from training.objectives.next_token import RENDEZVOUS_VARIABLE
-from training.stage import EXIT_STOPPED, SUMMARY_NAME, StoppedEarly, run_stage
+from training.stage import EXIT_STOPPED, StoppedEarly, run_stage
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -47,7 +47,10 @@ class Supervisor:
     one kills them.
     """
 
-    def __init__(self, config_path: Path, folder: Path, log_folder: Path, world_size: int):
+    def __init__(
+        self, task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int
+    ):
+        self.task = task
         self._read_end, self._write_end = os.pipe()
         self.signals_sent: set[int] = set()
         self.workers: list[Worker] = []
@@ -95,7 +98,7 @@ class Supervisor:
         log = open(log_path, "ab") if log_path else None  # noqa: SIM115 (closed below)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "launch.worker", "--config", str(config_path)],
+                [sys.executable, "-m", "launch.worker", "--task", self.task, "--config", str(config_path)],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log or 2, stderr=log or 2,
                 pass_fds=(self._read_end,), start_new_session=True,
             )  # fmt: skip
@@ -125,14 +128,21 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
     world_size = config.parallel.world_size
     if world_size == 1:
         return run_stage(config)
-    stage_folder = config.stage_folder
     with tempfile.TemporaryDirectory(prefix="nextstate-") as name:
         folder = Path(name)
         save_yaml(config, folder / "config.yaml")
-        supervisor = Supervisor(folder / "config.yaml", folder, stage_folder / "logs", world_size)
-        codes = supervisor.wait()
-        judge_exits(supervisor.workers, codes, supervisor.signals_sent)
-    return json.loads((stage_folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+        logs = config.stage_folder / "logs"
+        return run_ranks("train", folder / "config.yaml", folder, logs, world_size)
+
+
+def run_ranks(
+    task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int
+) -> dict[str, Any]:
+    """Run a task of `launch.worker` in one process a rank, and return what rank 0 answers. Raises as `run_local`."""
+    supervisor = Supervisor(task, config_path, folder, log_folder, world_size)
+    codes = supervisor.wait()
+    judge_exits(supervisor.workers, codes, supervisor.signals_sent)
+    return json.loads((folder / ANSWER_NAME).read_text(encoding="utf-8"))
 
 
 def judge_exits(workers: list[Worker], codes: list[int], signals_sent: set[int]) -> None:

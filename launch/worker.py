@@ -1,4 +1,4 @@
-"""One rank of a local run: `python -m launch.worker --config resolved.yaml`, started by `launch/local.py`."""
+"""One rank of a local run: `python -m launch.worker --task TASK --config FILE`, started by `launch/local.py`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,49 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from model.errors import UserError
 
 REPORT_VARIABLE = "NEXTSTATE_REPORT_FILE"
 PARENT_VARIABLE = "NEXTSTATE_PARENT_PIPE"
+ANSWER_NAME = "answer.json"  # rank 0's, in the folder of the reports
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a defect, 2 the user's mistake, 3 stopped after a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="train", choices=sorted(TASKS))
     parser.add_argument("--config", required=True, type=Path)
     options = parser.parse_args(arguments)
     end_with_parent()
     try:
-        from training.config import load_yaml
-        from training.stage import run_stage
-
-        run_stage(load_yaml(options.config))
+        answer = TASKS[options.task](options.config)
+        if os.environ["RANK"] == "0":
+            folder = Path(os.environ[REPORT_VARIABLE]).parent
+            (folder / ANSWER_NAME).write_text(json.dumps(answer), encoding="utf-8")
     except UserError as error:
         return report("user_error", str(error), 2)
     except Exception:  # the boundary of the process: told whole, with its rank
         return report("defect", traceback.format_exc(), 1)
     return 0
+
+
+def train(config_path: Path) -> dict[str, Any]:
+    from training.config import load_yaml
+    from training.stage import run_stage
+
+    return run_stage(load_yaml(config_path))
+
+
+def score(config_path: Path) -> dict[str, Any] | None:
+    from training.scorer import score
+    from training.scoring import load_config
+
+    return score(load_config(config_path))
+
+
+TASKS = {"train": train, "score": score}
 
 
 def report(kind: str, message: str, exit_code: int) -> int:

@@ -1,7 +1,9 @@
-"""Typed configuration of the transformer; exact parameter counts."""
+"""Typed configuration of the transformer; exact counts of parameters and floating-point operations."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.errors import Problems
@@ -51,8 +53,9 @@ class ModelConfig:
 
 
 def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, int]:
-    """Exact number of parameters by part: `embeddings` (input and output), `layers` (final norm included), `total`.
+    """Exact number of parameters: `embeddings` (input and output), `layers` (final norm included), `total`.
 
+    Of `layers`, `attention`, `mlp` and `norms` give the parts.
     `padded=True` counts the rows that pad the vocabulary too. For `emu35_34b` the unpadded figures are those that
     Emu3.5 publishes in rounded form (section 2.2: 31.2B + 2.9B = 34.1B).
     """
@@ -65,6 +68,45 @@ def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, 
     )
     mlp = 3 * config.hidden_size * config.ffn_hidden_size
     norms = 2 * config.hidden_size + 2 * config.head_dim
-    layers = config.num_layers * (attention + mlp + norms) + config.hidden_size
+    parts = {
+        "attention": config.num_layers * attention,
+        "mlp": config.num_layers * mlp,
+        "norms": config.num_layers * norms + config.hidden_size,
+    }
+    layers = sum(parts.values())
     embeddings = 2 * rows * config.hidden_size
-    return {"embeddings": embeddings, "layers": layers, "total": embeddings + layers}
+    return {"embeddings": embeddings, "layers": layers, "total": embeddings + layers} | parts
+
+
+FLOP_CONVENTION = (
+    "forward pass; a multiplication and its addition count 2; matrix products only (no norms, softmax, RoPE, "
+    "activations); attention counts the pairs that causal attention sees; training takes 3 times as much, without "
+    "recomputation"
+)
+
+
+def count_flops(
+    config: ModelConfig, cu_seqlens: Sequence[int], *, causal: bool = True, padded: bool = False
+) -> dict[str, int]:
+    """Exact floating-point operations of one forward pass over packed documents, by class, and their `total`.
+
+    `cu_seqlens` bounds the documents over all T tokens, as in training. See `FLOP_CONVENTION`; `causal=False` counts
+    all pairs of a document, as kernels that compute whole squares do, and `padded=True` the rows that pad the
+    vocabulary. Divide by T for figures per token.
+    """
+    vocabulary = Vocabulary.from_config(config.vocabulary)
+    num_tokens = cu_seqlens[-1] - cu_seqlens[0]
+    lengths = [end - start for start, end in itertools.pairwise(cu_seqlens)]
+    num_pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    query_width = config.num_attention_heads * config.head_dim
+    key_value_width = config.num_query_groups * config.head_dim
+    projections = 2 * config.hidden_size * (2 * query_width + 2 * key_value_width)
+    rows = vocabulary.padded_size if padded else vocabulary.size
+    flops = {
+        "attention_projections": config.num_layers * num_tokens * projections,
+        # Queries times keys, and probabilities times values.
+        "attention_scores": config.num_layers * num_pairs * 2 * 2 * query_width,
+        "mlp": config.num_layers * num_tokens * 2 * 3 * config.hidden_size * config.ffn_hidden_size,
+        "logits": num_tokens * 2 * config.hidden_size * rows,
+    }
+    return flops | {"total": sum(flops.values())}

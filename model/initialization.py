@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from model.config import ModelConfig
-from model.layout import Block, LogicalParameter, logical_parameters
+
+if TYPE_CHECKING:  # importing it imports megatron-core, which conversion does without
+    from model.layout import Block, LogicalParameter
 
 _BLOCK_ELEMENTS = (
     1 << 24
@@ -31,6 +34,11 @@ def standard_deviation(name: str, config: ModelConfig) -> float | None:
     return config.init_std
 
 
+def rows_of_a_block(row_elements: int) -> int:
+    """How many rows one generator draws: the cheapest number to ask `initial_rows` for."""
+    return max(1, _BLOCK_ELEMENTS // row_elements)
+
+
 def initial_rows(
     name: str, shape: tuple[int, ...], std: float | None, seed: int, start: int, stop: int
 ) -> torch.Tensor:
@@ -38,7 +46,7 @@ def initial_rows(
     if std is None:
         return torch.ones(stop - start, *shape[1:])
     row_elements = math.prod(shape[1:])
-    block_rows = max(1, _BLOCK_ELEMENTS // row_elements)
+    block_rows = rows_of_a_block(row_elements)
     parts = []
     for block in range(start // block_rows, -(-stop // block_rows)):
         first, last = block * block_rows, min((block + 1) * block_rows, shape[0])
@@ -63,6 +71,8 @@ def _initial_block(
 @torch.no_grad()
 def initialize(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
     """Give every parameter of this rank its part of the logical initial weights."""
+    from model.layout import logical_parameters
+
     parameters = dict(model.named_parameters())
     for local_name, logical in logical_parameters(model).items():
         std = standard_deviation(logical.name, config)

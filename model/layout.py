@@ -15,6 +15,8 @@ cpu_backend.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 
+from model.errors import UserError  # noqa: E402
+
 
 @dataclass(frozen=True)
 class Block:
@@ -88,3 +90,19 @@ def mark_split_parameters(model: Any) -> None:
     logical = logical_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.tensor_model_parallel = logical[name].is_split
+
+
+@torch.no_grad()
+def load_weights(model: Any, reader: Any) -> None:
+    """Fills this rank's part of a model from a `CheckpointReader`, whatever layout wrote the checkpoint."""
+    parameters = dict(model.named_parameters())
+    for local_name, logical in logical_parameters(model).items():
+        key = f"model/{logical.name}"
+        if reader.global_shape(key) != logical.global_shape:
+            raise UserError(
+                "the checkpoint's weights do not fit its model configuration", where=f"{reader.folder}: {key}",
+                expected=str(logical.global_shape), got=str(reader.global_shape(key)),
+            )  # fmt: skip
+        for block in logical.blocks:
+            values = reader.read(key, block.global_offset, block.shape)
+            block.of(parameters[local_name]).copy_(values)

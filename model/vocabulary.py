@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from model.errors import Problems, UserError
+
+if TYPE_CHECKING:  # every command imports this module
+    import numpy as np
 
 
 class TokenClass(IntEnum):

@@ -29,6 +29,7 @@ from model.checkpoint_format import (
     dtype_name,
     latest_checkpoint,
     list_checkpoints,
+    manifest_checksum,
     read_manifest,
     step_folder_name,
 )
@@ -309,11 +310,6 @@ def checksum(path: Path) -> str:
         while block := file.read(READ_BLOCK_BYTES):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
-
-
-def manifest_checksum(manifest: dict[str, Any]) -> str:
-    rest = {name: value for name, value in manifest.items() if name != "manifest_crc32"}
-    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
 def random_prefix(rank: int) -> str:

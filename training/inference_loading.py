@@ -96,6 +96,8 @@ def tokenizer_folder(
             where=str(checkpoint),
             fix=f"{name}=FOLDER",
         )
+    if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
+        return checkpoint / name
     run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
     return run_folder / recorded[0]
 
@@ -124,6 +126,7 @@ def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None
     """A `CachedDecoder` with the checkpoint's weights, or with fresh ones drawn from `seed`."""
     from model import parallel
     from model.generation.decoder import CachedDecoder
+    from model.layout import load_weights
     from model.transformer import build_model
 
     if not parallel.is_initialized():
@@ -132,23 +135,3 @@ def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None
     if seed is None:
         load_weights(model, reader)
     return CachedDecoder(model.eval())
-
-
-def load_weights(model: Any, reader: CheckpointReader) -> None:
-    """Fills this rank's part of a model by logical name, whatever layout wrote the checkpoint."""
-    import torch
-
-    from model.layout import logical_parameters
-
-    parameters = dict(model.named_parameters())
-    for local_name, logical in logical_parameters(model).items():
-        key = f"model/{logical.name}"
-        if reader.global_shape(key) != logical.global_shape:
-            raise UserError(
-                "the checkpoint's weights do not fit its model configuration", where=f"{reader.folder}: {key}",
-                expected=str(logical.global_shape), got=str(reader.global_shape(key)),
-            )  # fmt: skip
-        with torch.no_grad():
-            for block in logical.blocks:
-                values = reader.read(key, block.global_offset, block.shape)
-                block.of(parameters[local_name]).copy_(values)

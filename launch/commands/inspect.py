@@ -16,14 +16,18 @@ examples:
   nextstate inspect runs/demo/tokens/low/shapes_video text_tokenizer=runs/demo/text_tokenizer
   nextstate inspect runs/demo/packed/pretrain_1/image_text
   nextstate inspect runs/demo/sft
-  nextstate inspect model=emu35_34b json=true"""
+  nextstate inspect model=emu35_34b json=true
+  nextstate inspect checkpoint=Qwen3-32B model=emu35_34b   a published checkpoint, and where it does not fit"""
 
 POSITIONAL = "path"
 
 
 @dataclass
 class Config:
-    path: str | None = None  # a file or folder; exclusive with model
+    path: str | None = None  # a file or folder; exclusive with model and checkpoint
+    checkpoint: str | None = (
+        None  # a checkpoint, ours or a published one; with model: compared with it
+    )
     model: ModelConfig | None = None  # a preset, chosen as model=NAME
     num_samples: int = 3  # samples that are shown in full
     text_tokenizer: str | None = (
@@ -33,9 +37,12 @@ class Config:
 
     def validate(self) -> None:
         problems = Problems()
-        one_given = (self.path is None) != (self.model is None)
+        given = [self.path is not None, self.checkpoint is not None or self.model is not None]
         problems.check(
-            one_given, "path", "give a path or a model, one of them", "nextstate inspect PATH"
+            given.count(True) == 1,
+            "path",
+            "give a path or a model, one of them",
+            "nextstate inspect PATH",
         )
         problems.check(
             self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=3"
@@ -46,8 +53,10 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    from launch.inspection import inspect_model, inspect_path
+    from launch.inspection import inspect_any_checkpoint, inspect_model, inspect_path
 
+    if config.checkpoint is not None:
+        return inspect_any_checkpoint(Path(config.checkpoint), config.model, config.num_samples)
     if config.model is not None:
         return inspect_model(config.model)
     tokenizer = Path(config.text_tokenizer) if config.text_tokenizer else None

@@ -15,10 +15,12 @@ from model.checkpoint_format import CheckpointReader, latest_checkpoint
 from model.errors import UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.tiling import decode_tiled, encode_tiled
 
 CHECKPOINT_KIND = "vision_tokenizer"
 MODEL_PREFIX = "model/"
 PIXELS_AT_ONCE = 1 << 19  # bounds the memory of one forward pass
+WHOLE_SIDE_PIXELS = 2048  # images with a longer side go in tiles, see model.vision_tokenizer.tiling
 
 
 def to_model_range(images: np.ndarray) -> torch.Tensor:
@@ -34,13 +36,14 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 
 class VisionTokenizer:
-    """Encodes and decodes batches of images; never trains."""
+    """Encodes and decodes batches of images; never trains. Sides above `whole_side` pixels go in tiles."""
 
-    def __init__(self, model: IBQ, fingerprint: str):
+    def __init__(self, model: IBQ, fingerprint: str, whole_side: int = WHOLE_SIDE_PIXELS):
         self.model = model.eval().requires_grad_(False)
         self.fingerprint = fingerprint  # of the configuration and every weight
         self.factor = model.config.factor  # pixels of a side per code
         self.codebook_size = model.config.n_embed
+        self.whole_side = whole_side
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -51,7 +54,9 @@ class VisionTokenizer:
         assert (*sides, channels) == (0, 0, 3), f"{images.shape} with factor {self.factor}"
         device = self.model.quantize.embedding.weight.device
         parts = [
-            self.model.encode(to_model_range(images[start:end]).to(device)).cpu().numpy()
+            encode_tiled(self.model, to_model_range(images[start:end]).to(device), self._tile)
+            .cpu()
+            .numpy()
             for start, end in self._chunks(len(images), height * width)
         ]
         shape = (0, height // self.factor, width // self.factor)
@@ -68,10 +73,15 @@ class VisionTokenizer:
         )
         device = self.model.quantize.embedding.weight.device
         parts = [
-            to_pixels(self.model.decode(ids[start:end].to(device)))
+            to_pixels(decode_tiled(self.model, ids[start:end].to(device), self._tile))
             for start, end in self._chunks(len(ids), height * width)
         ]
         return np.concatenate(parts) if parts else np.empty((0, height, width, 3), dtype=np.uint8)
+
+    @property
+    def _tile(self) -> int:
+        """Codes of a side that are computed at once."""
+        return max(1, self.whole_side // self.factor)
 
     @staticmethod
     def _chunks(num_images: int, pixels_per_image: int) -> list[tuple[int, int]]:

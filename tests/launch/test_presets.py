@@ -100,3 +100,12 @@ def test_toy_stages_inherit_and_form_a_chain():
     assert (first.parallel.tensor, second.parallel.pipeline, third.parallel.data) == (2, 2, 2)
     assert all(config.parallel.world_size == 2 for config in (first, second, third))
     assert second.stage.data.datasets["x2i"].path == "R/packed/pretrain_2/x2i"
+
+
+def test_a_folder_may_be_given_where_other_commands_have_a_group_of_that_name():
+    config = compose_config(
+        "generate", ["checkpoint=c", "prompt=p", "vision_tokenizer=runs/a/vision_tokenizer"]
+    )
+    assert config.vision_tokenizer == "runs/a/vision_tokenizer"
+    options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small").stage.options
+    assert options["model"]["ch"] == 16

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from data_pipeline.image import ImageConfig, decode_image, smart_resize
-from data_pipeline.sources import BadSample, Sample, SampleError, read_shard
+from data_pipeline.sources import BadSample, SampleError, read_shard
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from model.errors import Problems, UserError
@@ -31,7 +31,7 @@ class ImageCorpus:
 
     path: str = ""  # glob of tar shards
     weight: float = 1.0  # share of the training images
-    max_images: int = 4000  # kept in memory
+    max_images: int = 4000  # kept in memory; without streaming
     random_squares: int = (
         0  # take this many random squares of each picture instead of the whole of it
     )
@@ -57,9 +57,14 @@ class ImageDataOptions:
     num_held_back: int = (
         64  # images, over all corpora, never trained on: the stage's figures come from them
     )
+    streaming: bool = False  # read images when they are needed instead of holding all in memory
+    cache_bytes: int = 1 << 30  # streaming: of decoded images that are kept
+    num_readers: int = 4  # streaming: threads that read and decode
 
     def validate(self, problems: Problems, key: str, factor: int) -> None:
         problems.check(bool(self.corpora), f"{key}.corpora", "no corpus given")
+        problems.check(self.cache_bytes >= 0, f"{key}.cache_bytes", "must not be negative")
+        problems.check(self.num_readers > 0, f"{key}.num_readers", "must be positive")
         problems.check(self.num_held_back > 0, f"{key}.num_held_back", "must be positive")
         for name, corpus in self.corpora.items():
             problems.check(corpus.weight > 0, f"{key}.corpora.{name}.weight", "must be positive")
@@ -83,9 +88,16 @@ class ImageDataOptions:
 class ImageSource:
     """Batches of images, as a pure function of (seed, first sample). A `training.engines.base.DataSource`."""
 
-    def __init__(self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int):
+    def __init__(
+        self,
+        options: ImageDataOptions,
+        factor: int,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ):
         self.options, self.factor, self.seed = options, factor, seed
-        self.global_batch_size = global_batch_size
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason
         self.held_back: list[np.ndarray] = []  # at the first view's size
@@ -139,32 +151,18 @@ class ImageSource:
                 if isinstance(sample, BadSample):
                     self.num_bad[sample.reason] += 1
                     continue
-                for picture in self._sample_pictures(sample):
+                for picture in sample_pictures(sample.parts, self.options, self.num_bad):
                     for square in squares(picture, corpus.random_squares, rng):
                         if num_left == 0:
                             return
                         num_left -= 1
                         yield square
 
-    def _sample_pictures(self, sample: Sample) -> list[np.ndarray]:
-        pictures = []
-        for extension, data in sample.parts.items():
-            suffix = extension.rsplit(".", 1)[-1]
-            try:
-                if suffix in IMAGE_EXTENSIONS:
-                    pictures.append(decode_image(data))
-                elif suffix in VIDEO_EXTENSIONS:
-                    config = VideoConfig(keyframe_seconds=self.options.keyframe_seconds)
-                    pictures += [frame.pixels for frame in extract_key_frames(data, config)]
-            except SampleError as error:
-                self.num_bad[error.reason] += 1
-        return pictures
-
     def _resize(self, picture: np.ndarray, area: int) -> np.ndarray:
         return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
 
     def batch(self, first_sample: int) -> list[np.ndarray]:
-        """The images of one global batch: arrays uint8 [n, H, W, 3], one for each size that occurs."""
+        """The images of one global batch: arrays uint8 [n, H, W, 3] of one size each, n bounded by the micro-batch."""
         rng = np.random.default_rng((self.seed, BATCH_STREAM, first_sample))
         view_index = int(rng.choice(len(self._view_shares), p=self._view_shares))
         view = self.options.views[view_index]
@@ -177,10 +175,28 @@ class ImageSource:
             chosen += (
                 busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
             )
-        return stack_by_size(chosen)
+        return stack_by_size(chosen, images_at_once(view, self.micro_batch_size))
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def sample_pictures(
+    parts: dict[str, bytes], options: ImageDataOptions, num_bad: Counter[str]
+) -> list[np.ndarray]:
+    """Pictures and key frames of a sample, uint8 [H, W, 3]; unreadable parts are counted in `num_bad`."""
+    pictures = []
+    for extension, data in parts.items():
+        suffix = extension.rsplit(".", 1)[-1]
+        try:
+            if suffix in IMAGE_EXTENSIONS:
+                pictures.append(decode_image(data))
+            elif suffix in VIDEO_EXTENSIONS:
+                config = VideoConfig(keyframe_seconds=options.keyframe_seconds)
+                pictures += [frame.pixels for frame in extract_key_frames(data, config)]
+        except SampleError as error:
+            num_bad[error.reason] += 1
+    return pictures
 
 
 def normalized(weights: list[float]) -> np.ndarray:
@@ -212,9 +228,18 @@ def busiest_crops(image: np.ndarray, side: int, count: int) -> list[np.ndarray]:
     return [tiles[index] for index in np.argsort(-spread, kind="stable")[:count]]
 
 
-def stack_by_size(images: list[np.ndarray]) -> list[np.ndarray]:
-    """Images of the same size stacked, in order of first occurrence."""
+def images_at_once(view: View, micro_batch_size: int) -> int:
+    """Arrays of one forward pass: the images of a micro-batch, or all squares cut out of them."""
+    return micro_batch_size * (view.crops_per_image if view.crop else 1)
+
+
+def stack_by_size(images: list[np.ndarray], limit: int) -> list[np.ndarray]:
+    """Images of the same size stacked, at most `limit` of them, sizes in order of first occurrence."""
     groups: dict[tuple[int, ...], list[np.ndarray]] = {}
     for image in images:
         groups.setdefault(image.shape, []).append(image)
-    return [np.stack(group) for group in groups.values()]
+    return [
+        np.stack(group[start : start + limit])
+        for group in groups.values()
+        for start in range(0, len(group), limit)
+    ]

@@ -7,6 +7,7 @@ from its latents (k-means), then all train together. Plain random codes collapse
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from model.errors import Problems, UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
@@ -25,7 +27,7 @@ from model.vision_tokenizer.initialization import (
     flat_latents,
     initialize_weights,
 )
-from model.vision_tokenizer.losses import LossWeightsConfig, psnr_db, tokenizer_loss
+from model.vision_tokenizer.losses import LossWeightsConfig, psnr_db
 from model.vision_tokenizer.wrapper import (
     CHECKPOINT_KIND,
     MODEL_PREFIX,
@@ -35,6 +37,8 @@ from model.vision_tokenizer.wrapper import (
 from training.config import OptimizerConfig, TrainConfig
 from training.engines.base import Shard, ShardReader, StepResult
 from training.objectives.image_data import ImageDataOptions, ImageSource
+from training.objectives.image_stream import StreamingImageSource
+from training.objectives.vision_tokenizer_terms import Adversary, Terms, TermsConfig, adam, moments
 
 if TYPE_CHECKING:
     from training.stage import Job
@@ -50,6 +54,7 @@ class VisionTokenizerOptions:
 
     model: VisionTokenizerConfig = field(default_factory=VisionTokenizerConfig)
     losses: LossWeightsConfig = field(default_factory=LossWeightsConfig)
+    terms: TermsConfig = field(default_factory=TermsConfig)
     data: ImageDataOptions = field(default_factory=ImageDataOptions)
     continuous_steps: int = (
         0  # first steps without the quantizer; then the codes start from latents
@@ -63,6 +68,7 @@ class VisionTokenizerOptions:
     def validate(self) -> None:
         problems = Problems()
         self.model.validate(problems, "stage.options.model")
+        self.terms.validate(problems, "stage.options.terms", len(self.model.ch_mult))
         self.data.validate(problems, "stage.options.data", self.model.factor)
         problems.check(
             self.continuous_steps >= 0, "stage.options.continuous_steps", "must not be negative"
@@ -105,10 +111,16 @@ def build(config: TrainConfig) -> Job:
             "the vision tokenizer trains on one process", where="parallel",
             got=f"{config.parallel.world_size} ranks", fix="parallel.data=1",
         )  # fmt: skip
-    data = ImageSource(
-        options.data, options.model.factor, config.seed, config.stage.global_batch_size
+    stage = config.stage
+    make = StreamingImageSource if options.data.streaming else ImageSource
+    data = make(
+        options.data,
+        options.model.factor,
+        config.seed,
+        stage.global_batch_size,
+        stage.micro_batch_size,
     )
-    engine = VisionTokenizerEngine(options, config.stage.optimizer, config.seed, data)
+    engine = VisionTokenizerEngine(options, stage.optimizer, config.seed, data)
     return Job(engine, data, {"kind": CHECKPOINT_KIND, "model": asdict(options.model)})
 
 
@@ -125,25 +137,21 @@ class VisionTokenizerEngine:
         options: VisionTokenizerOptions,
         optimizer: OptimizerConfig,
         seed: int,
-        data: ImageSource,
+        data: ImageSource | StreamingImageSource,
     ):
         torch.set_num_threads(options.num_threads)
         self.options, self.seed, self.data = options, seed, data
         self.gradient_clip = optimizer.gradient_clip
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = IBQ(options.model)
         initialize_weights(model, seed)
-        self.model = model.channels_last()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.epsilon, weight_decay=optimizer.weight_decay,
-        )  # fmt: skip
-        for parameter in self.model.parameters():
-            # From the start, so that a checkpoint of any step has the same keys.
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        self.model = model.channels_last().to(self.device)
+        self.terms = Terms(options.terms, options.losses, options.model, seed).to(self.device)
+        self.trained = nn.ModuleDict({"model": self.model, "terms": self.terms})
+        self.optimizer = adam(self.trained, optimizer)
+        self.adversary: Adversary | None = None
+        if options.terms.adversarial.weight:
+            self.adversary = Adversary(options.terms.adversarial, optimizer, seed, self.device)
         self.num_updates = 0
         self.average: IBQ | None = None
         if options.average_decay:
@@ -154,11 +162,17 @@ class VisionTokenizerEngine:
     def quantizes(self) -> bool:
         return self.num_updates >= self.options.continuous_steps
 
+    @property
+    def playing(self) -> Adversary | None:
+        """The adversary once it has joined."""
+        joined = self.num_updates >= self.options.terms.adversarial.start_step
+        return self.adversary if joined else None
+
     def forward_backward(self, micro_batches: Sequence[np.ndarray]) -> StepResult:
         """Gradients of the mean loss per pixel over images uint8 [n, H, W, 3] of any sizes."""
         if self.options.continuous_steps and self.num_updates == self.options.continuous_steps:
             self._start_codes()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.discard_gradients()
         num_pixels = sum(images[..., 0].size for images in micro_batches)
         terms: dict[str, float] = {}
         used: list[torch.Tensor] = []
@@ -166,31 +180,40 @@ class VisionTokenizerEngine:
             share = images[..., 0].size / num_pixels
             for name, value in self._backward(images, share, used).items():
                 terms[name] = terms.get(name, 0.0) + share * value
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+        reported = self._gradient_norm
+        if self.playing is not None:
+            terms["discriminator_gradient_norm"] = self.playing.gradient_norm()
+            if not math.isfinite(
+                terms["discriminator_gradient_norm"]
+            ):  # the step must not be applied
+                reported = terms["discriminator_gradient_norm"]
         num_codes = sum(codes.numel() for codes in used)
         if used:
             terms["codes_used"] = float(torch.cat(used).unique().numel())
         loss = terms.pop("loss")
-        return StepResult(loss, self._gradient_norm, num_tokens=num_codes, extra=terms)
+        return StepResult(loss, reported, num_tokens=num_codes, extra=terms)
 
     def _backward(
         self, images: np.ndarray, share: float, used: list[torch.Tensor]
     ) -> dict[str, float]:
         """Add the gradients of one array of images, weighted by `share`; the values of the loss's terms."""
-        pixels = to_model_range(images)
+        pixels = to_model_range(images).to(self.device)
+        latents, quantized = self.model.latents(pixels), None
         if self.quantizes:
-            reconstructions, quantized = self.model(pixels)
+            quantized = self.model.quantize(latents)
             used.append(quantized.codes.flatten())
-        else:
-            quantized = None
-            latents = self.model.latents(pixels)
-            if self.options.model.cosine_similarity:
-                latents = F.normalize(latents, dim=1)
-            reconstructions = self.model.reconstruct(latents)
-        loss, terms = tokenizer_loss(pixels, reconstructions, quantized, self.options.losses)
+            latents = quantized.values
+        elif self.options.model.cosine_similarity:
+            latents = F.normalize(latents, dim=1)
+        loss, reconstructions, terms = self.terms(
+            self.model, pixels, latents, quantized, self.playing
+        )
         (share * loss).backward()
         values = {f"loss_{name}": term.item() for name, term in terms.items()}
+        if self.playing is not None:
+            values["loss_discriminator"] = self.playing.backward(pixels, reconstructions, share)
         return values | {
             "loss": loss.item(),
             "psnr_db": psnr_db(pixels, reconstructions.detach()).item(),
@@ -200,7 +223,7 @@ class VisionTokenizerEngine:
     def _start_codes(self) -> None:
         """Place the codes where the latents of training images lie. Depends on seed and weights only."""
         latents = [
-            flat_latents(self.model, to_model_range(images))
+            flat_latents(self.model, to_model_range(images).to(self.device)).cpu()
             for index in range(CALIBRATION_BATCHES)
             for images in self.data.batch(index * self.data.global_batch_size)
         ]
@@ -211,11 +234,13 @@ class VisionTokenizerEngine:
 
     def optimizer_step(self, learning_rate: float) -> None:
         if self.gradient_clip > 0 and self._gradient_norm > self.gradient_clip:
-            for parameter in self.model.parameters():
+            for parameter in self.trained.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.gradient_clip / self._gradient_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
+        if self.adversary is not None:
+            self.adversary.step(learning_rate)
         self.discard_gradients()
         self.num_updates += 1
         if self.average is not None:
@@ -231,17 +256,25 @@ class VisionTokenizerEngine:
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary is not None:
+            self.adversary.discard_gradients()
 
     def model_shards(self) -> list[Shard]:
         """The weights to use: the moving average where one is kept."""
         return shards_of(MODEL_PREFIX, (self.average or self.model).state_dict())
 
     def optimizer_shards(self) -> list[Shard]:
-        """Moments, counters and, where a moving average is kept, the weights that are being trained."""
+        """Moments, counters, all that is trained beside the tokenizer, and its raw weights where an average is kept."""
         tensors: dict[str, torch.Tensor] = {"num_updates": torch.tensor(self.num_updates)}
-        for name, parameter in self.model.named_parameters():
-            for kind, value in self.optimizer.state[parameter].items():
-                tensors[f"{kind}/{name}"] = value
+        for module, prefix in ((self.model, ""), (self.terms, "terms.")):
+            for moment, value in moments(module, self.optimizer).items():
+                kind, _, name = moment.partition("/")
+                tensors[f"{kind}/{prefix}{name}"] = value
+        for name, parameter in self.terms.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"weights/terms.{name}"] = parameter
+        if self.adversary is not None:
+            tensors |= {f"adversary/{name}": v for name, v in self.adversary.tensors().items()}
         if self.average is not None:
             tensors |= {f"weights/{name}": value for name, value in self.model.state_dict().items()}
         return shards_of(OPTIMIZER_PREFIX, tensors)
@@ -260,10 +293,15 @@ class VisionTokenizerEngine:
                 self.num_updates = int(value)
 
     def random_state(self) -> dict[str, torch.Tensor]:
-        return {"torch": torch.get_rng_state()}
+        state = {"torch": torch.get_rng_state()}
+        return state | (
+            {"accelerator": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
+        )
 
     def load_random_state(self, state: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(state["torch"])
+        if "accelerator" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["accelerator"])
 
     def describe(self) -> dict[str, Any]:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -309,7 +347,7 @@ def measure(model: IBQ, images: Sequence[np.ndarray], min_codebook_use: float) -
     used: set[int] = set()
     psnr = []
     for image in images:
-        pixels = to_model_range(image[None])
+        pixels = to_model_range(image[None]).to(model.quantize.embedding.weight.device)
         codes = model.encode(pixels)
         used.update(codes.flatten().tolist())
         psnr.append(psnr_db(pixels, model.decode(codes)).item())

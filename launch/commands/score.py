@@ -1,0 +1,53 @@
+"""`nextstate score`: log-probabilities of given tokens or text."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training.scoring import ScoreConfig, save_config
+
+HELP = """Log-probability of each token of given documents under a checkpoint, in any layout of ranks.
+
+tokens=FILE.npy holds integers [batch, length], one document a row; out=FILE.npy gets float32 [batch, length - 1], the
+log-probability (in nats, over the real ids of the vocabulary) of tokens 1 .. length - 1 given those before. A folder of
+token files, text=... and text_file=... are read too; there shorter documents end in NaN.
+
+examples:
+  nextstate score checkpoint=runs/demo/sft tokens=tokens.npy out=scores.npy
+  nextstate score checkpoint=runs/demo/sft text="a red circle at top left"
+  nextstate score checkpoint=runs/demo/sft tokens=tokens.npy out=scores.npy parallel.tensor=2 parallel.data=2 json=true"""
+
+Config = ScoreConfig
+
+
+def run(config: ScoreConfig) -> dict[str, Any]:
+    """The figures; the values themselves go to `out`."""
+    config.validate()
+    if config.parallel.world_size == 1:
+        from training.scorer import score
+
+        answer = score(config)
+        assert answer is not None, "rank 0 answers"
+        return answer
+    from launch.local import run_ranks
+    from training.scoring import open_inputs
+
+    open_inputs(config)  # what is wrong is told before any rank starts
+    with tempfile.TemporaryDirectory(prefix="nextstate-score-") as name:
+        folder = Path(name)
+        save_config(config, folder / "config.json")
+        return run_ranks(
+            "score", folder / "config.json", folder, folder, config.parallel.world_size
+        )
+
+
+def render(answer: dict[str, Any]) -> str:
+    lines = [
+        f"{answer['num_tokens']} tokens of {answer['num_documents']} documents: "
+        f"mean log-probability {answer['mean_log_probability']:.4f}, perplexity {answer['perplexity']:.4f}"
+    ]
+    for name, one in answer["by_class"].items():
+        lines.append(f"  {name}: {one['num_tokens']} tokens, perplexity {one['perplexity']:.4f}")
+    return "\n".join(lines + ([f"written to {answer['out']}"] if answer["out"] else []))

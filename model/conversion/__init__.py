@@ -1,0 +1,1 @@
+"""Checkpoints to and from other layouts, and the proof that nothing changed."""

@@ -1,0 +1,195 @@
+"""`config.json` and `generation_config.json` of published layouts: written from a ModelConfig, read and compared with one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.conversion.layouts import LAYOUTS, Layout
+from model.errors import Problems, UserError
+from model.vocabulary import EMU35_VISUAL_SIZE, EMU35_VISUAL_START, Vocabulary, VocabularyConfig
+
+CONFIG_NAME = "config.json"
+IMAGE_AREA_PIXELS = 720 * 720  # default of the released Emu3.5 configuration class
+
+# config.json -> ModelConfig; what differs here is another model.
+FIELDS = {
+    "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_query_groups", "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+}  # fmt: skip
+# What the backbone cannot express, with the values that it can.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None),
+    "use_sliding_window": (False, None), "rope_scaling": (None,),
+}  # fmt: skip
+
+
+def to_config(layout: Layout, config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of an export, whose weights have the given dtype."""
+    vocabulary = Vocabulary.from_config(config.vocabulary)
+    ids = vocabulary.structure
+    values: dict[str, Any] = {
+        "architectures": [layout.architecture],
+        "attention_dropout": config.dropout,
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["pad"],
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.init_std,
+        "intermediate_size": config.ffn_hidden_size,
+        "max_position_embeddings": config.max_sequence_length,
+        "model_type": layout.model_type,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_query_groups,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": vocabulary.size,
+    }
+    if layout.name == "emu35":
+        return values | {
+            "img_token_id": ids["img"], "boi_token_id": ids["boi"], "eoi_token_id": ids["eoi"],
+            "eol_token_id": ids["eol"], "eof_token_id": ids["eof"], "image_area": IMAGE_AREA_PIXELS,
+            "pretraining_tp": 1,
+        }  # fmt: skip
+    # transformers 5 reads the rotary base from this table, earlier versions from rope_theta.
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if layout.name == "qwen3":
+        return values | {
+            "attention_bias": False,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        }
+    return values | {"attention_bias": False, "mlp_bias": False}
+
+
+def to_generation_config(config: ModelConfig) -> dict[str, Any]:
+    ids = Vocabulary.from_config(config.vocabulary).structure
+    return {
+        "bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["pad"], "do_sample": True,
+    }  # fmt: skip
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The `config.json` of a checkpoint folder, None where there is none."""
+    path = folder / CONFIG_NAME if folder.is_dir() else folder.parent / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        assert isinstance(values, dict)
+    except (ValueError, AssertionError) as error:
+        raise UserError("config.json is damaged", where=str(path), got=str(error)) from None
+    rope = values.get("rope_parameters") or {}
+    values.setdefault("rope_theta", rope.get("rope_theta"))
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
+    return values
+
+
+def find_layout_of(values: dict[str, Any], place: Path) -> Layout:
+    """The layout that a `config.json` says it is. Raises `UserError` for an architecture that has no table."""
+    model_type = values.get("model_type")
+    architectures = values.get("architectures") or []
+    for layout in LAYOUTS.values():
+        if layout.model_type == model_type and (
+            not architectures or layout.architecture in architectures
+        ):
+            return layout
+    known = ", ".join(
+        f"{one.model_type}/{one.architecture} (layout={one.name})" for one in LAYOUTS.values()
+    )
+    raise UserError(
+        "this architecture cannot be converted", where=str(place), expected=known,
+        got=f"{model_type}/{', '.join(architectures) or 'no architecture'}",
+    )  # fmt: skip
+
+
+def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
+    """A ModelConfig from `config.json` alone, for the published vocabulary."""
+    published = EMU35_VISUAL_START + EMU35_VISUAL_SIZE
+    missing = sorted(name for name in FIELDS if name != "head_dim" and values.get(name) is None)
+    if missing:
+        raise UserError("config.json lacks sizes", where=str(place), expected=", ".join(missing))
+    if values.get("vocab_size") != published:
+        raise UserError(
+            "the vocabulary cannot be told from config.json", where=str(place),
+            expected=f"vocab_size {published} (Emu3.5), or a model configuration",
+            got=f"vocab_size {values.get('vocab_size')}", fix="add model=NAME with model.vocabulary.* of this checkpoint",
+        )  # fmt: skip
+    sizes: dict[str, Any] = {
+        ours: head_dim_of(values) if theirs == "head_dim" else values[theirs]
+        for theirs, ours in FIELDS.items()
+    }
+    vocabulary = VocabularyConfig(preset="emu35", pad_multiple=1024)
+    return ModelConfig(
+        **sizes, name=str(values.get("model_type")), vocabulary=vocabulary,
+        max_sequence_length=int(values.get("max_position_embeddings") or 32_768),
+        dropout=float(values.get("attention_dropout") or 0.0), init_std=float(values.get("initializer_range") or 0.02),
+    )  # fmt: skip
+
+
+def head_dim_of(values: dict[str, Any]) -> int | None:
+    if values.get("head_dim") is not None:
+        return values["head_dim"]
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    return hidden // heads if heads and hidden else None
+
+
+def check_config(
+    values: dict[str, Any],
+    config: ModelConfig,
+    problems: Problems,
+    *,
+    untie: bool,
+    vocabulary: bool = True,
+) -> None:
+    """Every way in which a `config.json` describes another function than `config` does."""
+    for theirs, ours in FIELDS.items():
+        found = head_dim_of(values) if theirs == "head_dim" else values.get(theirs)
+        expected = getattr(config, ours)
+        if found is not None and found != expected:
+            problems.add(
+                f"model.{ours}",
+                f"{expected}, but config.json has {theirs} {found}",
+                f"model.{ours}={found}",
+            )
+    for name, allowed in FIXED.items():
+        if values.get(name, allowed[0]) not in allowed:
+            problems.add(f"config.json {name}", f"{values[name]!r} is not a model of this backbone")
+    if values.get("tie_word_embeddings") and not untie:
+        problems.add(
+            "config.json tie_word_embeddings",
+            "the output head is tied to the embedding; this backbone has a head of its own",
+            "untie=true copies the embedding into the head",
+        )
+    sizes = Vocabulary.from_config(config.vocabulary)
+    if vocabulary and values.get("vocab_size") not in (None, sizes.size, sizes.padded_size):
+        problems.add(
+            "model.vocabulary", f"{sizes.size} ids, but config.json has vocab_size {values['vocab_size']}",
+            "name the model with the checkpoint's vocabulary, or use `nextstate convert surgery`",
+        )  # fmt: skip
+
+
+def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
+    return config if config.dtype == dtype else replace(config, dtype=dtype)
+
+
+def model_config(values: dict[str, Any], place: str) -> ModelConfig:
+    """The `ModelConfig` that a manifest or a record holds as a plain dictionary."""
+    try:
+        return ModelConfig(**{**values, "vocabulary": VocabularyConfig(**values["vocabulary"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            "the model's configuration cannot be read", where=place, got=f"{type(error).__name__}: {error}"
+        ) from None  # fmt: skip

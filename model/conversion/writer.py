@@ -1,0 +1,455 @@
+"""Carries out a plan: rows stream from the sources into files, checked, resumable, published by one rename.
+
+Work happens in `.NAME.converting` beside the target: `plan.json` says what is being made, `progress.jsonl` which
+blocks of rows are written and with which checksums, `output/` becomes the target. A killed conversion leaves this
+folder; the same command goes on with it, and any other starts it over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.conversion.checksums import join_crc32
+from model.conversion.plan import Plan, Target
+from model.conversion.tensors import ITEM_BYTES, cast_rows
+from model.errors import UserError
+
+BLOCK_BYTES = (
+    2 << 20
+)  # of one read and write: small enough to be in the cache when it is checksummed and written
+PROGRESS_SECONDS = 2.0
+FLUSH_SECONDS = 0.5
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of a target; `number` is its place in the plan."""
+
+    number: int
+    target: Target
+    start: int
+    stop: int
+
+
+@dataclass
+class Written:
+    """What `finish` is told: checksums (crc32, eight hexadecimal digits) and sizes of the weights' files."""
+
+    files: dict[str, dict[str, Any]]
+    tensors: dict[str, str]  # stored name -> crc32
+
+
+@dataclass
+class Result:
+    """Figures of a conversion; `resumed_bytes` were there from an earlier run that was killed."""
+
+    num_bytes: int
+    seconds: float
+    resumed_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def execute(
+    plan: Plan, target: Path, finish: Callable[[Path, Written], None], *, threads: int = 4
+) -> Result:
+    """Write the plan's files, let `finish` add the others, and publish all of it as the folder `target`.
+
+    Raises `UserError` for a target that exists, a disk without room and a conversion that another process is making.
+    """
+    target = target.absolute()
+    work = _work_folder(target)
+    started = time.monotonic()
+    with _no_space_told(target.parent, plan.num_bytes), _locked(work):
+        fingerprint = plan.fingerprint()
+        if _is_published(target, work, fingerprint):
+            _remove_work(work)
+            return Result(plan.num_bytes, time.monotonic() - started, plan.num_bytes)
+        _refuse_existing(target)
+        done = _prepare(plan, work, fingerprint)
+        _check_room(plan, work)
+        writer = _Writer(plan, work, done)
+        resumed = writer.progress.num_bytes
+        try:
+            writer.write(threads)
+            written = writer.read_back(threads)
+            finish(work / "output", written)
+            _sync_folder(work / "output")
+        finally:
+            writer.close()
+        os.rename(work / "output", target)
+        _sync_directory(target.parent)
+        _remove_work(work)
+    return Result(plan.num_bytes, time.monotonic() - started, resumed)
+
+
+def refuse_existing(target: Path) -> None:
+    """Early, before sources are read. A target whose work folder is still there is `execute`'s to judge."""
+    if _work_folder(target.absolute()).exists():
+        return
+    _refuse_existing(target)
+
+
+def _refuse_existing(target: Path) -> None:
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if target.is_symlink() or (target.exists() and not is_empty):
+        raise UserError(
+            "the destination exists", where=str(target), expected="a new folder",
+            fix="name another target, or remove this one first",
+        )  # fmt: skip
+
+
+def _work_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.converting"
+
+
+class _Writer:
+    """The open files of one conversion."""
+
+    def __init__(self, plan: Plan, work: Path, done: dict[int, list[int]]):
+        self.plan, self.work = plan, work
+        self.blocks = list(_blocks(plan))
+        self.done = done
+        self.positions = {file.name: file.positions for file in plan.files}
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+        for file in plan.files:
+            path = work / "output" / file.name
+            path.parent.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptors[file.name] = descriptor
+            os.ftruncate(descriptor, file.num_bytes)
+            _write_all(descriptor, memoryview(file.header), 0)
+        self._journal = os.open(
+            work / "progress.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        )
+        written = sum(_block_bytes(self.blocks[number]) for number in done)
+        self.progress = Progress("convert", sum(map(_block_bytes, self.blocks)), written)
+
+    def write(self, threads: int) -> None:
+        waiting = [block for block in self.blocks if block.number not in self.done]
+        written = threading.Event()
+        with ThreadPoolExecutor(1) as background:
+            flushed = background.submit(self._flush_until, written)
+            try:
+                run_all(self._convert, waiting, threads)
+            finally:
+                written.set()
+            flushed.result()
+        self.progress.finish()
+
+    def _flush_until(self, written: threading.Event) -> None:
+        """Keep the disk busy meanwhile: at the end little is left to wait for."""
+        while not written.wait(FLUSH_SECONDS):
+            for descriptor in self._descriptors.values():
+                os.fdatasync(descriptor)
+
+    def _convert(self, block: Block) -> None:
+        rows = gather(block)
+        item = ITEM_BYTES[block.target.info.dtype]
+        sums = []
+        for piece in block.target.pieces:
+            low = max(block.start, piece.first_row)
+            high = min(block.stop, piece.first_row + piece.num_rows)
+            if low >= high:
+                sums.append(0)
+                continue
+            columns = slice(
+                piece.first_column * item, (piece.first_column + piece.num_columns) * item
+            )
+            part = np.ascontiguousarray(rows[low - block.start : high - block.start, columns])
+            view = part.reshape(-1).data
+            sums.append(zlib.crc32(view))
+            start = self.positions[piece.file][piece.stored_name]
+            start += (low - piece.first_row) * piece.num_columns * item
+            _write_all(self._descriptors[piece.file], view, start)
+        line = json.dumps([block.number, sums], separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            _write_all(self._journal, memoryview(line), None)
+            self.done[block.number] = sums
+        self.progress.add(_block_bytes(block))
+
+    def read_back(self, threads: int) -> Written:
+        """Read every byte again while the disk takes it; the checksums of what is there."""
+        self.progress = Progress("check", self.progress.total_bytes, 0)
+        with ThreadPoolExecutor(1) as syncing:
+            synced = [syncing.submit(os.fsync, one) for one in self._descriptors.values()]
+            run_all(self._check, self.blocks, threads)
+            for one in synced:
+                one.result()
+        self.progress.finish()
+        return self._checksums()
+
+    def _check(self, block: Block) -> None:
+        item = ITEM_BYTES[block.target.info.dtype]
+        for piece, expected in zip(block.target.pieces, self.done[block.number], strict=True):
+            low = max(block.start, piece.first_row)
+            high = min(block.stop, piece.first_row + piece.num_rows)
+            if low >= high:
+                continue
+            width = piece.num_columns * item
+            buffer = np.empty((high - low) * width, np.uint8)
+            position = (
+                self.positions[piece.file][piece.stored_name] + (low - piece.first_row) * width
+            )
+            num_read = os.preadv(self._descriptors[piece.file], [buffer.data], position)
+            if num_read != len(buffer) or zlib.crc32(buffer.data) != expected:
+                # Nothing of this attempt is worth keeping: the next run starts over.
+                (self.work / "plan.json").unlink(missing_ok=True)
+                raise UserError(
+                    "what was written reads back differently", where=f"{piece.file}: {piece.stored_name}",
+                    fix="check the disk, then run the same command again: it starts over",
+                )  # fmt: skip
+        self.progress.add(_block_bytes(block))
+
+    def _checksums(self) -> Written:
+        """Of each tensor and each file, joined from those of the blocks."""
+        tensors: dict[tuple[str, str], tuple[int, int]] = {}
+        for block in self.blocks:
+            item = ITEM_BYTES[block.target.info.dtype]
+            for piece, value in zip(block.target.pieces, self.done[block.number], strict=True):
+                rows = min(block.stop, piece.first_row + piece.num_rows) - max(
+                    block.start, piece.first_row
+                )
+                if rows <= 0:
+                    continue
+                crc, length = tensors.get((piece.file, piece.stored_name), (0, 0))
+                size = rows * piece.num_columns * item
+                tensors[piece.file, piece.stored_name] = (
+                    join_crc32(crc, value, size),
+                    length + size,
+                )
+        files = {}
+        for file in self.plan.files:
+            crc = zlib.crc32(file.header)
+            for name in file.positions:
+                value, length = tensors.get((file.name, name), (0, 0))
+                crc = join_crc32(crc, value, length)
+            files[file.name] = {"bytes": file.num_bytes, "crc32": f"{crc:08x}"}
+        return Written(files, {name: f"{crc:08x}" for (_, name), (crc, _) in tensors.items()})
+
+    def close(self) -> None:
+        for descriptor in (*self._descriptors.values(), self._journal):
+            os.close(descriptor)
+
+
+class Progress:
+    """Bytes done, bytes a second and the time left, on stderr now and then."""
+
+    def __init__(self, label: str, total_bytes: int, num_bytes: int):
+        self.label, self.total_bytes, self.num_bytes = label, total_bytes, num_bytes
+        self._first_bytes, self._started = num_bytes, time.monotonic()
+        self._shown, self._lock = self._started, threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.num_bytes += num_bytes
+            if time.monotonic() - self._shown >= PROGRESS_SECONDS:
+                self._shown = time.monotonic()
+                self._show()
+
+    def finish(self) -> None:
+        if time.monotonic() - self._started >= PROGRESS_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = (self.num_bytes - self._first_bytes) / seconds
+        left = (self.total_bytes - self.num_bytes) / rate if rate else float("inf")
+        share = self.num_bytes / self.total_bytes if self.total_bytes else 1.0
+        print(
+            f"{self.label}: {share:6.1%} of {self.total_bytes / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
+            f"{left:,.0f} s left",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def run_all(work: Callable[[Any], None], items: list[Any], threads: int) -> None:
+    """`work` on every item in threads; the first failure cancels the rest."""
+    pool = ThreadPoolExecutor(max(1, threads))
+    try:
+        for future in as_completed([pool.submit(work, item) for item in items]):
+            future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def split_rows(target: Target) -> Iterator[tuple[int, int]]:
+    """(first row, row behind the last) of the blocks in which a target is made."""
+    wanted = [
+        rows for segment in target.segments
+        if (rows := segment.source.rows_at_once(segment.name)) is not None
+    ]  # fmt: skip
+    step = max([1, *wanted] if wanted else [1, BLOCK_BYTES // max(1, target.info.row_bytes)])
+    for start in range(0, target.info.num_rows, step):
+        yield start, min(start + step, target.info.num_rows)
+
+
+def _blocks(plan: Plan) -> Iterator[Block]:
+    spans = [(target, *rows) for target in plan.targets for rows in split_rows(target)]
+    for number, (target, start, stop) in enumerate(spans):
+        yield Block(number, target, start, stop)
+
+
+def _block_bytes(block: Block) -> int:
+    return (block.stop - block.start) * block.target.info.row_bytes
+
+
+def gather(block: Block) -> np.ndarray:
+    """The block's rows from all segments that have some of them; uint8 [rows, row_bytes]."""
+    info = block.target.info
+    rows = np.empty((block.stop - block.start, info.row_bytes), np.uint8)
+    position = 0
+    for segment in block.target.segments:
+        low, high = max(block.start, position), min(block.stop, position + segment.count)
+        if low < high:
+            into = rows[low - block.start : high - block.start]
+            first = segment.start + low - position
+            if segment.dtype == info.dtype:
+                segment.source.read_rows(segment.name, first, first + high - low, into)
+            else:
+                width = info.row_elements * ITEM_BYTES[segment.dtype]
+                raw = np.empty((high - low, width), np.uint8)
+                segment.source.read_rows(segment.name, first, first + high - low, raw)
+                into[:] = cast_rows(raw, segment.dtype, info.dtype)
+        position += segment.count
+    return rows
+
+
+def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
+    """The blocks that an interrupted run of this very plan has written; otherwise an empty work folder."""
+    description = work / "plan.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads(description.read_bytes())["fingerprint"] == fingerprint:
+            (work / "output").mkdir(exist_ok=True)
+            return _read_journal(work / "progress.jsonl")
+    description.unlink(missing_ok=True)
+    (work / "progress.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(work / "output", ignore_errors=True)
+    (work / "output").mkdir()
+    temporary = work / "plan.json.new"
+    temporary.write_text(json.dumps({"fingerprint": fingerprint, "what": plan.what}))
+    os.rename(temporary, description)
+    return {}
+
+
+def _read_journal(path: Path) -> dict[int, list[int]]:
+    """Complete lines only: the last one may be cut, and is then cut away so that the next one starts afresh."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return dict(map(json.loads, whole.splitlines()))
+
+
+def _is_published(target: Path, work: Path, fingerprint: str) -> bool:
+    """Was a run of this plan killed between its rename and the end?"""
+    if not target.is_dir() or (work / "output").exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((work / "plan.json").read_bytes())["fingerprint"] == fingerprint
+    return False
+
+
+def _check_room(plan: Plan, work: Path) -> None:
+    present = sum(
+        file.stat().st_blocks * 512 for file in (work / "output").rglob("*") if file.is_file()
+    )
+    free = shutil.disk_usage(work).free
+    if plan.num_bytes - present > free:
+        raise UserError(
+            "the disk has no room for the output", where=str(work.parent),
+            expected=f"{plan.num_bytes - present:,} bytes free", got=f"{free:,}", fix="free space, or name another target",
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _no_space_told(folder: Path, num_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            fix = "free space and run the same command: it goes on where it stopped"
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+            fix = "name a target in a folder that can be written"
+        else:
+            raise
+        raise UserError(
+            "the output cannot be written", where=str(error.filename or folder),
+            expected=f"room for {num_bytes:,} bytes", got=os.strerror(error.errno), fix=fix,
+        ) from None  # fmt: skip
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """The work folder for this process alone; the system frees the lock of one that died."""
+    work.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another process is writing this target", where=str(work), fix="wait for it, or name another target"
+            ) from None  # fmt: skip
+        yield
+        # A refusal leaves no empty folder behind.
+        if not (work / "plan.json").exists():
+            _remove_work(work)
+    except UserError:
+        if not (work / "plan.json").exists():
+            _remove_work(work)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_work(work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_all(descriptor: int, view: memoryview, position: int | None) -> None:
+    while len(view):
+        if position is None:
+            num_written = os.write(descriptor, view)
+        else:
+            num_written = os.pwrite(descriptor, view, position)
+            position += num_written
+        view = view[num_written:]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Everything below a folder, to the disk (the weights are there already)."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".safetensors":
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for path in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
+        _sync_directory(path)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""All terms of the tokenizer's loss for one array of images, and the adversary with its own optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from model.errors import Problems
+from model.vision_tokenizer.config import VisionTokenizerConfig
+from model.vision_tokenizer.discriminator import (
+    AdversarialConfig,
+    PatchDiscriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    initialize_discriminator,
+)
+from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.losses import LossWeightsConfig, tokenizer_loss
+from model.vision_tokenizer.perceptual import (
+    Distillation,
+    DistillationConfig,
+    PerceptualConfig,
+    PerceptualLoss,
+)
+from model.vision_tokenizer.quantizer import Quantized
+from training.config import OptimizerConfig
+
+KEY = "stage.options"
+
+
+@dataclass
+class TermsConfig:
+    """The terms of the loss beside the pixels', the quantizer's and the entropy."""
+
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def validate(self, problems: Problems, key: str, num_levels: int) -> None:
+        self.perceptual.validate(problems, f"{key}.perceptual")
+        self.adversarial.validate(problems, f"{key}.adversarial")
+        self.distillation.validate(problems, f"{key}.distillation", num_levels)
+
+
+class Adversary:
+    """The discriminator and its optimizer. Its state is part of the optimizer's in a checkpoint."""
+
+    def __init__(
+        self, config: AdversarialConfig, optimizer: OptimizerConfig, seed: int, device: torch.device
+    ):
+        self.config, self.gradient_clip = config, optimizer.gradient_clip
+        self.model = PatchDiscriminator(config)
+        initialize_discriminator(self.model, seed + 1)
+        self.model.to(device)
+        self.optimizer = adam(self.model, optimizer)
+
+    def judge(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits through which gradients flow to the images only."""
+        self.model.requires_grad_(False)
+        logits = self.model(images)
+        self.model.requires_grad_(True)
+        return logits
+
+    def backward(self, images: torch.Tensor, reconstructions: torch.Tensor, share: float) -> float:
+        """Add the discriminator's own gradients; its loss."""
+        loss = hinge_loss(self.model(images), self.model(reconstructions.detach()))
+        (share * loss).backward()
+        return loss.item()
+
+    def gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def step(self, learning_rate: float) -> None:
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            return  # it has not joined yet
+        if self.gradient_clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
+        self.optimizer.param_groups[0]["lr"] = learning_rate * self.config.learning_rate_ratio
+        self.optimizer.step()
+
+    def discard_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights, running statistics and moments by name."""
+        found = {f"weights/{name}": value for name, value in self.model.state_dict().items()}
+        return found | moments(self.model, self.optimizer)
+
+
+class Terms(nn.Module):
+    """The loss of a `TermsConfig`. Its trainable parameters (the distillation's projection) join the tokenizer's."""
+
+    def __init__(
+        self,
+        config: TermsConfig,
+        weights: LossWeightsConfig,
+        model: VisionTokenizerConfig,
+        seed: int,
+    ):
+        super().__init__()
+        self.config, self.weights = config, weights
+        self.perceptual: PerceptualLoss | None = None
+        self.distillation: Distillation | None = None
+        if config.perceptual.weight:
+            self.perceptual = PerceptualLoss.load(config.perceptual, f"{KEY}.perceptual.backbone")
+        if config.distillation.weight:
+            # After the middle the map has the width of the lowest level, then that of each level in turn.
+            widths = [model.ch * mult for mult in (*model.ch_mult, model.ch_mult[-1])]
+            width = widths[::-1][config.distillation.level]
+            key = f"{KEY}.distillation.teacher"
+            self.distillation = Distillation.load(config.distillation, width, seed + 2, key)
+
+    def forward(
+        self, model: IBQ, images: torch.Tensor, values: torch.Tensor, quantized: Quantized | None,
+        adversary: Adversary | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+        """(loss, reconstructions, terms unweighted) of images [B, 3, H, W] and the latents that are decoded."""
+        reconstructions, features = model.reconstruct_with_features(values)
+        extra = {}
+        if self.perceptual is not None:
+            extra["perceptual"] = (self.config.perceptual.weight, self.perceptual)
+        loss, terms = tokenizer_loss(images, reconstructions, quantized, self.weights, extra)
+        if self.distillation is not None:
+            config = self.config.distillation
+            terms["distillation"] = self.distillation(images, features[config.level])
+            loss = loss + config.weight * terms["distillation"]
+        if adversary is not None:
+            terms["adversarial"] = generator_loss(adversary.judge(reconstructions))
+            # Against what the decoder's last layer owes to the image, not to codes or features.
+            visible = self.weights.l1 * terms["l1"] + self.weights.l2 * terms["l2"]
+            if "perceptual" in terms:
+                visible = visible + self.config.perceptual.weight * terms["perceptual"]
+            balance = adaptive_weight(visible, terms["adversarial"], model.decoder.conv_out.weight)
+            terms["adaptive_weight"] = balance
+            loss = loss + self.config.adversarial.weight * balance * terms["adversarial"]
+        return loss, reconstructions, terms
+
+
+def adam(model: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:
+    """An optimizer whose state is there from the start, so that a checkpoint of any step has the same keys."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, betas=(options.beta1, options.beta2), eps=options.epsilon,
+        weight_decay=options.weight_decay,
+    )  # fmt: skip
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by `kind/parameter`."""
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in model.named_parameters() if parameter.requires_grad
+        for kind, value in optimizer.state[parameter].items()
+    }  # fmt: skip

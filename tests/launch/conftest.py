@@ -12,7 +12,7 @@ from slurm_cluster import SlurmCluster
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[SlurmCluster]:
+def running_slurm() -> Iterator[SlurmCluster]:
     """Six nodes; started when the first test asks for it, and ended with all its daemons."""
     folder = Path(tempfile.mkdtemp(prefix="nextstate_slurm_"))
     with SlurmCluster(folder, 6) as cluster:
@@ -20,9 +20,10 @@ def slurm() -> Iterator[SlurmCluster]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def on_slurm(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """`slurm`, with this process's commands talking to it."""
-    for name, value in slurm.environment.items():
-        monkeypatch.setenv(name, value)
-    return slurm
+@pytest.fixture(scope="module")
+def slurm(running_slurm: SlurmCluster) -> Iterator[SlurmCluster]:
+    """The cluster, with this process's commands talking to it while the tests of a module run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running_slurm.environment.items():
+            patch.setenv(name, value)
+        yield running_slurm

@@ -12,7 +12,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -25,6 +24,7 @@ PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CPUS_PER_NODE = 8  # claimed; they need not exist
 PATIENCE_SECONDS = 60.0
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 LONGEST_FOLDER_NAME = 70  # unix sockets below it have to fit into 108 characters
 
 
@@ -162,10 +162,19 @@ class SlurmCluster:
         time.sleep(2.0)  # a start within the second of the kill is refused: its credential is revoked
         self.call("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
+    def see_through(self, job_id: str, seconds: float = 90.0) -> str:
+        """The final state of a job that may be queued again any number of times."""
+        end = time.monotonic() + seconds
+        while (state := self.job(job_id)["JobState"]) in ACTIVE:
+            assert time.monotonic() < end, f"job {job_id} is still {state}"
+            if state == "PENDING" and self.job(job_id)["Reason"] == "BeginTime":
+                self.hurry(job_id)
+            time.sleep(0.1)
+        return state
+
     def wait_for_end(self, job_id: str, seconds: float = PATIENCE_SECONDS) -> str:
         """The final state."""
-        active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        wait_until(lambda: self.job(job_id).get("JobState") not in active, f"the end of job {job_id}", seconds)
+        wait_until(lambda: self.job(job_id).get("JobState") not in ACTIVE, f"the end of job {job_id}", seconds)
         return self.job(job_id)["JobState"]
 
     # --- a node that loses power ----------------------------------------------------------------------------------------
@@ -221,14 +230,16 @@ class SlurmCluster:
 
 
 def end_process(pid: int) -> None:
+    """SIGTERM, and SIGKILL where that is not enough. A zombie has ended: nobody may be there to collect it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except psutil.TimeoutExpired:
-            if process.status() != psutil.STATUS_ZOMBIE:  # ended, but nobody collects it
+        process.terminate()
+        end = time.monotonic() + 15
+        while process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > end:
                 process.kill()
+                return
+            time.sleep(0.02)
 
 
 def free_ports(number: int) -> int:

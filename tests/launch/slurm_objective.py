@@ -20,14 +20,17 @@ from training.stage import Job
 class MeetingEngine(FakeEngine):
     """Every rank has the whole model and owns its rows of it; the ranks agree over gloo."""
 
-    def __init__(self, seed: int, step_seconds: float):
+    def __init__(self, seed: int, step_seconds: float, crash_at: int):
         distributed.init_process_group("gloo", init_method="env://", timeout=timedelta(seconds=60))
         super().__init__(seed)
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        self.step_seconds = step_seconds
+        self.step_seconds, self.steps_to_crash = step_seconds, crash_at
 
     def forward_backward(self, micro_batches: Sequence[Any]) -> StepResult:
         time.sleep(self.step_seconds)
+        self.steps_to_crash -= 1
+        if self.steps_to_crash == 0:
+            os._exit(9)
         return super().forward_backward(micro_batches)
 
     def _shards(self, key: str, tensor: torch.Tensor) -> list[Shard]:
@@ -52,6 +55,6 @@ class MeetingEngine(FakeEngine):
 
 def build(config: TrainConfig) -> Job:
     options = dict(config.stage.options)
-    engine = MeetingEngine(config.seed, float(options.pop("step_seconds", 0.0)))
+    engine = MeetingEngine(config.seed, float(options.pop("step_seconds", 0.0)), int(options.pop("crash_at", 0)))
     assert os.environ["RANK"] == str(engine.rank)
     return Job(engine, FakeData(options, config.stage.global_batch_size), {"kind": "fake"})

@@ -1,27 +1,137 @@
-"""Real jobs on a real Slurm: whatever interrupts them, they end with the weights of an unbroken run, bit for bit."""
+"""Real jobs on a real Slurm: whatever interrupts them, they end with the weights of an unbroken run, bit for bit.
+
+The interruptions happen to six jobs at once, each followed by a thread of its own; most of the time is waiting.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
-from slurm_runs import assert_completed, assert_same_weights, fake_submission, log_of
+from slurm_cluster import SlurmCluster, wait_until
+from slurm_runs import (
+    assert_same_weights,
+    fake_submission,
+    last_step,
+    log_of,
+    wait_for_step,
+)
 
 from launch.commands import submit
+from launch.jobs import JobFolder
+
+STEP_SECONDS = 0.25
+OWN_NODES = ["node05", "node06"]  # of the job that loses one
 
 
 @pytest.fixture(scope="module")
-def unbroken(slurm, tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-        folder = tmp_path_factory.mktemp("unbroken")
-        answer = submit.run(fake_submission(folder))
-        assert answer["submitted"], answer
-        assert_completed(slurm, answer["job_id"], folder)
+def unbroken(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return submit_and(slurm, tmp_path_factory.mktemp("unbroken"), lambda *_: None)
+
+
+def submit_and(slurm: SlurmCluster, folder: Path, interrupt: Callable[..., None], **changes: str) -> Path:
+    config = fake_submission(folder, step_seconds=STEP_SECONDS)
+    config.cluster.exclude = ",".join(OWN_NODES)
+    for name, value in changes.items():
+        if name == "step_seconds":
+            config.stage.options = {"step_seconds": float(value)}
+        else:
+            setattr(config.cluster, name, value)
+    config.cluster.signal_seconds = int(config.cluster.signal_seconds)
+    answer = submit.run(config)
+    assert answer["submitted"], answer
+    interrupt(slurm, answer["job_id"], folder)
+    assert slurm.see_through(answer["job_id"], 120) == "COMPLETED", log_of(folder)[-4000:]
     return folder
 
 
+def send_usr1(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
+    wait_for_step(folder, 7)
+    slurm.call("scancel", "--signal=USR1", job_id)
+
+
+def reach_time_limit(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
+    """Slurm looks at the limits twice a minute; the signal comes 3 to 31 seconds after the start."""
+    wait_until(lambda: "asks to be queued again" in log_of(folder), "the signal before the time limit", 70)
+
+
+def requeue(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
+    wait_for_step(folder, 7)
+    slurm.call("scontrol", "requeue", job_id)
+
+
+def lose_node(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
+    wait_for_step(folder, 7)
+    slurm.kill_node("node06")
+    wait_until(lambda: slurm.job(job_id)["JobState"] == "PENDING", "the job to be queued again")
+    slurm.revive_node("node06")
+
+
+def kill_rank(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
+    wait_for_step(folder, 7)
+    ranks = [
+        process for process in psutil.process_iter()
+        if "launch.task" in (line := command_line(process)) and str(folder) in line and "srun" not in line
+    ]  # fmt: skip
+    assert len(ranks) == 2
+    random.choice(ranks).kill()
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+INTERRUPTIONS: dict[str, tuple[Callable[..., None], dict[str, str]]] = {
+    "usr1": (send_usr1, {}),
+    "time limit": (reach_time_limit, {"time_limit": "1", "signal_seconds": "30", "step_seconds": "0.7"}),
+    "requeue": (requeue, {}),
+    "lost node": (lose_node, {"exclude": "", "options": {"nodelist": ",".join(OWN_NODES)}}),  # type: ignore[dict-item]
+    "killed rank": (kill_rank, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, unbroken: Path) -> dict[str, Future]:
+    with ThreadPoolExecutor(len(INTERRUPTIONS)) as pool:
+        return {
+            name: pool.submit(submit_and, slurm, tmp_path_factory.mktemp("run"), interrupt, **changes)
+            for name, (interrupt, changes) in INTERRUPTIONS.items()
+        }
+
+
 def test_a_stage_over_two_nodes_trains(unbroken):
-    log = log_of(unbroken)
-    assert "starts at 0 on node" in log
+    assert "starts at 0 on node" in log_of(unbroken)
     assert (unbroken / "fake" / "summary.json").exists()
+    assert JobFolder(unbroken, "fake").num_restarts() == 0
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_an_interrupted_run_ends_as_the_unbroken_one(interrupted, unbroken, name):
+    folder = interrupted[name].result()
+    assert_same_weights(unbroken, folder)
+    assert JobFolder(folder, "fake").num_restarts() >= 1
+    steps = [line.split('"step": ')[1].split(",")[0] for line in (folder / "fake/metrics.jsonl").read_text().splitlines()]
+    assert steps == [str(step) for step in range(1, last_step(folder) + 1)]
+
+
+def test_a_rank_that_had_got_on_is_started_again_on_the_spot(interrupted):
+    folder = interrupted["killed rank"].result()
+    assert "ended with 137" in log_of(folder)
+    assert "asks to be queued again" not in log_of(folder)
+
+
+def test_a_job_that_never_gets_on_stops(slurm, tmp_path):
+    config = fake_submission(tmp_path, num_ranks=1)
+    config.stage.options = {"crash_at": 3}
+    config.cluster.max_restarts = 1
+    answer = submit.run(config)
+    assert slurm.see_through(answer["job_id"]) == "FAILED"
+    assert "stops: 2 restarts in a row without progress beyond 0" in log_of(tmp_path)
+    assert JobFolder(tmp_path, "fake").num_restarts() == 1

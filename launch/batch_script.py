@@ -13,7 +13,9 @@ from pathlib import Path
 from launch.cluster import ClusterConfig
 from launch.scheduling import DIRECTIVES
 
-ENDED_NAME = "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
+ENDED_NAME = (
+    "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
+)
 ATTEMPTS_NAME = "attempts"  # one line a start of the ranks
 PROGRESS_NAME = "progress"  # "restarts in a row without progress, progress at the last start"
 LOG_NAME = "log.txt"
@@ -30,14 +32,18 @@ class BatchJob:
     folder: Path  # script, log, attempts
     code: Path  # snapshot that the processes import
     work_folder: Path  # relative paths of the configuration start here
-    calls: list[list[str]]  # arguments of the interpreter; one array task each when there are several
+    calls: list[
+        list[str]
+    ]  # arguments of the interpreter; one array task each when there are several
     shares: int = 1  # tasks of an array that divide one call, which contains `SHARE`
     num_tasks: int = 1  # ranks
     tasks_per_node: int = 1
     num_accelerators_per_node: int = 0
     checkpoints: Path | None = None  # progress is the newest complete checkpoint here
-    outputs: list[Path] = field(default_factory=list)  # without checkpoints: the number of files here
-    must_exist: Path | None = None  # what a job that ended well has left
+    outputs: list[Path] = field(
+        default_factory=list
+    )  # without checkpoints: the number of files here
+    must_exist: list[Path] = field(default_factory=list)  # what a job that ended well has left
 
     @property
     def num_nodes(self) -> int:
@@ -111,7 +117,6 @@ def places(job: BatchJob, cluster: ClusterConfig) -> list[str]:
         "work_folder": job.work_folder,
         "python": cluster.python or sys.executable,
         "checkpoints": job.checkpoints or "",
-        "must_exist": job.must_exist or "",
         "max_restarts": cluster.max_restarts,
         "may_requeue": int(cluster.requeue),
         "signal_seconds": cluster.signal_seconds,
@@ -121,6 +126,7 @@ def places(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     lines = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
     if cluster.kind == "slurm":
         lines.append(f"outputs=({shlex.join(map(str, job.outputs))})")
+        lines.append(f"must_exist=({shlex.join(map(str, job.must_exist))})")
     return [*lines, 'cd -- "$work_folder" || exit 1']
 
 
@@ -128,12 +134,16 @@ def environment(cluster: ClusterConfig) -> list[str]:
     lines = [f"module load {shlex.quote(name)}" for name in cluster.modules]
     variables = dict(cluster.environment)
     if cluster.network_interface:
-        variables["GLOO_SOCKET_IFNAME"] = variables["NCCL_SOCKET_IFNAME"] = cluster.network_interface
+        variables["GLOO_SOCKET_IFNAME"] = variables["NCCL_SOCKET_IFNAME"] = (
+            cluster.network_interface
+        )
     if cluster.infiniband_devices:
         variables["NCCL_IB_HCA"] = cluster.infiniband_devices
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     lines.append("# The snapshot comes before anything else that could be imported.")
-    lines.append('export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1')
+    lines.append(
+        'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1'
+    )
     if "OMP_NUM_THREADS" not in variables:
         lines.append(f"export OMP_NUM_THREADS={cluster.cpus_per_task or 1}")
     return lines
@@ -247,10 +257,11 @@ while true; do
   [ "$asked_to_end" = 1 ] && exit 143
   case $code in
     0)
-      if [ -n "$must_exist" ] && [ ! -e "$must_exist" ]; then
-        note "ended well, but did not write $must_exist"
+      for output in "${must_exist[@]}"; do
+        [ -e "$output" ] && continue
+        note "ended well, but did not write $output"
         finish 1
-      fi
+      done
       finish 0
       ;;
     2) finish 2 ;;  # the configuration's fault: trying again does not help

@@ -74,7 +74,10 @@ class CurriculumConfig:
     def validate(self) -> None:
         problems = Problems()
         problems.check(
-            self.action in ACTIONS, "action", f"unknown action {self.action!r}", f"action={'|'.join(ACTIONS)}"
+            self.action in ACTIONS,
+            "action",
+            f"unknown action {self.action!r}",
+            f"action={'|'.join(ACTIONS)}",
         )
         self.cluster.validate(problems)
         problems.check(self.num_lines > 0, "num_lines", "must be positive", "num_lines=20")
@@ -104,7 +107,10 @@ class CurriculumConfig:
                 problems.check(needed in self.entries, key, f"needs {needed!r}, which is no entry")
         for name in [*self.force, *filter(None, (self.until, self.entry))]:
             problems.check(
-                name in self.entries, "until, force, entry", f"{name!r} is no entry", ", ".join(self.entries)
+                name in self.entries,
+                "until, force, entry",
+                f"{name!r} is no entry",
+                ", ".join(self.entries),
             )
         problems.raise_if_any()
 
@@ -115,7 +121,9 @@ class CurriculumConfig:
             entry.shares == 1 or (entry.command == "tokenize" and not entry.parallel_calls), f"{key}.shares",
             "is for tokenize, and exclusive with parallel_calls", f"{key}.shares=1",
         )  # fmt: skip
-        problems.check(not entry.parallel_calls or bool(entry.each), f"{key}.parallel_calls", "needs each")
+        problems.check(
+            not entry.parallel_calls or bool(entry.each), f"{key}.parallel_calls", "needs each"
+        )
 
 
 @dataclass
@@ -403,10 +411,16 @@ def supersede(folder: Path, name: str, outputs: list[str]) -> None:
 def summary(curriculum: Curriculum) -> dict[str, Any]:
     """One item an entry, in order; what `nextstate curriculum status json=true` answers."""
     entries = [
-        {"name": name, "state": curriculum.state(name)} | figures(curriculum, name) | {"job_ids": [], "restarts": 0}
+        {"name": name, "state": curriculum.state(name)}
+        | figures(curriculum, name)
+        | {"job_ids": [], "restarts": 0}
         for name in curriculum.order
     ]
-    return {"name": curriculum.config.name, "run_folder": str(curriculum.folder), "entries": entries}
+    return {
+        "name": curriculum.config.name,
+        "run_folder": str(curriculum.folder),
+        "entries": entries,
+    }
 
 
 def figures(curriculum: Curriculum, name: str) -> dict[str, Any]:

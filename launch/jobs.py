@@ -95,7 +95,9 @@ class JobFolder:
 
     def num_restarts(self) -> int:
         """Starts of the ranks beyond the first, of all parts and submissions."""
-        starts = [len(path.read_text().splitlines()) for path in self.path.glob(f"{ATTEMPTS_NAME}*")]
+        starts = [
+            len(path.read_text().splitlines()) for path in self.path.glob(f"{ATTEMPTS_NAME}*")
+        ]
         return sum(max(0, number - 1) for number in starts)
 
     def logs(self) -> list[Path]:

@@ -116,6 +116,7 @@ def queue() -> dict[str, QueuedJob]:
 
 def most_telling(tasks: list[QueuedJob]) -> QueuedJob:
     """Of an array: a running task, else a waiting one, else one that did not end well, else any."""
+
     def weight(task: QueuedJob) -> int:
         if task.is_active:
             return 2 if task.is_waiting else 3
@@ -128,7 +129,16 @@ def remembered_state(job_id: str) -> str:
     """The state of a job that has left the queue, where the cluster keeps accounts; empty where it does not."""
     if shutil.which("sacct") is None:
         return ""
-    answer = run_tool(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State"])
+    answer = run_tool(
+        [
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            f"--jobs={job_id}",
+            "--format=State",
+        ]
+    )
     states = [line.split()[0] for line in answer.stdout.splitlines() if line.split()]
     return states[-1] if answer.returncode == 0 and states else ""
 
@@ -139,4 +149,6 @@ def cancel(job_ids: list[str]) -> None:
         return
     answer = run_tool(["scancel", *job_ids])
     if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-        raise UserError("Slurm did not cancel the jobs", where=" ".join(job_ids), got=explain(answer.stderr))
+        raise UserError(
+            "Slurm did not cancel the jobs", where=" ".join(job_ids), got=explain(answer.stderr)
+        )

@@ -42,6 +42,7 @@ class Work:
     fingerprint: str  # two works with one fingerprint produce the same
     calls: list[list[str]] = field(default_factory=list)  # of a command; empty for training
     shares: int = 1  # tasks of an array that divide one call
+    num_accelerators: int = 0  # of a job that is not training
     training: TrainConfig | None = None
     outputs: list[Path] = field(default_factory=list)
 
@@ -54,8 +55,8 @@ def training_work(config: TrainConfig) -> Work:
 
 
 def command_work(
-    command: str, overrides: list[str], calls: dict[str, list[str]], shares: int,
-    *, run_folder: Path, name: str, title: str,
+    command: str, overrides: list[str], calls: dict[str, list[str]], *,
+    shares: int, num_accelerators: int, run_folder: Path, name: str, title: str,
 ) -> Work:  # fmt: skip
     """A nextstate command as one job, or as a job array: a call a task, or a share of the shards a task."""
     check_command(command)
@@ -65,7 +66,7 @@ def command_work(
     if shares > 1:
         groups = [[*group, f"num_tasks={shares}", SHARE] for group in groups]
     return Work(
-        name=name, title=title, run_folder=run_folder, shares=shares,
+        name=name, title=title, run_folder=run_folder, shares=shares, num_accelerators=num_accelerators,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         calls=[[*PYTHON_MODULE, "launch.cli", command, *group] for group in groups],
     )  # fmt: skip
@@ -74,7 +75,9 @@ def command_work(
 def check_command(command: str) -> None:
     known = command_summaries()
     if command not in known:
-        raise UserError(f"there is no command {command!r}", where="command", expected=", ".join(known))
+        raise UserError(
+            f"there is no command {command!r}", where="command", expected=", ".join(known)
+        )
 
 
 def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -> BatchJob:
@@ -82,7 +85,10 @@ def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) 
     job = BatchJob(
         name=work.title, description=f"{work.title}, written by nextstate", key=folder.key, folder=folder.path,
         code=code, work_folder=Path.cwd(), calls=work.calls, shares=work.shares, outputs=[path.absolute() for path in work.outputs],
+        num_accelerators_per_node=work.num_accelerators,
     )  # fmt: skip
+    if job.num_parts == 1:  # a share may have had no shards
+        job.must_exist = job.outputs
     config = work.training
     if config is None:
         return job
@@ -98,7 +104,7 @@ def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) 
     job.num_tasks, job.tasks_per_node = world_size, min(per_node, world_size)
     job.num_accelerators_per_node = job.tasks_per_node
     job.checkpoints = (config.stage_folder / "checkpoints").absolute()
-    job.must_exist = (config.stage_folder / SUMMARY_NAME).absolute()
+    job.must_exist = [(config.stage_folder / SUMMARY_NAME).absolute()]
     return job
 
 
@@ -124,10 +130,17 @@ def submit(work: Work, cluster: ClusterConfig) -> dict[str, Any]:
                     fix=f"scancel {record.job_id}, or choose another run_folder or stage.name",
                 )  # fmt: skip
             return answer(folder, record, state, submitted=False)
-        if record is not None and state == "done" and work.training is None and record.fingerprint == work.fingerprint:
+        if (
+            record is not None
+            and state == "done"
+            and work.training is None
+            and record.fingerprint == work.fingerprint
+        ):
             return answer(folder, record, state, submitted=False)
         if state == "vanished" and record is not None:
-            print(f"job {record.job_id} is no longer known to Slurm: submitted again", file=sys.stderr)
+            print(
+                f"job {record.job_id} is no longer known to Slurm: submitted again", file=sys.stderr
+            )
         check_run_folder(work)
         record = enqueue(work, cluster, folder, [], record)
         return answer(folder, record, "queued", submitted=True)
@@ -145,7 +158,11 @@ def recover(folder: JobFolder, jobs: dict[str, slurm.QueuedJob]) -> JobRecord | 
 
 
 def enqueue(
-    work: Work, cluster: ClusterConfig, folder: JobFolder, after: list[str], before: JobRecord | None
+    work: Work,
+    cluster: ClusterConfig,
+    folder: JobFolder,
+    after: list[str],
+    before: JobRecord | None,
 ) -> JobRecord:
     """Write everything that the job needs, hand it to Slurm, record its id. The caller holds the lock."""
     try:
@@ -186,7 +203,9 @@ def run_here(work: Work, cluster: ClusterConfig) -> dict[str, Any]:
         check_run_folder(work)
         job = prepare(work, cluster, folder, snapshot((work.run_folder / CODE_FOLDER).absolute()))
         if job.num_parts > 1:
-            raise UserError("this machine runs no job arrays", fix="shares=1 and no calls, or cluster=slurm")
+            raise UserError(
+                "this machine runs no job arrays", fix="shares=1 and no calls, or cluster=slurm"
+            )
         outcome = run_supervised(["bash", str(folder.script)], folder.log)
         state = {0: "done", 3: "stopped"}.get(outcome.exit_code, "failed")
         record = JobRecord("local", work.fingerprint, 1, [], time.time(), str(job.code))

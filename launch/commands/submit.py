@@ -35,13 +35,16 @@ class Config(TrainConfig):
     arguments: list[str] = field(default_factory=list)  # overrides of that command
     calls: dict[str, list[str]] = field(default_factory=dict)  # of that command: a job array, one
     # task a name, each with these overrides added
+    num_accelerators: int = 0  # of that command's job
     shares: int = 1  # of that command: a job array; each task does its share of the input shards
 
     def validate(self) -> None:
         """In a dry run a configuration that could not be trained is told, and its script shown all the same."""
         problems = Problems()
         self.cluster.validate(problems)
-        problems.check(self.shares > 0, "shares", f"must be positive, got {self.shares}", "shares=1")
+        problems.check(
+            self.shares > 0, "shares", f"must be positive, got {self.shares}", "shares=1"
+        )
         problems.check(
             self.command != "train" or not (self.arguments or self.calls or self.shares > 1), "command",
             "train takes no arguments, calls or shares", "command=tokenize",
@@ -84,8 +87,8 @@ def work_of(config: Config) -> Work:
         own = {one.name: getattr(config, one.name) for one in fields(TrainConfig)}
         return training_work(TrainConfig(**own))
     return command_work(
-        config.command, config.arguments, config.calls, config.shares,
-        run_folder=Path(config.run_folder), name=config.command, title=f"{config.name}/{config.command}",
+        config.command, config.arguments, config.calls, shares=config.shares,
+        num_accelerators=config.num_accelerators, run_folder=Path(config.run_folder), name=config.command, title=f"{config.name}/{config.command}",
     )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ SEARCH_PATH = [HERE / "slurm_site", HERE, HERE.parent / "training"]
 STEPS = 40
 
 
-def fake_submission(run_folder: Path, *, step_seconds: float = 0.0, num_ranks: int = 2) -> submit.Config:
+def fake_submission(
+    run_folder: Path, *, step_seconds: float = 0.0, num_ranks: int = 2
+) -> submit.Config:
     """One rank a node; a checkpoint every five steps."""
     config = submit.Config(name="test", run_folder=str(run_folder))
     config.stage.objective, config.stage.name = "vision_tokenizer", "fake"
@@ -37,7 +39,10 @@ def use_test_cluster(cluster: Any) -> None:
     cluster.tasks_per_node, cluster.cpus_per_task = 1, 1
     cluster.time_limit, cluster.signal_seconds = "10", 5
     cluster.network_interface = "lo"
-    cluster.environment = {"PYTHONPATH": ":".join(map(str, SEARCH_PATH)), "PYTHONWARNINGS": "ignore"}
+    cluster.environment = {
+        "PYTHONPATH": ":".join(map(str, SEARCH_PATH)),
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def last_step(run_folder: Path, stage: str = "fake") -> int:
@@ -58,7 +63,9 @@ def wait_for_log(run_folder: Path, text: str, name: str = "fake") -> None:
     wait_until(lambda: text in log_of(run_folder, name), f"{text!r} in the log of {run_folder}")
 
 
-def assert_completed(cluster: SlurmCluster, job_id: str, run_folder: Path, name: str = "fake") -> None:
+def assert_completed(
+    cluster: SlurmCluster, job_id: str, run_folder: Path, name: str = "fake"
+) -> None:
     assert cluster.wait_for_end(job_id, 90) == "COMPLETED", log_of(run_folder, name)[-3000:]
 
 

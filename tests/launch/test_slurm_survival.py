@@ -28,12 +28,9 @@ STEP_SECONDS = 0.25
 OWN_NODES = ["node05", "node06"]  # of the job that loses one
 
 
-@pytest.fixture(scope="module")
-def unbroken(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return submit_and(slurm, tmp_path_factory.mktemp("unbroken"), lambda *_: None)
-
-
-def submit_and(slurm: SlurmCluster, folder: Path, interrupt: Callable[..., None], **changes: str) -> Path:
+def submit_and(
+    slurm: SlurmCluster, folder: Path, interrupt: Callable[..., None], **changes: str
+) -> Path:
     config = fake_submission(folder, step_seconds=STEP_SECONDS)
     config.cluster.exclude = ",".join(OWN_NODES)
     for name, value in changes.items():
@@ -56,7 +53,9 @@ def send_usr1(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
 
 def reach_time_limit(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
     """Slurm looks at the limits twice a minute; the signal comes 3 to 31 seconds after the start."""
-    wait_until(lambda: "asks to be queued again" in log_of(folder), "the signal before the time limit", 70)
+    wait_until(
+        lambda: "asks to be queued again" in log_of(folder), "the signal before the time limit", 70
+    )
 
 
 def requeue(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
@@ -88,9 +87,16 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
+def leave_alone(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
+    pass
+
+
 INTERRUPTIONS: dict[str, tuple[Callable[..., None], dict[str, str]]] = {
     "usr1": (send_usr1, {}),
-    "time limit": (reach_time_limit, {"time_limit": "1", "signal_seconds": "30", "step_seconds": "0.7"}),
+    "time limit": (
+        reach_time_limit,
+        {"time_limit": "1", "signal_seconds": "30", "step_seconds": "0.7"},
+    ),
     "requeue": (requeue, {}),
     "lost node": (lose_node, {"exclude": "", "options": {"nodelist": ",".join(OWN_NODES)}}),  # type: ignore[dict-item]
     "killed rank": (kill_rank, {}),
@@ -98,12 +104,34 @@ INTERRUPTIONS: dict[str, tuple[Callable[..., None], dict[str, str]]] = {
 
 
 @pytest.fixture(scope="module")
-def interrupted(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, unbroken: Path) -> dict[str, Future]:
-    with ThreadPoolExecutor(len(INTERRUPTIONS)) as pool:
-        return {
-            name: pool.submit(submit_and, slurm, tmp_path_factory.mktemp("run"), interrupt, **changes)
-            for name, (interrupt, changes) in INTERRUPTIONS.items()
+def runs(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future]:
+    """Folders of all runs by name; all jobs are in the queue at once."""
+    everything = INTERRUPTIONS | {"unbroken": (leave_alone, {"step_seconds": "0"})}
+    with ThreadPoolExecutor(len(everything) + 1) as pool:
+        futures = {
+            name: pool.submit(
+                submit_and, slurm, tmp_path_factory.mktemp("run"), interrupt, **changes
+            )
+            for name, (interrupt, changes) in everything.items()
         }
+        return futures | {
+            "crashing": pool.submit(submit_crashing, slurm, tmp_path_factory.mktemp("run"))
+        }
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs: dict[str, Future]) -> Path:
+    return runs["unbroken"].result()
+
+
+def submit_crashing(slurm: SlurmCluster, folder: Path) -> Path:
+    """A stage that ends itself before its first checkpoint, whenever it is started."""
+    config = fake_submission(folder, num_ranks=1)
+    config.stage.options = {"crash_at": 3}
+    config.cluster.max_restarts, config.cluster.exclude = 1, ",".join(OWN_NODES)
+    answer = submit.run(config)
+    assert slurm.see_through(answer["job_id"], 120) == "FAILED"
+    return folder
 
 
 def test_a_stage_over_two_nodes_trains(unbroken):
@@ -113,25 +141,24 @@ def test_a_stage_over_two_nodes_trains(unbroken):
 
 
 @pytest.mark.parametrize("name", INTERRUPTIONS)
-def test_an_interrupted_run_ends_as_the_unbroken_one(interrupted, unbroken, name):
-    folder = interrupted[name].result()
+def test_an_interrupted_run_ends_as_the_unbroken_one(runs, unbroken, name):
+    folder = runs[name].result()
     assert_same_weights(unbroken, folder)
     assert JobFolder(folder, "fake").num_restarts() >= 1
-    steps = [line.split('"step": ')[1].split(",")[0] for line in (folder / "fake/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        line.split('"step": ')[1].split(",")[0]
+        for line in (folder / "fake/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [str(step) for step in range(1, last_step(folder) + 1)]
 
 
-def test_a_rank_that_had_got_on_is_started_again_on_the_spot(interrupted):
-    folder = interrupted["killed rank"].result()
+def test_a_rank_that_had_got_on_is_started_again_on_the_spot(runs):
+    folder = runs["killed rank"].result()
     assert "ended with 137" in log_of(folder)
     assert "asks to be queued again" not in log_of(folder)
 
 
-def test_a_job_that_never_gets_on_stops(slurm, tmp_path):
-    config = fake_submission(tmp_path, num_ranks=1)
-    config.stage.options = {"crash_at": 3}
-    config.cluster.max_restarts = 1
-    answer = submit.run(config)
-    assert slurm.see_through(answer["job_id"]) == "FAILED"
-    assert "stops: 2 restarts in a row without progress beyond 0" in log_of(tmp_path)
-    assert JobFolder(tmp_path, "fake").num_restarts() == 1
+def test_a_job_that_never_gets_on_stops(runs):
+    folder = runs["crashing"].result()
+    assert "stops: 2 restarts in a row without progress beyond 0" in log_of(folder)
+    assert JobFolder(folder, "fake").num_restarts() == 1

@@ -151,6 +151,7 @@ class Curriculum:
         self.folder = Path(config.run_folder)
         self.state_path = self.folder / "curriculum.json"
         self.order = ordered(config.entries)
+        self._calls: dict[str, list[Any]] = {}  # composed configurations by entry
         self.records = self._read()
 
     def _read(self) -> dict[str, Record]:
@@ -187,10 +188,12 @@ class Curriculum:
     def fingerprint(self, name: str) -> str:
         """Of everything that decides what the entry produces."""
         entry = self.config.entries[name]
+        if name not in self._calls:
+            self._calls[name] = resolved_calls(entry)
         text = json.dumps(
             {
                 "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
-                "configs": resolved_calls(entry),
+                "configs": self._calls[name],
                 "needs": {needed: self.records[needed].result for needed in entry.needs},
             },
             sort_keys=True,

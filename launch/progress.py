@@ -48,9 +48,16 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        raw = stream.read().splitlines()
+        return complete_lines(stream.read())
+
+
+def all_lines(path: Path) -> list[dict[str, Any]]:
+    return complete_lines(path.read_bytes()) if path.exists() else []
+
+
+def complete_lines(raw: bytes) -> list[dict[str, Any]]:
     found = []
-    for line in raw:
+    for line in raw.splitlines():
         with contextlib.suppress(ValueError):  # the first may be cut, the last be written right now
             found.append(json.loads(line))
     return found

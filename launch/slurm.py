@@ -59,10 +59,12 @@ def run_tool(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         ) from None  # fmt: skip
 
 
-def submit_script(script: Path, after: list[str]) -> str:
-    """The job id. The job waits for `after`, and is cancelled when one of them fails."""
+def submit_script(script: Path, after: list[str], *, whatever_happens: bool = False) -> str:
+    """The job id. The job waits for `after`, and is cancelled when one of them fails, or starts all the same."""
     arguments = ["sbatch", "--parsable"]
-    if after:
+    if after and whatever_happens:
+        arguments.append(f"--dependency=afterany:{':'.join(after)}")
+    elif after:
         arguments += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
     answer = run_tool([*arguments, str(script)])
     if answer.returncode != 0:

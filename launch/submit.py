@@ -163,6 +163,7 @@ def enqueue(
     folder: JobFolder,
     after: list[str],
     before: JobRecord | None,
+    *, whatever_happens: bool = False,
 ) -> JobRecord:
     """Write everything that the job needs, hand it to Slurm, record its id. The caller holds the lock."""
     try:
@@ -173,7 +174,7 @@ def enqueue(
             "the run folder cannot be written", where=str(work.run_folder), got=str(error),
             fix="free space or give permission, or choose another run_folder",
         ) from None  # fmt: skip
-    job_id = slurm.submit_script(folder.script, after)
+    job_id = slurm.submit_script(folder.script, after, whatever_happens=whatever_happens)
     record = JobRecord(
         job_id, work.fingerprint, job.num_parts, after, time.time(), str(code),
         [*before.previous_job_ids, before.job_id] if before else [],
@@ -192,6 +193,20 @@ def prepare(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -
     write_atomically(folder.path / "fingerprint", work.fingerprint + "\n")
     write_atomically(folder.script, render(job, cluster))
     return job
+
+
+def submit_summary(folder: Path, name: str, cluster: ClusterConfig, after: list[str]) -> str:
+    """The job that writes the table and the curves of a sweep once its runs have ended, well or not."""
+    with locked(folder):
+        job_folder = JobFolder(folder, "summary")
+        before = job_folder.read()
+        if before is not None:
+            slurm.cancel([before.job_id])
+        work = Work(
+            name="summary", title=f"{name}/sweep", run_folder=folder, fingerprint=" ".join(after),
+            calls=[[*PYTHON_MODULE, "launch.sweep", str(folder)]], outputs=[folder / "summary.html"],
+        )  # fmt: skip
+        return enqueue(work, cluster, job_folder, after, before, whatever_happens=True).job_id
 
 
 def run_here(work: Work, cluster: ClusterConfig) -> dict[str, Any]:

@@ -92,8 +92,12 @@ def work_of(config: Config) -> Work:
     )  # fmt: skip
 
 
+def is_dry(answer: dict[str, Any]) -> bool:
+    return list(answer) == ["script"]
+
+
 def render(answer: dict[str, Any]) -> str:
-    if "script" in answer and "job_id" not in answer:
+    if is_dry(answer):
         return str(answer["script"]).rstrip("\n")
     if "job_id" not in answer:
         return f"{answer['name']}: {answer['state']}"

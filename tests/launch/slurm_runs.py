@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +68,14 @@ def assert_completed(
     assert cluster.wait_for_end(job_id, 90) == "COMPLETED", log_of(run_folder, name)[-3000:]
 
 
-def assert_same_weights(one: Path, other: Path, stage: str = "fake", steps: int = STEPS) -> None:
-    folder = f"{stage}/checkpoints/step_{steps:08d}"
+def assert_same_weights(one: Path, other: Path, steps: int = STEPS) -> None:
+    """Of two stage folders, after the last step."""
+    folder = f"checkpoints/step_{steps:08d}"
     files = sorted(path.name for path in (one / folder).glob("*.safetensors"))
-    assert files and files == sorted(path.name for path in (other / folder).glob("*.safetensors"))
+    assert files
+    assert files == sorted(path.name for path in (other / folder).glob("*.safetensors"))
     for name in files:
         left, right = load_file(one / folder / name), load_file(other / folder / name)
         assert left.keys() == right.keys()
         for key, value in left.items():
             assert torch.equal(value, right[key]), (name, key)
-
-
-def seconds_of(action: Any) -> float:
-    started = time.monotonic()
-    action()
-    return time.monotonic() - started

@@ -223,6 +223,11 @@ progress() {  # the step of the newest complete checkpoint, or the number of fil
   echo "$newest"
 }
 
+give_up() {  # exit code
+  note "stops: no progress beyond $now_at in $((tries + 1)) starts in a row; see the messages above"
+  finish "$1"
+}
+
 queue_again() {
   [ "$may_requeue" = 1 ] || finish "$1"
   note "asks to be queued again"
@@ -243,10 +248,7 @@ while true; do
   [ -f "$job_folder/progress$suffix" ] && read -r tries last <"$job_folder/progress$suffix"
   if [ "$now_at" -gt "$last" ]; then tries=0; else tries=$((tries + 1)); fi
   echo "$tries $now_at" >"$job_folder/progress$suffix"
-  if [ "$tries" -gt "$max_restarts" ]; then
-    note "stops: $tries restarts in a row without progress beyond $now_at; see the messages above"
-    finish 1
-  fi
+  [ "$tries" -gt "$max_restarts" ] && give_up 1
   echo "$(date +%s) job $SLURM_JOB_ID progress $now_at nodes $SLURM_JOB_NODELIST" >>"$job_folder/attempts$suffix"
   port_of "$(wc -l <"$job_folder/attempts$suffix")"
   note "starts at $now_at on $SLURM_JOB_NODELIST"
@@ -268,7 +270,10 @@ while true; do
     3 | 138) queue_again 3 ;;  # saved on a signal; 138: SIGUSR1 before there was anything to save
   esac
   # A crash: here again if it had got on, on other nodes (perhaps) if not.
-  if [ "$(progress)" -le "$now_at" ] && [ "$may_requeue" = 1 ] || is_near_time_limit; then
+  if [ "$(progress)" -le "$now_at" ]; then
+    [ "$tries" -ge "$max_restarts" ] && give_up "$code"
+    queue_again "$code"
+  elif is_near_time_limit; then
     queue_again "$code"
   fi
 done"""

@@ -25,8 +25,8 @@ import psutil
 
 from launch.batch import CALL
 from launch.cluster import ClusterConfig
-from launch.subprocesses import run_supervised
 from launch.progress import stage_progress
+from launch.subprocesses import run_supervised
 from model.errors import Problems, UserError
 
 STATE_VERSION = 1

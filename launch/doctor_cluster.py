@@ -53,7 +53,9 @@ def fabric() -> Finding:
         f"{name} {status.speed or '?'} Mb/s" for name, status in psutil.net_if_stats().items() if status.isup and name != "lo"
     ]  # fmt: skip
     return Finding(
-        "fabric", True, f"no InfiniBand; {', '.join(sorted(interfaces)) or 'no interface but the loopback'}"
+        "fabric",
+        True,
+        f"no InfiniBand; {', '.join(sorted(interfaces)) or 'no interface but the loopback'}",
     )
 
 
@@ -110,7 +112,12 @@ def storage_speed(folder: Path) -> Finding:
                 pass
             read_seconds = time.perf_counter() - started
     except OSError as error:
-        return Finding("storage", False, str(error), "free space, give permission, or choose another run_folder")
+        return Finding(
+            "storage",
+            False,
+            str(error),
+            "free space, give permission, or choose another run_folder",
+        )
     write, read = (STORAGE_BYTES / 1e6 / seconds for seconds in (write_seconds, read_seconds))
     return Finding(
         "storage", write >= MIN_STORAGE_MEGABYTES_PER_SECOND, f"{write:,.0f} MB/s written, {read:,.0f} MB/s read",
@@ -132,7 +139,12 @@ def clock_against_storage(folder: Path) -> Finding:
 
 def shared_memory() -> Finding:
     if not Path("/dev/shm").is_dir():
-        return Finding("shared memory", False, "no /dev/shm", "mount a tmpfs there; in a container --shm-size=8g")
+        return Finding(
+            "shared memory",
+            False,
+            "no /dev/shm",
+            "mount a tmpfs there; in a container --shm-size=8g",
+        )
     size = shutil.disk_usage("/dev/shm")
     return Finding(
         "shared memory", size.free >= MIN_SHARED_MEMORY_BYTES,
@@ -165,14 +177,22 @@ def collectives(seconds: float) -> Finding:
         cure = "the loopback interface must be up; GLOO_SOCKET_IFNAME=lo, or NCCL_DEBUG=INFO tells more"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        command = [sys.executable, "-m", "launch.collective_test", str(Path(name) / "store"), str(seconds)]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.collective_test",
+            str(Path(name) / "store"),
+            str(seconds),
+        ]
         try:
             answer = subprocess.run(
                 command, env=environment, capture_output=True, text=True, check=False,
                 timeout=COLLECTIVE_TIMEOUT_SECONDS + seconds,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return Finding("collectives", False, f"no answer within {COLLECTIVE_TIMEOUT_SECONDS:.0f} s", cure)
+            return Finding(
+                "collectives", False, f"no answer within {COLLECTIVE_TIMEOUT_SECONDS:.0f} s", cure
+            )
     if answer.returncode != 0:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("collectives", False, last, cure)

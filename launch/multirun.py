@@ -78,7 +78,9 @@ def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any
     if submit.is_dry(answer):
         print("" if as_json else answer["script"], end="")
     else:
-        result["job_ids"] = [answer["job_id"]] if answer.get("state") in ("queued", "running") else []
+        result["job_ids"] = (
+            [answer["job_id"]] if answer.get("state") in ("queued", "running") else []
+        )
     return result | {"answer": answer, "exit_code": int(answer.get("exit_code", 0))}
 
 

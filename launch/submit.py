@@ -163,7 +163,8 @@ def enqueue(
     folder: JobFolder,
     after: list[str],
     before: JobRecord | None,
-    *, whatever_happens: bool = False,
+    *,
+    whatever_happens: bool = False,
 ) -> JobRecord:
     """Write everything that the job needs, hand it to Slurm, record its id. The caller holds the lock."""
     try:

@@ -30,13 +30,17 @@ def record_sweep(command: str, jobs: list[list[str]]) -> Path:
     common = set(jobs[0]).intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     for index, overrides in enumerate(jobs):
         tree = compose_tree(command, overrides)
-        run_folder = Path(OmegaConf.select(tree, "run_folder"))
-        own = [text for text in overrides if text not in common and not text.startswith("run_folder=")]
-        folder = run_folder / OmegaConf.select(tree, "stage.name")
+        run_folder = Path(str(OmegaConf.select(tree, "run_folder")))
+        own = [
+            text for text in overrides if text not in common and not text.startswith("run_folder=")
+        ]
+        folder = run_folder / str(OmegaConf.select(tree, "stage.name"))
         runs.append({"run": index, "overrides": own, "stage_folder": str(folder.absolute())})
     target = Path(runs[0]["stage_folder"]).parent.parent
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
+    write_atomically(
+        target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n"
+    )
     return target
 
 
@@ -56,7 +60,13 @@ def publish_sweep(folder: Path) -> list[dict[str, Any]]:
 def describe_run(run: dict[str, Any]) -> dict[str, Any]:
     """Figures of one run; `loss` is the mean of the last steps where the stage is finished."""
     folder = Path(run["stage_folder"])
-    row = {"run": run["run"], "overrides": run["overrides"], "state": "not begun", "step": None, "loss": None}
+    row = {
+        "run": run["run"],
+        "overrides": run["overrides"],
+        "state": "not begun",
+        "step": None,
+        "loss": None,
+    }
     progress = stage_progress(folder)
     if progress:
         row |= {"state": "unfinished", "step": progress["step"], "loss": progress["loss"]}
@@ -72,7 +82,11 @@ def curves(runs: list[dict[str, Any]]) -> Series:
     series: Series = {}
     for run in runs:
         lines = all_lines(Path(run["stage_folder"]) / "metrics.jsonl")
-        points = [(float(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
+        points = [
+            (float(line["step"]), float(line["loss"]))
+            for line in lines
+            if line.get("loss") is not None
+        ]
         if points:
             series[f"run_{run['run']}"] = points[:: max(1, len(points) // MAX_POINTS)]
     return series
@@ -84,7 +98,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         step = "" if row["step"] is None else row["step"]
-        lines.append(f"{row['run']:>4}  {loss:>9}  {step:>8}  {row['state']:<11} {' '.join(row['overrides'])}")
+        lines.append(
+            f"{row['run']:>4}  {loss:>9}  {step:>8}  {row['state']:<11} {' '.join(row['overrides'])}"
+        )
     return "\n".join(lines)
 
 

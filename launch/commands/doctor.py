@@ -21,9 +21,10 @@ examples:
 @dataclass
 class Config:
     run_folder: str = "runs"  # where runs are to be written; its disk is examined
-    collective_seconds: float = 2.0  # processes of this node exchange data for as long; 0: not at all
+    collective_seconds: float = (
+        2.0  # processes of this node exchange data for as long; 0: not at all
+    )
     json: bool = False  # print one JSON object on stdout
-
 
     def validate(self) -> None:
         problems = Problems()

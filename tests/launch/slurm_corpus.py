@@ -8,7 +8,26 @@ import sys
 import tarfile
 from pathlib import Path
 
-WORDS = "a small red circle and the large blue square stand left of one green triangle while it turns".split()
+WORDS = [
+    "a",
+    "small",
+    "red",
+    "circle",
+    "and",
+    "the",
+    "large",
+    "blue",
+    "square",
+    "stand",
+    "left",
+    "of",
+    "one",
+    "green",
+    "triangle",
+    "while",
+    "it",
+    "turns",
+]
 
 
 def main(folder: Path) -> None:

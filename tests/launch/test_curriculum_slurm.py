@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 from slurm_cluster import SlurmCluster, wait_until
-from slurm_runs import assert_same_weights, use_test_cluster, wait_for_log, last_step, log_of
+from slurm_runs import assert_same_weights, last_step, log_of, use_test_cluster, wait_for_log
 
-from launch import cli
 from launch.commands import curriculum
 from launch.curriculum import CurriculumConfig, EntryConfig
 from launch.jobs import JobFolder
-from model.errors import UserError
 
 STEPS = 10
 TRAIN = [
@@ -34,7 +31,10 @@ def small_curriculum(run: Path) -> CurriculumConfig:
     def stage(name: str) -> EntryConfig:
         data = f"stage.data.datasets.general.path={run}/packed"
         return EntryConfig(
-            command="train", overrides=[*TRAIN, *own, f"stage.name={name}", data], needs=["pack"], outputs=[name]
+            command="train",
+            overrides=[*TRAIN, *own, f"stage.name={name}", data],
+            needs=["pack"],
+            outputs=[name],
         )
 
     entries = {
@@ -86,12 +86,18 @@ def finished(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> C
     assert curriculum.run(config)["submitted"] == {}  # everything is queued already
     job_id = job_of(config, "two")
     wait_until(lambda: last_step(run, "two") >= 4 or "failed" in states(config).values(), "step 4")
-    assert "failed" not in states(config).values(), {name: log_of(run, name)[-1500:] for name in config.entries}
+    assert "failed" not in states(config).values(), {
+        name: log_of(run, name)[-1500:] for name in config.entries
+    }
     slurm.call("scancel", "--signal=USR1", job_id)
     wait_for_log(run, "asks to be queued again", "two")
     slurm.hurry(job_id)
     last = job_of(config, "report")
-    wait_until(lambda: slurm.job(last)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the chain's end", 120)
+    wait_until(
+        lambda: slurm.job(last)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"),
+        "the chain's end",
+        120,
+    )
     return config
 
 
@@ -112,7 +118,18 @@ def test_status_answers_with_one_entry_a_stage(finished, capsys):
     assert two["restarts"] == 1
     assert two["job_ids"] == [job_of(finished, "two")]
     table = curriculum.render(answer).splitlines()
-    assert table[0].split() == ["entry", "state", "step", "tokens", "loss", "left", "seconds", "GiB", "jobs", "restarts"]
+    assert table[0].split() == [
+        "entry",
+        "state",
+        "step",
+        "tokens",
+        "loss",
+        "left",
+        "seconds",
+        "GiB",
+        "jobs",
+        "restarts",
+    ]
     assert len(table) == 1 + len(finished.entries)
 
 

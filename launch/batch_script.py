@@ -62,7 +62,7 @@ def render(job: BatchJob, cluster: ClusterConfig) -> str:
         parts += directives(job, cluster)
     parts += ["", "set -u", *places(job, cluster), "", *environment(cluster), "", *calls(job)]
     if cluster.kind == "slurm":
-        parts += ["", RENDEZVOUS if job.num_tasks > 1 else NO_RENDEZVOUS]
+        parts += ["", RENDEZVOUS if job.checkpoints else NO_RENDEZVOUS]
         launch = "\n".join(f"  {line}" for line in srun(job, cluster))
         parts += ["", RESTARTS.replace("@LAUNCH@", launch)]
     else:
@@ -186,7 +186,7 @@ def own_mounts(job: BatchJob) -> list[str]:
     return [f"{folder}:{folder}" for folder in folders]
 
 
-NO_RENDEZVOUS = "port_of() { :; }  # one process: nobody to meet"
+NO_RENDEZVOUS = "port_of() { :; }  # the processes do not meet"
 
 RENDEZVOUS = """\
 # The ranks meet on the first node of the allocation; the port changes with every start.

@@ -201,10 +201,13 @@ def report(chain: Chain) -> dict[str, Any]:
         record = chain.records[name]
         state = chain.states[name] if chain.is_active(name) else chain.curriculum.state(name)
         job_ids = [*record.previous_job_ids, record.job_id] if record else []
-        entries.append(
-            {"name": name, "state": state, **figures(chain.curriculum, name)}
-            | {"job_ids": job_ids, "restarts": chain.jobs[name].num_restarts()}
-        )
+        entry = {"name": name, "state": state, **figures(chain.curriculum, name)}
+        entry |= {"job_ids": job_ids, "restarts": chain.jobs[name].num_restarts()}
+        if record is not None and chain.is_active(name):
+            job = chain.queue.get(record.job_id)
+            entry["reason"] = job.reason if job and state == "queued" else ""
+            entry["wall_seconds"] = round(chain.jobs[name].seconds_since_start(record), 1)
+        entries.append(entry)
     return {
         "name": chain.config.name,
         "run_folder": str(chain.curriculum.folder),

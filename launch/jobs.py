@@ -100,6 +100,16 @@ class JobFolder:
         ]
         return sum(max(0, number - 1) for number in starts)
 
+    def seconds_since_start(self, record: JobRecord) -> float:
+        """Since the first start of the present submission; 0 while it waits for it."""
+        starts = [
+            float(line.split()[0])
+            for path in self.path.glob(f"{ATTEMPTS_NAME}*")
+            for line in path.read_text().splitlines()
+        ]
+        ours = [start for start in starts if start >= int(record.submitted_at)]
+        return max(0.0, time.time() - min(ours)) if ours else 0.0
+
     def logs(self) -> list[Path]:
         return sorted(self.path.glob(f"{LOG_NAME}*"))
 

@@ -36,7 +36,7 @@ def record_sweep(command: str, jobs: list[list[str]]) -> Path:
         ]
         folder = run_folder / str(OmegaConf.select(tree, "stage.name"))
         runs.append({"run": index, "overrides": own, "stage_folder": str(folder.absolute())})
-    target = Path(runs[0]["stage_folder"]).parent.parent
+    target = Path(str(runs[0]["stage_folder"])).parent.parent
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(
         target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n"

@@ -327,6 +327,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 PriorityType=priority/basic
 JobRequeue=1
+EnforcePartLimits=ALL
 ReturnToService=2
 FirstJobId={first_job}
 SlurmdParameters=config_overrides

@@ -160,5 +160,6 @@ def test_a_rank_that_had_got_on_is_started_again_on_the_spot(runs):
 
 def test_a_job_that_never_gets_on_stops(runs):
     folder = runs["crashing"].result()
+    assert "ended with 9 at 0" in log_of(folder)
     assert "stops: no progress beyond 0 in 2 starts in a row" in log_of(folder)
     assert JobFolder(folder, "fake").num_restarts() == 1

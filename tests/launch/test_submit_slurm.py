@@ -65,7 +65,9 @@ def test_of_two_submissions_at_once_one_wins(slurm, tmp_path):
 
     def attempt() -> None:
         try:
-            outcomes.append("submitted" if submit.run(waiting(tmp_path))["submitted"] else "found it queued")
+            outcomes.append(
+                "submitted" if submit.run(waiting(tmp_path))["submitted"] else "found it queued"
+            )
         except UserError as error:
             outcomes.append(error.what)
 
@@ -76,7 +78,11 @@ def test_of_two_submissions_at_once_one_wins(slurm, tmp_path):
     for thread in threads:
         thread.join()
     assert outcomes.count("submitted") == 1
-    assert set(outcomes) <= {"submitted", "found it queued", "another submission is at work in this run folder"}
+    assert set(outcomes) <= {
+        "submitted",
+        "found it queued",
+        "another submission is at work in this run folder",
+    }
     assert jobs_in_queue(slurm) - before == {record_of(tmp_path).job_id}
     slurm.call("scancel", record_of(tmp_path).job_id)
 
@@ -106,9 +112,13 @@ def test_refusals_are_shown_with_a_cure(slurm, tmp_path):
     config.cluster.partition = "no such"
     with pytest.raises(UserError, match=r"(?s)invalid partition.*one of: main"):
         submit.run(config)
-    config = fake_submission(tmp_path, num_ranks=8)
-    with pytest.raises(UserError, match=r"(?s)Slurm refused.*[Nn]ode"):
-        submit.run(config)
+    for changes in ({"cpus_per_task": 1000}, {"constraint": "no_such_feature"}):
+        config = fake_submission(tmp_path)
+        vars(config.cluster).update(changes)
+        with pytest.raises(
+            UserError, match=r"(?s)Slurm refused.*(node configuration|feature).*cluster\."
+        ):
+            submit.run(config)
     assert not (tmp_path / "jobs" / "fake" / "job.json").exists()
 
 
@@ -129,8 +139,20 @@ def test_nasty_names_run_and_do_nothing_else(slurm, tmp_path, monkeypatch):
 
 
 def test_the_shell_command_answers_with_the_job_id(slurm, tmp_path):
-    options = ["cluster.gres=''", "cluster.exclusive=false", "cluster.tasks_per_node=1", "+cluster.options.begin=now+1hour"]
-    arguments = ["submit", "cluster=slurm", "stage=toy_text_tokenizer", f"run_folder={tmp_path}", "json=true", *options]
+    options = [
+        "cluster.gres=''",
+        "cluster.exclusive=false",
+        "cluster.tasks_per_node=1",
+        "+cluster.options.begin=now+1hour",
+    ]
+    arguments = [
+        "submit",
+        "cluster=slurm",
+        "stage=toy_text_tokenizer",
+        f"run_folder={tmp_path}",
+        "json=true",
+        *options,
+    ]
     answer = subprocess.run(
         [sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": str(snapshot.ROOT)},
@@ -152,7 +174,12 @@ def chain(tmp_path, slurm) -> CurriculumConfig:
     run = tmp_path / "run"
     (tmp_path / "chain_step.py").write_text(STEP)
     entries = {
-        name: EntryConfig(module="chain_step", overrides=[str(run / name / "made")], needs=needs, outputs=[f"{name}/made"])
+        name: EntryConfig(
+            module="chain_step",
+            overrides=[str(run / name / "made")],
+            needs=needs,
+            outputs=[f"{name}/made"],
+        )
         for name, needs in {"a": [], "b": ["a"], "c": ["b"]}.items()
     }
     for name in entries:
@@ -207,6 +234,8 @@ def test_cancel_and_resume(slurm, chain):
     chain.cluster.options = dict(LATER)
     act(chain, "run")
     assert states(chain) == ["queued"] * 3
+    entries = act(chain, "status")["entries"]
+    assert [entry["reason"] for entry in entries] == ["BeginTime", "Dependency", "Dependency"]
     assert act(chain, "cancel")["cancelled"] == ["c", "b", "a"]
     assert states(chain) == ["cancelled"] * 3
     assert act(chain, "cancel")["cancelled"] == []
@@ -251,7 +280,7 @@ def test_a_sweep_ends_with_a_table_and_a_plot(slurm, tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert [len(job["job_ids"]) for job in answer["jobs"]] == [1, 1]
     assert [row["state"] for row in answer["sweep"]] == ["not begun"] * 2
-    assert slurm.wait_for_end(answer["summary_job_id"]) == "COMPLETED"
+    assert slurm.wait_for_end(answer["summary_job_id"], 60) == "COMPLETED"
     page = Path(answer["page"])
     rows = json.loads(page.with_suffix(".json").read_text())["rows"]
     assert sorted(row["overrides"] for row in rows) == [

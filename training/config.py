@@ -46,7 +46,7 @@ class DatasetEntry:
     """One packed dataset of the mixture."""
 
     path: str = ""
-    weight: float = 1.0
+    weight: float = 1.0  # 0 leaves the dataset out
 
 
 @dataclass
@@ -361,7 +361,7 @@ def _validate_data(config: TrainConfig, problems: Problems) -> None:
             f"{key}.datasets.{name}.path=...",
         )
         problems.check(
-            entry.weight > 0, f"{key}.datasets.{name}.weight", f"must be positive, got {entry.weight}",
+            entry.weight >= 0, f"{key}.datasets.{name}.weight", f"must not be negative, got {entry.weight}",
             f"{key}.datasets.{name}.weight=1.0",
         )  # fmt: skip
     problems.check(

@@ -41,10 +41,10 @@ class CorpusConfig:
     """Sizes of the demo's corpus. Real media are not counted here: all that the packages ship is taken."""
 
     seed: int = 1
-    num_images: int = 4000
-    num_clips: int = 1500
+    num_images: int = 3000
+    num_clips: int = 2000
     num_captioned_clips: int = 100
-    num_edits: int = 2000
+    num_edits: int = 3000
     samples_per_shard: int = 500
     shuffle_captions: bool = False  # negative control: texts of the shapes datasets change places
 

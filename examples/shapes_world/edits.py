@@ -25,18 +25,18 @@ class Edit:
     target: Scene
 
 
-def instruction(rng: np.random.Generator, scene: Scene, item: Item, color: str) -> str | None:
-    """How to ask for `item` in `color`, in a wording that only this item answers to; None when there is none."""
-    wordings = []
-    if sum(other.shape == item.shape for other in scene) == 1:
-        wordings.append(f"make the {item.shape} {color}")
-    if sum((other.shape, other.color) == (item.shape, item.color) for other in scene) == 1:
-        wordings.append(f"change the {item.color} {item.shape} to {color}")
-    return wordings[rng.integers(len(wordings))] if wordings else None
+def instruction(scene: Scene, item: Item, color: str) -> str | None:
+    """How to ask for `item` in `color`; None when the wording would fit another item too.
+
+    One wording only: in documents of one length a small model soon finds the place that a token is copied from.
+    """
+    if sum(other.shape == item.shape for other in scene) > 1:
+        return None
+    return f"make the {item.shape} {color}"
 
 
-def make_edit(rng: np.random.Generator, scene: Scene, item: Item, color: str) -> Edit | None:
-    text = instruction(rng, scene, item, color)
+def make_edit(scene: Scene, item: Item, color: str) -> Edit | None:
+    text = instruction(scene, item, color)
     if text is None:
         return None
     target = make_scene([recolor(item, color) if other == item else other for other in scene])
@@ -52,7 +52,7 @@ def random_edit(rng: np.random.Generator, num_items: int) -> Edit:
         color = names[rng.integers(len(names))]
         if color == item.color or is_held_out(recolor(item, color)):
             continue
-        edit = make_edit(rng, scene, item, color)
+        edit = make_edit(scene, item, color)
         if edit is not None:
             return edit
 
@@ -68,6 +68,6 @@ def random_held_out_edit(rng: np.random.Generator, num_items: int) -> Edit:
         others = list(random_scene(rng, num_items - 1)) if num_items > 1 else []
         if any((other.row, other.column) == (item.row, item.column) for other in others):
             continue
-        edit = make_edit(rng, make_scene([item, *others]), item, wanted.color)
+        edit = make_edit(make_scene([item, *others]), item, wanted.color)
         if edit is not None:
             return edit

@@ -57,7 +57,7 @@ class Track:
         return tuple(self.at(rest) for rest in range(NUM_RESTS))
 
     def text(self) -> str:
-        law = "stays" if self.law == "stay" else f"moves {self.law}"
+        law = "stays still" if self.law == "stay" else f"moves {self.law}"
         return f"the {self.start.color} {self.start.shape} {law}"
 
 
@@ -156,7 +156,7 @@ def law_text(clip: Clip) -> str:
 def clip_caption(clip: Clip) -> str:
     """What happens and where it starts, for captioned clips."""
     return " and ".join(f"{track.text()} from {track.start.place}" for track in clip).replace(
-        "stays from", "stays at"
+        "stays still from", "stays still at"
     )
 
 

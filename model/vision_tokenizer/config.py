@@ -44,6 +44,8 @@ class VisionTokenizerConfig:
         default_factory=list
     )  # one a level, 1 or 3; empty: 3 everywhere
 
+    patch_local_encoder: bool = False  # encode each patch of f x f pixels without its surroundings
+
     @property
     def factor(self) -> int:
         """Pixels of an image's side per code."""

@@ -31,7 +31,18 @@ class IBQ(nn.Module):
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Latents [B, embed_dim, H/f, W/f], before quantization, of images [B, 3, H, W] in [-1, 1]."""
+        if self.config.patch_local_encoder:
+            return self.quant_conv(self._encode_patches(images))
         return self.quant_conv(self.encoder(images))
+
+    def _encode_patches(self, images: torch.Tensor) -> torch.Tensor:
+        """The encoder on each patch of f x f pixels alone: a code is a function of its own pixels."""
+        batch, channels, height, width = images.shape
+        side = self.config.factor
+        rows, columns = height // side, width // side
+        grid = images.reshape(batch, channels, rows, side, columns, side)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, side, side)
+        return self.encoder(patches).reshape(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
     def reconstruct(self, values: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, h*f, w*f] of quantized or continuous latents [B, embed_dim, h, w]."""

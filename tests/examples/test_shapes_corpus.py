@@ -38,7 +38,7 @@ DIRECTIONS = {
     "moves left": (0, -1),
     "moves up": (-1, 0),
     "moves down": (1, 0),
-    "stays": (0, 0),
+    "stays still": (0, 0),
 }
 TEXTS = ("txt", "words.json", "instruction.txt")
 

@@ -245,3 +245,21 @@ def test_validation_collects_all_problems():
     text = "\n".join(problems.found)
     for key in ("model.norm_groups", "model.norm_scope", "model.encoder_kernel_sizes"):
         assert key in text
+
+
+def test_a_patch_local_code_depends_on_its_own_patch_only():
+    config = VisionTokenizerConfig(
+        ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[], resolution=8, z_channels=4, embed_dim=4,
+        n_embed=16, norm_groups=2, norm_scope="pixel", mid_attention=False, patch_local_encoder=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = IBQ(config)
+    images = torch.rand(2, 3, 6, 8) * 2 - 1
+    before = model.latents(images)
+    assert before.shape == (2, 4, 3, 4)
+    changed = images.clone()
+    changed[1, :, 2:4, 4:6] = 0.0
+    differs = (model.latents(changed) != before).any(dim=1)
+    assert differs.nonzero().tolist() == [[1, 1, 2]]
+    moved = torch.roll(images, (2, 4), dims=(2, 3))
+    torch.testing.assert_close(model.latents(moved), torch.roll(before, (1, 2), dims=(2, 3)))

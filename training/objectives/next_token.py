@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from data_pipeline.loader import PackedDataSource
 from data_pipeline.packed_files import read_dataset_manifest
 from model.vocabulary import Vocabulary
-from training.config import TrainConfig
+from training.config import DatasetEntry, TrainConfig
 
 if TYPE_CHECKING:
     from training.stage import Job
@@ -30,10 +30,11 @@ def build(config: TrainConfig) -> Job:
         timeout_seconds=config.reliability.hang_timeout_seconds or 1800.0,
     )
     stage = config.stage
+    datasets = datasets_in_use(config)
     vocabulary = Vocabulary.from_config(config.model.vocabulary)
     data = PackedDataSource(
-        datasets={name: entry.path for name, entry in stage.data.datasets.items()},
-        weights={name: entry.weight for name, entry in stage.data.datasets.items()},
+        datasets={name: entry.path for name, entry in datasets.items()},
+        weights={name: entry.weight for name, entry in datasets.items()},
         seed=config.seed,
         sequence_length=stage.sequence_length,
         global_batch_size=stage.global_batch_size,
@@ -49,10 +50,15 @@ def build(config: TrainConfig) -> Job:
     return Job(engine, data, describe_model(config, vocabulary))
 
 
+def datasets_in_use(config: TrainConfig) -> dict[str, DatasetEntry]:
+    """Those of the mixture with a weight: 0 leaves a dataset out, which then need not exist."""
+    return {name: entry for name, entry in config.stage.data.datasets.items() if entry.weight != 0}
+
+
 def describe_model(config: TrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a checkpoint says of its model: enough to rebuild it and to find tokenizers that fit."""
     tokenizers: dict[str, str | None] = {"text_tokenizer": None, "vision_tokenizer": None}
-    for entry in config.stage.data.datasets.values():
+    for entry in datasets_in_use(config).values():
         manifest = read_dataset_manifest(entry.path)
         for name, known in tokenizers.items():
             tokenizers[name] = known or manifest.get(name)

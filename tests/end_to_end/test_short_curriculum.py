@@ -1,0 +1,101 @@
+"""The demo's curriculum with every size cut down: all entries, all layouts, the report, and a rerun that does nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.configs import compose_config
+from launch.curriculum import CurriculumConfig, run_curriculum
+
+# Added to the overrides of each entry: the same path, next to no work.
+SMALL = {
+    "corpora": ["num_images=80", "num_clips=16", "num_captioned_clips=4", "num_edits=40"],
+    "vision_tokenizer": [
+        "stage.steps=60", "stage.options.continuous_steps=30", "stage.options.min_codebook_use=0",
+        "stage.options.data.num_held_back=16", "logging.wandb_mode=disabled",
+    ],
+    "pretrain_1": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
+    "pretrain_2": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
+    "sft": ["stage.steps=3", "stage.optimizer.warmup_steps=0"],  # W&B offline, as in the demo
+    "evaluate_untrained": ["tasks.t2i_accuracy.num_prompts=8"],
+    "evaluate": [
+        f"tasks.{task}.num_prompts=8"
+        for task in ("reconstruction_accuracy", "t2i_accuracy", "next_state_accuracy", "edit_accuracy")
+    ],
+}  # fmt: skip
+LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2)}
+
+
+def short_demo(folder: Path) -> CurriculumConfig:
+    config = compose_config("demo", [f"run_folder={folder}"])
+    for name, overrides in SMALL.items():
+        config.entries[name].overrides += overrides
+    return config
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("demo")
+    answer = run_curriculum(short_demo(folder))
+    assert answer.get("exit_code", 0) == 0, answer
+    return folder, answer
+
+
+def test_every_entry_runs(demo):
+    folder, answer = demo
+    assert answer["ran"] == [entry["name"] for entry in answer["entries"]]
+    assert {entry["state"] for entry in answer["entries"]} == {"done"}
+    assert (folder / "sft" / "wandb").is_dir()
+
+
+def test_report_holds_every_figure(demo):
+    folder, _ = demo
+    report = json.loads((folder / "report.json").read_text())
+    assert report["wall_seconds"] > 0
+    assert report["peak_memory_bytes"] > 0
+    assert report["tokenizer"]["psnr_db"] > 0
+    assert 0 < report["tokenizer"]["codebook_use"] <= 1
+    assert 0 < report["packing"]["fill"] <= 1
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    for name, layout in LAYOUTS.items():
+        stage = stages[name]
+        assert (stage["tensor"], stage["pipeline"], stage["context"], stage["data"]) == layout
+        assert stage["steps"] == 3
+        assert stage["tokens"] == 3 * 2 * 576
+        assert stage["loss_first"] > 0
+        assert stage["loss_last"] > 0
+        assert stage["wall_seconds"] > 0
+    metrics = report["metrics"]
+    for name in ("reconstruction_accuracy", "t2i_accuracy_untrained", "t2i_accuracy", "next_state_accuracy",
+                 "edit_accuracy"):  # fmt: skip
+        assert 0 <= metrics[name] <= 1, name
+    assert metrics["num_prompts"] == 8
+
+
+def test_report_page_stands_alone(demo):
+    folder, _ = demo
+    page = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_stages_follow_one_another(demo):
+    """Each stage begins near where the one before it ended, not at the loss of fresh weights."""
+    folder, _ = demo
+    for before, stage in (("pretrain_1", "pretrain_2"), ("pretrain_2", "sft")):
+        config = (folder / stage / "config.yaml").read_text()
+        assert f"initialize_from: {folder}/{before}" in config
+
+
+def test_rerun_does_nothing(demo):
+    folder, _ = demo
+    before = (folder / "report.json").read_bytes()
+    answer = run_curriculum(short_demo(folder))
+    assert answer["ran"] == []
+    assert (folder / "report.json").read_bytes() == before

@@ -68,7 +68,7 @@ def settle(chain: Chain, name: str) -> None:
     endings = folder.endings()
     record.state = "vanished" if chain.states[name] == "none" else chain.states[name]
     record.exit_code = max((ending.exit_code for ending in endings), default=None)
-    record.wall_seconds = sum(ending.ended_at - ending.started_at for ending in endings)
+    record.wall_seconds = sum(max(0.0, ending.ended_at - ending.started_at) for ending in endings)
     if record.state == "done":
         outputs = chain.config.entries[name].outputs
         record.outputs = {

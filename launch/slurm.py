@@ -89,7 +89,7 @@ def cure(messages: str) -> str:
         return "cluster.account=NAME; sacctmgr show associations user=$USER lists yours"
     if "qos" in text:
         return "cluster.qos=NAME, or leave it empty"
-    if "node configuration" in text or "node count" in text:
+    if any(words in text for words in ("node configuration", "node count", "more processors")):
         return "ask for what a node has: cluster.tasks_per_node, cluster.gres, cluster.memory; sinfo -N -l"
     return "mend what Slurm names under cluster.*, then give the same command again"
 

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import psutil
 
+from launch.slurm import ACTIVE
+
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CPUS_PER_NODE = 8  # claimed; they need not exist
 PATIENCE_SECONDS = 180.0  # other tests may keep the machine busy
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 LONGEST_FOLDER_NAME = 70  # unix sockets below it have to fit into 108 characters
 
 
@@ -191,7 +192,7 @@ class SlurmCluster:
         )  # a start within the second of the kill is refused: its credential is revoked
         self.call("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
-    def see_through(self, job_id: str, seconds: float = 90.0) -> str:
+    def see_through(self, job_id: str, seconds: float = 300.0) -> str:
         """The final state of a job that may be queued again any number of times."""
         end = time.monotonic() + seconds
         while (state := self.job(job_id)["JobState"]) in ACTIVE:

@@ -17,10 +17,10 @@ STEPS = 10
 TRAIN = [
     "model=toy", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.dropout=0.1",
     "model.num_attention_heads=2", "model.num_query_groups=2", "model.head_dim=16", "model.vocabulary.text_size=310",
-    "stage=toy_sft", f"stage.steps={STEPS}", "stage.sequence_length=64", "stage.global_batch_size=4",
-    "stage.micro_batch_size=1", "stage.initialize_from=null", "stage.optimizer.warmup_steps=0", "parallel.data=2",
+    "stage=vision_tokenizer", f"stage.steps={STEPS}", "stage.sequence_length=64", "stage.global_batch_size=4",
+    "stage.micro_batch_size=1", "stage.objective=next_token", "stage.optimizer.warmup_steps=0", "parallel.data=2",
     "checkpoint.every_steps=3", "logging.wandb_mode=disabled",
-    "~stage.data.datasets.x2i", "~stage.data.datasets.exploration",
+     
 ]  # fmt: skip
 
 

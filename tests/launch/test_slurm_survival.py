@@ -39,10 +39,11 @@ def submit_and(
         else:
             setattr(config.cluster, name, value)
     config.cluster.signal_seconds = int(config.cluster.signal_seconds)
+    config.cluster.max_restarts = int(config.cluster.max_restarts)
     answer = submit.run(config)
     assert answer["submitted"], answer
     interrupt(slurm, answer["job_id"], folder)
-    assert slurm.see_through(answer["job_id"], 120) == "COMPLETED", log_of(folder)[-4000:]
+    assert slurm.see_through(answer["job_id"]) == "COMPLETED", log_of(folder)[-4000:]
     return folder
 
 
@@ -54,7 +55,7 @@ def send_usr1(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
 def reach_time_limit(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
     """Slurm looks at the limits twice a minute; the signal comes 3 to 31 seconds after the start."""
     wait_until(
-        lambda: "asks to be queued again" in log_of(folder), "the signal before the time limit", 70
+        lambda: "asks to be queued again" in log_of(folder), "the signal before the time limit", 180
     )
 
 
@@ -95,7 +96,7 @@ INTERRUPTIONS: dict[str, tuple[Callable[..., None], dict[str, str]]] = {
     "usr1": (send_usr1, {}),
     "time limit": (
         reach_time_limit,
-        {"time_limit": "1", "signal_seconds": "30", "step_seconds": "0.7"},
+        {"time_limit": "1", "signal_seconds": "30", "max_restarts": "20", "step_seconds": "0.7"},
     ),
     "requeue": (requeue, {}),
     "lost node": (lose_node, {"exclude": "", "options": {"nodelist": ",".join(OWN_NODES)}}),  # type: ignore[dict-item]
@@ -130,7 +131,7 @@ def submit_crashing(slurm: SlurmCluster, folder: Path) -> Path:
     config.stage.options = {"crash_at": 3}
     config.cluster.max_restarts, config.cluster.exclude = 1, ",".join(OWN_NODES)
     answer = submit.run(config)
-    assert slurm.see_through(answer["job_id"], 120) == "FAILED"
+    assert slurm.see_through(answer["job_id"]) == "FAILED"
     return folder
 
 

@@ -20,7 +20,15 @@ from data_pipeline.store import TokenFileWriter
 from data_pipeline.tokenizers import load_text_tokenizer, train_sentencepiece
 from examples.shapes_world.judge import read_scene, shows
 from examples.shapes_world.world import (
-    COLORS, GRID, SHAPES, Item, caption, draw, held_out_items, make_scene, random_scene,
+    COLORS,
+    GRID,
+    SHAPES,
+    Item,
+    caption,
+    draw,
+    held_out_items,
+    make_scene,
+    random_scene,
 )  # fmt: skip
 from model.checkpoint_format import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig

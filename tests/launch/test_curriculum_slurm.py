@@ -20,7 +20,7 @@ TRAIN = [
     "stage=vision_tokenizer", f"stage.steps={STEPS}", "stage.sequence_length=64", "stage.global_batch_size=4",
     "stage.micro_batch_size=1", "stage.objective=next_token", "stage.optimizer.warmup_steps=0", "parallel.data=2",
     "checkpoint.every_steps=3", "logging.wandb_mode=disabled",
-     
+
 ]  # fmt: skip
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launch.scheduling import Scheduling
 from model.errors import Problems
 
 
 @dataclass
-class ClusterConfig:
-    """Hardware of a cluster. Figures of the accelerator itself stand in `launch.plan.devices` under its name."""
+class ClusterConfig(Scheduling):
+    """Scheduling and hardware of a cluster. Figures of the accelerator itself stand in `launch.plan.devices` under its name."""
 
     name: str = "h100"
     device: str = "h100"  # name of the accelerator in the device table
@@ -21,6 +22,7 @@ class ClusterConfig:
     storage_gigabytes_per_second: float = 40.0  # the shared file system's, for all nodes together
 
     def validate(self, problems: Problems, key: str = "cluster") -> None:
+        self.validate_scheduling(problems, key)
         for name in ("num_accelerators", "accelerators_per_node", "accelerators_per_fast_domain"):
             value = getattr(self, name)
             problems.check(

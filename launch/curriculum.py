@@ -24,10 +24,13 @@ from typing import Any
 import psutil
 
 from launch.batch import CALL
+from launch.cluster import ClusterConfig
+from launch.progress import stage_progress
 from launch.subprocesses import run_supervised
 from model.errors import Problems, UserError
 
 STATE_VERSION = 1
+ACTIONS = ("run", "status", "cancel", "resume", "logs")
 
 
 @dataclass
@@ -45,31 +48,39 @@ class EntryConfig:
     outputs: list[str] = field(
         default_factory=list
     )  # files or folders below run_folder that exist afterwards
+    shares: int = 1  # on Slurm: a job array, each task doing its share of the input shards
+    parallel_calls: bool = False  # on Slurm: a job array, a task for each of `each`
+    accelerators: int = 0  # on Slurm: of a job that is not training
 
 
 @dataclass
 class CurriculumConfig:
     """An ordered set of entries and the folder they work in."""
 
-    action: str = "run"  # run | status
+    action: str = "run"  # run | status | cancel | resume | logs
     name: str = "curriculum"
     run_folder: str = "runs/${name}"  # entries write below it
     entries: dict[str, EntryConfig] = field(default_factory=dict)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
     until: str | None = None  # stop after this entry
     force: list[str] = field(
         default_factory=list
     )  # entries to run again although nothing has changed
     dry_run: bool = False  # say what would run, run nothing
+    entry: str | None = None  # whose log is shown; null: of all
+    num_lines: int = 20  # of each log
     json: bool = False  # print one JSON object on stdout at the end
 
     def validate(self) -> None:
         problems = Problems()
         problems.check(
-            self.action in ("run", "status"),
+            self.action in ACTIONS,
             "action",
             f"unknown action {self.action!r}",
-            "action=run",
+            f"action={'|'.join(ACTIONS)}",
         )
+        self.cluster.validate(problems)
+        problems.check(self.num_lines > 0, "num_lines", "must be positive", "num_lines=20")
         for name, entry in self.entries.items():
             key = f"entries.{name}"
             problems.check(
@@ -78,6 +89,11 @@ class CurriculumConfig:
                 "needs exactly one of command and module",
             )
             problems.check(not entry.each or bool(entry.command), f"{key}.each", "needs a command")
+            self._validate_array(problems, key, entry)
+            problems.check(
+                name.isprintable() and "/" not in name and not name.startswith("."), key,
+                f"{name!r} cannot name a log",
+            )  # fmt: skip
             problems.check(
                 bool(entry.outputs),
                 key,
@@ -89,21 +105,33 @@ class CurriculumConfig:
                 problems.check(inside, key, f"the output {output!r} is not below run_folder")
             for needed in entry.needs:
                 problems.check(needed in self.entries, key, f"needs {needed!r}, which is no entry")
-        for name in [*self.force, *([self.until] if self.until else [])]:
+        for name in [*self.force, *filter(None, (self.until, self.entry))]:
             problems.check(
                 name in self.entries,
-                "until/force",
+                "until, force, entry",
                 f"{name!r} is no entry",
                 ", ".join(self.entries),
             )
         problems.raise_if_any()
+
+    def _validate_array(self, problems: Problems, key: str, entry: EntryConfig) -> None:
+        problems.check(entry.accelerators >= 0, f"{key}.accelerators", "must not be negative")
+        problems.check(entry.shares > 0, f"{key}.shares", "must be positive", f"{key}.shares=1")
+        problems.check(
+            entry.shares == 1 or (entry.command == "tokenize" and not entry.parallel_calls), f"{key}.shares",
+            "is for tokenize, and exclusive with parallel_calls", f"{key}.shares=1",
+        )  # fmt: skip
+        problems.check(
+            not entry.parallel_calls or bool(entry.each), f"{key}.parallel_calls", "needs each"
+        )
 
 
 @dataclass
 class Record:
     """What is known of one entry; a member of curriculum.json."""
 
-    state: str = "pending"  # pending | running | done | failed | stopped
+    state: str = "pending"  # pending | running | submitted (ask Slurm) | done | failed | stopped |
+    # cancelled | vanished
     fingerprint: str = ""  # of what ran last
     result: str = ""  # changes with every completed run; what dependants build on
     outputs: dict[str, list[int]] = field(default_factory=dict)  # path -> [number of files, bytes]
@@ -123,6 +151,7 @@ class Curriculum:
         self.folder = Path(config.run_folder)
         self.state_path = self.folder / "curriculum.json"
         self.order = ordered(config.entries)
+        self._calls: dict[str, list[Any]] = {}  # composed configurations by entry
         self.records = self._read()
 
     def _read(self) -> dict[str, Record]:
@@ -159,10 +188,12 @@ class Curriculum:
     def fingerprint(self, name: str) -> str:
         """Of everything that decides what the entry produces."""
         entry = self.config.entries[name]
+        if name not in self._calls:
+            self._calls[name] = resolved_calls(entry)
         text = json.dumps(
             {
                 "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
-                "configs": resolved_calls(entry),
+                "configs": self._calls[name],
                 "needs": {needed: self.records[needed].result for needed in entry.needs},
             },
             sort_keys=True,
@@ -266,6 +297,7 @@ def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
         raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
     with locked(Path(config.run_folder)):
         curriculum = Curriculum(config)
+        refuse_submitted(curriculum)
         ran: list[str] = []
         for position, name in enumerate(curriculum.order, 1):
             label = f"[{position}/{len(curriculum.order)}] {name}"
@@ -286,6 +318,16 @@ def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
             if name == config.until:
                 break
         return {**summary(curriculum), "ran": ran}
+
+
+def refuse_submitted(curriculum: Curriculum) -> None:
+    """Entries that Slurm may be running are not run here too."""
+    names = [name for name in curriculum.order if curriculum.records[name].state == "submitted"]
+    if names:
+        raise UserError(
+            "entries of this curriculum are jobs of a cluster", where=str(curriculum.folder), got=", ".join(names),
+            fix="the same command with cluster=slurm; or nextstate curriculum cancel cluster=slurm",
+        )  # fmt: skip
 
 
 def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
@@ -322,9 +364,7 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
         exit_code = 1
     record.state = {0: "done", 3: "stopped"}.get(exit_code, "failed")
     if exit_code == 0:
-        record.result = hashlib.blake2b(
-            f"{fingerprint}/{time.time_ns()}".encode(), digest_size=16
-        ).hexdigest()
+        record.result = new_result(fingerprint)
     curriculum.save()
     memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
     ending = (
@@ -338,14 +378,23 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     return exit_code
 
 
+def new_result(fingerprint: str) -> str:
+    """Names what a run of an entry has made; never the same twice."""
+    return hashlib.blake2b(f"{fingerprint}/{time.time_ns()}".encode(), digest_size=16).hexdigest()
+
+
 def command_line(entry: EntryConfig) -> list[str]:
-    python = [sys.executable, "-m"]
+    return [sys.executable, "-m", *module_call(entry)]
+
+
+def module_call(entry: EntryConfig) -> list[str]:
+    """The module that runs the entry, and its arguments."""
     if entry.module:
-        return [*python, entry.module, *entry.overrides]
+        return [entry.module, *entry.overrides]
     if not entry.each:
-        return [*python, "launch.cli", entry.command, *entry.overrides]
+        return ["launch.cli", entry.command, *entry.overrides]
     calls = [text for own in entry.each.values() for text in (CALL, *own)]
-    return [*python, "launch.batch", entry.command, *entry.overrides, *calls]
+    return ["launch.batch", entry.command, *entry.overrides, *calls]
 
 
 def supersede(folder: Path, name: str, outputs: list[str]) -> None:
@@ -364,19 +413,12 @@ def supersede(folder: Path, name: str, outputs: list[str]) -> None:
 
 def summary(curriculum: Curriculum) -> dict[str, Any]:
     """One item an entry, in order; what `nextstate curriculum status json=true` answers."""
-    entries = []
-    for name in curriculum.order:
-        record = curriculum.records[name]
-        entries.append(
-            {
-                "name": name,
-                "state": curriculum.state(name),
-                "wall_seconds": round(record.wall_seconds, 1),
-                "peak_memory_bytes": record.peak_memory_bytes,
-                "exit_code": record.exit_code,
-                **progress(curriculum.folder / name),
-            }
-        )
+    entries = [
+        {"name": name, "state": curriculum.state(name)}
+        | figures(curriculum, name)
+        | {"job_ids": [], "restarts": 0}
+        for name in curriculum.order
+    ]
     return {
         "name": curriculum.config.name,
         "run_folder": str(curriculum.folder),
@@ -384,14 +426,9 @@ def summary(curriculum: Curriculum) -> dict[str, Any]:
     }
 
 
-def progress(stage_folder: Path) -> dict[str, Any]:
-    """Step, loss and tokens of a training stage, from the last line of its metrics."""
-    path = stage_folder / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    lines = path.read_bytes()[-20_000:].splitlines()
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # the line being written at this moment
-            metrics = json.loads(line)
-            return {key: metrics[key] for key in ("step", "loss") if key in metrics}
-    return {}
+def figures(curriculum: Curriculum, name: str) -> dict[str, Any]:
+    record = curriculum.records[name]
+    return {
+        "wall_seconds": round(record.wall_seconds, 1), "peak_memory_bytes": record.peak_memory_bytes,
+        "exit_code": record.exit_code,
+    } | stage_progress(curriculum.folder / name)  # fmt: skip

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from launch.doctor_cluster import examine_cluster
+from launch.findings import Finding, gibibytes
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 2**30
@@ -24,23 +27,15 @@ MIN_FREE_MEMORY_BYTES = 6 * 2**30
 INSTALL = "make setup, or .venv/bin/python -m pip install"
 
 
-@dataclass
-class Finding:
-    """One thing looked at. `required` things that fail make the doctor exit with 2."""
+def examine(folder: Path, collective_seconds: float = 0.0) -> list[Finding]:
+    """All findings; `folder` is where runs will be written. Takes a few seconds: backends are imported and tried.
 
-    name: str
-    ok: bool
-    detail: str  # version, size, or what went wrong
-    cure: str = ""  # what to do when it is not ok
-    required: bool = False
-
-
-def examine(folder: Path) -> list[Finding]:
-    """All findings; `folder` is where runs will be written. Takes a few seconds: backends are imported and tried."""
+    With `collective_seconds` processes of this node talk to each other for as long.
+    """
     findings = machine(folder)
     findings += [package(name, purpose, required) for name, purpose, required in PACKAGES]
     findings += [attempt(*probe) for probe in PROBES]
-    return [*findings, *tools()]
+    return [*findings, *examine_cluster(folder, collective_seconds)]
 
 
 # Distribution, what it is for, whether the library needs it.
@@ -88,10 +83,6 @@ def machine(folder: Path) -> list[Finding]:
         ),
         accelerator(),
     ]  # fmt: skip
-
-
-def gibibytes(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def accelerator() -> Finding:
@@ -185,18 +176,6 @@ PROBES = (
     ("megatron", try_megatron, f"{INSTALL} megatron-core==0.16.1", True),
     ("video", try_video, f"{INSTALL} av", True),
 )
-
-
-def tools() -> list[Finding]:
-    sbatch = shutil.which("sbatch")
-    return [
-        Finding(
-            "slurm",
-            sbatch is not None,
-            sbatch or "no sbatch on PATH",
-            "needed on a cluster only: log in to a submit host",
-        ),
-    ]
 
 
 def report(findings: list[Finding]) -> dict[str, Any]:

@@ -31,11 +31,57 @@ def plan_jobs(command: str, overrides: list[str]) -> list[list[str]]:
 
 
 def run_all(command: str, jobs: list[list[str]], *, as_json: bool) -> int:
-    """Runs the jobs one after another; the exit code is the highest of theirs."""
-    results = [run_job(command, index, job, as_json) for index, job in enumerate(jobs)]
+    """Runs the jobs one after another, or submits them all; the exit code is the highest of theirs.
+
+    A sweep of stages ends with a table and a page of the loss curves; on a cluster a last job makes them.
+    """
+    if command == "submit":
+        results = [submit_job(index, job, as_json) for index, job in enumerate(jobs)]
+    else:
+        results = [run_job(command, index, job, as_json) for index, job in enumerate(jobs)]
+    answer: dict[str, Any] = {"jobs": results}
+    if command == "train" or "job_ids" in results[0]:
+        answer |= finish_sweep(command, jobs, results)
     if as_json:
-        print(json.dumps({"jobs": results}, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False))
+    elif "sweep" in answer:
+        from launch import sweep
+
+        print(f"{sweep.table(answer['sweep'])}\npage: {answer['page']}")
     return max((int(result["exit_code"]) for result in results), default=0)
+
+
+def finish_sweep(
+    command: str, jobs: list[list[str]], results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The table of what there is now. Where jobs are still queued, another one is to write it after them."""
+    from launch import sweep
+
+    folder = sweep.record_sweep(command, jobs)
+    waiting = [job_id for result in results for job_id in result.get("job_ids", [])]
+    answer: dict[str, Any] = {"page": str(folder / sweep.PAGE_NAME)}
+    if waiting:
+        from launch.submit import submit_summary
+
+        config = configs.compose_config(command, jobs[0])
+        answer["summary_job_id"] = submit_summary(folder, config.name, config.cluster, waiting)
+    return answer | {"sweep": sweep.publish_sweep(folder)}
+
+
+def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any]:
+    """Submit in this process; `job_ids` holds the job unless the stage is finished, and is missing in a dry run."""
+    from launch.commands import submit
+
+    print(f"job {index}: nextstate submit {' '.join(overrides)}", file=sys.stderr, flush=True)
+    result: dict[str, Any] = {"job": index, "overrides": overrides, "exit_code": 0}
+    answer = submit.run(configs.compose_config("submit", overrides))
+    if submit.is_dry(answer):
+        print("" if as_json else answer["script"], end="")
+    else:
+        result["job_ids"] = (
+            [answer["job_id"]] if answer.get("state") in ("queued", "running") else []
+        )
+    return result | {"answer": answer, "exit_code": int(answer.get("exit_code", 0))}
 
 
 def run_job(command: str, index: int, overrides: list[str], as_json: bool) -> dict[str, Any]:

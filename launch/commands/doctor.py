@@ -6,25 +6,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HELP = """Examine this machine: versions, memory, disk, backends; every missing thing with its cure.
+from model.errors import Problems
+
+HELP = """Examine this machine: versions, memory, storage, network, scheduler, clocks, limits; each with its cure.
 
 Exits with 2 when something required does not work.
 
 examples:
   nextstate doctor
+  nextstate doctor collective_seconds=30     a longer test of the network between this node's processes
   nextstate doctor json=true"""
 
 
 @dataclass
 class Config:
     run_folder: str = "runs"  # where runs are to be written; its disk is examined
+    collective_seconds: float = (
+        2.0  # processes of this node exchange data for as long; 0: not at all
+    )
     json: bool = False  # print one JSON object on stdout
+
+    def validate(self) -> None:
+        problems = Problems()
+        problems.check(
+            0 <= self.collective_seconds <= 30, "collective_seconds", "must be in [0, 30]", "collective_seconds=30"
+        )  # fmt: skip
+        problems.raise_if_any()
 
 
 def run(config: Config) -> dict[str, Any]:
     from launch.doctor import examine, report
 
-    answer = report(examine(Path(config.run_folder)))
+    answer = report(examine(Path(config.run_folder), config.collective_seconds))
     return answer if answer["ok"] else answer | {"exit_code": 2}
 
 

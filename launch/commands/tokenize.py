@@ -50,6 +50,7 @@ class Config(TokenizeConfig):
     # the tokenizers; visual_size is read when there is no vision tokenizer
     workers: int = 1  # tasks at a time, each a process
     num_tasks: int = 0  # groups of shards; 0: chosen
+    task: int = -1  # do the shards of this group only, as one task of a job array; -1: all groups
     executor: str = "auto"  # auto | local | datatrove
     json: bool = False  # answer with one JSON object
 
@@ -60,6 +61,10 @@ class Config(TokenizeConfig):
         problems.check(bool(self.input), "input", "is required", "input='<folder>/*.tar'")
         problems.check(self.workers > 0, "workers", "must be positive", "workers=1")
         problems.check(self.num_tasks >= 0, "num_tasks", "must not be negative", "num_tasks=0")
+        problems.check(
+            -1 <= self.task < max(1, self.num_tasks), "task", f"there is no group {self.task} of {self.num_tasks}",
+            "num_tasks=64 task=0, or task=-1",
+        )  # fmt: skip
         problems.check(
             self.executor in EXECUTORS, "executor", f"unknown executor {self.executor!r}",
             f"executor={' or '.join(EXECUTORS)}",
@@ -75,9 +80,11 @@ def run(config: Config) -> dict[str, Any]:
     target = Path(config.target)
     config = replace(config, source=config.source or target.name)
     jobs = plan_jobs(config.input, target)
+    if config.task >= 0:
+        jobs = group_jobs(jobs, config.num_tasks)[config.task]
     tokenizer = load_tokenizer(config)
     remaining = [job for job in jobs if not tokenizer.is_done(job.shard, job.prefix)]
-    num_tasks = config.num_tasks or min(len(jobs), config.workers * _TASKS_PER_WORKER)
+    num_tasks = config.num_tasks or max(1, min(len(jobs), config.workers * _TASKS_PER_WORKER))
     run_tasks(
         TokenizeTask(config, tokenizer),
         group_jobs(remaining, num_tasks),

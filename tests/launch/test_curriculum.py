@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.batch import split_calls
+from launch.commands import curriculum as command
 from launch.curriculum import (
     Curriculum,
     CurriculumConfig,
@@ -208,6 +209,21 @@ def test_signals_reach_the_entry_and_exit_code_3_comes_back(sleeping):
     assert (
         json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["state"] == "stopped"
     )
+
+
+def test_cancel_ends_the_running_entry_and_logs_show_its_end(sleeping):
+    process, run = sleeping
+    entry = EntryConfig(module="sleeper", outputs=["started"])
+    config = CurriculumConfig(run_folder=str(run), entries={"sleep": entry}, action="cancel")
+    config.cluster.kind = "local"
+    command.run(config)
+    assert process.wait() == 143
+    config.action = "logs"
+    with pytest.raises(UserError, match="nothing has been logged"):
+        command.run(
+            CurriculumConfig(run_folder=str(run / "no"), entries={"sleep": entry}, action="logs")
+        )
+    assert "sleep.log" in command.render(command.run(config))
 
 
 def test_kill_9_of_the_curriculum_ends_its_entry_and_frees_the_lock(sleeping):

@@ -1,0 +1,105 @@
+"""`nextstate submit`: one stage, or one command, as a job of a cluster."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.cluster import ClusterConfig
+from model.errors import Problems, UserError
+from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from launch.submit import Work
+
+HELP = """Submit one stage to a cluster: configuration, batch script, job id.
+
+Script, resolved configuration, a copy of the code and the log are kept in <run_folder>/jobs/<stage.name>. The job
+saves before its time limit, is queued again, and goes on; what is queued, running or done is not submitted twice.
+Other commands are submitted by command=NAME with their own overrides in arguments.
+
+examples:
+  nextstate submit dry_run=true cluster=slurm stage=pretrain_1 model=emu35_34b name=emu35   the script alone
+  nextstate submit cluster=slurm cluster.partition=main stage=pretrain_1 model=emu35_34b name=emu35
+  nextstate submit -m cluster=slurm name=sweep stage.optimizer.learning_rate=1e-3,2e-3
+  nextstate submit cluster=slurm command=tokenize shares=64 'arguments=["input=raw/*.tar","target=tokens/raw","text_tokenizer=t"]'"""
+
+
+@dataclass
+class Config(TrainConfig):
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    dry_run: bool = False  # print the batch script, write and submit nothing
+    command: str = "train"  # another command runs as one task, with `arguments`
+    arguments: list[str] = field(default_factory=list)  # overrides of that command
+    calls: dict[str, list[str]] = field(default_factory=dict)  # of that command: a job array, one
+    # task a name, each with these overrides added
+    num_accelerators: int = 0  # of that command's job
+    shares: int = 1  # of that command: a job array; each task does its share of the input shards
+
+    def validate(self) -> None:
+        """In a dry run a configuration that could not be trained is told, and its script shown all the same."""
+        problems = Problems()
+        self.cluster.validate(problems)
+        problems.check(
+            self.shares > 0, "shares", f"must be positive, got {self.shares}", "shares=1"
+        )
+        problems.check(
+            self.command != "train" or not (self.arguments or self.calls or self.shares > 1), "command",
+            "train takes no arguments, calls or shares", "command=tokenize",
+        )  # fmt: skip
+        problems.check(
+            self.shares == 1 or self.command == "tokenize", "shares",
+            f"{self.command} has no shards to share", "calls.NAME=[...]",
+        )  # fmt: skip
+        problems.check(self.shares == 1 or not self.calls, "shares", "exclusive with calls")
+        problems.raise_if_any()
+        if self.command == "train":
+            try:
+                super().validate()
+            except UserError as error:
+                if not self.dry_run:
+                    raise
+                print(f"warning: this would be refused: {error}", file=sys.stderr)
+
+
+def run(config: Config) -> dict[str, Any]:
+    from launch import submit
+    from training.stage import finished_summary
+
+    work = work_of(config)
+    if config.dry_run:
+        return {"script": submit.dry_run(work, config.cluster)}
+    if config.command == "train":
+        summary = finished_summary(config)
+        if summary is not None:
+            return {"name": work.name, "state": "done", "submitted": False, "summary": summary}
+    if config.cluster.kind == "local":
+        return submit.run_here(work, config.cluster)
+    return submit.submit(work, config.cluster)
+
+
+def work_of(config: Config) -> Work:
+    from launch.submit import command_work, training_work
+
+    if config.command == "train":
+        own = {one.name: getattr(config, one.name) for one in fields(TrainConfig)}
+        return training_work(TrainConfig(**own))
+    return command_work(
+        config.command, config.arguments, config.calls, shares=config.shares,
+        num_accelerators=config.num_accelerators, run_folder=Path(config.run_folder), name=config.command, title=f"{config.name}/{config.command}",
+    )  # fmt: skip
+
+
+def is_dry(answer: dict[str, Any]) -> bool:
+    return list(answer) == ["script"]
+
+
+def render(answer: dict[str, Any]) -> str:
+    if is_dry(answer):
+        return str(answer["script"]).rstrip("\n")
+    if "job_id" not in answer:
+        return f"{answer['name']}: {answer['state']}"
+    what = "submitted as" if answer["submitted"] else f"{answer['state']} already, as"
+    return f"{answer['name']}: {what} job {answer['job_id']}\nscript: {answer['script']}\nlog: {answer['log']}"

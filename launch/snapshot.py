@@ -1,0 +1,59 @@
+"""A copy of the code that a job runs, so that editing the working tree changes nothing that is queued."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("model", "data_pipeline", "training", "launch", "conf", "examples")
+SUFFIXES = (".py", ".yaml", ".css")
+
+
+def code_files() -> list[Path]:
+    """Files of the packages relative to `ROOT`: git's where this is a checkout, else those of the installed package.
+
+    Files that are new and not ignored count too: a module that was just written must not be missing in the job.
+    """
+    try:
+        answer = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES],
+            cwd=ROOT, capture_output=True, check=False,
+        )  # fmt: skip
+        names = answer.stdout.decode().split("\0") if answer.returncode == 0 else []
+    except FileNotFoundError:
+        names = []
+    found = [Path(name) for name in names if name and (ROOT / name).is_file()]
+    if not found:
+        found = [
+            path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*")
+            if path.suffix in SUFFIXES
+        ]  # fmt: skip
+    return sorted(found)
+
+
+def snapshot(folder: Path) -> Path:
+    """`folder/<digest of the contents>`: the code, copied unless it is there already. Published by rename."""
+    contents = {path: (ROOT / path).read_bytes() for path in code_files()}
+    digest = hashlib.blake2b(digest_size=8)
+    for path, content in contents.items():
+        digest.update(f"{path}\0{len(content)}\0".encode())
+        digest.update(content)
+    target = folder / digest.hexdigest()
+    if target.is_dir():
+        return target
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    for path, content in contents.items():
+        copy = temporary / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(content)
+    try:
+        temporary.rename(target)
+    except OSError:  # another submission published the same code in the meantime
+        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
+    return target

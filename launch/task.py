@@ -1,0 +1,69 @@
+"""One task of a job: `python -m launch.task --config resolved.yaml`. Under srun it is one rank, else it starts all."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from model.errors import UserError
+
+
+def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's names for what srun tells each task; empty outside of srun."""
+    if "SLURM_PROCID" not in environment:
+        return {}
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+    }
+
+
+def choose_accelerator(local_rank: int) -> None:
+    """Each rank of a node has an accelerator of its own. Hosts without one are spared the import of torch."""
+    if not Path("/dev/nvidiactl").exists():
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 a defect, 2 the user's mistake, 3 stopped after a checkpoint (by SystemExit)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, type=Path)
+    options = parser.parse_args(arguments)
+    os.environ.update(rank_variables(os.environ))
+    try:
+        from training.config import load_yaml
+
+        config = load_yaml(options.config)
+        if "RANK" in os.environ:
+            choose_accelerator(int(os.environ.get("LOCAL_RANK", "0")))
+            from training.stage import run_stage
+
+            run_stage(config)
+        else:
+            from launch.local import run_local
+
+            run_local(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception:  # the boundary of the process: told whole
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # without waiting for libraries' threads, which may hang after an error

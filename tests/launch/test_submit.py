@@ -1,0 +1,248 @@
+"""`nextstate submit` without a cluster: the script, its quoting, the snapshot, and every way to be refused."""
+
+from __future__ import annotations
+
+import fcntl
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_runs import fake_submission
+
+from launch import cli, jobs, snapshot, submit
+from launch.cluster import ClusterConfig
+from launch.commands import submit as command
+from launch.task import rank_variables
+from model.errors import Problems, UserError
+
+NASTY = """a'b "c" $(touch pwned) `touch pwned` %j; touch pwned #"""
+
+
+def script_of(config: command.Config) -> str:
+    config.dry_run = True
+    config.validate()
+    return str(command.run(config)["script"])
+
+
+def check_syntax(script: str) -> None:
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+
+
+def test_a_dry_run_prints_the_script_alone_and_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from launch import cli; code = cli.main(sys.argv[1:]);"
+        "heavy = {'torch', 'megatron', 'transformers', 'datatrove', 'wandb'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    arguments = [
+        "submit",
+        "dry_run=true",
+        "cluster=slurm",
+        "stage=pretrain_1",
+        "model=toy",
+        "name=outside",
+    ]
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(snapshot.ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.startswith("#!/bin/bash\n")
+    check_syntax(answer.stdout)
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=8" in answer.stdout
+    assert "this would be refused" in answer.stderr  # the toy model has no 8 query groups
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dry_run_shows_a_submission_refuses(tmp_path):
+    config = command.Config(run_folder=str(tmp_path))
+    config.parallel.tensor = 3
+    with pytest.raises(UserError, match="does not divide"):
+        config.validate()
+
+
+def test_every_setting_of_a_profile_reaches_the_script(tmp_path):
+    config = fake_submission(tmp_path, num_ranks=16)
+    cluster = config.cluster = ClusterConfig(
+        partition="long", account="team", qos="high", constraint="h100&ib", reservation="r", exclude="n[1-2]",
+        time_limit="1-12", signal_seconds=120, requeue=False, cpus_per_task=6, memory="0", gres="gpu:h100",
+        options={"mail-type": "END"}, modules=["cuda/12.8"], environment={"NCCL_DEBUG": "WARN"},
+        network_interface="ib0", infiniband_devices="mlx5_0", container="pyxis", container_image="/images/a b.sqsh",
+        container_mounts=["/data:/data"], python="/opt/python",
+    )  # fmt: skip
+    script = script_of(config)
+    check_syntax(script)
+    for line in (
+        "--partition=long", "--account=team", "--qos=high", "--constraint='h100&ib'", "--reservation=r",
+        "--exclude='n[1-2]'", "--time=1-12", "--signal=USR1@120", "--no-requeue", "--cpus-per-task=6", "--mem=0",
+        "--gres=gpu:h100:8", "--mail-type=END", "--nodes=2", "--ntasks-per-node=8", "--exclusive",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script
+    for line in (
+        "module load cuda/12.8", "export NCCL_DEBUG=WARN", "export NCCL_SOCKET_IFNAME=ib0", "export NCCL_IB_HCA=mlx5_0",
+        "export OMP_NUM_THREADS=6", "python=/opt/python", "--container-image='/images/a b.sqsh'",
+    ):  # fmt: skip
+        assert line in script
+    assert f"--container-mounts=/data:/data,{Path.cwd()}:{Path.cwd()}" in script
+    cluster.container, cluster.container_image = "apptainer", "a.sif"
+    assert "apptainer exec --nv --bind /data:/data" in script_of(config)
+
+
+def test_nothing_in_a_name_becomes_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = fake_submission(tmp_path / NASTY)
+    config.name, config.cluster.partition, config.cluster.modules = NASTY, NASTY, [NASTY]
+    config.cluster.environment["X"] = NASTY
+    script = script_of(config)
+    check_syntax(script)
+    until_the_call = script[: script.index("# The ranks meet")].replace("cd --", "true --")
+    show = (
+        'module() { echo "module $2"; }\n'
+        + until_the_call
+        + 'echo "$job_folder"; echo "$X"; echo "${call[4]}"\n'
+    )
+    told = subprocess.run(
+        ["bash"], input=show, text=True, capture_output=True, check=True, cwd=tmp_path
+    )
+    folder = tmp_path / NASTY / "jobs" / "fake"
+    assert told.stdout.splitlines() == [
+        f"module {NASTY}",
+        str(folder),
+        NASTY,
+        f"{folder}/config.yaml",
+    ]
+    assert not list(tmp_path.rglob("pwned"))
+    (line,) = [line for line in script.splitlines() if "--partition" in line]
+    assert shlex.split(line.removeprefix("#SBATCH ")) == [f"--partition={NASTY}"]
+
+
+def test_control_characters_and_other_mistakes_are_all_named():
+    cluster = ClusterConfig(
+        kind="pbs", partition="a\n#SBATCH --x", time_limit="soon", signal_seconds=0, max_restarts=-1,
+        environment={"A B": "c"}, options={"--x": "y"}, container="docker", container_mounts=["/data"],
+    )  # fmt: skip
+    problems = Problems()
+    cluster.validate(problems)
+    text = "\n".join(problems.found)
+    for key in (
+        "kind",
+        "time_limit",
+        "signal_seconds",
+        "max_restarts",
+        "environment",
+        "options",
+        "container_mounts",
+    ):
+        assert f"cluster.{key}: " in text
+    assert "control character" in text
+    assert len(problems.found) == 10
+
+
+def test_ranks_that_do_not_fill_the_nodes_are_refused(tmp_path):
+    config = fake_submission(tmp_path, num_ranks=3)
+    config.cluster.tasks_per_node = 2
+    with pytest.raises(UserError, match="do not fill whole nodes"):
+        script_of(config)
+
+
+def test_arrays_need_a_command_that_can_be_divided(tmp_path):
+    config = command.Config(run_folder=str(tmp_path), shares=4)
+    with pytest.raises(UserError, match="2 problems"):
+        config.validate()
+    tokenize = command.Config(run_folder=str(tmp_path), command="tokenize", shares=4)
+    tokenize.arguments, tokenize.cluster.array_limit = (
+        ["input=x/*.tar", "target=t", "text_tokenizer=t"],
+        2,
+    )
+    script = script_of(tokenize)
+    assert "#SBATCH --array=0-3%2" in script
+    assert 'num_tasks=4 "task=$SLURM_ARRAY_TASK_ID"' in script
+    calls = command.Config(
+        run_folder=str(tmp_path), command="report", calls={"a": ["run_folder=a"], "b": []}
+    )
+    assert "  0) call=(-P -m launch.cli report run_folder=a) ;;" in script_of(calls)
+    with pytest.raises(UserError, match="there is no command"):
+        script_of(command.Config(command="tokenise"))
+
+
+def test_the_snapshot_is_the_code_and_is_made_once(tmp_path):
+    copy = snapshot.snapshot(tmp_path)
+    assert (copy / "launch" / "snapshot.py").read_bytes() == Path(snapshot.__file__).read_bytes()
+    assert (copy / "conf" / "stage" / "pretrain_1.yaml").exists()
+    assert not list(copy.rglob("*.pyc"))
+    assert snapshot.snapshot(tmp_path) == copy
+    assert [path.name for path in tmp_path.iterdir()] == [copy.name]
+
+
+def test_srun_tells_each_task_its_rank():
+    environment = {
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "9",
+        "SLURM_STEP_NUM_TASKS": "4",
+    }
+    assert rank_variables(environment) == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert rank_variables({}) == {}
+
+
+def test_a_machine_without_slurm_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no Slurm on this machine"):
+        command.run(fake_submission(tmp_path / "run"))
+
+
+def test_a_stale_lock_is_none_and_a_held_one_is_respected(tmp_path):
+    lock = tmp_path / "jobs" / ".submit.lock"
+    lock.parent.mkdir()
+    lock.write_text("since last year\n")
+    with jobs.locked(tmp_path):
+        pass
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another submission is at work"), jobs.locked(tmp_path):
+            pass
+
+
+def test_a_run_folder_of_another_configuration_is_refused(tmp_path):
+    config = fake_submission(tmp_path)
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    submit.save_yaml(config_without_cluster(config), folder / "config.yaml")
+    submit.check_run_folder(command.work_of(config))
+    config.seed = 77
+    with pytest.raises(UserError, match=r"seed: 1234 -> 77"):
+        submit.check_run_folder(command.work_of(config))
+
+
+def config_without_cluster(config: command.Config):
+    training = command.work_of(config).training
+    assert training is not None
+    return training
+
+
+def test_this_machine_is_a_cluster_too(tmp_path, capfd):
+    (tmp_path / "shown").mkdir()
+    config = command.Config(run_folder=str(tmp_path / "run"), command="report")
+    config.arguments, config.cluster.kind = [f"run_folder={tmp_path}/shown"], "local"
+    answer = command.run(config)
+    assert (answer["state"], answer["exit_code"]) == ("done", 0), capfd.readouterr().err
+    assert (tmp_path / "shown" / "report.json").exists()
+    assert "srun" not in Path(answer["script"]).read_text()
+
+
+def test_the_words_of_the_command_line(tmp_path, capsys):
+    assert (
+        cli.main(
+            [
+                "submit",
+                "dry_run=true",
+                "cluster=slurm",
+                "cluster.partition=main",
+                f"run_folder='{tmp_path}'",
+            ]
+        )
+        == 0
+    )
+    assert "#SBATCH --partition=main" in capsys.readouterr().out

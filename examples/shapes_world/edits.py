@@ -30,9 +30,9 @@ def instruction(scene: Scene, item: Item, color: str) -> str | None:
 
     One wording only: in documents of one length a small model soon finds the place that a token is copied from.
     """
-    if sum(other.shape == item.shape for other in scene) > 1:
+    if sum((other.shape, other.color) == (item.shape, item.color) for other in scene) > 1:
         return None
-    return f"make the {item.shape} {color}"
+    return f"make the {item.color} {item.shape} {color}"
 
 
 def make_edit(scene: Scene, item: Item, color: str) -> Edit | None:

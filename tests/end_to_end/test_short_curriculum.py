@@ -86,11 +86,16 @@ def test_report_page_stands_alone(demo):
 
 
 def test_stages_follow_one_another(demo):
-    """Each stage begins near where the one before it ended, not at the loss of fresh weights."""
+    """Each stage is told to start from the one before it, and says in its event log that it did."""
     folder, _ = demo
     for before, stage in (("pretrain_1", "pretrain_2"), ("pretrain_2", "sft")):
         config = (folder / stage / "config.yaml").read_text()
         assert f"initialize_from: {folder}/{before}" in config
+        events = [
+            json.loads(line) for line in (folder / stage / "events.jsonl").read_text().splitlines()
+        ]
+        starts = [event for event in events if event["event"] == "start"]
+        assert [event["initialize_from"] for event in starts] == [f"{folder}/{before}"]
 
 
 def test_rerun_does_nothing(demo):

@@ -196,13 +196,8 @@ def test_edits_change_one_color_and_name_one_shape(seed: int, count: int):
         assert len(changed) == 1
         old, new = changed[0]
         assert recolor(old, new.color) == new
-        words = edit.instruction.split()
-        assert words[-1] == new.color
-        named = [
-            item
-            for item in edit.source
-            if item.shape in words and (words[0] == "make" or item.color == words[2])
-        ]
+        assert edit.instruction == f"make the {old.color} {old.shape} {new.color}"
+        named = [item for item in edit.source if (item.color, item.shape) == (old.color, old.shape)]
         assert named == [old]
     old, new = next((a, b) for a, b in zip(unseen.source, unseen.target, strict=True) if a != b)
     assert is_held_out(new)

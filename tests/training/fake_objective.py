@@ -109,6 +109,9 @@ class FakeEngine:
     def describe(self) -> dict[str, Any]:
         return {"data": self.world_size, "num_parameters": 32}
 
+    def final_metrics(self) -> dict[str, float]:
+        return {}
+
     def any_rank(self, flag: bool) -> bool:
         return self.cluster.any_rank(self.rank, flag)
 

@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all: written under a temporary name, flushed to disk, renamed.
+"""JSON and other small files that appear whole or not at all, with errors a user can act on.
 
-A temporary is `<final name>.tmp-<process id>`. A process that dies leaves its temporaries behind; the next writer of
-the same files removes them.
+A process that dies leaves its temporaries (`model.files`) behind; the next writer of the same files removes them.
 """
 
 from __future__ import annotations
@@ -16,40 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.files import TEMPORARY_MARK, replace_file
 
-TEMPORARY_MARK = ".tmp-"
 # The disk is full, the user's quota is, or the file would pass the limit on file sizes.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def temporary_path(final: Path) -> Path:
-    return final.with_name(f"{final.name}{TEMPORARY_MARK}{os.getpid()}")
-
-
-def fsync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Make a finished temporary file the final one; once this returns it survives a power cut."""
-    fsync_file(temporary)
-    os.replace(temporary, final)
-    fsync_file(final.parent)
-
-
 def atomic_write_bytes(path: Path, content: bytes) -> None:
     """Raises `UserError` when the folder has no room; the previous file, if any, is then untouched."""
-    temporary = temporary_path(path)
-    try:
-        with no_space_is_a_user_error(path.parent, len(content)):
-            temporary.write_bytes(content)
-            publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with no_space_is_a_user_error(path.parent, len(content)):
+        replace_file(path, content)
 
 
 def encode_json(value: Any) -> bytes:

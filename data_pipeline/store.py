@@ -14,9 +14,7 @@ import numpy as np
 from data_pipeline.atomic import (
     atomic_write_json,
     no_space_is_a_user_error,
-    publish,
     remove_stale_temporaries,
-    temporary_path,
 )
 from data_pipeline.descriptors import DescriptorCache, read_exactly
 from data_pipeline.segments import SEGMENT_DTYPE, tile_exactly
@@ -36,6 +34,7 @@ from data_pipeline.token_format import (
     suffixed,
 )
 from model.errors import UserError
+from model.files import publish, temporary_path
 
 
 class TokenFileWriter:

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -28,6 +27,7 @@ from launch.cluster import ClusterConfig
 from launch.progress import stage_progress
 from launch.subprocesses import run_supervised
 from model.errors import Problems, UserError
+from model.files import replace_file
 
 STATE_VERSION = 1
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
@@ -178,12 +178,7 @@ class Curriculum:
             "peak_memory_bytes": max((record.peak_memory_bytes for record in active), default=0),
             "entries": {name: asdict(record) for name, record in self.records.items()},
         }
-        temporary = self.state_path.with_suffix(".json.tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(state, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.state_path)
+        replace_file(self.state_path, json.dumps(state, indent=1))
 
     def fingerprint(self, name: str) -> str:
         """Of everything that decides what the entry produces."""

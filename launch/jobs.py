@@ -17,7 +17,7 @@ from pathlib import Path
 from launch.batch_script import ATTEMPTS_NAME, ENDED_NAME, LOG_NAME, PROGRESS_NAME
 from launch.slurm import QueuedJob, remembered_state
 from model.errors import UserError
-from training.files import write_atomically
+from model.files import replace_file
 
 JOBS_FOLDER = "jobs"
 CODE_FOLDER = "code"
@@ -77,7 +77,7 @@ class JobFolder:
             ) from None  # fmt: skip
 
     def write(self, record: JobRecord) -> None:
-        write_atomically(self.path / RECORD_NAME, json.dumps(asdict(record), indent=1) + "\n")
+        replace_file(self.path / RECORD_NAME, json.dumps(asdict(record), indent=1) + "\n")
 
     def forget_endings(self) -> None:
         """Before a submission: what an earlier one left decides nothing any more, the restart budget included."""

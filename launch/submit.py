@@ -23,8 +23,8 @@ from launch.configs import compose_tree
 from launch.jobs import CODE_FOLDER, CONFIG_NAME, JobFolder, JobRecord, find_lost, job_state, locked
 from launch.snapshot import snapshot
 from model.errors import UserError
+from model.files import replace_file
 from training.config import TrainConfig, differences, fixed_of, load_yaml, save_yaml
-from training.files import write_atomically
 from training.stage import CONFIG_NAME as STAGE_CONFIG_NAME
 from training.stage import SUMMARY_NAME
 
@@ -191,8 +191,8 @@ def prepare(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -
     folder.forget_endings()
     if work.training is not None:
         save_yaml(work.training, folder.path / CONFIG_NAME)
-    write_atomically(folder.path / "fingerprint", work.fingerprint + "\n")
-    write_atomically(folder.script, render(job, cluster))
+    replace_file(folder.path / "fingerprint", work.fingerprint + "\n")
+    replace_file(folder.script, render(job, cluster))
     return job
 
 

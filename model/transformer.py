@@ -47,7 +47,21 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def megatron_config(config: ModelConfig, *, sequence_parallel: bool = True) -> TransformerConfig:
+# What is computed again in the backward pass instead of being kept, in megatron-core's terms.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+def megatron_config(
+    config: ModelConfig, *, sequence_parallel: bool = True, recompute: str = "none"
+) -> TransformerConfig:
     """megatron-core's configuration of this model in the layout that is initialised (see `model.parallel`)."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     dtype = DTYPES[config.dtype]
@@ -88,6 +102,7 @@ def megatron_config(config: ModelConfig, *, sequence_parallel: bool = True) -> T
         gradient_accumulation_fusion=False,
         barrier_with_L1_time=False,
         cuda_graph_scope=[],
+        **RECOMPUTE[recompute],
     )
 
 
@@ -110,6 +125,7 @@ def build_model(
     *,
     seed: int | None = None,
     sequence_parallel: bool = True,
+    recompute: str = "none",
     pre_process: bool = True,
     post_process: bool = True,
     device: torch.device | str | None = None,
@@ -117,11 +133,11 @@ def build_model(
     """This rank's part of the model in the layout that `model.parallel.initialize` has set.
 
     `pre_process` / `post_process`: with embedding / with final norm and output layer (first and last pipeline stage).
-    `seed` fills the weights (see `model.initialization`); without it they are undefined, to be loaded. `device="meta"`
+    `recompute` names one of `RECOMPUTE`. `seed` fills the weights (see `model.initialization`); without it they are undefined, to be loaded. `device="meta"`
     gives shapes only. Forward takes tokens [1, T] and `PackedDocuments`, and returns logits [1, T, V / tensor]
     (hidden states on stages without `post_process`).
     """
-    core_config = megatron_config(config, sequence_parallel=sequence_parallel)
+    core_config = megatron_config(config, sequence_parallel=sequence_parallel, recompute=recompute)
     num_layers = get_num_layers_to_build(
         core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank()
     )

@@ -34,8 +34,8 @@ from model.checkpoint_format import (
     step_folder_name,
 )
 from model.errors import UserError
+from model.files import flush_to_disk, replace_file
 from training.engines.base import Engine, Shard
-from training.files import fsync_folder, write_atomically
 
 TEMPORARY_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
@@ -179,13 +179,13 @@ class CheckpointStore:
             "crc32": checksum(path),
             "keys": table,
         }
-        _fsync_file(path)
+        flush_to_disk(path)
         (temporary / f"rank_{rank:05d}.json").write_text(json.dumps(entry))
 
     def _write_manifest(self, temporary: Path, metadata: dict[str, Any], config_yaml: str) -> None:
         if self.engine.rank != 0:
             return
-        write_atomically(temporary / "config.yaml", config_yaml)
+        replace_file(temporary / "config.yaml", config_yaml)
         keys: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for rank in range(self.engine.world_size):
@@ -199,7 +199,7 @@ class CheckpointStore:
             "format_version": FORMAT_VERSION, "layout": self.engine.describe(), "files": files, "keys": keys,
         }  # fmt: skip
         manifest["manifest_crc32"] = manifest_checksum(manifest)
-        write_atomically(temporary / MANIFEST_NAME, json.dumps(manifest, allow_nan=False))
+        replace_file(temporary / MANIFEST_NAME, json.dumps(manifest, allow_nan=False))
 
     def _publish(self, temporary: Path, final: Path) -> None:
         if self.engine.rank != 0:
@@ -209,7 +209,7 @@ class CheckpointStore:
             shutil.rmtree(trash, ignore_errors=True)
             os.rename(final, trash)
         os.rename(temporary, final)
-        fsync_folder(self.folder)
+        flush_to_disk(self.folder)
 
     def _remove_leftovers(self) -> None:
         """What a killed run left behind; the stage's lock says that nobody else is writing here."""
@@ -324,8 +324,3 @@ def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
         if copy.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         else copy
     )
-
-
-def _fsync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from model.vocabulary import Vocabulary
 
 OBJECTIVES = ("next_token", "vision_tokenizer", "text_tokenizer")
 SCHEDULES = ("cosine", "linear", "constant")
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass
@@ -87,6 +88,9 @@ class ParallelConfig:
     data: int = 1
     sequence: bool = True  # sequence parallel norms and residuals; has effect with tensor > 1
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
+    recompute: str = (
+        "none"  # none | selective (attention) | full (layers); less memory, more compute
+    )
 
     @property
     def world_size(self) -> int:
@@ -187,10 +191,10 @@ def save_yaml(config: TrainConfig, path: Path, versions: dict[str, str] | None =
     """Write the resolved config, with the versions of the code under `versions`, atomically."""
     from omegaconf import OmegaConf
 
-    from training.files import write_atomically
+    from model.files import replace_file
 
     values = config.to_dict() | ({"versions": versions} if versions else {})
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(values)))
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def load_yaml(path: Path) -> TrainConfig:
@@ -400,6 +404,10 @@ def _validate_layout(config: TrainConfig, problems: Problems) -> None:
     problems.check(
         model.num_layers % parallel.pipeline == 0, "parallel.pipeline",
         f"{parallel.pipeline} does not divide model.num_layers ({model.num_layers})", "parallel.pipeline=1",
+    )  # fmt: skip
+    problems.check(
+        parallel.recompute in RECOMPUTE, "parallel.recompute",
+        f"choices are {', '.join(RECOMPUTE)}, got {parallel.recompute!r}", "parallel.recompute=none",
     )  # fmt: skip
     ranks_per_row = parallel.tensor * parallel.context
     problems.check(

@@ -1,4 +1,4 @@
-"""Small files that are either wholly there or not at all, and append-only logs that survive a full disk."""
+"""Append-only logs that survive a full disk."""
 
 from __future__ import annotations
 
@@ -6,30 +6,6 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Publish `text` at `path` by rename; a reader sees the old file or the new one. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 class JsonLines:

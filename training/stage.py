@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from model.files import replace_file
 from training.config import TrainConfig, save_yaml
-from training.files import write_atomically
 
 if TYPE_CHECKING:
     from training.engines.base import DataSource, Engine
@@ -82,7 +82,7 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
         summary |= {"objective": config.stage.objective, "config_fingerprint": config.fingerprint()}
         if is_first_rank:
             with told_to_the_user(folder):
-                write_atomically(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+                replace_file(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
     return summary
 
 

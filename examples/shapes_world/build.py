@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict, fields
@@ -20,6 +19,7 @@ from webdataset import ShardWriter
 from examples.shapes_world.datasets import DATASETS, CorpusConfig, Dataset
 from examples.shapes_world.world import all_items, held_out_items
 from model.errors import Problems, UserError
+from model.files import replace_file
 
 FORMAT_VERSION = 1
 OWNER = {
@@ -106,9 +106,7 @@ def build_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
         "combinations": len(all_items()),
         "datasets": {dataset.name: write_dataset(dataset, target, config) for dataset in DATASETS},
     }
-    temporary = target / ".corpus.json.building"
-    temporary.write_text(json.dumps(corpus, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, description)
+    replace_file(description, json.dumps(corpus, indent=1, ensure_ascii=False) + "\n")
     return corpus
 
 

@@ -113,11 +113,11 @@ def publish(path: Path, answer: dict[str, Any]) -> dict[str, Any]:
     """Writes `answer` as JSON, atomically, and returns it."""
     import json
 
-    from training.files import write_atomically
+    from model.files import replace_file
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(answer, indent=1, ensure_ascii=False))
+        replace_file(path, json.dumps(answer, indent=1, ensure_ascii=False))
     except NotADirectoryError as error:
         raise UserError("the output folder is not a folder", where=str(path.parent)) from error
     return answer

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.cluster import ClusterConfig
-from launch.plan.layout import RECOMPUTE
 from model.errors import Problems
-from training.config import TrainConfig
+from training.config import RECOMPUTE, TrainConfig
 
 HELP = """Know memory, step time and cost of a stage on a cluster before it is spent, and the best layouts for it.
 

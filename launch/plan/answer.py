@@ -143,7 +143,7 @@ def assumptions(problem: Problem, attention_flops: str) -> dict[str, Any]:
         "storage_gigabytes_per_second": cluster.storage_gigabytes_per_second,
         "efficiencies": dict(Efficiencies().__dict__),
         "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no "
-        "interleaving, no switch for recomputation yet (recompute=[none] leaves such layouts out)",
+        "interleaving",
         "accuracy": "differences below the mean error of check=published (some percent) do not rank layouts",
         "published_runs": "nextstate plan check=published compares the step times with published ones",
     }  # fmt: skip

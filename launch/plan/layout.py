@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launch.plan.shape import ModelShape
-
-RECOMPUTE = ("none", "selective", "full")
+from training.config import RECOMPUTE
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Layout:
         """As they are written on the command line."""
         return (
             f"parallel.tensor={self.tensor} parallel.pipeline={self.pipeline} parallel.context={self.context} "
-            f"parallel.data={self.data} stage.micro_batch_size={self.micro_batch}"
+            f"parallel.data={self.data} parallel.recompute={self.recompute} "
+            f"stage.micro_batch_size={self.micro_batch}"
         )
 
 

@@ -80,8 +80,6 @@ class Plan:
             "mfu": round(self.mfu, 4),
             "days": round(self.seconds / 86_400, 2),
             "accelerator_hours": round(self.seconds / 3600 * self.problem.cluster.num_accelerators, 1),
-            # The engine has no switch for recomputation yet.
-            "engine_runs_it": layout.recompute == "none",
             "overrides": layout.overrides(),
         }  # fmt: skip
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from model.config import ModelConfig, count_parameters
 from model.conversion.hugging_face import model_config, read_config
 from model.conversion.sources import open_foreign
 from model.errors import UserError
+from model.files import replace_file
 from model.vocabulary import Vocabulary
 
 CERTIFICATE_NAME = "parity.json"
@@ -225,13 +225,9 @@ def _our_logits(
 
 
 def _write(path: Path, certificate: dict[str, Any]) -> None:
-    """Published by rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(certificate, indent=1) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             "the certificate cannot be written", where=str(path), got=str(error)
         ) from None

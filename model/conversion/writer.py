@@ -29,6 +29,7 @@ from model.conversion.checksums import join_crc32
 from model.conversion.plan import Piece, Plan, Target
 from model.conversion.tensors import ITEM_BYTES, cast_rows
 from model.errors import UserError
+from model.files import flush_to_disk, replace_file
 
 BLOCK_BYTES = (
     2 << 20
@@ -94,7 +95,7 @@ def execute(
         finally:
             writer.close()
         os.rename(work / "output", target)
-        _sync_directory(target.parent)
+        flush_to_disk(target.parent)
         _remove_work(work)
     return Result(plan.num_bytes, time.monotonic() - started, resumed)
 
@@ -355,9 +356,7 @@ def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
     (work / "progress.jsonl").unlink(missing_ok=True)
     shutil.rmtree(work / "output", ignore_errors=True)
     (work / "output").mkdir()
-    temporary = work / "plan.json.new"
-    temporary.write_text(json.dumps({"fingerprint": fingerprint, "what": plan.what}))
-    os.rename(temporary, description)
+    replace_file(description, json.dumps({"fingerprint": fingerprint, "what": plan.what}))
     return {}
 
 
@@ -453,15 +452,6 @@ def _sync_folder(folder: Path) -> None:
     """Everything below a folder, to the disk (the weights are there already)."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.suffix != ".safetensors":
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            flush_to_disk(path)
     for path in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
-        _sync_directory(path)
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush_to_disk(path)

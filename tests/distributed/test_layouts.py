@@ -22,6 +22,8 @@ LAYOUTS = {
     "tensor": {"tensor": 2},
     "tensor_without_sequence": {"tensor": 2, "sequence": False},
     "pipeline": {"pipeline": 2},
+    "tensor_recompute_full": {"tensor": 2, "recompute": "full"},
+    "pipeline_recompute_selective": {"pipeline": 2, "recompute": "selective"},
     "data": {"data": 2},
     "data_without_distributed_optimizer": {"data": 2, "distributed_optimizer": False},
     "context": {"context": 2},

@@ -367,6 +367,7 @@ def test_the_34b_model_on_7168_ranks(config):
 def test_a_pipeline_sends_what_is_planned():
     answer = dry_run(
         "model=toy", "stage=toy_pretrain_2", "parallel.pipeline=2", "stage.global_batch_size=8",
+        "stage.sequence_length=512",
         "cluster.num_accelerators=4",
     )  # fmt: skip
     assert answer["world_size"] == 4

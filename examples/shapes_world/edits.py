@@ -25,22 +25,18 @@ class Edit:
     target: Scene
 
 
-def instruction(scene: Scene, item: Item, color: str) -> str | None:
-    """How to ask for `item` in `color`; None when the wording would fit another item too.
+def instruction(item: Item, color: str) -> str:
+    """How to ask for `item` in `color`.
 
-    One wording only: in documents of one length a small model soon finds the place that a token is copied from.
+    It names the place as captions do, so that no other item fits. One wording only: in documents of one length a small
+    model soon finds where a token is copied from.
     """
-    if sum((other.shape, other.color) == (item.shape, item.color) for other in scene) > 1:
-        return None
-    return f"make the {item.color} {item.shape} {color}"
+    return f"make the {item.color} {item.shape} at {item.place} {color}"
 
 
-def make_edit(scene: Scene, item: Item, color: str) -> Edit | None:
-    text = instruction(scene, item, color)
-    if text is None:
-        return None
+def make_edit(scene: Scene, item: Item, color: str) -> Edit:
     target = make_scene([recolor(item, color) if other == item else other for other in scene])
-    return Edit(scene, text, target)
+    return Edit(scene, instruction(item, color), target)
 
 
 def random_edit(rng: np.random.Generator, num_items: int) -> Edit:
@@ -52,9 +48,7 @@ def random_edit(rng: np.random.Generator, num_items: int) -> Edit:
         color = names[rng.integers(len(names))]
         if color == item.color or is_held_out(recolor(item, color)):
             continue
-        edit = make_edit(scene, item, color)
-        if edit is not None:
-            return edit
+        return make_edit(scene, item, color)
 
 
 def random_held_out_edit(rng: np.random.Generator, num_items: int) -> Edit:
@@ -68,6 +62,4 @@ def random_held_out_edit(rng: np.random.Generator, num_items: int) -> Edit:
         others = list(random_scene(rng, num_items - 1)) if num_items > 1 else []
         if any((other.row, other.column) == (item.row, item.column) for other in others):
             continue
-        edit = make_edit(make_scene([item, *others]), item, wanted.color)
-        if edit is not None:
-            return edit
+        return make_edit(make_scene([item, *others]), item, wanted.color)

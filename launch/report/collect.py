@@ -32,14 +32,12 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "name": curriculum.get("name", run_folder.name),
         "wall_seconds": curriculum.get("wall_seconds"),
         "peak_memory_bytes": curriculum.get("peak_memory_bytes"),
-        "tokenizer": {
-            key: tokenizer.get(key) for key in ("psnr_db", "codebook_use", "codebook_size")
-        },
+        "tokenizer": {key: tokenizer.get(key) for key in ("psnr_db", "codebook_use")},
         "packing": collect_packing(run_folder / "packed"),
         "tokens": collect_tokens(run_folder / "tokens"),
         "stages": stages,
         "metrics": {name: find_metric(evaluations, name) for name in METRICS},
-        "samples": [sample for one in evaluations.values() for sample in one.get("samples", [])],
+        "samples": collect_samples(evaluations),
         "entries": [
             {
                 "name": name,
@@ -56,6 +54,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+
+def collect_samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of fresh weights last and in groups of their own."""
+    found = []
+    for name in sorted(evaluations, key=lambda name: name == "untrained"):
+        for sample in evaluations[name].get("samples", []):
+            group = str(sample.get("group", "samples"))
+            found.append(
+                sample | {"group": f"{group}, untrained" if name == "untrained" else group}
+            )
+    return found
 
 
 def find_metric(evaluations: dict[str, dict[str, Any]], name: str) -> Any:
@@ -102,6 +112,7 @@ def collect_stage(folder: Path) -> dict[str, Any]:
         for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
         if any(line.get(key) is not None for line in lines)
     }
+    datasets = {name: entry for name, entry in datasets.items() if entry.get("weight", 1.0) > 0}
     weights = {name: entry.get("weight", 1.0) for name, entry in datasets.items()}
     stage["mixture"] = mixture(lines, weights, sources_of(datasets))
     return stage
@@ -128,32 +139,36 @@ def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in windows]
 
 
-def sources_of(datasets: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Source -> packed dataset: metrics count by source, and a packed dataset mixes one or more of them."""
-    found = {}
-    for name, entry in datasets.items():
-        for source in read_json(Path(entry.get("path", "")) / "dataset.json").get("sources", {}):
-            found[source] = name
-    return found
+def sources_of(datasets: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Packed tokens of each source by dataset: metrics count by source, and a packed dataset mixes one or more."""
+    return {
+        name: read_json(Path(entry.get("path", "")) / "dataset.json").get("sources", {})
+        for name, entry in datasets.items()
+    }
 
 
 def mixture(
-    lines: list[dict[str, Any]], weights: dict[str, float], sources: dict[str, str]
+    lines: list[dict[str, Any]], weights: dict[str, float], sources: dict[str, dict[str, int]]
 ) -> list[dict[str, Any]]:
-    """Tokens with loss that each dataset gave, their share, and the share that the configuration asked for."""
+    """Tokens with loss that each source gave, their share, and the share that the configuration asked for."""
     tokens: dict[str, int] = defaultdict(int)
     for line in lines:
         for source, count in (line.get("tokens_by_source") or {}).items():
-            tokens[sources.get(source, source)] += int(count)
-    total, total_weight = sum(tokens.values()), sum(weights.values())
+            tokens[source] += int(count)
+    asked: dict[str, float] = defaultdict(float)
+    for name, weight in weights.items():
+        packed = sources.get(name) or {name: 1}
+        for source, count in packed.items():
+            asked[source] += weight / sum(weights.values()) * count / sum(packed.values())
+    total = sum(tokens.values())
     return [
         {
-            "dataset": name,
+            "source": name,
             "tokens": tokens.get(name, 0),
             "share": tokens.get(name, 0) / total if total else None,
-            "weight": weights[name] / total_weight if name in weights and total_weight else None,
+            "weight": asked.get(name),
         }
-        for name in [*weights, *(name for name in tokens if name not in weights)]
+        for name in dict.fromkeys([*asked, *tokens])
     ]
 
 

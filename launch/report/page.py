@@ -125,7 +125,7 @@ def mixtures(stages: list[dict[str, Any]]) -> str:
     charts = []
     for stage in stages:
         rows = [
-            (one["dataset"], one["share"], one["weight"])
+            (one["source"], one["share"], one["weight"])
             for one in stage["mixture"]
             if one["share"] is not None
         ]
@@ -133,7 +133,7 @@ def mixtures(stages: list[dict[str, Any]]) -> str:
             charts.append(
                 f"<figure><figcaption>{html.escape(str(stage['name']))}</figcaption>{share_bars(rows)}</figure>"
             )
-    note = "<p>Bars: share of the tokens that carried loss. Ticks: share of the rows that the configuration asks for.</p>"
+    note = "<p>Bars: share of the tokens that carried loss. Ticks: share of the packed tokens that the configuration asks for.</p>"
     return f'{note}<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 

@@ -196,8 +196,6 @@ def test_edits_change_one_color_and_name_one_shape(seed: int, count: int):
         assert len(changed) == 1
         old, new = changed[0]
         assert recolor(old, new.color) == new
-        assert edit.instruction == f"make the {old.color} {old.shape} {new.color}"
-        named = [item for item in edit.source if (item.color, item.shape) == (old.color, old.shape)]
-        assert named == [old]
+        assert edit.instruction == f"make the {old.color} {old.shape} at {old.place} {new.color}"
     old, new = next((a, b) for a, b in zip(unseen.source, unseen.target, strict=True) if a != b)
     assert is_held_out(new)

@@ -13,9 +13,9 @@ from slurm_cluster import SlurmCluster
 
 @pytest.fixture(scope="session")
 def running_slurm() -> Iterator[SlurmCluster]:
-    """Six nodes; started when the first test asks for it, and ended with all its daemons."""
+    """Eight nodes; started when the first test asks for it, and ended with all its daemons."""
     folder = Path(tempfile.mkdtemp(prefix="nextstate_slurm_"))
-    with SlurmCluster(folder, 6) as cluster:
+    with SlurmCluster(folder, 8) as cluster:
         yield cluster
     shutil.rmtree(folder)
 

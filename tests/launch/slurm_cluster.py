@@ -222,6 +222,16 @@ class SlurmCluster:
         shutil.rmtree(self.folder / "spool" / node)
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=killed")
 
+    def kill_slurmd(self, node: str) -> None:
+        """SIGKILL of a node's slurmd alone: what it started goes on. The controller is told."""
+        (victim,) = [
+            process
+            for process in psutil.process_iter()
+            if self.is_on(process, node) and process.name() == "slurmd"
+        ]
+        victim.kill()
+        self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=slurmd killed")
+
     def is_on(self, process: psutil.Process, node: str) -> bool:
         with contextlib.suppress(psutil.Error):
             environment = process.environ()

@@ -1,4 +1,4 @@
-"""Submissions of a small fake stage over two nodes, and what to look at afterwards."""
+"""Submissions of a small stage over two nodes, fake or real, and what to look at afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from slow_stage import CRASH_AT, STEP_SECONDS
 from slurm_cluster import SlurmCluster, wait_until
+from tiny_stage import shrink
 
 from launch.commands import submit
 from launch.jobs import JobFolder
@@ -30,6 +32,18 @@ def fake_submission(
     config.logging.wandb_mode = "disabled"
     config.parallel.data = num_ranks
     use_test_cluster(config.cluster)
+    return config
+
+
+def real_submission(
+    run_folder: Path, packed: Path, *, step_seconds: float = 0.0, crash_at: int = 0
+) -> submit.Config:
+    """The tiny stage of the real engine, data parallel over two nodes."""
+    config = submit.Config(name="test", run_folder=str(run_folder))
+    shrink(config, packed)
+    config.stage.steps, config.checkpoint.every_steps = STEPS, 5
+    use_test_cluster(config.cluster)
+    config.cluster.environment |= {STEP_SECONDS: str(step_seconds), CRASH_AT: str(crash_at)}
     return config
 
 

@@ -29,7 +29,7 @@ def run_folder(tmp_path):
         tmp_path / "curriculum.json",
         {"name": "small", "wall_seconds": 10.0, "peak_memory_bytes": 7, "entries": entries},
     )
-    tokenizer = {"psnr_db": 30.5, "codebook_use": 0.9, "codebook_size": 512, "loss_last": 0.1}
+    tokenizer = {"psnr_db": 30.5, "codebook_use": 0.9, "loss_last": 0.1}
     write(tmp_path / "vision_tokenizer" / "summary.json", tokenizer)
     for index, name in enumerate(("sft", "pretrain_1")):
         summary = {
@@ -51,6 +51,7 @@ def run_folder(tmp_path):
         datasets = {
             "a": {"path": str(tmp_path / "packed" / "sft" / "a"), "weight": 1.0},
             "b": {"path": "q", "weight": 3.0},
+            "left_out": {"path": "r", "weight": 0.0},
         }
         write(
             tmp_path / name / "config.yaml",
@@ -109,7 +110,7 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
     report = json.loads((run_folder / "report.json").read_text())
     assert report == answer
     assert report["wall_seconds"] == 10.0
-    assert report["tokenizer"] == {"psnr_db": 30.5, "codebook_use": 0.9, "codebook_size": 512}
+    assert report["tokenizer"] == {"psnr_db": 30.5, "codebook_use": 0.9}
     assert report["packing"]["fill"] == pytest.approx(190 / 200)
     assert [stage["name"] for stage in report["stages"]] == ["pretrain_1", "sft"]
     wanted = {
@@ -135,8 +136,9 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
 def test_mixture_and_curves_come_from_the_metrics(run_folder):
     stage = collect(run_folder)["stages"][0]
     assert stage["mixture"] == [
-        {"dataset": "a", "tokens": 60, "share": 0.75, "weight": 0.25},
-        {"dataset": "b", "tokens": 20, "share": 0.25, "weight": 0.75},
+        {"source": "s", "tokens": 40, "share": 0.5, "weight": pytest.approx(0.25 * 150 / 190)},
+        {"source": "t", "tokens": 20, "share": 0.25, "weight": pytest.approx(0.25 * 40 / 190)},
+        {"source": "b", "tokens": 20, "share": 0.25, "weight": 0.75},
     ]
     assert stage["curves"] == {"all": [(1.0, 4.0), (2.0, 3.0)], "text": [(1.0, 4.0), (2.0, 4.0)]}
 

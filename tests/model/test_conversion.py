@@ -127,7 +127,7 @@ def test_fresh_weights_are_those_that_training_starts_from(fresh):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 4), (2, 1), (1, 2)]
+    ("tensor", "pipeline"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)]
 )
 def test_every_layout_gives_the_same_bits_back(fresh, tmp_path, tensor, pipeline):
     split, one_file = Options(tensor=tensor, pipeline=pipeline), Options()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def publish_sweep(folder: Path) -> list[dict[str, Any]]:
     rows = [describe_run(run) for run in sweep["runs"]]
     rows.sort(key=lambda row: (row["loss"] is None, row["loss"] or 0.0))
     replace_file(folder / SUMMARY_NAME, json.dumps({"rows": rows}, indent=1) + "\n")
-    replace_file(folder / PAGE_NAME, page(rows, curves(sweep["runs"])))
+    replace_file(folder / PAGE_NAME, page(rows, curves(sweep["runs"]), losses_by_value(rows)))
     return rows
 
 
@@ -92,6 +94,24 @@ def curves(runs: list[dict[str, Any]]) -> Series:
     return series
 
 
+def losses_by_value(rows: list[dict[str, Any]]) -> dict[str, Series]:
+    """For each swept key whose values are numbers: (value, loss), a line for each choice of the other keys."""
+    charts: dict[str, Series] = {}
+    for row in rows:
+        for chosen in row["overrides"]:
+            key, _, text = chosen.partition("=")
+            with suppress(ValueError):
+                value, others = float(text), [one for one in row["overrides"] if one != chosen]
+                if row["loss"] is not None:
+                    # A name that CSS takes as a class.
+                    name = re.sub(r"[^\w]+", "_", " ".join(others)) or "all_runs"
+                    charts.setdefault(key, {}).setdefault(name, []).append((value, row["loss"]))
+    for series in charts.values():
+        for points in series.values():
+            points.sort()
+    return charts
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """For the terminal."""
     lines = [f"{'run':>4}  {'loss':>9}  {'step':>8}  {'state':<11} values"]
@@ -104,7 +124,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(rows: list[dict[str, Any]], series: Series) -> str:
+def page(rows: list[dict[str, Any]], series: Series, by_value: dict[str, Series]) -> str:
     """One HTML file that needs no network; the chart is SVG."""
     cells = ("run", "loss", "step", "state")
     body = "".join(
@@ -114,9 +134,12 @@ def page(rows: list[dict[str, Any]], series: Series) -> str:
     )  # fmt: skip
     colours = "".join(
         f".line.{name}{{stroke:{colour}}}i.{name}{{background:{colour}}}"
-        for index, name in enumerate(series) for colour in [COLOURS[index % len(COLOURS)]]
+        for lines in (series, *by_value.values())
+        for index, name in enumerate(lines) for colour in [COLOURS[index % len(COLOURS)]]
     )  # fmt: skip
     chart = line_chart(series, x_label="step", y_label="loss")
+    for key, lines in by_value.items():
+        chart += f"<h2>{html.escape(key)}</h2>{line_chart(lines, x_label=key, y_label='loss')}"
     head = "".join(f"<th>{cell}</th>" for cell in (*cells, "values"))
     return (
         f'<!doctype html><meta charset="utf-8"><title>Sweep</title><style>{STYLE}{colours}</style>'

@@ -23,16 +23,6 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def choose_accelerator(local_rank: int) -> None:
-    """Each rank of a node has an accelerator of its own. Hosts without one are spared the import of torch."""
-    if not Path("/dev/nvidiactl").exists():
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a defect, 2 the user's mistake, 3 stopped after a checkpoint (by SystemExit)."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -44,7 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
 
         config = load_yaml(options.config)
         if "RANK" in os.environ:
-            choose_accelerator(int(os.environ.get("LOCAL_RANK", "0")))
             from training.stage import run_stage
 
             run_stage(config)

@@ -57,6 +57,11 @@ def _join(
 
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if cpu_backend.has_accelerator():  # each rank of a node has one of its own
+        import torch
+
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     if init_method is None and world_size == 1:
         init_method = f"file://{tempfile.mkdtemp(prefix='nextstate_rendezvous_')}/store"
     distributed.init_process_group(

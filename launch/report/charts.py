@@ -36,7 +36,7 @@ def line_chart(series: Series, *, x_label: str, y_label: str) -> str:
         )
     for x in sorted({x_low, (x_low + x_high) / 2, x_high}):
         parts.append(
-            f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{x:.0f}</text>'
+            f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick(x)}</text>'
         )
     parts.append(
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{html.escape(x_label)}</text>'
@@ -47,6 +47,10 @@ def line_chart(series: Series, *, x_label: str, y_label: str) -> str:
             f'<polyline class="line {html.escape(name)}" points="{path}"><title>{html.escape(name)}</title></polyline>'
         )
     return "".join([*parts, "</svg>", legend(list(series))])
+
+
+def tick(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.3g}"
 
 
 def nice_ceiling(value: float) -> float:

@@ -14,6 +14,7 @@ from slurm_runs import fake_submission
 from launch import cli, jobs, snapshot, submit
 from launch.cluster import ClusterConfig
 from launch.commands import submit as command
+from launch.sweep import losses_by_value
 from launch.task import rank_variables
 from model.errors import Problems, UserError
 
@@ -246,3 +247,14 @@ def test_the_words_of_the_command_line(tmp_path, capsys):
         == 0
     )
     assert "#SBATCH --partition=main" in capsys.readouterr().out
+
+
+def test_losses_of_a_sweep_by_value():
+    rows = [
+        {"overrides": ["lr=0.02", "model=a"], "loss": 2.0},
+        {"overrides": ["lr=0.01", "model=a"], "loss": 3.0},
+        {"overrides": ["lr=0.01", "model=b"], "loss": 1.0},
+        {"overrides": ["lr=0.03", "model=b"], "loss": None},
+    ]
+    found = losses_by_value(rows)
+    assert found == {"lr": {"model_a": [(0.01, 3.0), (0.02, 2.0)], "model_b": [(0.01, 1.0)]}}

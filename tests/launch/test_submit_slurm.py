@@ -292,7 +292,7 @@ def test_a_sweep_ends_with_a_table_and_a_plot(slurm, tmp_path, capsys):
     ]  # fmt: skip
     assert [row["state"] for row in rows] == ["done"] * 2
     assert rows[0]["loss"] <= rows[1]["loss"]
-    assert page.read_text().count("<polyline") == 2
+    assert page.read_text().count("<polyline") == 3  # two runs, and their losses by learning rate
     assert cli.main(arguments) == 0  # nothing is left to submit
     again = json.loads(capsys.readouterr().out)
     assert "summary_job_id" not in again

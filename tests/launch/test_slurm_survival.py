@@ -52,7 +52,7 @@ def send_usr1(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
 
 
 def reach_time_limit(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
-    """Slurm looks at the limits twice a minute; the signal comes 3 to 31 seconds after the start."""
+    """Slurm looks at the limits twice a minute; the signal comes 63 to 91 seconds after the start."""
     wait_until(
         lambda: "asks to be queued again" in log_of(folder, STAGE),
         "the signal before the time limit",
@@ -104,7 +104,7 @@ INTERRUPTIONS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "usr1": (send_usr1, {}),
     "time limit": (
         reach_time_limit,
-        {"time_limit": "1", "signal_seconds": 30, "max_restarts": 20, "step_seconds": 0.7},
+        {"time_limit": "2", "signal_seconds": 30, "max_restarts": 20, "step_seconds": 2.5},
     ),
     "requeue": (requeue, {}),
     "killed rank": (kill_rank, {}),

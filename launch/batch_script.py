@@ -252,8 +252,12 @@ while true; do
   echo "$(date +%s) job $SLURM_JOB_ID progress $now_at nodes $SLURM_JOB_NODELIST" >>"$job_folder/attempts$suffix"
   port_of "$(wc -l <"$job_folder/attempts$suffix")"
   note "starts at $now_at on $SLURM_JOB_NODELIST"
+  export NEXTSTATE_STOPPED_FILE="$job_folder/stopped$suffix"
+  rm -f -- "$NEXTSTATE_STOPPED_FILE"
 @LAUNCH@
   code=$?
+  # The first rank to leave with 3 makes srun end the others, and srun then reports how they ended.
+  [ "$code" -gt 2 ] && [ -e "$NEXTSTATE_STOPPED_FILE" ] && code=3
   note "ended with $code at $(progress)"
   # Of a TERM only Slurm knows whether it is a cancellation or a preemption: it queues again by itself.
   [ "$asked_to_end" = 1 ] && exit 143

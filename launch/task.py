@@ -11,6 +11,9 @@ from pathlib import Path
 
 from model.errors import UserError
 
+EXIT_STOPPED = 3  # as in training.stage, which is imported late
+STOPPED_VARIABLE = "NEXTSTATE_STOPPED_FILE"  # set by the batch script
+
 
 def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """torch's names for what srun tells each task; empty outside of srun."""
@@ -24,7 +27,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a defect, 2 the user's mistake, 3 stopped after a checkpoint (by SystemExit)."""
+    """Exit code: 0 done, 1 a defect, 2 the user's mistake, 3 stopped after a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, type=Path)
     options = parser.parse_args(arguments)
@@ -41,6 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
             from launch.local import run_local
 
             run_local(config)
+    except SystemExit as stopped:
+        if stopped.code != EXIT_STOPPED:
+            raise
+        # The batch script may not see this code: the first rank to end makes srun end the others.
+        if STOPPED_VARIABLE in os.environ:
+            Path(os.environ[STOPPED_VARIABLE]).touch()
+        return EXIT_STOPPED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

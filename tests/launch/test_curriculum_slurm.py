@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from slow_stage import STEP_SECONDS
 from slurm_cluster import SlurmCluster, wait_until
 from slurm_runs import assert_same_weights, last_step, log_of, use_test_cluster, wait_for_log
 
@@ -59,6 +60,7 @@ def small_curriculum(run: Path) -> CurriculumConfig:
     }  # fmt: skip
     config = CurriculumConfig(name="small", run_folder=str(run), entries=entries)
     use_test_cluster(config.cluster)
+    config.cluster.environment[STEP_SECONDS] = "1.0"  # time for a signal in the middle
     config.validate()
     return config
 

@@ -34,9 +34,16 @@ from model.vocabulary import VocabularyConfig
 
 # Width and depth of Qwen3-4B with the vocabulary of Emu3.5; layers are left out for smaller sizes.
 MODEL = ModelConfig(
-    name="benchmark", num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32,
-    num_query_groups=8, head_dim=128, dtype="bfloat16", vocabulary=VocabularyConfig("emu35", pad_multiple=1024),
-)  # fmt: skip
+    name="benchmark",
+    num_layers=36,
+    hidden_size=2560,
+    ffn_hidden_size=9728,
+    num_attention_heads=32,
+    num_query_groups=8,
+    head_dim=128,
+    dtype="bfloat16",
+    vocabulary=VocabularyConfig("emu35", pad_multiple=1024),
+)
 PROGRAM = """
 import json, resource, sys
 from launch import cli
@@ -50,12 +57,9 @@ def model_of(billions: float) -> ModelConfig:
     """As many layers as bring the model nearest to this many parameters; narrower below 1.5 billion."""
     sizes = asdict(MODEL) | {"vocabulary": MODEL.vocabulary}
     if billions < 1.5:
-        sizes["vocabulary"] = VocabularyConfig(
-            text_size=30_000, visual_size=2_000, pad_multiple=1024
-        )
+        sizes["vocabulary"] = VocabularyConfig(text_size=30_000, visual_size=2_000, pad_multiple=1024)
     totals = {
-        layers: count_parameters(ModelConfig(**sizes | {"num_layers": layers}))["total"]
-        for layers in range(1, 64)
+        layers: count_parameters(ModelConfig(**sizes | {"num_layers": layers}))["total"] for layers in range(1, 64)
     }
     nearest = min(totals, key=lambda layers: abs(totals[layers] - billions * 1e9))
     return ModelConfig(**sizes | {"num_layers": nearest})
@@ -66,9 +70,7 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> None:
     # Of both signs, smaller than two and finite.
     bits = np.random.default_rng(0).integers(0, 1 << 16, 32 << 20, np.uint16) & 0xBFFF
     noise = bits.view(np.uint8)
-    tensors = {
-        one.ours: TensorInfo(one.our_shape, "bfloat16") for one in mapped_tensors(OUR_RULES, config)
-    }
+    tensors = {one.ours: TensorInfo(one.our_shape, "bfloat16") for one in mapped_tensors(OUR_RULES, config)}
 
     def make(name: str, start: int, stop: int, out: np.ndarray) -> None:
         flat = out.reshape(-1)
@@ -79,10 +81,11 @@ def make_checkpoint(folder: Path, config: ModelConfig) -> None:
 
     source = MadeSource("random bits", tensors, make)
     targets = [
-        Target(PREFIX + one.ours, tensors[one.ours], [Segment(source, one.ours, 0, one.our_shape[0])], one.rule,
-               one.layer)
+        Target(
+            PREFIX + one.ours, tensors[one.ours], [Segment(source, one.ours, 0, one.our_shape[0])], one.rule, one.layer
+        )
         for one in mapped_tensors(OUR_RULES, config)
-    ]  # fmt: skip
+    ]
     what = {"action": "benchmark"}
     to_checkpoint(folder, targets, [source], config, model_metadata(config, 0), what, Options())
 
@@ -104,40 +107,36 @@ def measure(folder: Path, billions: float, threads: int) -> dict:
     checkpoint = folder / "checkpoint"
     make_checkpoint(checkpoint, config)
     num_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
-    largest = max(
-        one.our_shape[0] * int(np.prod(one.our_shape[1:])) * 2
-        for one in mapped_tensors(OUR_RULES, config)
-    )
+    largest = max(one.our_shape[0] * int(np.prod(one.our_shape[1:])) * 2 for one in mapped_tensors(OUR_RULES, config))
     answer = {
-        "parameters": count_parameters(config)["total"], "bytes": num_bytes, "largest_tensor_bytes": largest,
+        "parameters": count_parameters(config)["total"],
+        "bytes": num_bytes,
+        "largest_tensor_bytes": largest,
         "memory_limit_bytes": 3 * largest + (300 << 20),
-    }  # fmt: skip
+    }
     convert = [sys.executable, "-c", PROGRAM, "convert"]
     export, back, copy = folder / "export", folder / "back", folder / "copy"
     ways = {
-        "to_hf": (
-            ["to_hf", f"source={checkpoint}", f"target={export}", "layout=emu35"],
-            checkpoint,
-        ),
+        "to_hf": (["to_hf", f"source={checkpoint}", f"target={export}", "layout=emu35"], checkpoint),
         "from_hf": (["from_hf", f"source={export}", f"target={back}", "layout=emu35"], export),
     }
     for name, (arguments, source) in ways.items():
         plain, _ = timed(["cp", "-r", str(source), str(copy)])
         shutil.rmtree(copy)
-        seconds, peak = timed(
-            [*convert, *arguments, f"threads={threads}", "verify=none", "json=true"]
-        )
+        seconds, peak = timed([*convert, *arguments, f"threads={threads}", "verify=none", "json=true"])
         synced, _ = timed(["sh", "-c", 'cp -r "$0" "$1" && sync', str(source), str(copy)])
         shutil.rmtree(copy)
         answer[name] = {
-            "seconds": round(seconds, 2), "cp_seconds": round(plain, 2), "cp_synced_seconds": round(synced, 2),
-            "share_of_cp": round(plain / seconds, 3), "share_of_cp_synced": round(synced / seconds, 3),
+            "seconds": round(seconds, 2),
+            "cp_seconds": round(plain, 2),
+            "cp_synced_seconds": round(synced, 2),
+            "share_of_cp": round(plain / seconds, 3),
+            "share_of_cp_synced": round(synced / seconds, 3),
             "peak_memory_bytes": peak,
-        }  # fmt: skip
+        }
     names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
     answer["bitwise_equal"] = all(
-        subprocess.run(["cmp", "-s", checkpoint / name, back / name]).returncode == 0
-        for name in names
+        subprocess.run(["cmp", "-s", checkpoint / name, back / name]).returncode == 0 for name in names
     )
     return answer
 

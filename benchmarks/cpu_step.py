@@ -24,8 +24,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 LAYOUTS: dict[str, dict[str, int]] = {
-    "one": {}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}, "data": {"data": 2},
-}  # fmt: skip
+    "one": {},
+    "tensor": {"tensor": 2},
+    "pipeline": {"pipeline": 2},
+    "data": {"data": 2},
+}
 ROW_TOKENS = 512
 
 
@@ -46,20 +49,20 @@ def synthetic_batch(num_rows: int, seed: int) -> Any:
     lengths = np.diff(cu_seqlens)
     positions = np.arange(num_rows * ROW_TOKENS) - np.repeat(cu_seqlens[:-1], lengths)
     return MicroBatch(
-        tokens=tokens, labels=np.roll(tokens, -1, axis=1), loss_weights=np.ones(shape, np.float32),
-        loss_classes=rng.integers(0, 3, shape).astype(np.uint8), sources=np.zeros(shape, np.uint16),
-        position_ids=positions.reshape(shape), cu_seqlens=cu_seqlens, max_seqlen=int(lengths.max()),
+        tokens=tokens,
+        labels=np.roll(tokens, -1, axis=1),
+        loss_weights=np.ones(shape, np.float32),
+        loss_classes=rng.integers(0, 3, shape).astype(np.uint8),
+        sources=np.zeros(shape, np.uint16),
+        position_ids=positions.reshape(shape),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(lengths.max()),
         num_real_tokens=tokens.size,
-    )  # fmt: skip
+    )
 
 
 def measure(
-    rank: int,
-    world_size: int,
-    store: str,
-    layout: dict[str, int],
-    options: argparse.Namespace,
-    answers: Any,
+    rank: int, world_size: int, store: str, layout: dict[str, int], options: argparse.Namespace, answers: Any
 ) -> None:
     import torch
 
@@ -70,9 +73,7 @@ def measure(
     from training.engines.megatron import MegatronEngine
 
     stage = StageConfig(
-        sequence_length=ROW_TOKENS,
-        micro_batch_size=options.micro_batch,
-        global_batch_size=options.rows,
+        sequence_length=ROW_TOKENS, micro_batch_size=options.micro_batch, global_batch_size=options.rows
     )
     model = ModelConfig(dtype=options.dtype)
     config = TrainConfig(model=model, stage=stage, parallel=ParallelConfig(**layout))
@@ -118,11 +119,7 @@ def profile(engine: Any, batches: list[Any]) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         engine.forward_backward(batches)
         engine.optimizer_step(1e-4)
-    print(
-        recorded.key_averages().table(
-            sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45
-        )
-    )
+    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45))
 
 
 def main() -> None:
@@ -131,9 +128,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8, help="rows of one forward pass")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
-    parser.add_argument(
-        "--profile", action="store_true", help="print a profile of one step (single process)"
-    )
+    parser.add_argument("--profile", action="store_true", help="print a profile of one step (single process)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -142,10 +137,7 @@ def main() -> None:
         answers = context.Queue()
         with tempfile.TemporaryDirectory() as folder:
             arguments = (world_size, f"file://{folder}/store", LAYOUTS[name], options, answers)
-            workers = [
-                context.Process(target=measure, args=(rank, *arguments))
-                for rank in range(world_size)
-            ]
+            workers = [context.Process(target=measure, args=(rank, *arguments)) for rank in range(world_size)]
             for worker in workers:
                 worker.start()
             results = collect(workers, answers)

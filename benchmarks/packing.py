@@ -77,31 +77,31 @@ def report(name: str, rows: Iterator[Row], pool: list[Document], length: int, ba
     pieces = np.bincount([piece.document for row in packed for piece in row], minlength=len(pool))
     fill, cut = tokens / (len(packed) * length), float((pieces > 1).mean())
     speed = len(pool) / seconds
-    print(f"  {name:<28}fill {fill:8.4%}   cut {cut:7.2%}   {speed / 1e3:8.0f} k documents/CPU-s"
-          + (f"   {speed / base:.2f} x next fit" if base else ""))  # fmt: skip
+    print(
+        f"  {name:<28}fill {fill:8.4%}   cut {cut:7.2%}   {speed / 1e3:8.0f} k documents/CPU-s"
+        + (f"   {speed / base:.2f} x next fit" if base else "")
+    )
     return speed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--length", type=int, default=32_768)
     arguments = parser.parse_args()
     pools = {
-        "video only": {"video": 1.0}, "pairs only": {"pairs": 1.0}, "text only": {"text": 1.0},
+        "video only": {"video": 1.0},
+        "pairs only": {"pairs": 1.0},
+        "text only": {"text": 1.0},
         "video 50, pairs 40, text 10": {"video": 0.5, "pairs": 0.4, "text": 0.1},
         "video 20, pairs 30, text 50": {"video": 0.2, "pairs": 0.3, "text": 0.5},
-    }  # fmt: skip
+    }
     for name, shares in pools.items():
         pool = make_pool(shares, arguments.documents, arguments.length)
         filler = sum(size for size, may_cut in pool if may_cut) / sum(size for size, _ in pool)
         print(f"{name} (% of documents); text is {filler:.1%} of the tokens")
         base = report("next fit", next_fit(pool, arguments.length), pool, arguments.length, 0.0)
-        report(
-            "concatenate and cut", concatenate(pool, arguments.length), pool, arguments.length, base
-        )
+        report("concatenate and cut", concatenate(pool, arguments.length), pool, arguments.length, base)
         for bins in (16, 256):
             rows = best_fit(pool, arguments.length, bins)
             report(f"best fit, {bins} open rows", rows, pool, arguments.length, base)

@@ -37,9 +37,7 @@ def make_rows(folder: Path, num_rows: int, length: int) -> None:
     bounds = np.linspace(0, length, SEGMENTS_PER_ROW + 1).astype(np.int64)
     segments = np.zeros(SEGMENTS_PER_ROW, SEGMENT_DTYPE)
     segments["start"], segments["length"] = bounds[:-1], np.diff(bounds)
-    segments["kind"] = [
-        Kind.IMAGE if number % 2 else Kind.TEXT for number in range(SEGMENTS_PER_ROW)
-    ]
+    segments["kind"] = [Kind.IMAGE if number % 2 else Kind.TEXT for number in range(SEGMENTS_PER_ROW)]
     segments["flags"][::6] |= np.uint8(Flag.DOCUMENT_START)
     manifest = {"kind": "tokens", "num_documents": num_rows, "vocabulary": VOCABULARY.describe()}
     with TokenFileWriter(folder / "tokens" / "000000") as writer:
@@ -98,9 +96,19 @@ def drop_cache(folder: Path) -> None:
 
 def measure_loader(folder: Path, length: int, num_rows: int) -> float:
     source = PackedDataSource(
-        {"rows": folder / "packed"}, {"rows": 1.0}, 0, length, num_rows, 1, 0, 1,
-        {"text": 1.0, "visual": 0.5, "structure": 1.0}, "document", VOCABULARY, prefetch_batches=0,
-    )  # fmt: skip
+        {"rows": folder / "packed"},
+        {"rows": 1.0},
+        0,
+        length,
+        num_rows,
+        1,
+        0,
+        1,
+        {"text": 1.0, "visual": 0.5, "structure": 1.0},
+        "document",
+        VOCABULARY,
+        prefetch_batches=0,
+    )
     started = time.process_time()
     source.batch(0)
     source.close()
@@ -116,9 +124,7 @@ def print_ratios(medians: dict[str, float], num_tokens: int, cold: bool) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--length", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=5)
@@ -136,8 +142,7 @@ def main() -> None:
             medians = {name: statistics.median(times) for name, times in seconds.items()}
             print_ratios(medians, arguments.rows * arguments.length, cold)
         loader = statistics.median(
-            measure_loader(folder, arguments.length, min(64, arguments.rows))
-            for _ in range(arguments.rounds)
+            measure_loader(folder, arguments.length, min(64, arguments.rows)) for _ in range(arguments.rounds)
         )
         print(f"PackedDataSource, all arrays of a micro-batch: {loader * 1e3:.2f} ms of CPU a row")
 

@@ -41,14 +41,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            "a file is missing", where=str(path), fix="run the command that writes it again"
-        ) from None
+        raise UserError("a file is missing", where=str(path), fix="run the command that writes it again") from None
     except ValueError as error:
         raise UserError(
-            "a file is not valid JSON", where=str(path), got=str(error),
+            "a file is not valid JSON",
+            where=str(path),
+            got=str(error),
             fix="delete it and run the command that writes it again",
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextmanager
@@ -60,11 +60,12 @@ def no_space_is_a_user_error(folder: Path, needed_bytes: int) -> Iterator[None]:
         if error.errno not in _NO_SPACE:
             raise
         raise UserError(
-            f"cannot write: {os.strerror(error.errno)}", where=str(folder),
+            f"cannot write: {os.strerror(error.errno)}",
+            where=str(folder),
             expected=f"room for {needed_bytes:,} bytes",
             got=f"{shutil.disk_usage(folder).free:,} bytes free",
             fix="free space there (or raise the limit) and run the same command again: finished files are kept",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def remove_stale_temporaries(folder: Path, name_prefix: str) -> int:

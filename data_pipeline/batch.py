@@ -20,27 +20,17 @@ class MicroBatch:
 
     tokens: np.ndarray  # int64 [B, S]
     labels: np.ndarray  # int64 [B, S]
-    loss_weights: (
-        np.ndarray
-    )  # float32 [B, S]; the stage's weight of the label's class, 0 for no loss
+    loss_weights: np.ndarray  # float32 [B, S]; the stage's weight of the label's class, 0 for no loss
     loss_classes: np.ndarray  # uint8 [B, S]; model.vocabulary.TokenClass of the label
-    sources: (
-        np.ndarray
-    )  # uint16 [B, S]; index of the label's source dataset in the loader's `source_names`
+    sources: np.ndarray  # uint16 [B, S]; index of the label's source dataset in the loader's `source_names`
     position_ids: np.ndarray  # int64 [B, S]; restart with each attention span
-    cu_seqlens: (
-        np.ndarray
-    )  # int32 [spans + 1]; attention spans over the flattened B * S tokens, never across rows
+    cu_seqlens: np.ndarray  # int32 [spans + 1]; attention spans over the flattened B * S tokens, never across rows
     max_seqlen: int  # longest span
     num_real_tokens: int  # tokens that are not padding
 
 
 def build_micro_batch(
-    tokens: np.ndarray,
-    segments: np.ndarray,
-    class_weights: np.ndarray,
-    document_attention: str,
-    vocabulary: Vocabulary,
+    tokens: np.ndarray, segments: np.ndarray, class_weights: np.ndarray, document_attention: str, vocabulary: Vocabulary
 ) -> MicroBatch:
     """Derive everything a step reads from rows and their segments.
 

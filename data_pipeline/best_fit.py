@@ -32,9 +32,7 @@ class BestFitPacker:
     `add`, `add_filler` and `flush` yield rows as they are closed. Time O(log open_bins) a piece and a memory move.
     """
 
-    def __init__(
-        self, sequence_length: int, open_bins: int, minimum_piece_tokens: int, cut: Cutter
-    ):
+    def __init__(self, sequence_length: int, open_bins: int, minimum_piece_tokens: int, cut: Cutter):
         self.sequence_length = sequence_length
         self.open_bins = open_bins
         self.minimum_piece_tokens = minimum_piece_tokens

@@ -32,9 +32,10 @@ class DescriptorCache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise UserError(
-                "a file named by its manifest is missing", where=str(path),
+                "a file named by its manifest is missing",
+                where=str(path),
                 fix="restore it, or delete its .json and run the command that wrote it again",
-            ) from None  # fmt: skip
+            ) from None
         self._open[path] = descriptor
         if len(self._open) > self.max_open:
             os.close(self._open.popitem(last=False)[1])
@@ -55,9 +56,11 @@ def read_exactly(descriptor: int, num_bytes: int, offset: int, where: str) -> by
         more = os.pread(descriptor, num_bytes - len(content), offset + len(content))
         if not more:
             raise UserError(
-                "a file is shorter than its index says", where=where,
-                expected=f"{num_bytes} bytes", got=f"{len(content)}",
+                "a file is shorter than its index says",
+                where=where,
+                expected=f"{num_bytes} bytes",
+                got=f"{len(content)}",
                 fix="delete its .json and run the command that wrote it again",
-            )  # fmt: skip
+            )
         content += more
     return content

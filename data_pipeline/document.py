@@ -19,9 +19,18 @@ from data_pipeline.tokenizers import TextTokenizer, encode_grid
 from model.vocabulary import Vocabulary
 
 __all__ = [
-    "Document", "DocumentBuilder", "ImageBlock", "MalformedImageError", "Part", "Picture", "Text",
-    "describe", "document_id", "fraction", "parse_image_block",
-]  # fmt: skip
+    "Document",
+    "DocumentBuilder",
+    "ImageBlock",
+    "MalformedImageError",
+    "Part",
+    "Picture",
+    "Text",
+    "describe",
+    "document_id",
+    "fraction",
+    "parse_image_block",
+]
 
 IMAGE_FORMATS = ("emu35", "emu3")
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
@@ -102,9 +111,7 @@ class DocumentBuilder:
     `image_format="emu35"` writes EOL between rows only; `"emu3"` also after the last row, and EOF.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, image_format: str = "emu35"
-    ):
+    def __init__(self, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, image_format: str = "emu35"):
         assert image_format in IMAGE_FORMATS, image_format
         assert text_tokenizer.size <= vocabulary.text_size, "text ids would run into the others"
         self.vocabulary = vocabulary
@@ -133,15 +140,11 @@ class DocumentBuilder:
         draft.add(self.text_tokenizer.encode(text), Kind.TEXT, flags)
         return self._end(draft, identity)
 
-    def image_text(
-        self, identity: int, caption: str, codes: np.ndarray, *, image_first: bool = False
-    ) -> Document:
+    def image_text(self, identity: int, caption: str, codes: np.ndarray, *, image_first: bool = False) -> Document:
         parts: list[Part] = [Text(caption), Picture(codes)]
         return self.interleaved(identity, parts[::-1] if image_first else parts)
 
-    def x2i(
-        self, identity: int, instruction: str, sources: Sequence[np.ndarray], target: np.ndarray
-    ) -> Document:
+    def x2i(self, identity: int, instruction: str, sources: Sequence[np.ndarray], target: np.ndarray) -> Document:
         sources_first = [Picture(codes) for codes in sources]
         return self.interleaved(identity, [*sources_first, Text(instruction), Picture(target)])
 
@@ -179,11 +182,7 @@ class DocumentBuilder:
         return self._end(draft, identity)
 
     def chat_prompt(
-        self,
-        task: str,
-        question: str,
-        images: Sequence[Picture] = (),
-        response_so_far: Sequence[Part] = (),
+        self, task: str, question: str, images: Sequence[Picture] = (), response_so_far: Sequence[Part] = ()
     ) -> list[int]:
         """BOS ... BSS and what is answered already: what a model fine-tuned on `chat` documents is given."""
         draft = self._chat_prompt(task, question, images, unconditional=False)
@@ -194,18 +193,14 @@ class DocumentBuilder:
         """The chat prompt without task and question, reference images kept: for guidance."""
         return self._chat_prompt("", "", images, unconditional=True).tokens()
 
-    def _chat_prompt(
-        self, task: str, question: str, images: Sequence[Picture], unconditional: bool
-    ) -> _Draft:
+    def _chat_prompt(self, task: str, question: str, images: Sequence[Picture], unconditional: bool) -> _Draft:
         if unconditional:
             before, after = "You are a helpful assistant. USER: ", " ASSISTANT: "
         else:
             opening = f"You are a helpful assistant for {task} task. USER: "
             # Only edits show the pictures before the words about them.
             before, after = (
-                (opening, f"{question} ASSISTANT: ")
-                if task == "x2i"
-                else (f"{opening}{question}", " ASSISTANT: ")
+                (opening, f"{question} ASSISTANT: ") if task == "x2i" else (f"{opening}{question}", " ASSISTANT: ")
             )
         parts: list[Part] = [Text(before), *images, Text(after)]
         if not images:  # one text, so that it is tokenized as a whole

@@ -51,9 +51,10 @@ def choose_executor(name: str, workers: int) -> str:
         return "datatrove" if installed and workers > 1 else "local"
     if name == "datatrove" and not installed:
         raise UserError(
-            "datatrove is not installed", where="executor=datatrove",
+            "datatrove is not installed",
+            where="executor=datatrove",
             fix="pip install 'nextstate[cluster]', or executor=local",
-        )  # fmt: skip
+        )
     return name
 
 
@@ -98,10 +99,7 @@ class _Step:
 
 
 def _run_on_datatrove(
-    work: Callable[[Sequence[ShardJob]], None],
-    tasks: list[list[ShardJob]],
-    workers: int,
-    log_folder: Path,
+    work: Callable[[Sequence[ShardJob]], None], tasks: list[list[ShardJob]], workers: int, log_folder: Path
 ) -> None:
     from datatrove.executor.local import LocalPipelineExecutor
 

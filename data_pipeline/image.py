@@ -41,9 +41,7 @@ def decode_image(data: bytes) -> np.ndarray:
         raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
-def fit_size(
-    height: int, width: int, *, factor: int, max_area: int, min_area: int = 0
-) -> tuple[int, int]:
+def fit_size(height: int, width: int, *, factor: int, max_area: int, min_area: int = 0) -> tuple[int, int]:
     """The size (height, width) in pixels to resize to: multiples of `factor`, the aspect kept.
 
     The area never exceeds `max_area` (save that each side has at least one token), and pictures
@@ -68,9 +66,7 @@ def fit_size(
 
 def smart_resize(picture: np.ndarray, config: ImageConfig, factor: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [H', W', 3] by bicubic interpolation; see `fit_size`."""
-    height, width = fit_size(
-        *picture.shape[:2], factor=factor, max_area=config.max_area, min_area=config.min_area
-    )
+    height, width = fit_size(*picture.shape[:2], factor=factor, max_area=config.max_area, min_area=config.min_area)
     if (height, width) == picture.shape[:2]:
         return picture
     resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)

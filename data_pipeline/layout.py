@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.document import (
-    Document,
-    DocumentBuilder,
-    Part,
-    Picture,
-    Text,
-    document_id,
-    fraction,
-)
+from data_pipeline.document import Document, DocumentBuilder, Part, Picture, Text, document_id, fraction
 from data_pipeline.sources.samples import SampleError
 from model.errors import Problems
 
@@ -31,9 +23,11 @@ class LayoutConfig:
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
-            self.image_format in ("emu35", "emu3"), f"{key}.image_format",
-            f"unknown image format {self.image_format!r}", f"{key}.image_format=emu35",
-        )  # fmt: skip
+            self.image_format in ("emu35", "emu3"),
+            f"{key}.image_format",
+            f"unknown image format {self.image_format!r}",
+            f"{key}.image_format=emu35",
+        )
         for name in ("image_first_probability", "condition_dropout_probability"):
             problems.check(0.0 <= getattr(self, name) <= 1.0, f"{key}.{name}", "must be in [0, 1]")
         problems.check(self.context_frames > 0, f"{key}.context_frames", "must be positive")
@@ -42,14 +36,7 @@ class LayoutConfig:
 class DocumentLayout:
     """Turns the parts of a sample into its document. Choices depend on (seed, key) only."""
 
-    def __init__(
-        self,
-        builder: DocumentBuilder,
-        document_format: str,
-        config: LayoutConfig,
-        source: str,
-        seed: int,
-    ):
+    def __init__(self, builder: DocumentBuilder, document_format: str, config: LayoutConfig, source: str, seed: int):
         assert document_format in FORMATS, document_format
         self.builder = builder
         self.format = document_format
@@ -57,9 +44,7 @@ class DocumentLayout:
         self.source = source
         self.seed = seed
 
-    def build(
-        self, key: str, kind: str, parts: Sequence[Part], metadata: dict[str, Any]
-    ) -> Document:
+    def build(self, key: str, kind: str, parts: Sequence[Part], metadata: dict[str, Any]) -> Document:
         """`parts` in the order that `PreparedSample` documents. Raises `SampleError`."""
         identity = document_id(self.source, key)
         if self.format == "chat":
@@ -93,14 +78,10 @@ class DocumentLayout:
             question, images, response = split_video(parts, self.config.context_frames)
         else:
             raise SampleError("no_chat_format", f"samples of kind {kind} have no question")
-        return self.builder.chat(
-            identity, task, question, images, response, unconditional=unconditional
-        )
+        return self.builder.chat(identity, task, question, images, response, unconditional=unconditional)
 
 
-def split_video(
-    parts: Sequence[Part], num_context_frames: int
-) -> tuple[str, list[Picture], Sequence[Part]]:
+def split_video(parts: Sequence[Part], num_context_frames: int) -> tuple[str, list[Picture], Sequence[Part]]:
     """An interleaved video as a chat: (question, context frames, response).
 
     The question is what is said before the last context frame; the response is what follows it,
@@ -112,9 +93,7 @@ def split_video(
     return question, images, response
 
 
-def split_context(
-    parts: Sequence[Part], num_context_frames: int
-) -> tuple[str, list[Picture], Sequence[Part]]:
+def split_context(parts: Sequence[Part], num_context_frames: int) -> tuple[str, list[Picture], Sequence[Part]]:
     """(what is said before the last context frame, context frames, all that follows it)."""
     texts: list[str] = []
     images: list[Picture] = []

@@ -59,26 +59,17 @@ class PackedDataSource:
         self._vocabulary, self._prefetch_batches = vocabulary, prefetch_batches
         self._check(document_attention, loss_weights)
         self._document_attention = document_attention
-        self._class_weights = np.array(
-            [loss_weights[kind.name.lower()] for kind in TokenClass], np.float32
-        )
+        self._class_weights = np.array([loss_weights[kind.name.lower()] for kind in TokenClass], np.float32)
         descriptors = DescriptorCache()
-        opened = {
-            name: PackedDataset(folder, descriptors) for name, folder in sorted(datasets.items())
-        }
+        opened = {name: PackedDataset(folder, descriptors) for name, folder in sorted(datasets.items())}
         _check_datasets(opened, sequence_length, vocabulary)
-        self.mixture = Mixture(
-            {name: len(dataset) for name, dataset in opened.items()}, weights, seed
-        )
+        self.mixture = Mixture({name: len(dataset) for name, dataset in opened.items()}, weights, seed)
         self._datasets = [opened[name] for name in self.mixture.names]
         self._descriptors = descriptors
-        self.source_names = sorted(
-            {source for dataset in self._datasets for source in dataset.sources}
-        )
+        self.source_names = sorted({source for dataset in self._datasets for source in dataset.sources})
         numbers = {name: number for number, name in enumerate(self.source_names)}
         self._source_maps = [
-            np.array([numbers[source] for source in dataset.sources], np.uint16)
-            for dataset in self._datasets
+            np.array([numbers[source] for source in dataset.sources], np.uint16) for dataset in self._datasets
         ]
         self.fingerprint = self._compute_fingerprint()
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
@@ -95,10 +86,7 @@ class PackedDataSource:
         assert not self._closed, "the data source is closed"
         if self._executor is None:
             return self._read(first_sample)
-        wanted = [
-            first_sample + number * self._global_batch_size
-            for number in range(self._prefetch_batches + 1)
-        ]
+        wanted = [first_sample + number * self._global_batch_size for number in range(self._prefetch_batches + 1)]
         for sample in [sample for sample in self._ahead if sample not in wanted]:
             self._ahead.pop(sample).cancel()
         for sample in wanted:
@@ -116,9 +104,7 @@ class PackedDataSource:
 
     def _read(self, first_sample: int) -> list[MicroBatch]:
         stride = self._micro_batch_size * self._num_ranks
-        offsets = (
-            np.arange(0, self._global_batch_size, stride) + self._rank * self._micro_batch_size
-        )
+        offsets = np.arange(0, self._global_batch_size, stride) + self._rank * self._micro_batch_size
         samples = first_sample + offsets[:, None] + np.arange(self._micro_batch_size)
         located = self.mixture.locate_many(samples.ravel())
         datasets = located.datasets.reshape(samples.shape)
@@ -134,68 +120,67 @@ class PackedDataSource:
             segments["source"] = self._source_maps[dataset][segments["source"]]
             parts.append(segments)
         return build_micro_batch(
-            tokens,
-            np.concatenate(parts),
-            self._class_weights,
-            self._document_attention,
-            self._vocabulary,
+            tokens, np.concatenate(parts), self._class_weights, self._document_attention, self._vocabulary
         )
 
     def _compute_fingerprint(self) -> str:
         described = {
-            "mixture": self.mixture.fingerprint, "sequence_length": self._sequence_length,
+            "mixture": self.mixture.fingerprint,
+            "sequence_length": self._sequence_length,
             "datasets": {
-                name: dataset.fingerprint
-                for name, dataset in zip(self.mixture.names, self._datasets, strict=True)
+                name: dataset.fingerprint for name, dataset in zip(self.mixture.names, self._datasets, strict=True)
             },
-        }  # fmt: skip
-        return hashlib.blake2b(
-            json.dumps(described, sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
+        }
+        return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def _check(self, document_attention: str, loss_weights: Mapping[str, float]) -> None:
         problems = Problems()
         rows_at_once = self._micro_batch_size * self._num_ranks
         divides = rows_at_once > 0 and self._global_batch_size % rows_at_once == 0
         problems.check(
-            divides, "stage.global_batch_size",
+            divides,
+            "stage.global_batch_size",
             f"{self._global_batch_size} is not a multiple of micro_batch_size * data-parallel size = {rows_at_once}",
-        )  # fmt: skip
+        )
         problems.check(
-            document_attention in ("document", "full"), "stage.document_attention",
-            f"unknown value {document_attention!r}", "stage.document_attention=document",
-        )  # fmt: skip
+            document_attention in ("document", "full"),
+            "stage.document_attention",
+            f"unknown value {document_attention!r}",
+            "stage.document_attention=document",
+        )
         classes = {kind.name.lower() for kind in TokenClass}
         problems.check(
-            set(loss_weights) == classes, "stage.loss_weights",
+            set(loss_weights) == classes,
+            "stage.loss_weights",
             f"expected {sorted(classes)}, got {sorted(loss_weights)}",
-        )  # fmt: skip
+        )
         problems.raise_if_any()
         assert 0 <= self._rank < self._num_ranks
 
 
-def _check_datasets(
-    datasets: Mapping[str, PackedDataset], sequence_length: int, vocabulary: Vocabulary
-) -> None:
+def _check_datasets(datasets: Mapping[str, PackedDataset], sequence_length: int, vocabulary: Vocabulary) -> None:
     expected = {key: value for key, value in vocabulary.describe().items() if key != _LAYOUT_ONLY}
     tokenizers: dict[tuple[str, str], list[str]] = {}
     for name, dataset in datasets.items():
         if dataset.sequence_length != sequence_length:
             raise UserError(
-                f"dataset {name!r} is packed in rows of another length", where=str(dataset.folder),
-                expected=f"{sequence_length} tokens", got=str(dataset.sequence_length),
+                f"dataset {name!r} is packed in rows of another length",
+                where=str(dataset.folder),
+                expected=f"{sequence_length} tokens",
+                got=str(dataset.sequence_length),
                 fix=f"stage.sequence_length={dataset.sequence_length}, or pack it again",
-            )  # fmt: skip
+            )
         recorded = dataset.manifest["vocabulary"] or {}
         found = {key: value for key, value in recorded.items() if key != _LAYOUT_ONLY}
         if found != expected:
             keys = sorted(key for key in expected | found if expected.get(key) != found.get(key))
             raise UserError(
-                f"dataset {name!r} was tokenized for another vocabulary", where=str(dataset.folder),
+                f"dataset {name!r} was tokenized for another vocabulary",
+                where=str(dataset.folder),
                 expected=str({key: expected.get(key) for key in keys}),
                 got=str({key: found.get(key) for key in keys}),
                 fix="set model.vocabulary as it was when the data was tokenized, or tokenize again",
-            )  # fmt: skip
+            )
         for kind in ("text_tokenizer", "vision_tokenizer"):
             if dataset.manifest.get(kind):
                 tokenizers.setdefault((kind, str(dataset.manifest[kind])), []).append(name)
@@ -203,6 +188,7 @@ def _check_datasets(
         said = {found: names for (key, found), names in tokenizers.items() if key == kind}
         if len(said) > 1:
             raise UserError(
-                f"the datasets do not agree on the {kind.replace('_', ' ')}", got=str(said),
+                f"the datasets do not agree on the {kind.replace('_', ' ')}",
+                got=str(said),
                 fix="tokenize and pack all of them with the same tokenizers",
-            )  # fmt: skip
+            )

@@ -68,8 +68,9 @@ def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.nd
         raise UserError(
             "a dataset's weight is too small beside the others",
             expected=f"at least {1 / max_period:.2g} of the sum of the weights",
-            got=f"{fractions.min():.2g}", fix="raise that weight, or set it to 0 to leave the dataset out",
-        )  # fmt: skip
+            got=f"{fractions.min():.2g}",
+            fix="raise that weight, or set it to 0 to leave the dataset out",
+        )
     return best_shares
 
 
@@ -94,14 +95,10 @@ def schedule_period(shares: np.ndarray) -> np.ndarray:
     if num_datasets == 1:
         return np.zeros(period, np.uint16)
     scale = 2 * num_datasets - 2
-    common = math.lcm(
-        *(int(share) for share in shares)
-    )  # whole deadlines: floats would break ties at random
+    common = math.lcm(*(int(share) for share in shares))  # whole deadlines: floats would break ties at random
     factors = [common // int(share) for share in shares]
     schedule = np.empty(period, np.uint16)
-    waiting = [
-        (_release(0, int(share), period, scale), index, 0) for index, share in enumerate(shares)
-    ]
+    waiting = [(_release(0, int(share), period, scale), index, 0) for index, share in enumerate(shares)]
     heapq.heapify(waiting)
     released: list[tuple[int, int, int]] = []
     for number in range(1, period + 1):
@@ -111,9 +108,7 @@ def schedule_period(shares: np.ndarray) -> np.ndarray:
         _, index, item = heapq.heappop(released)
         schedule[number - 1] = index
         if item + 1 < shares[index]:
-            heapq.heappush(
-                waiting, (_release(item + 1, int(shares[index]), period, scale), index, item + 1)
-            )
+            heapq.heappush(waiting, (_release(item + 1, int(shares[index]), period, scale), index, item + 1))
     return schedule
 
 
@@ -142,20 +137,20 @@ class Mixture:
         self._ranks = _occurrence_ranks(self._schedule, len(self.names))
         self._keys = [derive_key("mixture", self.seed, name) for name in self.names]
         described = {
-            "seed": self.seed, "period": self.period,
+            "seed": self.seed,
+            "period": self.period,
             "datasets": {
-                name: [int(size), int(share)] for name, size, share in zip(self.names, self.sizes, self.shares, strict=True)
+                name: [int(size), int(share)]
+                for name, size, share in zip(self.names, self.sizes, self.shares, strict=True)
             },
-        }  # fmt: skip
+        }
         text = json.dumps(described, sort_keys=True)
         self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def locate(self, n: int) -> Location:
         """Dataset, epoch and row of global sample n >= 0."""
         located = self.locate_many(np.array([n], np.int64))
-        return Location(
-            self.names[located.datasets[0]], int(located.epochs[0]), int(located.rows[0])
-        )
+        return Location(self.names[located.datasets[0]], int(located.epochs[0]), int(located.rows[0]))
 
     def locate_many(self, samples: np.ndarray) -> Locations:
         """The same for many samples, int64 [n]."""
@@ -184,9 +179,7 @@ def _occurrence_ranks(schedule: np.ndarray, num_datasets: int) -> np.ndarray:
 def _check(sizes: Mapping[str, int], weights: Mapping[str, float]) -> None:
     problems = Problems()
     problems.check(
-        set(sizes) == set(weights),
-        "mixture",
-        f"weights {sorted(weights)} are not of datasets {sorted(sizes)}",
+        set(sizes) == set(weights), "mixture", f"weights {sorted(weights)} are not of datasets {sorted(sizes)}"
     )
     for name, weight in sorted(weights.items()):
         key = f"datasets.{name}"

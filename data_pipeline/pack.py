@@ -22,12 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import (
-    atomic_write_bytes,
-    atomic_write_json,
-    read_json,
-    remove_stale_temporaries,
-)
+from data_pipeline.atomic import atomic_write_bytes, atomic_write_json, read_json, remove_stale_temporaries
 from data_pipeline.best_fit import BestFitPacker, Piece, Row
 from data_pipeline.packed_files import DATASET_NAME, read_dataset_manifest
 from data_pipeline.permutation import derive_key, permute
@@ -56,9 +51,7 @@ class PackConfig:
 
     sequence_length: int = 32_768  # tokens of a row
     rows_per_shard: int = 8_192
-    open_bins: int = (
-        256  # rows being filled at once; more of them fill better and keep the order less
-    )
+    open_bins: int = 256  # rows being filled at once; more of them fill better and keep the order less
     minimum_piece_tokens: int = 8  # text is not cut into pieces shorter than this
     seed: int = 1234
 
@@ -68,10 +61,7 @@ class PackConfig:
             problems.check(value >= least, f"{key}{name}", f"must be at least {least}, got {value}")
         fits = 1 <= self.minimum_piece_tokens <= self.sequence_length
         problems.check(
-            fits,
-            f"{key}minimum_piece_tokens",
-            "must be between 1 and sequence_length",
-            f"{key}minimum_piece_tokens=8",
+            fits, f"{key}minimum_piece_tokens", "must be between 1 and sequence_length", f"{key}minimum_piece_tokens=8"
         )
 
 
@@ -90,9 +80,7 @@ class PackSummary:
 
 
 def pack(
-    token_folders: Mapping[str, str | Path | Sequence[str | Path]],
-    target: str | Path,
-    config: PackConfig,
+    token_folders: Mapping[str, str | Path | Sequence[str | Path]], target: str | Path, config: PackConfig
 ) -> PackSummary:
     """Pack the token files of `token_folders` (source name -> folder or folders) into `target`.
 
@@ -122,9 +110,7 @@ def summarise(target: str | Path) -> PackSummary:
     return PackSummary(target=str(target), **{name: dataset[name] for name in _SUMMARY_KEYS})
 
 
-_SUMMARY_KEYS = (
-    "num_rows", "num_tokens", "num_real_tokens", "fill", "sources", "counts_by_class", "quarantined",
-)  # fmt: skip
+_SUMMARY_KEYS = ("num_rows", "num_tokens", "num_real_tokens", "fill", "sources", "counts_by_class", "quarantined")
 
 
 def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
@@ -148,24 +134,18 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
         if manifest.get("config_fingerprint") != fingerprint:
             raise UserError(
                 "the target holds rows packed from other token files or with another configuration",
-                where=str(target / f"{name}.json"), expected=f"fingerprint {fingerprint}",
+                where=str(target / f"{name}.json"),
+                expected=f"fingerprint {fingerprint}",
                 got=str(manifest.get("config_fingerprint")),
                 fix="choose another target, or delete that folder when its rows are no longer needed",
-            )  # fmt: skip
+            )
     return dataset.stem in found and len(found) == 1 + len(found[dataset.stem]["shards"])
 
 
 class _Packing:
     """One run of `pack`: plans all rows, writes the shards that are missing."""
 
-    def __init__(
-        self,
-        pool: Pool,
-        target: Path,
-        config: PackConfig,
-        fingerprint: str,
-        inputs: list[dict[str, str]],
-    ):
+    def __init__(self, pool: Pool, target: Path, config: PackConfig, fingerprint: str, inputs: list[dict[str, str]]):
         self.pool, self.target, self.config = pool, target, config
         self.fingerprint, self.inputs = fingerprint, inputs
         self.quarantine: list[dict[str, Any]] = []
@@ -185,9 +165,7 @@ class _Packing:
         """The rows in order, each a list of pieces."""
         config = self.config
         lengths, fillers = self.pool.load_index()
-        packer = BestFitPacker(
-            config.sequence_length, config.open_bins, config.minimum_piece_tokens, self.pool.cut
-        )
+        packer = BestFitPacker(config.sequence_length, config.open_bins, config.minimum_piece_tokens, self.pool.cut)
         for document in _document_order(len(self.pool), config.seed):
             length = int(lengths[document])
             whole = Piece(document, 0, length)
@@ -213,10 +191,13 @@ class _Packing:
         file, index = self.pool.locate(document)
         segments = self.pool.segments(document)
         entry = {
-            "reason": reason, "source": self.pool.sources[self.pool.source_of_file[file]],
-            "file": self.pool.files[file].prefix.name, "index": index, "num_tokens": num_tokens,
+            "reason": reason,
+            "source": self.pool.sources[self.pool.source_of_file[file]],
+            "file": self.pool.files[file].prefix.name,
+            "index": index,
+            "num_tokens": num_tokens,
             "document": int(segments["document"][0]) if len(segments) else None,
-        }  # fmt: skip
+        }
         self.quarantine.append(entry)
 
     def write_shard(self, number: int, rows: list[Row]) -> dict[str, Any]:
@@ -235,11 +216,17 @@ class _Packing:
                 real = segments[segments["kind"] != Kind.PAD]
                 np.add.at(by_source, real["source"], real["length"])
             manifest = {
-                "kind": "packed", "num_rows": len(writer), "sequence_length": self.config.sequence_length,
-                "sources": self.pool.sources, "counts_by_class": dict(by_class), **self.pool.shared,
+                "kind": "packed",
+                "num_rows": len(writer),
+                "sequence_length": self.config.sequence_length,
+                "sources": self.pool.sources,
+                "counts_by_class": dict(by_class),
+                **self.pool.shared,
                 "tokens_by_source": dict(zip(self.pool.sources, by_source.tolist(), strict=True)),
-                "config_fingerprint": self.fingerprint, "inputs": self.inputs, "quarantined": {},
-            }  # fmt: skip
+                "config_fingerprint": self.fingerprint,
+                "inputs": self.inputs,
+                "quarantined": {},
+            }
             _log.info("packed shard %s: %d rows", prefix.name, len(writer))
             return writer.finish(manifest)
 
@@ -263,26 +250,25 @@ class _Packing:
 
     def check_ids(self, tokens: np.ndarray, vocabulary_size: int, row: Row) -> None:
         if tokens.min() < 0 or tokens.max() >= vocabulary_size:
-            files = sorted(
-                {str(self.pool.files[self.pool.locate(piece.document)[0]].prefix) for piece in row}
-            )
+            files = sorted({str(self.pool.files[self.pool.locate(piece.document)[0]].prefix) for piece in row})
             raise UserError(
-                "token files hold ids outside the vocabulary of their manifest", where=", ".join(files),
-                expected=f"ids in [0, {vocabulary_size})", got=f"[{tokens.min()}, {tokens.max()}]",
+                "token files hold ids outside the vocabulary of their manifest",
+                where=", ".join(files),
+                expected=f"ids in [0, {vocabulary_size})",
+                got=f"[{tokens.min()}, {tokens.max()}]",
                 fix="tokenize them again with the tokenizers of that vocabulary",
-            )  # fmt: skip
+            )
 
     def publish_dataset(self, manifests: list[dict[str, Any]]) -> None:
         """The list of refused documents, then `dataset.json`: with it the packed folder is complete."""
         if not manifests:
             raise UserError(
-                "no document can be packed", where=str(self.target),
+                "no document can be packed",
+                where=str(self.target),
                 got=f"{len(self.quarantine)} documents refused: {dict(_reasons(self.quarantine))}",
-            )  # fmt: skip
+            )
         lines = [json.dumps(entry, sort_keys=True) for entry in self.quarantine]
-        atomic_write_bytes(
-            self.target / QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode()
-        )
+        atomic_write_bytes(self.target / QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode())
         atomic_write_json(self.target / DATASET_NAME, self.describe_dataset(manifests))
 
     def describe_dataset(self, manifests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -292,16 +278,25 @@ class _Packing:
         shards = [
             {"name": f"{number:06d}", "num_rows": manifest["num_rows"], "checksum": _fingerprint(manifest["outputs"])}
             for number, manifest in enumerate(manifests)
-        ]  # fmt: skip
+        ]
         return {
-            "format_version": FORMAT_VERSION, "kind": "packed_dataset", "shards": shards,
-            "fingerprint": _fingerprint(shards), "config_fingerprint": self.fingerprint,
-            "config": asdict(self.config), "inputs": self.inputs, "sequence_length": self.config.sequence_length,
-            "num_rows": sum(shard["num_rows"] for shard in shards), "num_tokens": num_tokens,
-            "num_real_tokens": num_real_tokens, "fill": num_real_tokens / num_tokens,
+            "format_version": FORMAT_VERSION,
+            "kind": "packed_dataset",
+            "shards": shards,
+            "fingerprint": _fingerprint(shards),
+            "config_fingerprint": self.fingerprint,
+            "config": asdict(self.config),
+            "inputs": self.inputs,
+            "sequence_length": self.config.sequence_length,
+            "num_rows": sum(shard["num_rows"] for shard in shards),
+            "num_tokens": num_tokens,
+            "num_real_tokens": num_real_tokens,
+            "fill": num_real_tokens / num_tokens,
             "sources": _sum_counts(manifest["tokens_by_source"] for manifest in manifests),
-            "counts_by_class": by_class, "quarantined": dict(_reasons(self.quarantine)), **self.pool.shared,
-        }  # fmt: skip
+            "counts_by_class": by_class,
+            "quarantined": dict(_reasons(self.quarantine)),
+            **self.pool.shared,
+        }
 
 
 def _document_order(num_documents: int, seed: int) -> Iterator[int]:

@@ -13,14 +13,7 @@ import numpy as np
 from data_pipeline.atomic import read_json
 from data_pipeline.descriptors import DescriptorCache, read_exactly
 from data_pipeline.segments import SEGMENT_DTYPE
-from data_pipeline.token_format import (
-    FORMAT_VERSION,
-    REWRITE,
-    TOKEN_BYTES,
-    TOKEN_DTYPE,
-    check_row,
-    suffixed,
-)
+from data_pipeline.token_format import FORMAT_VERSION, REWRITE, TOKEN_BYTES, TOKEN_DTYPE, check_row, suffixed
 from model.errors import UserError
 
 DATASET_NAME = "dataset.json"
@@ -33,20 +26,17 @@ _MAX_SHARDS = 4096
 class PackedShard:
     """The rows of one packed shard. Keeps a few numbers, however many rows there are."""
 
-    def __init__(
-        self, prefix: Path, num_rows: int, sequence_length: int, descriptors: DescriptorCache
-    ):
+    def __init__(self, prefix: Path, num_rows: int, sequence_length: int, descriptors: DescriptorCache):
         self.prefix, self.num_rows, self.sequence_length = prefix, num_rows, sequence_length
         self._descriptors = descriptors
         manifest = suffixed(prefix, ".json")
         if not manifest.is_file():
             raise UserError(
-                "a shard of a packed dataset has no manifest", where=str(manifest),
+                "a shard of a packed dataset has no manifest",
+                where=str(manifest),
                 fix="run `nextstate pack` again: it writes that shard anew",
-            )  # fmt: skip
-        self._bin, self._crc, self._seg = (
-            suffixed(prefix, end) for end in (".bin", ".crc.npy", ".seg.npy")
-        )
+            )
+        self._bin, self._crc, self._seg = (suffixed(prefix, end) for end in (".bin", ".crc.npy", ".seg.npy"))
         self._crcs_at = self._after_header(self._crc, np.dtype("<u4"))
         self._segments_at = self._after_header(self._seg, SEGMENT_DTYPE)
         total_bytes = os.fstat(descriptors.get(self._seg)).st_size
@@ -69,17 +59,11 @@ class PackedShard:
         end = min(first + _WINDOW_SEGMENTS, self._num_segments)
         window = self._segments(first, end, row)
         rows = window["row"]
-        if (
-            len(rows)
-            and (first == 0 or rows[0] < row)
-            and (end == self._num_segments or rows[-1] > row)
-        ):
+        if len(rows) and (first == 0 or rows[0] < row) and (end == self._num_segments or rows[-1] > row):
             return window[np.searchsorted(rows, row) : np.searchsorted(rows, row + 1)]
         every = range(self._num_segments)
         first = bisect.bisect_left(every, row, key=self._row_of)
-        return self._segments(
-            first, bisect.bisect_left(every, row + 1, lo=first, key=self._row_of), row
-        )
+        return self._segments(first, bisect.bisect_left(every, row + 1, lo=first, key=self._row_of), row)
 
     def _row_of(self, segment: int) -> int:
         return int(self._segments(segment, segment + 1, -1)["row"][0])
@@ -100,16 +84,10 @@ class PackedShard:
                 version = np.lib.format.read_magic(stream)
                 shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
             except ValueError as error:
-                raise UserError(
-                    "not a readable .npy file", where=str(path), got=str(error), fix=REWRITE
-                ) from None
+                raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
             if version != (1, 0) or len(shape) != 1 or fortran_order or found != dtype:
                 raise UserError(
-                    "an array of another type",
-                    where=str(path),
-                    expected=str(dtype),
-                    got=str(found),
-                    fix=REWRITE,
+                    "an array of another type", where=str(path), expected=str(dtype), got=str(found), fix=REWRITE
                 )
             return stream.tell()
 
@@ -158,15 +136,19 @@ def read_dataset_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / DATASET_NAME
     if not path.is_file():
         raise UserError(
-            "no finished packed dataset", where=str(folder), expected=DATASET_NAME,
+            "no finished packed dataset",
+            where=str(folder),
+            expected=DATASET_NAME,
             fix="run `nextstate pack target=FOLDER ...` to its end (it continues where it stopped)",
-        )  # fmt: skip
+        )
     manifest = read_json(path)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION or manifest.get("kind") != "packed_dataset":
         raise UserError(
-            "not a packed dataset of this version of the format", where=str(path),
-            expected=f"packed_dataset, version {FORMAT_VERSION}", got=f"{manifest.get('kind')}, version {version}",
+            "not a packed dataset of this version of the format",
+            where=str(path),
+            expected=f"packed_dataset, version {FORMAT_VERSION}",
+            got=f"{manifest.get('kind')}, version {version}",
             fix="pack again with this version",
-        )  # fmt: skip
+        )
     return manifest

@@ -27,9 +27,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def epoch_keys(base_key: int, epochs: np.ndarray) -> np.ndarray:
     """One key for each epoch, uint64 [n] from int [n]."""
     with np.errstate(over="ignore"):
-        return _mix(
-            np.uint64(base_key) + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-        )
+        return _mix(np.uint64(base_key) + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
 
 
 def permute(indices: np.ndarray, size: int, keys: np.ndarray | int) -> np.ndarray:

@@ -34,14 +34,13 @@ class Pool:
         self.source_of_file: list[int] = []
         self._descriptors = DescriptorCache()
         for number, source in enumerate(self.sources):
-            prefixes = [
-                prefix for folder in folders[source] for prefix in published_prefixes(folder)
-            ]
+            prefixes = [prefix for folder in folders[source] for prefix in published_prefixes(folder)]
             if not prefixes:
                 raise UserError(
-                    f"source {source!r} has no finished token files", where=", ".join(map(str, folders[source])),
+                    f"source {source!r} has no finished token files",
+                    where=", ".join(map(str, folders[source])),
                     fix="run `nextstate tokenize` for it first",
-                )  # fmt: skip
+                )
             for prefix in prefixes:
                 read_manifest(prefix, kind="tokens")
                 self.files.append(TokenFileReader(prefix, self._descriptors))
@@ -59,8 +58,7 @@ class Pool:
         for file, source in zip(self.files, self.source_of_file, strict=True):
             digests[source].update(repr(sorted(file.manifest["outputs"].items())).encode())
         return [
-            {"name": name, "checksum": digest.hexdigest()}
-            for name, digest in zip(self.sources, digests, strict=True)
+            {"name": name, "checksum": digest.hexdigest()} for name, digest in zip(self.sources, digests, strict=True)
         ]
 
     def load_index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,11 +101,7 @@ class Pool:
         segments = self.segments(piece.document)
         ends = segments["start"].astype(np.int64) + segments["length"] - piece.start
         holder = int(np.searchsorted(ends, limit))  # the segment that the cut would fall into
-        if (
-            holder == len(ends)
-            or ends[holder] == limit
-            or segments["flags"][holder] & Flag.SPLITTABLE
-        ):
+        if holder == len(ends) or ends[holder] == limit or segments["flags"][holder] & Flag.SPLITTABLE:
             return min(limit, piece.length)
         return max(0, int(ends[holder - 1])) if holder else 0
 
@@ -159,9 +153,10 @@ def _agree(files: list[TokenFileReader]) -> dict[str, Any]:
         if len(said) > 1:
             listed = "; ".join(f"{where}: {value}" for value, where in said.items())
             raise UserError(
-                f"the token files do not agree on the {key.replace('_', ' ')}", got=listed,
+                f"the token files do not agree on the {key.replace('_', ' ')}",
+                got=listed,
                 fix="tokenize all sources again with the same tokenizers and vocabulary",
-            )  # fmt: skip
+            )
         shared.setdefault(key, None)
     if not shared["vocabulary"]:
         raise UserError("no token file says its vocabulary", where=str(files[0].prefix))

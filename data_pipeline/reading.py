@@ -60,9 +60,7 @@ def parse_image_block(
     num_body = height * (width + 1) - 1
     body = ids[start : start + num_body]
     if len(body) < num_body:
-        raise MalformedImageError(
-            f"ends after {len(body)} of {num_body} tokens of {height}*{width}"
-        )
+        raise MalformedImageError(f"ends after {len(body)} of {num_body} tokens of {height}*{width}")
     rows = np.append(body, vocabulary.eol).reshape(height, width + 1)
     if (rows[:, width] != vocabulary.eol).any() or not vocabulary.is_visual(rows[:, :width]).all():
         raise MalformedImageError(f"rows of {height}*{width} are not codes with EOL between")
@@ -74,9 +72,7 @@ def parse_image_block(
     raise MalformedImageError("no EOI after the last row")
 
 
-def read_items(
-    tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer
-) -> list[Item]:
+def read_items(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer) -> list[Item]:
     """Structure tokens, texts and image blocks in order. Never fails: what cannot be read as an
     image block stands as its single tokens, an id without meaning as `?id`."""
     ids = np.asarray(tokens, np.int64)
@@ -107,9 +103,7 @@ def read_items(
     return items
 
 
-def describe(
-    tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer
-) -> str:
+def describe(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer) -> str:
     """One readable line: `<bos> a red circle <image 6*6> <eos>`."""
     words = []
     for item in read_items(tokens, vocabulary, text_tokenizer):

@@ -11,11 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import (
-    atomic_write_json,
-    no_space_is_a_user_error,
-    remove_stale_temporaries,
-)
+from data_pipeline.atomic import atomic_write_json, no_space_is_a_user_error, remove_stale_temporaries
 from data_pipeline.descriptors import DescriptorCache, read_exactly
 from data_pipeline.segments import SEGMENT_DTYPE, tile_exactly
 from data_pipeline.token_format import (
@@ -65,10 +61,7 @@ class TokenFileWriter:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
 
@@ -112,11 +105,7 @@ class TokenFileWriter:
         for name in outputs:
             final = self.prefix.with_name(name)
             publish(temporary_path(final), final)
-        complete = manifest | {
-            "format_version": FORMAT_VERSION,
-            "num_tokens": sum(self._lengths),
-            "outputs": outputs,
-        }
+        complete = manifest | {"format_version": FORMAT_VERSION, "num_tokens": sum(self._lengths), "outputs": outputs}
         atomic_write_json(manifest_path, complete)
         return complete
 
@@ -174,9 +163,7 @@ class TokenFileReader:
         content = read_exactly(self._descriptors.get(path), count * TOKEN_BYTES, offset, where)
         tokens = np.frombuffer(content, TOKEN_DTYPE)
         if self._index.crcs is not None and count == total:
-            check_row(
-                self.prefix, index, tokens, self.segments(index), int(self._index.crcs[index])
-            )
+            check_row(self.prefix, index, tokens, self.segments(index), int(self._index.crcs[index]))
         return tokens
 
     def segments(self, index: int) -> np.ndarray:
@@ -211,9 +198,12 @@ class _Index:
         lengths, offsets = read_index(suffixed(prefix, ".idx"))
         if len(lengths) != num_documents:
             raise UserError(
-                "an index disagrees with its manifest", where=str(suffixed(prefix, ".idx")),
-                expected=f"{num_documents} documents", got=str(len(lengths)), fix=REWRITE,
-            )  # fmt: skip
+                "an index disagrees with its manifest",
+                where=str(suffixed(prefix, ".idx")),
+                expected=f"{num_documents} documents",
+                got=str(len(lengths)),
+                fix=REWRITE,
+            )
         crc_path = suffixed(prefix, ".crc.npy")
         index = cls(lengths, offsets, load_array(crc_path) if crc_path.exists() else None)
         path = suffixed(prefix, ".seg.npy")

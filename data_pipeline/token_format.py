@@ -28,13 +28,7 @@ TOKEN_BYTES = TOKEN_DTYPE.itemsize
 
 # Megatron's index: magic, version 1, dtype code 4 (int32), number of sequences, number of document marks.
 _INDEX_HEADER_DTYPE = np.dtype(
-    [
-        ("magic", "S9"),
-        ("version", "<u8"),
-        ("dtype_code", "u1"),
-        ("sequences", "<u8"),
-        ("marks", "<u8"),
-    ]
+    [("magic", "S9"), ("version", "<u8"), ("dtype_code", "u1"), ("sequences", "<u8"), ("marks", "<u8")]
 )
 _INDEX_MAGIC = b"MMIDIDX"  # followed by two zero bytes, which numpy's "S9" supplies
 _INT32_CODE = 4
@@ -60,9 +54,7 @@ def checksum_file(path: Path) -> str:
 def encode_index(lengths: np.ndarray) -> bytes:
     """The bytes of Megatron's `.idx` for sequences of these lengths (int32 [n]), each a document of its own."""
     num_sequences = len(lengths)
-    header = np.array(
-        (_INDEX_MAGIC, 1, _INT32_CODE, num_sequences, num_sequences + 1), _INDEX_HEADER_DTYPE
-    )
+    header = np.array((_INDEX_MAGIC, 1, _INT32_CODE, num_sequences, num_sequences + 1), _INDEX_HEADER_DTYPE)
     ends = np.cumsum(lengths, dtype=np.int64) * TOKEN_BYTES
     offsets = np.concatenate([np.zeros(1, np.int64), ends])[:num_sequences]
     marks = np.arange(num_sequences + 1, dtype="<i8")
@@ -85,9 +77,11 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     found = (bytes(header["magic"]), int(header["version"]), int(header["dtype_code"]))
     if found != (_INDEX_MAGIC, 1, _INT32_CODE):
         raise UserError(
-            "not a Megatron index of int32 tokens", where=str(path),
-            expected=str((_INDEX_MAGIC, 1, _INT32_CODE)), got=str(found),
-        )  # fmt: skip
+            "not a Megatron index of int32 tokens",
+            where=str(path),
+            expected=str((_INDEX_MAGIC, 1, _INT32_CODE)),
+            got=str(found),
+        )
     num_sequences = int(header["sequences"])
     if len(content) < header_bytes + num_sequences * 12 + int(header["marks"]) * 8:
         raise UserError("an index file is truncated", where=str(path), got=f"{len(content)} bytes")
@@ -107,13 +101,9 @@ def load_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(
-            "a file named by its manifest is missing", where=str(path), fix=REWRITE
-        ) from None
+        raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE) from None
     except ValueError as error:
-        raise UserError(
-            "not a readable .npy file", where=str(path), got=str(error), fix=REWRITE
-        ) from None
+        raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
 
 
 def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
@@ -121,17 +111,17 @@ def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
     return zlib.crc32(segments.view(np.uint8).data, zlib.crc32(tokens.view(np.uint8).data))
 
 
-def check_row(
-    prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int
-) -> None:
+def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int) -> None:
     """Raises `UserError` naming file and row when the row is not what was written."""
     found = row_crc(tokens, segments)
     if found != expected:
         raise UserError(
-            "a packed row is damaged", where=f"{suffixed(prefix, '.bin')}, row {row}",
-            expected=f"CRC32 {expected:08x}", got=f"{found:08x}",
+            "a packed row is damaged",
+            where=f"{suffixed(prefix, '.bin')}, row {row}",
+            expected=f"CRC32 {expected:08x}",
+            got=f"{found:08x}",
             fix="delete the .json of that shard and run `nextstate pack` again: it writes that shard anew",
-        )  # fmt: skip
+        )
 
 
 def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -140,18 +130,15 @@ def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]
     manifest = read_json(path)
     found = manifest.get("kind") if isinstance(manifest, dict) else None
     if kind is not None and found != kind:
-        raise UserError(
-            "not the kind of file that was asked for",
-            where=str(path),
-            expected=kind,
-            got=str(found),
-        )
+        raise UserError("not the kind of file that was asked for", where=str(path), expected=kind, got=str(found))
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            "the file was written by another version of the format", where=str(path),
-            expected=str(FORMAT_VERSION), got=str(manifest.get("format_version")),
+            "the file was written by another version of the format",
+            where=str(path),
+            expected=str(FORMAT_VERSION),
+            got=str(manifest.get("format_version")),
             fix="write it again with this version",
-        )  # fmt: skip
+        )
     return manifest
 
 
@@ -172,6 +159,9 @@ def verify_outputs(prefix: str | Path, manifest: dict[str, Any]) -> None:
         found = checksum_file(path)
         if found != expected:
             raise UserError(
-                "a file is damaged: its checksum is not the manifest's", where=str(path),
-                expected=expected, got=found, fix=REWRITE,
-            )  # fmt: skip
+                "a file is damaged: its checksum is not the manifest's",
+                where=str(path),
+                expected=expected,
+                got=found,
+                fix=REWRITE,
+            )

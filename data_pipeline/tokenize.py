@@ -69,18 +69,14 @@ class TokenizeConfig:
 
     def validate_tokenize(self, problems: Problems) -> None:
         problems.check(
-            self.format in FORMATS, "format", f"unknown format {self.format!r}",
-            f"format={' or '.join(FORMATS)}",
-        )  # fmt: skip
+            self.format in FORMATS, "format", f"unknown format {self.format!r}", f"format={' or '.join(FORMATS)}"
+        )
         self.layout.validate(problems, "layout")
         problems.check(self.image.max_area > 0, "image.max_area", "must be positive")
         problems.check(
-            0 <= self.image.min_area <= self.image.max_area, "image.min_area",
-            "must be in [0, image.max_area]",
-        )  # fmt: skip
-        problems.check(
-            self.video.keyframe_seconds > 0, "video.keyframe_seconds", "must be positive"
+            0 <= self.image.min_area <= self.image.max_area, "image.min_area", "must be in [0, image.max_area]"
         )
+        problems.check(self.video.keyframe_seconds > 0, "video.keyframe_seconds", "must be positive")
         problems.check(self.video.max_keyframes >= 0, "video.max_keyframes", "must not be negative")
         for number, config in enumerate(self.filters):
             config.validate(problems, f"filters[{number}]")
@@ -110,9 +106,7 @@ class ShardTokenizer:
         self.preparer = SamplePreparer(config.image, config.video, factor)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
-        self.layout = DocumentLayout(
-            builder, config.format, config.layout, config.source, config.seed
-        )
+        self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
         self.fingerprint = self._fingerprint()
 
     def _fingerprint(self) -> str:
@@ -160,9 +154,7 @@ class ShardTokenizer:
         with TokenFileWriter(prefix) as writer:
             for document in self._documents(shard, quarantine):
                 writer.add(document.tokens, document.segments)
-                counts.update(
-                    count_classes(document.tokens, document.segments, self.vocabulary.visual_start)
-                )
+                counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
             _write_quarantine(prefix, shard, quarantine)
             manifest = writer.finish(
                 {
@@ -185,8 +177,7 @@ class ShardTokenizer:
             codes = self._encode([picture for sample in window for picture in sample.pictures])
             for sample in window:
                 parts: list[Part] = [
-                    part if isinstance(part, Text) else Picture(next(codes), part.time_ms)
-                    for part in sample.parts
+                    part if isinstance(part, Text) else Picture(next(codes), part.time_ms) for part in sample.parts
                 ]
                 try:
                     yield self.layout.build(sample.key, sample.kind, parts, sample.metadata)

@@ -10,22 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizers import (
-    _QWEN_PATTERN,
-    MODEL_FILE,
-    _parse_ranks,
-    load_text_tokenizer,
-    read_description,
-)
+from data_pipeline.tokenizers import _QWEN_PATTERN, MODEL_FILE, _parse_ranks, load_text_tokenizer, read_description
 from model.errors import UserError
 from model.vocabulary import EMU35_TEXT_SIZE, Vocabulary
 
 RANKS_FILE = "emu3.tiktoken"  # names of the released files
 VISION_TOKENS_FILE = "emu3_vision_tokens.txt"
 _NAMED_EMU35 = {
-    151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151851: "<|image token|>",
-    151852: "<|image start|>", 151853: "<|image end|>",
-}  # fmt: skip
+    151643: "<|endoftext|>",
+    151644: "<|im_start|>",
+    151645: "<|im_end|>",
+    151851: "<|image token|>",
+    151852: "<|image start|>",
+    151853: "<|image end|>",
+}
 _FIRST_EXTRA = 151_646
 _FIRST_VISION_LINE = 151_851  # the released list of vision tokens starts with the image's own three
 
@@ -53,23 +51,36 @@ def export_text_tokenizer(source: Path, vocabulary: Vocabulary, target: Path) ->
     else:
         raise UserError(
             "this kind of text tokenizer has no export", where=str(path), expected=".model or .tiktoken", got=path.name
-        )  # fmt: skip
+        )
     added = [
-        {"id": index, "content": token_name(index, vocabulary), "single_word": False, "lstrip": False,
-         "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": index,
+            "content": token_name(index, vocabulary),
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for index in range(vocabulary.text_size, vocabulary.size)
-    ]  # fmt: skip
+    ]
     definition = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "post_processor": None,
-    } | parts  # fmt: skip
-    (target / "tokenizer.json").write_text(
-        json.dumps(definition, ensure_ascii=False), encoding="utf-8"
-    )
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "post_processor": None,
+    } | parts
+    (target / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
     names = {name: token_name(index, vocabulary) for name, index in vocabulary.structure.items()}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names["bos"], "eos_token": names["eos"],
-        "pad_token": names["pad"], "clean_up_tokenization_spaces": False, "model_max_length": 1_000_000_000,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names["bos"],
+        "eos_token": names["eos"],
+        "pad_token": names["pad"],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+    }
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return {"source": str(source), "fingerprint": tokenizer.fingerprint, "size": tokenizer.size}
 
@@ -85,9 +96,12 @@ def tokenizer_file(source: Path) -> Path:
 def _check_size(size: int, vocabulary: Vocabulary, path: Path) -> None:
     if size != vocabulary.text_size:
         raise UserError(
-            "the text tokenizer is not of this vocabulary", where=str(path), expected=f"{vocabulary.text_size} text ids",
-            got=str(size), fix="text_tokenizer=FOLDER of the one that the model was trained with",
-        )  # fmt: skip
+            "the text tokenizer is not of this vocabulary",
+            where=str(path),
+            expected=f"{vocabulary.text_size} text ids",
+            got=str(size),
+            fix="text_tokenizer=FOLDER of the one that the model was trained with",
+        )
 
 
 def token_name(index: int, vocabulary: Vocabulary) -> str:
@@ -110,20 +124,17 @@ def unigram_parts(model: bytes) -> dict[str, Any]:
     proto.ParseFromString(model)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     plain = (
-        normalizer.name == "identity"
-        and not normalizer.add_dummy_prefix
-        and not normalizer.remove_extra_whitespaces
+        normalizer.name == "identity" and not normalizer.add_dummy_prefix and not normalizer.remove_extra_whitespaces
     )
     if trainer.model_type != trainer.UNIGRAM or not plain:
         raise UserError(
             "only SentencePiece unigram models that take text as it is can be exported",
-            expected="normalization identity, no added space", got=f"normalization {normalizer.name}",
-        )  # fmt: skip
+            expected="normalization identity, no added space",
+            got=f"normalization {normalizer.name}",
+        )
     return {
         "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False,
-        },
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False},
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -133,10 +144,12 @@ def unigram_parts(model: bytes) -> dict[str, Any]:
             ],
         },
         "model": {
-            "type": "Unigram", "unk_id": trainer.unk_id, "byte_fallback": True,
+            "type": "Unigram",
+            "unk_id": trainer.unk_id,
+            "byte_fallback": True,
             "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
         },
-    }  # fmt: skip
+    }
 
 
 def byte_pair_parts(ranks: dict[bytes, int]) -> dict[str, Any]:
@@ -164,18 +177,22 @@ def byte_pair_parts(ranks: dict[bytes, int]) -> dict[str, Any]:
         },
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
             "ignore_merges": True,  # tiktoken looks a whole piece up before it merges
-            "vocab": {written(token): rank for token, rank in ranks.items()}, "merges": merges,
+            "vocab": {written(token): rank for token, rank in ranks.items()},
+            "merges": merges,
         },
-    }  # fmt: skip
+    }
 
 
 def byte_letters() -> dict[int, str]:
     """The visible character that byte-level tokenizers write for each byte."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {
-        byte: chr(256 + number) for number, byte in enumerate(hidden)
-    }
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}

@@ -61,9 +61,7 @@ class SentencePieceTokenizer:
         self.size = self._processor.vocab_size()
         self.fingerprint = _fingerprint("sentencepiece", model)
         # SentencePiece writes a space as this character; the character itself goes as bytes.
-        self._block_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()
-        ]
+        self._block_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -84,17 +82,13 @@ class TiktokenTokenizer:
         import tiktoken
 
         ranks = _parse_ranks(ranks_file, name)
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=_QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={}
-        )
+        self._encoding = tiktoken.Encoding(name, pat_str=_QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
         self.size = len(ranks)
         self.fingerprint = _fingerprint("tiktoken", ranks_file)
 
     def encode(self, text: str) -> list[int]:
         normal = unicodedata.normalize("NFC", text)
-        return [
-            index for part in _split_long(normal) for index in self._encoding.encode_ordinary(part)
-        ]
+        return [index for part in _split_long(normal) for index in self._encoding.encode_ordinary(part)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])
@@ -107,9 +101,7 @@ class HuggingFaceTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise UserError(
-                "this tokenizer needs the `tokenizers` package", fix="pip install tokenizers"
-            ) from error
+            raise UserError("this tokenizer needs the `tokenizers` package", fix="pip install tokenizers") from error
         # The library raises a bare Exception on a file it cannot read.
         try:
             self._tokenizer = Tokenizer.from_str(definition.decode())
@@ -141,7 +133,7 @@ def encode_grid(tokenizer: TextTokenizer, height: int, width: int) -> list[int]:
                 expected="one token for each digit and *",
                 got=f"{len(encoded)} tokens for {character!r}",
                 fix="train the tokenizer with digits and * among its characters",
-            )  # fmt: skip
+            )
         ids += encoded
     return ids
 
@@ -153,10 +145,11 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
         return _load_folder(path)
     if not path.is_file():
         raise UserError(
-            "the text tokenizer does not exist", where=str(path),
+            "the text tokenizer does not exist",
+            where=str(path),
             expected="a text_tokenizer folder, or a .model, .tiktoken or tokenizer.json file",
             fix="train one with `nextstate train stage=text_tokenizer`, or give its path",
-        )  # fmt: skip
+        )
     return _tokenizer_of_file(path, path.read_bytes())
 
 
@@ -166,17 +159,21 @@ def _load_folder(folder: Path) -> TextTokenizer:
         if (folder / DESCRIPTION_FILE).is_file():  # a model folder of Hugging Face
             return load_text_tokenizer(folder / DESCRIPTION_FILE)
         raise UserError(
-            "the folder holds no text tokenizer", where=str(folder), expected=DESCRIPTION_FILE,
+            "the folder holds no text tokenizer",
+            where=str(folder),
+            expected=DESCRIPTION_FILE,
             fix="train one with `nextstate train stage=text_tokenizer`",
-        )  # fmt: skip
+        )
     path = folder / str(description["file"])
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise UserError(
-            "the text tokenizer is damaged", where=str(path),
-            expected=f"sha256 {description['sha256']}", got=hashlib.sha256(data).hexdigest(),
+            "the text tokenizer is damaged",
+            where=str(path),
+            expected=f"sha256 {description['sha256']}",
+            got=hashlib.sha256(data).hexdigest(),
             fix="remove the folder and train it again",
-        )  # fmt: skip
+        )
     return _tokenizer_of_file(path, data)
 
 
@@ -188,9 +185,12 @@ def _tokenizer_of_file(path: Path, data: bytes) -> TextTokenizer:
     if path.suffix == ".json":
         return HuggingFaceTokenizer(data)
     raise UserError(
-        "unknown kind of text tokenizer", where=str(path), expected=".model, .tiktoken or .json",
-        got=path.suffix or "no suffix", fix="rename the file or convert it",
-    )  # fmt: skip
+        "unknown kind of text tokenizer",
+        where=str(path),
+        expected=".model, .tiktoken or .json",
+        got=path.suffix or "no suffix",
+        fix="rename the file or convert it",
+    )
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
@@ -230,14 +230,26 @@ def train_sentencepiece(
     sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, vocab_size=size,
-            model_type="unigram", num_threads=1, byte_fallback=True, split_digits=True,
-            normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, required_chars="0123456789*",
-            character_coverage=1.0, shuffle_input_sentence=False,
-            max_sentence_length=_MAX_LINE_BYTES + 8, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=size,
+            model_type="unigram",
+            num_threads=1,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            required_chars="0123456789*",
+            character_coverage=1.0,
+            shuffle_input_sentence=False,
+            max_sentence_length=_MAX_LINE_BYTES + 8,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
             minloglevel=2,
-        )  # fmt: skip
+        )
     except RuntimeError as error:
         raise _training_error(error, size) from error
     description = {
@@ -256,13 +268,13 @@ def train_sentencepiece(
 def _training_error(error: RuntimeError, size: int) -> UserError:
     message = str(error).strip().splitlines()[-1]
     suggested = re.search(r"value <= (\d+)", message)
-    fix = (
-        f"ask for at most {suggested[1]} pieces" if suggested else "give other text or another size"
-    )
+    fix = f"ask for at most {suggested[1]} pieces" if suggested else "give other text or another size"
     return UserError(
-        "the text tokenizer cannot be trained", expected=f"text for {size} pieces", got=message,
+        "the text tokenizer cannot be trained",
+        expected=f"text for {size} pieces",
+        got=message,
         fix=f"{fix}, or give more text",
-    )  # fmt: skip
+    )
 
 
 def _rare_characters(lines: Iterable[str], num_pieces: int, coverage: float) -> dict[int, str]:
@@ -308,10 +320,11 @@ def _parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
         raise UserError("not a tiktoken ranks file", where=name, got=str(error)) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise UserError(
-            "not a complete tiktoken ranks file", where=name,
+            "not a complete tiktoken ranks file",
+            where=name,
             expected="every rank from 0 on once, the 256 single bytes among the tokens",
             got=f"{len(ranks)} tokens",
-        )  # fmt: skip
+        )
     return ranks
 
 

@@ -13,9 +13,7 @@ from pathlib import Path
 from launch.cluster import ClusterConfig
 from launch.scheduling import DIRECTIVES
 
-ENDED_NAME = (
-    "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
-)
+ENDED_NAME = "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
 ATTEMPTS_NAME = "attempts"  # one line a start of the ranks
 PROGRESS_NAME = "progress"  # "restarts in a row without progress, progress at the last start"
 LOG_NAME = "log.txt"
@@ -32,17 +30,13 @@ class BatchJob:
     folder: Path  # script, log, attempts
     code: Path  # snapshot that the processes import
     work_folder: Path  # relative paths of the configuration start here
-    calls: list[
-        list[str]
-    ]  # arguments of the interpreter; one array task each when there are several
+    calls: list[list[str]]  # arguments of the interpreter; one array task each when there are several
     shares: int = 1  # tasks of an array that divide one call, which contains `SHARE`
     num_tasks: int = 1  # ranks
     tasks_per_node: int = 1
     num_accelerators_per_node: int = 0
     checkpoints: Path | None = None  # progress is the newest complete checkpoint here
-    outputs: list[Path] = field(
-        default_factory=list
-    )  # without checkpoints: the number of files here
+    outputs: list[Path] = field(default_factory=list)  # without checkpoints: the number of files here
     must_exist: list[Path] = field(default_factory=list)  # what a job that ended well has left
 
     @property
@@ -134,16 +128,12 @@ def environment(cluster: ClusterConfig) -> list[str]:
     lines = [f"module load {shlex.quote(name)}" for name in cluster.modules]
     variables = dict(cluster.environment)
     if cluster.network_interface:
-        variables["GLOO_SOCKET_IFNAME"] = variables["NCCL_SOCKET_IFNAME"] = (
-            cluster.network_interface
-        )
+        variables["GLOO_SOCKET_IFNAME"] = variables["NCCL_SOCKET_IFNAME"] = cluster.network_interface
     if cluster.infiniband_devices:
         variables["NCCL_IB_HCA"] = cluster.infiniband_devices
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     lines.append("# The snapshot comes before anything else that could be imported.")
-    lines.append(
-        'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1'
-    )
+    lines.append('export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1')
     if "OMP_NUM_THREADS" not in variables:
         lines.append(f"export OMP_NUM_THREADS={cluster.cpus_per_task or 1}")
     return lines

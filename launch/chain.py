@@ -71,9 +71,7 @@ def settle(chain: Chain, name: str) -> None:
     record.wall_seconds = sum(max(0.0, ending.ended_at - ending.started_at) for ending in endings)
     if record.state == "done":
         outputs = chain.config.entries[name].outputs
-        record.outputs = {
-            output: list(measure(chain.curriculum.folder / output)) for output in outputs
-        }
+        record.outputs = {output: list(measure(chain.curriculum.folder / output)) for output in outputs}
 
 
 def run_chain(config: CurriculumConfig) -> dict[str, Any]:
@@ -101,17 +99,10 @@ def run_chain(config: CurriculumConfig) -> dict[str, Any]:
 def show_chain(config: CurriculumConfig) -> dict[str, Any]:
     """What would be submitted if nothing were done yet; needs no Slurm."""
     curriculum = Curriculum(config)
-    scripts = {
-        name: dry_run(entry_work(curriculum, name), config.cluster) for name in curriculum.order
-    }
+    scripts = {name: dry_run(entry_work(curriculum, name), config.cluster) for name in curriculum.order}
     for name, entry in ((name, config.entries[name]) for name in curriculum.order):
         print(f"{name}: after {', '.join(entry.needs) or 'nothing'}", file=sys.stderr)
-    return {
-        "name": config.name,
-        "run_folder": str(curriculum.folder),
-        "entries": [],
-        "scripts": scripts,
-    }
+    return {"name": config.name, "run_folder": str(curriculum.folder), "entries": [], "scripts": scripts}
 
 
 def is_due(chain: Chain, name: str, submitted: dict[str, str]) -> bool:
@@ -136,7 +127,7 @@ def give_way(chain: Chain, name: str) -> None:
             f"{name} is running with another configuration, or with inputs that are to be made again",
             got=f"job {record.job_id}",
             fix=f"wait for it, or scancel {record.job_id} and give the same command again",
-        )  # fmt: skip
+        )
     slurm.cancel([record.job_id])
 
 
@@ -170,10 +161,13 @@ def check_run_folder_of_entry(work: Work, is_same: bool) -> None:
 def entry_work(curriculum: Curriculum, name: str) -> Work:
     entry, folder = curriculum.config.entries[name], curriculum.folder
     work = Work(
-        name=name, title=f"{curriculum.config.name}/{name}", run_folder=folder,
-        fingerprint=curriculum.fingerprint(name), outputs=[folder / output for output in entry.outputs],
+        name=name,
+        title=f"{curriculum.config.name}/{name}",
+        run_folder=folder,
+        fingerprint=curriculum.fingerprint(name),
+        outputs=[folder / output for output in entry.outputs],
         num_accelerators=entry.accelerators,
-    )  # fmt: skip
+    )
     if entry.command == "train" and not entry.each:
         work.training = compose_config("train", entry.overrides)
     else:
@@ -184,9 +178,7 @@ def entry_work(curriculum: Curriculum, name: str) -> Work:
 def entry_calls(entry: EntryConfig) -> list[list[str]]:
     """Arguments of the interpreter, for each task of a job array when the calls are parallel."""
     if entry.parallel_calls:
-        groups = [
-            ["launch.cli", entry.command, *entry.overrides, *own] for own in entry.each.values()
-        ]
+        groups = [["launch.cli", entry.command, *entry.overrides, *own] for own in entry.each.values()]
     else:
         module, *rest = module_call(entry)
         share = [f"num_tasks={entry.shares}", SHARE] if entry.shares > 1 else []
@@ -208,11 +200,7 @@ def report(chain: Chain) -> dict[str, Any]:
             entry["reason"] = job.reason if job and state == "queued" else ""
             entry["wall_seconds"] = round(chain.jobs[name].seconds_since_start(record), 1)
         entries.append(entry)
-    return {
-        "name": chain.config.name,
-        "run_folder": str(chain.curriculum.folder),
-        "entries": entries,
-    }
+    return {"name": chain.config.name, "run_folder": str(chain.curriculum.folder), "entries": entries}
 
 
 def cancel_chain(config: CurriculumConfig) -> dict[str, Any]:
@@ -220,9 +208,7 @@ def cancel_chain(config: CurriculumConfig) -> dict[str, Any]:
     with jobs.locked(Path(config.run_folder)):
         chain = read_chain(config, slurm.queue())
         active = [name for name in reversed(chain.curriculum.order) if chain.is_active(name)]
-        slurm.cancel(
-            [record.job_id for name in active if (record := chain.records[name]) is not None]
-        )
+        slurm.cancel([record.job_id for name in active if (record := chain.records[name]) is not None])
         for name in active:
             chain.states[name] = chain.curriculum.records[name].state = "cancelled"
         chain.curriculum.save()

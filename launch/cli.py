@@ -64,11 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        full = UserError(
-            "the disk is full",
-            where=str(error.filename or ""),
-            fix="free space and run the same command",
-        )
+        full = UserError("the disk is full", where=str(error.filename or ""), fix="free space and run the same command")
         return refuse(full, as_json=call is not None and call.json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -93,11 +89,7 @@ def command_summaries() -> dict[str, str]:
 
 
 def overview() -> str:
-    lines = [
-        "usage: nextstate COMMAND [group=option ...] [key=value ...] [--help] [--cfg job] [-m]",
-        "",
-        "commands:",
-    ]
+    lines = ["usage: nextstate COMMAND [group=option ...] [key=value ...] [--help] [--cfg job] [-m]", "", "commands:"]
     lines += [f"  {name:<12} {summary}" for name, summary in command_summaries().items()]
     lines += [
         "",
@@ -131,14 +123,10 @@ def read_call(arguments: list[str]) -> Call:
         elif text in ("-c", "--cfg") or text.startswith("--cfg="):
             what = text.partition("=")[2] or next(remaining, "")
             if what != "job":
-                raise UserError(
-                    "--cfg shows one thing only", expected="--cfg job", got=f"--cfg {what}"
-                )
+                raise UserError("--cfg shows one thing only", expected="--cfg job", got=f"--cfg {what}")
             call.show_config = True
         elif text.startswith("-"):
-            raise UserError(
-                f"unknown option {text}", expected="--help, --cfg job, -m, or key=value"
-            )
+            raise UserError(f"unknown option {text}", expected="--help, --cfg job, -m, or key=value")
         elif "=" in text or text.startswith("~"):
             call.overrides.append(text)
         else:
@@ -171,9 +159,7 @@ def execute(call: Call) -> int:
         print("---\n".join(OmegaConf.to_yaml(tree) for tree in trees), end="")
         return 0
     config = configs.compose_config(call.command, call.overrides)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     quiet_libraries()
     with stdout_kept_clean(call.json):
         answer = module.run(config)
@@ -190,9 +176,7 @@ def place_words(call: Call, key: str | None) -> None:
     """`nextstate curriculum status` is `action=status`; which key takes the word stands in the command's module."""
     if len(call.words) > (1 if key else 0):
         extra = call.words[1 if key else 0]
-        raise UserError(
-            f"{extra!r} is not of the form key=value", fix=f"nextstate {call.command} --help"
-        )
+        raise UserError(f"{extra!r} is not of the form key=value", fix=f"nextstate {call.command} --help")
     for word in call.words:
         quoted = word.replace("\\", "\\\\").replace("'", "\\'")
         call.overrides.append(f"{key}='{quoted}'")

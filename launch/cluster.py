@@ -25,16 +25,18 @@ class ClusterConfig(Scheduling):
         self.validate_scheduling(problems, key)
         for name in ("num_accelerators", "accelerators_per_node", "accelerators_per_fast_domain"):
             value = getattr(self, name)
-            problems.check(
-                value > 0, f"{key}.{name}", f"must be positive, got {value}", f"{key}.{name}=8"
-            )
+            problems.check(value > 0, f"{key}.{name}", f"must be positive, got {value}", f"{key}.{name}=8")
         for name in ("network_gigabits_per_second", "storage_gigabytes_per_second"):
             value = getattr(self, name)
             problems.check(
-                0 < value < float("inf"), f"{key}.{name}", f"must be positive and finite, got {value}",
+                0 < value < float("inf"),
+                f"{key}.{name}",
+                f"must be positive and finite, got {value}",
                 f"{key}.{name}=100",
-            )  # fmt: skip
+            )
         problems.check(
-            self.num_accelerators <= 10_000_000, f"{key}.num_accelerators",
-            f"{self.num_accelerators} is more than any cluster has", f"{key}.num_accelerators=1024",
-        )  # fmt: skip
+            self.num_accelerators <= 10_000_000,
+            f"{key}.num_accelerators",
+            f"{self.num_accelerators} is more than any cluster has",
+            f"{key}.num_accelerators=1024",
+        )

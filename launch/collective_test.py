@@ -23,7 +23,7 @@ def measure(rank: int, num_processes: int, store: str, seconds: float, target: s
         torch.cuda.set_device(device)
     distributed.init_process_group(
         "nccl" if has_accelerator else "gloo", init_method=f"file://{store}", rank=rank, world_size=num_processes
-    )  # fmt: skip
+    )
     small, large = torch.ones(1, device=device), torch.ones(LARGE_VALUES, device=device)
     distributed.all_reduce(small)
     assert small.item() == num_processes
@@ -42,10 +42,11 @@ def measure(rank: int, num_processes: int, store: str, seconds: float, target: s
     passed = time.perf_counter() - started
     if rank == 0:
         answer = {
-            "backend": distributed.get_backend(), "processes": num_processes,
+            "backend": distributed.get_backend(),
+            "processes": num_processes,
             "megabytes_per_second": num_calls * LARGE_VALUES * 4 / 1e6 / passed,
             "small_microseconds": small_seconds * 1e6,
-        }  # fmt: skip
+        }
         Path(target).write_text(json.dumps(answer))
     distributed.destroy_process_group()
 

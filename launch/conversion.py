@@ -38,11 +38,7 @@ def convert(config: Config) -> dict[str, Any]:
         return verify(config)
     source, target = Path(config.source or "."), Path(config.target or ".")
     actions.refuse_existing(target)
-    answer: dict[str, Any] = {
-        "action": config.action,
-        "target": str(target),
-        "layout": config.layout,
-    }
+    answer: dict[str, Any] = {"action": config.action, "target": str(target), "layout": config.layout}
     if config.layout == VISION_LAYOUT:
         return answer | convert_vision(config, source, target)
     extras = Extras(config, source)
@@ -66,25 +62,25 @@ def convert(config: Config) -> dict[str, Any]:
 
 def read_options(config: Config, extras: Extra | None) -> Options:
     return Options(
-        dtype=config.dtype, tensor=config.tensor, pipeline=config.pipeline,
-        shard_bytes=int(config.shard_gigabytes * 1e9), threads=config.threads, seed=config.seed,
-        untie=config.untie, ignore=tuple(config.ignore), extras=extras,
-    )  # fmt: skip
+        dtype=config.dtype,
+        tensor=config.tensor,
+        pipeline=config.pipeline,
+        shard_bytes=int(config.shard_gigabytes * 1e9),
+        threads=config.threads,
+        seed=config.seed,
+        untie=config.untie,
+        ignore=tuple(config.ignore),
+        extras=extras,
+    )
 
 
 def figures(outcome: Outcome) -> dict[str, Any]:
     layout = {"layout": outcome.layout} if outcome.layout else {}
-    return layout | {
-        "dtype": outcome.config.dtype,
-        **_sizes(outcome.result),
-        "notes": outcome.notes,
-    }
+    return layout | {"dtype": outcome.config.dtype, **_sizes(outcome.result), "notes": outcome.notes}
 
 
 def _sizes(result: Result) -> dict[str, Any]:
-    return {
-        "bytes": result.num_bytes, "seconds": round(result.seconds, 3), "resumed_bytes": result.resumed_bytes,
-    }  # fmt: skip
+    return {"bytes": result.num_bytes, "seconds": round(result.seconds, 3), "resumed_bytes": result.resumed_bytes}
 
 
 class Extras:
@@ -113,17 +109,18 @@ class Extras:
         if place is None:
             self.notes.append("no text tokenizer was exported: text_tokenizer=FOLDER names one")
             return
-        vocabulary = Vocabulary.from_config(
-            model_config(manifest["model"], str(checkpoint)).vocabulary
-        )
+        vocabulary = Vocabulary.from_config(model_config(manifest["model"], str(checkpoint)).vocabulary)
         exported = export_text_tokenizer(place, vocabulary, folder)
         recorded = manifest.get("text_tokenizer")
         expected = recorded["fingerprint"] if isinstance(recorded, dict) else recorded
         if expected and expected != exported["fingerprint"]:
             raise UserError(
-                "the text tokenizer is not the one that the checkpoint was trained with", where=str(place),
-                expected=f"fingerprint {expected}", got=exported["fingerprint"], fix="text_tokenizer=FOLDER of the right one",
-            )  # fmt: skip
+                "the text tokenizer is not the one that the checkpoint was trained with",
+                where=str(place),
+                expected=f"fingerprint {expected}",
+                got=exported["fingerprint"],
+                fix="text_tokenizer=FOLDER of the right one",
+            )
         copy = folder / RECORD_FOLDER / TOKENIZER_FOLDER
         shutil.rmtree(copy, ignore_errors=True)
         copy.mkdir(parents=True)
@@ -147,10 +144,12 @@ class Extras:
         config = self.config
         if config.action not in ("from_hf", "to_hf") or not self._certify_both_sides(folder):
             certificate = {
-                "passed": True, "mode": "keys", "num_tensors": len(written.tensors),
+                "passed": True,
+                "mode": "keys",
+                "num_tensors": len(written.tensors),
                 "tensors_crc32": written.tensors,
                 "message": "every tensor was read back after writing; conversion moves rows and changes none",
-            }  # fmt: skip
+            }
             self._publish_certificate(folder, certificate)
 
     def _certify_both_sides(self, folder: Path) -> bool:
@@ -166,21 +165,26 @@ class Extras:
         from model.conversion.parity import certify
 
         certificate = certify(
-            ours, theirs, config.layout or self._detected(theirs), mode=MODES[config.verify],
-            num_tokens=config.num_tokens, seed=config.seed, out=folder / CERTIFICATE_NAME,
-        )  # fmt: skip
+            ours,
+            theirs,
+            config.layout or self._detected(theirs),
+            mode=MODES[config.verify],
+            num_tokens=config.num_tokens,
+            seed=config.seed,
+            out=folder / CERTIFICATE_NAME,
+        )
         # The output's own name, not that of the folder where it is being made.
         target = str(config.target)
-        certificate |= (
-            {"checkpoint": target} if config.action == "from_hf" else {"hugging_face": target}
-        )
+        certificate |= {"checkpoint": target} if config.action == "from_hf" else {"hugging_face": target}
         if config.dtype is not None and certificate["mode"] == "logits":
             certificate["message"] += f"; the weights were cast to {config.dtype} on purpose"
         elif not certificate["passed"]:
             raise UserError(
-                "the certificate failed: both sides are not the same model", where=f"{source} and {target}",
-                got=differences(certificate), fix="nothing was published; report this with both configurations",
-            )  # fmt: skip
+                "the certificate failed: both sides are not the same model",
+                where=f"{source} and {target}",
+                got=differences(certificate),
+                fix="nothing was published; report this with both configurations",
+            )
         self._publish_certificate(folder, certificate)
         return True
 
@@ -190,9 +194,7 @@ class Extras:
 
     def _publish_certificate(self, folder: Path, certificate: dict[str, Any]) -> None:
         write_json(folder / CERTIFICATE_NAME, certificate)
-        self.answer["parity"] = {
-            name: value for name, value in certificate.items() if not name.startswith("tensors")
-        }
+        self.answer["parity"] = {name: value for name, value in certificate.items() if not name.startswith("tensors")}
 
 
 def differences(certificate: dict[str, Any]) -> str:
@@ -207,9 +209,7 @@ def differences(certificate: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def find_text_tokenizer(
-    manifest: dict[str, Any], checkpoint: Path, given: str | None
-) -> Path | None:
+def find_text_tokenizer(manifest: dict[str, Any], checkpoint: Path, given: str | None) -> Path | None:
     """Where the checkpoint's text tokenizer is; None when it records none or it is gone."""
     if given is not None:
         if not Path(given).exists():
@@ -243,39 +243,37 @@ def verify(config: Config) -> dict[str, Any]:
     source, target = latest_checkpoint(config.source or "."), Path(config.target or ".")
     layout = config.layout or ""
     certificate = compare(source, target, layout, config.threads)
-    problems = {
-        name: certificate[name]
-        for name in ("missing", "extra", "misshaped", "different")
-        if certificate[name]
-    }
+    problems = {name: certificate[name] for name in ("missing", "extra", "misshaped", "different") if certificate[name]}
     if problems:
         raise UserError(
-            "the export is not the checkpoint", where=f"{source} and {target}",
+            "the export is not the checkpoint",
+            where=f"{source} and {target}",
             got="; ".join(f"{name}: {', '.join(names[:20])}" for name, names in problems.items()),
             fix="convert it again",
-        )  # fmt: skip
+        )
     if layout != VISION_LAYOUT and config.verify in ("auto", "logits"):
         from model.conversion.parity import certify
 
         models = certify(
-            source, target, layout, mode="logits", num_tokens=config.num_tokens, seed=config.seed,
+            source,
+            target,
+            layout,
+            mode="logits",
+            num_tokens=config.num_tokens,
+            seed=config.seed,
             out=target / CERTIFICATE_NAME,
-        )  # fmt: skip
+        )
         certificate = certificate | models | {"tensors_crc32": certificate["tensors_crc32"]}
         if not models["passed"]:
             raise UserError(
-                "both sides hold the same tensors but are not the same model", where=f"{source} and {target}",
-                got=differences(models), fix="compare config.json with the checkpoint's manifest",
-            )  # fmt: skip
+                "both sides hold the same tensors but are not the same model",
+                where=f"{source} and {target}",
+                got=differences(models),
+                fix="compare config.json with the checkpoint's manifest",
+            )
     write_json(target / CERTIFICATE_NAME, certificate)
     shown = {name: value for name, value in certificate.items() if not name.startswith("tensors")}
-    return {
-        "action": "verify",
-        "source": str(source),
-        "target": str(target),
-        "layout": layout,
-        "parity": shown,
-    }
+    return {"action": "verify", "source": str(source), "target": str(target), "layout": layout, "parity": shown}
 
 
 def convert_vision(config: Config, source: Path, target: Path) -> dict[str, Any]:
@@ -285,8 +283,5 @@ def convert_vision(config: Config, source: Path, target: Path) -> dict[str, Any]
     elif config.action == "from_hf":
         result = vision.from_published(source, target, config.vision_tokenizer, options)
     else:
-        raise UserError(
-            f"layout={VISION_LAYOUT} has no action {config.action}",
-            expected="to_hf, from_hf or verify",
-        )
+        raise UserError(f"layout={VISION_LAYOUT} has no action {config.action}", expected="to_hf, from_hf or verify")
     return _sizes(result)

@@ -42,12 +42,8 @@ class EntryConfig:
     overrides: list[str] = field(default_factory=list)  # or the arguments of the module
     each: dict[str, list[str]] = field(default_factory=dict)  # call the command once for each name
     # in one process, with these overrides added
-    needs: list[str] = field(
-        default_factory=list
-    )  # entries that come first; their results count as inputs
-    outputs: list[str] = field(
-        default_factory=list
-    )  # files or folders below run_folder that exist afterwards
+    needs: list[str] = field(default_factory=list)  # entries that come first; their results count as inputs
+    outputs: list[str] = field(default_factory=list)  # files or folders below run_folder that exist afterwards
     shares: int = 1  # on Slurm: a job array, each task doing its share of the input shards
     parallel_calls: bool = False  # on Slurm: a job array, a task for each of `each`
     accelerators: int = 0  # on Slurm: of a job that is not training
@@ -63,9 +59,7 @@ class CurriculumConfig:
     entries: dict[str, EntryConfig] = field(default_factory=dict)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
     until: str | None = None  # stop after this entry
-    force: list[str] = field(
-        default_factory=list
-    )  # entries to run again although nothing has changed
+    force: list[str] = field(default_factory=list)  # entries to run again although nothing has changed
     dry_run: bool = False  # say what would run, run nothing
     entry: str | None = None  # whose log is shown; null: of all
     num_lines: int = 20  # of each log
@@ -74,31 +68,20 @@ class CurriculumConfig:
     def validate(self) -> None:
         problems = Problems()
         problems.check(
-            self.action in ACTIONS,
-            "action",
-            f"unknown action {self.action!r}",
-            f"action={'|'.join(ACTIONS)}",
+            self.action in ACTIONS, "action", f"unknown action {self.action!r}", f"action={'|'.join(ACTIONS)}"
         )
         self.cluster.validate(problems)
         problems.check(self.num_lines > 0, "num_lines", "must be positive", "num_lines=20")
         for name, entry in self.entries.items():
             key = f"entries.{name}"
-            problems.check(
-                bool(entry.command) != bool(entry.module),
-                key,
-                "needs exactly one of command and module",
-            )
+            problems.check(bool(entry.command) != bool(entry.module), key, "needs exactly one of command and module")
             problems.check(not entry.each or bool(entry.command), f"{key}.each", "needs a command")
             self._validate_array(problems, key, entry)
             problems.check(
-                name.isprintable() and "/" not in name and not name.startswith("."), key,
-                f"{name!r} cannot name a log",
-            )  # fmt: skip
+                name.isprintable() and "/" not in name and not name.startswith("."), key, f"{name!r} cannot name a log"
+            )
             problems.check(
-                bool(entry.outputs),
-                key,
-                "names no outputs: it could never be skipped",
-                f"{key}.outputs=[...]",
+                bool(entry.outputs), key, "names no outputs: it could never be skipped", f"{key}.outputs=[...]"
             )
             for output in entry.outputs:
                 inside = not Path(output).is_absolute() and ".." not in Path(output).parts
@@ -107,10 +90,7 @@ class CurriculumConfig:
                 problems.check(needed in self.entries, key, f"needs {needed!r}, which is no entry")
         for name in [*self.force, *filter(None, (self.until, self.entry))]:
             problems.check(
-                name in self.entries,
-                "until, force, entry",
-                f"{name!r} is no entry",
-                ", ".join(self.entries),
+                name in self.entries, "until, force, entry", f"{name!r} is no entry", ", ".join(self.entries)
             )
         problems.raise_if_any()
 
@@ -118,12 +98,12 @@ class CurriculumConfig:
         problems.check(entry.accelerators >= 0, f"{key}.accelerators", "must not be negative")
         problems.check(entry.shares > 0, f"{key}.shares", "must be positive", f"{key}.shares=1")
         problems.check(
-            entry.shares == 1 or (entry.command == "tokenize" and not entry.parallel_calls), f"{key}.shares",
-            "is for tokenize, and exclusive with parallel_calls", f"{key}.shares=1",
-        )  # fmt: skip
-        problems.check(
-            not entry.parallel_calls or bool(entry.each), f"{key}.parallel_calls", "needs each"
+            entry.shares == 1 or (entry.command == "tokenize" and not entry.parallel_calls),
+            f"{key}.shares",
+            "is for tokenize, and exclusive with parallel_calls",
+            f"{key}.shares=1",
         )
+        problems.check(not entry.parallel_calls or bool(entry.each), f"{key}.parallel_calls", "needs each")
 
 
 @dataclass
@@ -163,9 +143,11 @@ class Curriculum:
             known = {name: Record(**value) for name, value in stored["entries"].items()}
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                "the curriculum's state cannot be read", where=str(self.state_path), got=str(error),
+                "the curriculum's state cannot be read",
+                where=str(self.state_path),
+                got=str(error),
                 fix="move the file away: entries run again, and each finds what it had finished",
-            ) from error  # fmt: skip
+            ) from error
         return {**known, **{name: known.get(name, record) for name, record in records.items()}}
 
     def save(self) -> None:
@@ -197,11 +179,7 @@ class Curriculum:
 
     def is_done(self, name: str) -> bool:
         record = self.records[name]
-        return (
-            record.state == "done"
-            and record.fingerprint == self.fingerprint(name)
-            and self.outputs_present(name)
-        )
+        return record.state == "done" and record.fingerprint == self.fingerprint(name) and self.outputs_present(name)
 
     def outputs_present(self, name: str) -> bool:
         """Every output is there and has lost neither files nor bytes since the entry finished."""
@@ -228,14 +206,9 @@ def ordered(entries: dict[str, EntryConfig]) -> list[str]:
     order: list[str] = []
     waiting = list(entries)
     while waiting:
-        ready = next(
-            (name for name in waiting if all(needed in order for needed in entries[name].needs)),
-            None,
-        )
+        ready = next((name for name in waiting if all(needed in order for needed in entries[name].needs)), None)
         if ready is None:
-            raise UserError(
-                "the entries of the curriculum need each other in a circle", got=", ".join(waiting)
-            )
+            raise UserError("the entries of the curriculum need each other in a circle", got=", ".join(waiting))
         waiting.remove(ready)
         order.append(ready)
     return order
@@ -280,9 +253,10 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                "another curriculum is running in this folder", where=str(folder),
+                "another curriculum is running in this folder",
+                where=str(folder),
                 fix="wait for it, end it, or choose another run_folder",
-            ) from error  # fmt: skip
+            ) from error
         yield
 
 
@@ -304,12 +278,7 @@ def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
                 exit_code = run_entry(curriculum, name, label)
                 ran.append(name)
                 if exit_code != 0:
-                    return {
-                        **summary(curriculum),
-                        "ran": ran,
-                        "stopped_at": name,
-                        "exit_code": exit_code,
-                    }
+                    return {**summary(curriculum), "ran": ran, "stopped_at": name, "exit_code": exit_code}
             if name == config.until:
                 break
         return {**summary(curriculum), "ran": ran}
@@ -320,9 +289,11 @@ def refuse_submitted(curriculum: Curriculum) -> None:
     names = [name for name in curriculum.order if curriculum.records[name].state == "submitted"]
     if names:
         raise UserError(
-            "entries of this curriculum are jobs of a cluster", where=str(curriculum.folder), got=", ".join(names),
+            "entries of this curriculum are jobs of a cluster",
+            where=str(curriculum.folder),
+            got=", ".join(names),
             fix="the same command with cluster=slurm; or nextstate curriculum cancel cluster=slurm",
-        )  # fmt: skip
+        )
 
 
 def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
@@ -330,9 +301,7 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     entry, record = curriculum.config.entries[name], curriculum.records[name]
     if alive(record.process) and record.state == "running":
         raise UserError(
-            f"{name} is still running",
-            got=f"process {int(record.process[0])}",
-            fix="wait for it or end it",
+            f"{name} is still running", got=f"process {int(record.process[0])}", fix="wait for it or end it"
         )
     fingerprint = curriculum.fingerprint(name)
     if fingerprint != record.fingerprint or name in curriculum.config.force:
@@ -362,14 +331,8 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
         record.result = new_result(fingerprint)
     curriculum.save()
     memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
-    ending = (
-        "done"
-        if exit_code == 0
-        else f"{record.state} with exit code {outcome.exit_code}, log {log}"
-    )
-    print(
-        f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})", file=sys.stderr, flush=True
-    )
+    ending = "done" if exit_code == 0 else f"{record.state} with exit code {outcome.exit_code}, log {log}"
+    print(f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})", file=sys.stderr, flush=True)
     return exit_code
 
 
@@ -409,21 +372,16 @@ def supersede(folder: Path, name: str, outputs: list[str]) -> None:
 def summary(curriculum: Curriculum) -> dict[str, Any]:
     """One item an entry, in order; what `nextstate curriculum status json=true` answers."""
     entries = [
-        {"name": name, "state": curriculum.state(name)}
-        | figures(curriculum, name)
-        | {"job_ids": [], "restarts": 0}
+        {"name": name, "state": curriculum.state(name)} | figures(curriculum, name) | {"job_ids": [], "restarts": 0}
         for name in curriculum.order
     ]
-    return {
-        "name": curriculum.config.name,
-        "run_folder": str(curriculum.folder),
-        "entries": entries,
-    }
+    return {"name": curriculum.config.name, "run_folder": str(curriculum.folder), "entries": entries}
 
 
 def figures(curriculum: Curriculum, name: str) -> dict[str, Any]:
     record = curriculum.records[name]
     return {
-        "wall_seconds": round(record.wall_seconds, 1), "peak_memory_bytes": record.peak_memory_bytes,
+        "wall_seconds": round(record.wall_seconds, 1),
+        "peak_memory_bytes": record.peak_memory_bytes,
         "exit_code": record.exit_code,
-    } | stage_progress(curriculum.folder / name)  # fmt: skip
+    } | stage_progress(curriculum.folder / name)

@@ -64,25 +64,31 @@ def machine(folder: Path) -> list[Finding]:
     memory = psutil.virtual_memory()
     existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
     disk = shutil.disk_usage(existing)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
         Finding(
-            "python", sys.version_info[:2] >= MIN_PYTHON, platform.python_version(),
-            "install Python 3.11 or newer", True,
+            "python",
+            sys.version_info[:2] >= MIN_PYTHON,
+            platform.python_version(),
+            "install Python 3.11 or newer",
+            True,
         ),
         Finding("cpu", cores >= 2, f"{cores} cores, {platform.machine()}", "the demo's layouts want 2 cores"),
         Finding(
-            "memory", memory.available >= MIN_FREE_MEMORY_BYTES,
-            f"{gibibytes(memory.available)} free of {gibibytes(memory.total)}", "the demo wants 6 GiB free",
+            "memory",
+            memory.available >= MIN_FREE_MEMORY_BYTES,
+            f"{gibibytes(memory.available)} free of {gibibytes(memory.total)}",
+            "the demo wants 6 GiB free",
         ),
         Finding(
-            "disk", disk.free >= MIN_FREE_DISK_BYTES, f"{gibibytes(disk.free)} free at {existing}",
-            "free space, or choose another run_folder", True,
+            "disk",
+            disk.free >= MIN_FREE_DISK_BYTES,
+            f"{gibibytes(disk.free)} free at {existing}",
+            "free space, or choose another run_folder",
+            True,
         ),
         accelerator(),
-    ]  # fmt: skip
+    ]
 
 
 def accelerator() -> Finding:
@@ -93,12 +99,7 @@ def accelerator() -> Finding:
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     if answer.returncode != 0:
-        return Finding(
-            "accelerator",
-            False,
-            answer.stderr.strip() or answer.stdout.strip(),
-            "repair the NVIDIA driver",
-        )
+        return Finding("accelerator", False, answer.stderr.strip() or answer.stdout.strip(), "repair the NVIDIA driver")
     return Finding("accelerator", True, "; ".join(answer.stdout.strip().splitlines()))
 
 
@@ -115,9 +116,7 @@ def attempt(name: str, probe: Callable[[], str], cure: str, required: bool) -> F
     try:
         return Finding(name, True, probe(), required=required)
     except Exception as error:
-        return Finding(
-            name, False, f"{type(error).__name__}: {error}".splitlines()[0], cure, required
-        )
+        return Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0], cure, required)
 
 
 def try_gloo() -> str:
@@ -126,9 +125,7 @@ def try_gloo() -> str:
     import torch.distributed as distributed
 
     with tempfile.TemporaryDirectory() as folder:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
-        )
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             value = torch.ones(1)
             distributed.all_reduce(value)

@@ -46,17 +46,17 @@ def fabric() -> Finding:
     if adapters:
         down = [text for text, is_active in adapters if not is_active]
         return Finding(
-            "fabric", not down, ", ".join(text for text, _ in adapters) + (f"; down: {', '.join(down)}" if down else ""),
+            "fabric",
+            not down,
+            ", ".join(text for text, _ in adapters) + (f"; down: {', '.join(down)}" if down else ""),
             "bring the port up (ibstat), or name the others in cluster.infiniband_devices",
-        )  # fmt: skip
+        )
     interfaces = [
-        f"{name} {status.speed or '?'} Mb/s" for name, status in psutil.net_if_stats().items() if status.isup and name != "lo"
-    ]  # fmt: skip
-    return Finding(
-        "fabric",
-        True,
-        f"no InfiniBand; {', '.join(sorted(interfaces)) or 'no interface but the loopback'}",
-    )
+        f"{name} {status.speed or '?'} Mb/s"
+        for name, status in psutil.net_if_stats().items()
+        if status.isup and name != "lo"
+    ]
+    return Finding("fabric", True, f"no InfiniBand; {', '.join(sorted(interfaces)) or 'no interface but the loopback'}")
 
 
 def slurm_findings() -> list[Finding]:
@@ -85,9 +85,11 @@ def slurm_findings() -> list[Finding]:
 
 def clock_finding(name: str, skew_seconds: float, other: str) -> Finding:
     return Finding(
-        name, abs(skew_seconds) <= MAX_CLOCK_SKEW_SECONDS, f"{skew_seconds:+.1f} s against {other}",
+        name,
+        abs(skew_seconds) <= MAX_CLOCK_SKEW_SECONDS,
+        f"{skew_seconds:+.1f} s against {other}",
         "start chrony or ntpd on this host: munge refuses jobs, and logs lie, when clocks differ",
-    )  # fmt: skip
+    )
 
 
 def nearest_existing(folder: Path) -> Path:
@@ -112,17 +114,14 @@ def storage_speed(folder: Path) -> Finding:
                 pass
             read_seconds = time.perf_counter() - started
     except OSError as error:
-        return Finding(
-            "storage",
-            False,
-            str(error),
-            "free space, give permission, or choose another run_folder",
-        )
+        return Finding("storage", False, str(error), "free space, give permission, or choose another run_folder")
     write, read = (STORAGE_BYTES / 1e6 / seconds for seconds in (write_seconds, read_seconds))
     return Finding(
-        "storage", write >= MIN_STORAGE_MEGABYTES_PER_SECOND, f"{write:,.0f} MB/s written, {read:,.0f} MB/s read",
+        "storage",
+        write >= MIN_STORAGE_MEGABYTES_PER_SECOND,
+        f"{write:,.0f} MB/s written, {read:,.0f} MB/s read",
         "checkpoints will be slow: choose a run_folder on the parallel file system",
-    )  # fmt: skip
+    )
 
 
 def clock_against_storage(folder: Path) -> Finding:
@@ -139,25 +138,24 @@ def clock_against_storage(folder: Path) -> Finding:
 
 def shared_memory() -> Finding:
     if not Path("/dev/shm").is_dir():
-        return Finding(
-            "shared memory",
-            False,
-            "no /dev/shm",
-            "mount a tmpfs there; in a container --shm-size=8g",
-        )
+        return Finding("shared memory", False, "no /dev/shm", "mount a tmpfs there; in a container --shm-size=8g")
     size = shutil.disk_usage("/dev/shm")
     return Finding(
-        "shared memory", size.free >= MIN_SHARED_MEMORY_BYTES,
-        f"{gibibytes(size.free)} free of {gibibytes(size.total)} in /dev/shm", "in a container: --shm-size=8g",
-    )  # fmt: skip
+        "shared memory",
+        size.free >= MIN_SHARED_MEMORY_BYTES,
+        f"{gibibytes(size.free)} free of {gibibytes(size.total)} in /dev/shm",
+        "in a container: --shm-size=8g",
+    )
 
 
 def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Finding(
-        "open files", soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES, f"{soft} (at most {hard})",
+        "open files",
+        soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES,
+        f"{soft} (at most {hard})",
         f"ulimit -n {hard}, or LimitNOFILE= of slurmd's unit",
-    )  # fmt: skip
+    )
 
 
 def locked_memory() -> Finding:
@@ -166,9 +164,11 @@ def locked_memory() -> Finding:
     is_unlimited = soft == resource.RLIM_INFINITY
     needs = Path("/sys/class/infiniband").exists()
     return Finding(
-        "locked memory", is_unlimited or not needs, "unlimited" if is_unlimited else gibibytes(soft),
+        "locked memory",
+        is_unlimited or not needs,
+        "unlimited" if is_unlimited else gibibytes(soft),
         "ulimit -l unlimited, or LimitMEMLOCK=infinity of slurmd's unit",
-    )  # fmt: skip
+    )
 
 
 def collectives(seconds: float) -> Finding:
@@ -177,27 +177,25 @@ def collectives(seconds: float) -> Finding:
         cure = "the loopback interface must be up; GLOO_SOCKET_IFNAME=lo, or NCCL_DEBUG=INFO tells more"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        command = [
-            sys.executable,
-            "-m",
-            "launch.collective_test",
-            str(Path(name) / "store"),
-            str(seconds),
-        ]
+        command = [sys.executable, "-m", "launch.collective_test", str(Path(name) / "store"), str(seconds)]
         try:
             answer = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False,
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
                 timeout=COLLECTIVE_TIMEOUT_SECONDS + seconds,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return Finding(
-                "collectives", False, f"no answer within {COLLECTIVE_TIMEOUT_SECONDS:.0f} s", cure
             )
+        except subprocess.TimeoutExpired:
+            return Finding("collectives", False, f"no answer within {COLLECTIVE_TIMEOUT_SECONDS:.0f} s", cure)
     if answer.returncode != 0:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("collectives", False, last, cure)
     told = json.loads(answer.stdout.strip().splitlines()[-1])
     return Finding(
-        "collectives", True, "{backend}: {processes} processes, {megabytes_per_second:,.0f} MB/s".format(**told)
+        "collectives",
+        True,
+        "{backend}: {processes} processes, {megabytes_per_second:,.0f} MB/s".format(**told)
         + ", {small_microseconds:,.0f} us a small one".format(**told),
-    )  # fmt: skip
+    )

@@ -20,21 +20,14 @@ KEY_WIDTH, VALUE_WIDTH = 40, 22
 def command_help(command: str, overrides: list[str]) -> str:
     module = configs.load_command(command)
     tree = configs.compose_tree(command, overrides)
-    lines = [
-        module.HELP.strip(),
-        "",
-        f"usage: nextstate {command} [group=option ...] [key=value ...]",
-    ]
+    lines = [module.HELP.strip(), "", f"usage: nextstate {command} [group=option ...] [key=value ...]"]
     groups = config_groups(command)
     if groups:
         lines += ["", "groups (chosen as group=option):"]
         for group, default in groups.items():
             options = ", ".join(group_options(group))
             lines += textwrap.wrap(
-                f"{options}  [default: {default}]",
-                110,
-                initial_indent=f"  {group:<12}",
-                subsequent_indent=" " * 14,
+                f"{options}  [default: {default}]", 110, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14
             )
     lines += ["", "keys (with the values of this call):"]
     lines += section_lines(module.Config, tree, "")
@@ -53,11 +46,7 @@ def config_groups(command: str) -> dict[str, str]:
         if isinstance(entry, dict):
             for key, option in entry.items():
                 chosen[str(key).removeprefix("optional ")] = str(option)
-    return {
-        group: option
-        for group, option in chosen.items()
-        if (configs.CONFIG_FOLDER / group).is_dir()
-    }
+    return {group: option for group, option in chosen.items() if (configs.CONFIG_FOLDER / group).is_dir()}
 
 
 def group_options(group: str) -> list[str]:
@@ -77,22 +66,13 @@ def section_lines(schema: type, tree: DictConfig | None, prefix: str) -> list[st
             nested += ["", f"  {heading}"]
             nested += section_lines(inner, value, f"{prefix}{field.name}.")
         else:
-            plain.append(
-                key_line(
-                    prefix + field.name,
-                    type_name(hints[field.name]),
-                    value,
-                    comments.get(field.name),
-                )
-            )
+            plain.append(key_line(prefix + field.name, type_name(hints[field.name]), value, comments.get(field.name)))
     return plain + nested
 
 
 def key_line(key: str, kind: str, value: Any, comment: str | None) -> str:
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    shown = (
-        "null" if plain is None else str(plain).lower() if isinstance(plain, bool) else str(plain)
-    )
+    shown = "null" if plain is None else str(plain).lower() if isinstance(plain, bool) else str(plain)
     if len(shown) > VALUE_WIDTH - 1:
         shown = shown[: VALUE_WIDTH - 4] + "..."
     text = f"    {key:<{KEY_WIDTH}} {shown:<{VALUE_WIDTH}} {kind:<12}"
@@ -111,9 +91,7 @@ def type_name(annotation: Any) -> str:
 
 def first_sentence(schema: type) -> str:
     text = inspect.getdoc(schema) or ""
-    if text.startswith(
-        f"{schema.__name__}("
-    ):  # the signature that dataclass() writes where there is no docstring
+    if text.startswith(f"{schema.__name__}("):  # the signature that dataclass() writes where there is no docstring
         return ""
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
@@ -132,5 +110,5 @@ def field_comments(schema: type) -> dict[str, str]:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 rest = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset or 0 :]
                 if rest.lstrip().startswith("#"):
-                    comments[node.target.id] = rest.lstrip(" #").removesuffix("fmt: skip").strip()
+                    comments[node.target.id] = rest.lstrip(" #").strip()
     return comments

@@ -20,10 +20,7 @@ def inspect_model(config: ModelConfig) -> dict[str, Any]:
     return {
         "kind": "model",
         "name": config.name,
-        "parameters": {
-            **count_parameters(config),
-            "padded": count_parameters(config, padded=True)["total"],
-        },
+        "parameters": {**count_parameters(config), "padded": count_parameters(config, padded=True)["total"]},
         "vocabulary": vocabulary.describe(),
         "max_sequence_length": config.max_sequence_length,
         "flops_per_token": {
@@ -56,18 +53,14 @@ def inspect_path(path: Path, num_samples: int, text_tokenizer: Path | None) -> d
     if path.exists() and looks_foreign(path):
         return describe_foreign(path, None, num_samples)
     raise UserError(
-        "nothing here that can be inspected"
-        if path.exists()
-        else "there is no such file or folder",
+        "nothing here that can be inspected" if path.exists() else "there is no such file or folder",
         got=str(path),
         expected="a .tar shard, a token or packed file (or its folder), a checkpoint of ours or a published one",
         fix="nextstate inspect --help shows examples",
     )
 
 
-def inspect_any_checkpoint(
-    path: Path, model: ModelConfig | None, num_samples: int
-) -> dict[str, Any]:
+def inspect_any_checkpoint(path: Path, model: ModelConfig | None, num_samples: int) -> dict[str, Any]:
     """A checkpoint, ours or a published one; with `model`, also what does not fit that configuration."""
     from model.conversion.foreign import describe_foreign
 
@@ -101,9 +94,7 @@ def find_checkpoint(path: Path) -> Path | None:
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Read from the manifest; no weights are opened."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    shapes: dict[str, list[int]] = {
-        key: value["global_shape"] for key, value in manifest.get("keys", {}).items()
-    }
+    shapes: dict[str, list[int]] = {key: value["global_shape"] for key, value in manifest.get("keys", {}).items()}
     weights = {key: shape for key, shape in shapes.items() if key.startswith("model/")}
     return {
         "kind": "checkpoint",
@@ -142,9 +133,7 @@ def inspect_raw(path: Path, num_samples: int) -> dict[str, Any]:
                 continue
             kinds[str(sample.kind)] += 1
             if len(shown) < num_samples:
-                parts = {
-                    name: describe_part(name, content) for name, content in sample.parts.items()
-                }
+                parts = {name: describe_part(name, content) for name, content in sample.parts.items()}
                 shown.append({"key": sample.key, "kind": str(sample.kind), "parts": parts})
     return {
         "kind": "raw",
@@ -183,9 +172,7 @@ def find_prefixes(path: Path) -> list[Path]:
     return [prefix] if prefix.with_name(name + ".idx").exists() else []
 
 
-def inspect_tokens(
-    path: Path, prefixes: list[Path], num_samples: int, tokenizer_path: Path | None
-) -> dict[str, Any]:
+def inspect_tokens(path: Path, prefixes: list[Path], num_samples: int, tokenizer_path: Path | None) -> dict[str, Any]:
     """Counts of the manifests, and the first documents or rows decoded to readable text and image sizes."""
     from data_pipeline.store import TokenFileReader
     from data_pipeline.token_format import read_manifest
@@ -198,10 +185,7 @@ def inspect_tokens(
         tokenizer = load_text_tokenizer(tokenizer_path)
     reader = TokenFileReader(prefixes[0])
     vocabulary = vocabulary_of(manifests[0])
-    samples = [
-        read_sample(reader, index, vocabulary, tokenizer)
-        for index in range(min(num_samples, len(reader)))
-    ]
+    samples = [read_sample(reader, index, vocabulary, tokenizer) for index in range(min(num_samples, len(reader)))]
     counts: Counter[str] = Counter()
     quarantined: Counter[str] = Counter()
     for manifest in manifests:
@@ -212,9 +196,7 @@ def inspect_tokens(
         "kind": first["kind"],
         "path": str(path),
         "num_shards": len(prefixes),
-        "num_documents": sum(
-            int(one.get("num_rows", one.get("num_documents", 0))) for one in manifests
-        ),
+        "num_documents": sum(int(one.get("num_rows", one.get("num_documents", 0))) for one in manifests),
         "num_tokens": sum(int(one["num_tokens"]) for one in manifests),
         "sequence_length": first.get("sequence_length"),
         "counts_by_class": dict(counts),
@@ -249,9 +231,5 @@ def describe_segment(segment: Any) -> str:
     from data_pipeline.segments import Kind
 
     kind = Kind(int(segment["kind"]))
-    size = (
-        f"{segment['grid_height']}*{segment['grid_width']}"
-        if kind is Kind.IMAGE
-        else str(segment["length"])
-    )
+    size = f"{segment['grid_height']}*{segment['grid_width']}" if kind is Kind.IMAGE else str(segment["length"])
     return f"<{kind.name.lower()} {size}>"

@@ -72,9 +72,11 @@ class JobFolder:
             return JobRecord(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(
-                "the record of a job cannot be read", where=str(path), got=str(error),
+                "the record of a job cannot be read",
+                where=str(path),
+                got=str(error),
                 fix="move the file away; squeue shows whether the job is still queued",
-            ) from None  # fmt: skip
+            ) from None
 
     def write(self, record: JobRecord) -> None:
         replace_file(self.path / RECORD_NAME, json.dumps(asdict(record), indent=1) + "\n")
@@ -95,9 +97,7 @@ class JobFolder:
 
     def num_restarts(self) -> int:
         """Starts of the ranks beyond the first, of all parts and submissions."""
-        starts = [
-            len(path.read_text().splitlines()) for path in self.path.glob(f"{ATTEMPTS_NAME}*")
-        ]
+        starts = [len(path.read_text().splitlines()) for path in self.path.glob(f"{ATTEMPTS_NAME}*")]
         return sum(max(0, number - 1) for number in starts)
 
     def seconds_since_start(self, record: JobRecord) -> float:
@@ -145,16 +145,18 @@ def locked(run_folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             "the run folder cannot be written", where=str(folder), got=str(error), fix="choose another run_folder"
-        ) from None  # fmt: skip
+        ) from None
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stream.seek(0)
             raise UserError(
-                "another submission is at work in this run folder", where=str(run_folder), got=stream.read().strip(),
+                "another submission is at work in this run folder",
+                where=str(run_folder),
+                got=stream.read().strip(),
                 fix="nothing: it submits the jobs; or choose another run_folder",
-            ) from None  # fmt: skip
+            ) from None
         stream.truncate(0)
         stream.write(f"since {time.strftime('%F %T')}\n")
         stream.flush()

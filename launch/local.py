@@ -47,9 +47,7 @@ class Supervisor:
     one kills them.
     """
 
-    def __init__(
-        self, task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int
-    ):
+    def __init__(self, task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int):
         self.task = task
         self._read_end, self._write_end = os.pipe()
         self.signals_sent: set[int] = set()
@@ -84,24 +82,29 @@ class Supervisor:
                 worker.process.kill()
                 worker.process.wait()
 
-    def _start(
-        self, rank: int, world_size: int, config_path: Path, folder: Path, log_folder: Path
-    ) -> Worker:
+    def _start(self, rank: int, world_size: int, config_path: Path, folder: Path, log_folder: Path) -> Worker:
         report_path = folder / f"report_{rank:05d}.json"
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-            RENDEZVOUS_VARIABLE: str(folder / "rendezvous"), REPORT_VARIABLE: str(report_path),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            RENDEZVOUS_VARIABLE: str(folder / "rendezvous"),
+            REPORT_VARIABLE: str(report_path),
             PARENT_VARIABLE: str(self._read_end),
-        }  # fmt: skip
+        }
         environment.setdefault("OMP_NUM_THREADS", "1")
         log_path = log_folder / f"rank_{rank:05d}.log" if rank else None
         log = open(log_path, "ab") if log_path else None  # noqa: SIM115 (closed below)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "launch.worker", "--task", self.task, "--config", str(config_path)],
-                env=environment, stdin=subprocess.DEVNULL, stdout=log or 2, stderr=log or 2,
-                pass_fds=(self._read_end,), start_new_session=True,
-            )  # fmt: skip
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log or 2,
+                stderr=log or 2,
+                pass_fds=(self._read_end,),
+                start_new_session=True,
+            )
         finally:
             if log:
                 log.close()
@@ -135,9 +138,7 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
         return run_ranks("train", folder / "config.yaml", folder, logs, world_size)
 
 
-def run_ranks(
-    task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int
-) -> dict[str, Any]:
+def run_ranks(task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int) -> dict[str, Any]:
     """Run a task of `launch.worker` in one process a rank, and return what rank 0 answers. Raises as `run_local`."""
     supervisor = Supervisor(task, config_path, folder, log_folder, world_size)
     codes = supervisor.wait()
@@ -154,9 +155,7 @@ def judge_exits(workers: list[Worker], codes: list[int], signals_sent: set[int])
         if report["kind"] == "user_error":
             raise UserError(report["message"])
     # A rank that died of the signal itself had not begun to train: nothing is lost.
-    if all(code in (0, EXIT_STOPPED) for code in codes) or any(
-        -code in signals_sent for code in codes
-    ):
+    if all(code in (0, EXIT_STOPPED) for code in codes) or any(-code in signals_sent for code in codes):
         raise StoppedEarly
     deaths = [
         _describe_death(worker, code)
@@ -175,6 +174,4 @@ def judge_exits(workers: list[Worker], codes: list[int], signals_sent: set[int])
 def _describe_death(worker: Worker, code: int) -> str:
     how = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-    return f"rank {worker.rank}: {how}{hint}" + (
-        f", its log: {worker.log_path}" if worker.log_path else ""
-    )
+    return f"rank {worker.rank}: {how}{hint}" + (f", its log: {worker.log_path}" if worker.log_path else "")

@@ -51,9 +51,7 @@ def run_all(command: str, jobs: list[list[str]], *, as_json: bool) -> int:
     return max((int(result["exit_code"]) for result in results), default=0)
 
 
-def finish_sweep(
-    command: str, jobs: list[list[str]], results: list[dict[str, Any]]
-) -> dict[str, Any]:
+def finish_sweep(command: str, jobs: list[list[str]], results: list[dict[str, Any]]) -> dict[str, Any]:
     """The table of what there is now. Where jobs are still queued, another one is to write it after them."""
     from launch import sweep
 
@@ -78,9 +76,7 @@ def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any
     if submit.is_dry(answer):
         print("" if as_json else answer["script"], end="")
     else:
-        result["job_ids"] = (
-            [answer["job_id"]] if answer.get("state") in ("queued", "running") else []
-        )
+        result["job_ids"] = [answer["job_id"]] if answer.get("state") in ("queued", "running") else []
     return result | {"answer": answer, "exit_code": int(answer.get("exit_code", 0))}
 
 
@@ -88,11 +84,7 @@ def run_job(command: str, index: int, overrides: list[str], as_json: bool) -> di
     print(f"job {index}: nextstate {command} {' '.join(overrides)}", file=sys.stderr, flush=True)
     arguments = [sys.executable, "-m", "launch.cli", command, *overrides]
     finished = subprocess.run(arguments, stdout=subprocess.PIPE if as_json else None, check=False)
-    result: dict[str, Any] = {
-        "job": index,
-        "overrides": overrides,
-        "exit_code": finished.returncode,
-    }
+    result: dict[str, Any] = {"job": index, "overrides": overrides, "exit_code": finished.returncode}
     if as_json:
         text = finished.stdout.decode().strip()
         result["answer"] = json.loads(text) if text else None

@@ -34,9 +34,7 @@ def stage_progress(stage_folder: Path) -> dict[str, Any]:
 def num_tokens(stage_folder: Path, last: dict[str, Any], stage: dict[str, Any]) -> int | None:
     """Of a finished stage as it says itself; before that, samples times their length."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return int(
-            json.loads((stage_folder / "summary.json").read_text(encoding="utf-8"))["tokens"]
-        )
+        return int(json.loads((stage_folder / "summary.json").read_text(encoding="utf-8"))["tokens"])
     if stage.get("objective") != "next_token" or "consumed_samples" not in last:
         return None
     return int(last["consumed_samples"]) * int(stage["sequence_length"])

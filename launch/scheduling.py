@@ -33,9 +33,7 @@ class Scheduling:
     tasks_per_node: int = 0  # ranks of a node; 0: one an accelerator
     cpus_per_task: int = 0  # 0: the cluster's default
     memory: str = ""  # of a node, as sbatch takes it; "0" is all, empty the cluster's default
-    gres: str = (
-        "gpu"  # what accelerators are called here (gpu, gpu:h100); empty: none are asked for
-    )
+    gres: str = "gpu"  # what accelerators are called here (gpu, gpu:h100); empty: none are asked for
     array_limit: int = 0  # tasks of a job array that run at a time; 0: no limit
     options: dict[str, str] = field(default_factory=dict)  # further sbatch options, without dashes
     modules: list[str] = field(default_factory=list)  # environment modules to load
@@ -48,61 +46,59 @@ class Scheduling:
     python: str = ""  # interpreter on the nodes or in the container; empty: the one of this call
 
     def validate_scheduling(self, problems: Problems, key: str = "cluster") -> None:
+        problems.check(self.kind in KINDS, f"{key}.kind", f"unknown value {self.kind!r}", f"{key}.kind=slurm")
         problems.check(
-            self.kind in KINDS, f"{key}.kind", f"unknown value {self.kind!r}", f"{key}.kind=slurm"
+            TIME_LIMIT.fullmatch(self.time_limit) is not None,
+            f"{key}.time_limit",
+            f"{self.time_limit!r} is no time limit",
+            f"{key}.time_limit='24:00:00'",
         )
-        problems.check(
-            TIME_LIMIT.fullmatch(self.time_limit) is not None, f"{key}.time_limit",
-            f"{self.time_limit!r} is no time limit", f"{key}.time_limit='24:00:00'",
-        )  # fmt: skip
         for name in ("max_restarts", "tasks_per_node", "cpus_per_task", "array_limit"):
             value = getattr(self, name)
-            problems.check(
-                value >= 0, f"{key}.{name}", f"must not be negative, got {value}", f"{key}.{name}=0"
-            )
+            problems.check(value >= 0, f"{key}.{name}", f"must not be negative, got {value}", f"{key}.{name}=0")
         problems.check(
-            0 < self.signal_seconds <= 65535, f"{key}.signal_seconds",
-            f"Slurm takes 1 to 65535 seconds, got {self.signal_seconds}", f"{key}.signal_seconds=300",
-        )  # fmt: skip
+            0 < self.signal_seconds <= 65535,
+            f"{key}.signal_seconds",
+            f"Slurm takes 1 to 65535 seconds, got {self.signal_seconds}",
+            f"{key}.signal_seconds=300",
+        )
         self._validate_container(problems, key)
         for name in self.environment:
             problems.check(
-                re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None, f"{key}.environment",
+                re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None,
+                f"{key}.environment",
                 f"{name!r} cannot name a variable",
-            )  # fmt: skip
+            )
         for name in self.options:
             problems.check(
-                re.fullmatch(r"[a-z][a-z0-9-]*", name) is not None, f"{key}.options",
+                re.fullmatch(r"[a-z][a-z0-9-]*", name) is not None,
+                f"{key}.options",
                 f"{name!r} is no sbatch option; write it without dashes in front",
-            )  # fmt: skip
+            )
         for text in self._texts():
             problems.check(text.isprintable(), key, f"a control character in {text!r}", "remove it")
 
     def _validate_container(self, problems: Problems, key: str) -> None:
         problems.check(
-            self.container in CONTAINERS, f"{key}.container", f"unknown value {self.container!r}",
+            self.container in CONTAINERS,
+            f"{key}.container",
+            f"unknown value {self.container!r}",
             f"{key}.container={'|'.join(CONTAINERS)}",
-        )  # fmt: skip
+        )
         has_image = bool(self.container_image)
         problems.check(
-            has_image == (self.container != "none"), f"{key}.container_image",
-            f"does not fit container={self.container}", f"{key}.container=pyxis with an image, or none without",
-        )  # fmt: skip
+            has_image == (self.container != "none"),
+            f"{key}.container_image",
+            f"does not fit container={self.container}",
+            f"{key}.container=pyxis with an image, or none without",
+        )
         for mount in self.container_mounts:
             problems.check(
                 ":" in mount and "," not in mount, f"{key}.container_mounts", f"{mount!r} is not outside:inside"
-            )  # fmt: skip
+            )
 
     def _texts(self) -> list[str]:
-        names = (
-            *DIRECTIVES,
-            "memory",
-            "gres",
-            "network_interface",
-            "infiniband_devices",
-            "container_image",
-            "python",
-        )
+        names = (*DIRECTIVES, "memory", "gres", "network_interface", "infiniband_devices", "container_image", "python")
         texts = [getattr(self, name) for name in names]
         texts += [*self.modules, *self.container_mounts]
         for mapping in (self.options, self.environment):

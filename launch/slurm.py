@@ -13,7 +13,22 @@ from pathlib import Path
 from model.errors import UserError
 
 TIMEOUT_SECONDS = 60
-ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "REQUEUE_FED", "RESV_DEL_HOLD")  # fmt: skip
+ACTIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "STOPPED",
+    "SIGNALING",
+    "SPECIAL_EXIT",
+    "STAGE_OUT",
+    "REQUEUE_FED",
+    "RESV_DEL_HOLD",
+)
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
 
 
@@ -39,24 +54,31 @@ def run_tool(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """One of Slurm's commands. What an enclosing job put into the environment does not leak into it."""
     if shutil.which(arguments[0]) is None:
         raise UserError(
-            "there is no Slurm on this machine", where=f"command {arguments[0]}",
+            "there is no Slurm on this machine",
+            where=f"command {arguments[0]}",
             fix="log in to a host of the cluster from which jobs are submitted, or use cluster=local",
-        )  # fmt: skip
+        )
     inherited = re.compile(r"(SLURM|SBATCH|SRUN|SALLOC|SQUEUE|SCANCEL)_")
     environment = {
-        name: value for name, value in os.environ.items()
-        if not inherited.match(name) or name == "SLURM_CONF"
-    }  # fmt: skip
+        name: value for name, value in os.environ.items() if not inherited.match(name) or name == "SLURM_CONF"
+    }
     try:
         return subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            timeout=TIMEOUT_SECONDS, check=False,
-        )  # fmt: skip
+            arguments,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(
-            "Slurm does not answer", where=arguments[0], got=f"nothing within {TIMEOUT_SECONDS} seconds",
+            "Slurm does not answer",
+            where=arguments[0],
+            got=f"nothing within {TIMEOUT_SECONDS} seconds",
             fix="scontrol ping shows whether the controller is up; give the same command again later",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def submit_script(script: Path, after: list[str], *, whatever_happens: bool = False) -> str:
@@ -68,10 +90,7 @@ def submit_script(script: Path, after: list[str], *, whatever_happens: bool = Fa
         arguments += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
     answer = run_tool([*arguments, str(script)])
     if answer.returncode != 0:
-        raise UserError(
-            "Slurm refused the job", where=str(script), got=explain(answer.stderr),
-            fix=cure(answer.stderr),
-        )  # fmt: skip
+        raise UserError("Slurm refused the job", where=str(script), got=explain(answer.stderr), fix=cure(answer.stderr))
     return answer.stdout.strip().splitlines()[-1].partition(";")[0]
 
 
@@ -101,14 +120,13 @@ def partitions() -> list[str]:
 
 def queue() -> dict[str, QueuedJob]:
     """This user's jobs by id, those included that ended as long as Slurm remembers them."""
-    answer = run_tool(
-        ["squeue", "--noheader", "--states=all", f"--user={getpass.getuser()}", "--format=%F|%T|%r|%k"]
-    )  # fmt: skip
+    answer = run_tool(["squeue", "--noheader", "--states=all", f"--user={getpass.getuser()}", "--format=%F|%T|%r|%k"])
     if answer.returncode != 0:
         raise UserError(
-            "Slurm's queue cannot be read", got=explain(answer.stderr),
+            "Slurm's queue cannot be read",
+            got=explain(answer.stderr),
             fix="scontrol ping shows whether the controller is up; give the same command again later",
-        )  # fmt: skip
+        )
     tasks: dict[str, list[QueuedJob]] = {}
     for line in answer.stdout.splitlines():
         job_id, state, reason, comment = (line.split("|", 3) + ["", "", ""])[:4]
@@ -131,16 +149,7 @@ def remembered_state(job_id: str) -> str:
     """The state of a job that has left the queue, where the cluster keeps accounts; empty where it does not."""
     if shutil.which("sacct") is None:
         return ""
-    answer = run_tool(
-        [
-            "sacct",
-            "--noheader",
-            "--parsable2",
-            "--allocations",
-            f"--jobs={job_id}",
-            "--format=State",
-        ]
-    )
+    answer = run_tool(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State"])
     states = [line.split()[0] for line in answer.stdout.splitlines() if line.split()]
     return states[-1] if answer.returncode == 0 and states else ""
 
@@ -151,6 +160,4 @@ def cancel(job_ids: list[str]) -> None:
         return
     answer = run_tool(["scancel", *job_ids])
     if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-        raise UserError(
-            "Slurm did not cancel the jobs", where=" ".join(job_ids), got=explain(answer.stderr)
-        )
+        raise UserError("Slurm did not cancel the jobs", where=" ".join(job_ids), got=explain(answer.stderr))

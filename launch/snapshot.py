@@ -21,17 +21,21 @@ def code_files() -> list[Path]:
     try:
         answer = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES],
-            cwd=ROOT, capture_output=True, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
         names = answer.stdout.decode().split("\0") if answer.returncode == 0 else []
     except FileNotFoundError:
         names = []
     found = [Path(name) for name in names if name and (ROOT / name).is_file()]
     if not found:
         found = [
-            path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*")
+            path.relative_to(ROOT)
+            for package in PACKAGES
+            for path in (ROOT / package).rglob("*")
             if path.suffix in SUFFIXES
-        ]  # fmt: skip
+        ]
     return sorted(found)
 
 

@@ -49,15 +49,26 @@ class Work:
 
 def training_work(config: TrainConfig) -> Work:
     return Work(
-        name=config.stage.name, title=f"{config.name}/{config.stage.name}", run_folder=Path(config.run_folder),
-        fingerprint=config.fingerprint(), training=config, outputs=[config.stage_folder],
-    )  # fmt: skip
+        name=config.stage.name,
+        title=f"{config.name}/{config.stage.name}",
+        run_folder=Path(config.run_folder),
+        fingerprint=config.fingerprint(),
+        training=config,
+        outputs=[config.stage_folder],
+    )
 
 
 def command_work(
-    command: str, overrides: list[str], calls: dict[str, list[str]], *,
-    shares: int, num_accelerators: int, run_folder: Path, name: str, title: str,
-) -> Work:  # fmt: skip
+    command: str,
+    overrides: list[str],
+    calls: dict[str, list[str]],
+    *,
+    shares: int,
+    num_accelerators: int,
+    run_folder: Path,
+    name: str,
+    title: str,
+) -> Work:
     """A nextstate command as one job, or as a job array: a call a task, or a share of the shards a task."""
     check_command(command)
     groups = [[*overrides, *own] for own in calls.values()] or [list(overrides)]
@@ -66,27 +77,36 @@ def command_work(
     if shares > 1:
         groups = [[*group, f"num_tasks={shares}", SHARE] for group in groups]
     return Work(
-        name=name, title=title, run_folder=run_folder, shares=shares, num_accelerators=num_accelerators,
+        name=name,
+        title=title,
+        run_folder=run_folder,
+        shares=shares,
+        num_accelerators=num_accelerators,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         calls=[[*PYTHON_MODULE, "launch.cli", command, *group] for group in groups],
-    )  # fmt: skip
+    )
 
 
 def check_command(command: str) -> None:
     known = command_summaries()
     if command not in known:
-        raise UserError(
-            f"there is no command {command!r}", where="command", expected=", ".join(known)
-        )
+        raise UserError(f"there is no command {command!r}", where="command", expected=", ".join(known))
 
 
 def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -> BatchJob:
     """The batch job of a work. Raises `UserError` where the ranks do not fill the nodes evenly."""
     job = BatchJob(
-        name=work.title, description=f"{work.title}, written by nextstate", key=folder.key, folder=folder.path,
-        code=code, work_folder=Path.cwd(), calls=work.calls, shares=work.shares, outputs=[path.absolute() for path in work.outputs],
+        name=work.title,
+        description=f"{work.title}, written by nextstate",
+        key=folder.key,
+        folder=folder.path,
+        code=code,
+        work_folder=Path.cwd(),
+        calls=work.calls,
+        shares=work.shares,
+        outputs=[path.absolute() for path in work.outputs],
         num_accelerators_per_node=work.num_accelerators,
-    )  # fmt: skip
+    )
     if job.num_parts == 1:  # a share may have had no shards
         job.must_exist = job.outputs
     config = work.training
@@ -96,10 +116,11 @@ def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) 
     world_size = config.parallel.world_size
     if world_size > per_node and world_size % per_node:
         raise UserError(
-            "the ranks do not fill whole nodes", got=f"{world_size} ranks, {per_node} a node",
+            "the ranks do not fill whole nodes",
+            got=f"{world_size} ranks, {per_node} a node",
             expected=f"a multiple of {per_node}, or fewer than {per_node}",
             fix="change parallel.data or cluster.tasks_per_node",
-        )  # fmt: skip
+        )
     job.calls = [[*PYTHON_MODULE, "launch.task", "--config", str(folder.path / CONFIG_NAME)]]
     job.num_tasks, job.tasks_per_node = world_size, min(per_node, world_size)
     job.num_accelerators_per_node = job.tasks_per_node
@@ -125,22 +146,16 @@ def submit(work: Work, cluster: ClusterConfig) -> dict[str, Any]:
         if record is not None and state in ("queued", "running"):
             if record.fingerprint != work.fingerprint:
                 raise UserError(
-                    "this run folder has a job of another configuration in the queue", where=str(folder.path),
+                    "this run folder has a job of another configuration in the queue",
+                    where=str(folder.path),
                     got=f"job {record.job_id} is {state}",
                     fix=f"scancel {record.job_id}, or choose another run_folder or stage.name",
-                )  # fmt: skip
+                )
             return answer(folder, record, state, submitted=False)
-        if (
-            record is not None
-            and state == "done"
-            and work.training is None
-            and record.fingerprint == work.fingerprint
-        ):
+        if record is not None and state == "done" and work.training is None and record.fingerprint == work.fingerprint:
             return answer(folder, record, state, submitted=False)
         if state == "vanished" and record is not None:
-            print(
-                f"job {record.job_id} is no longer known to Slurm: submitted again", file=sys.stderr
-            )
+            print(f"job {record.job_id} is no longer known to Slurm: submitted again", file=sys.stderr)
         check_run_folder(work)
         record = enqueue(work, cluster, folder, [], record)
         return answer(folder, record, "queued", submitted=True)
@@ -172,14 +187,21 @@ def enqueue(
         job = prepare(work, cluster, folder, code)
     except OSError as error:
         raise UserError(
-            "the run folder cannot be written", where=str(work.run_folder), got=str(error),
+            "the run folder cannot be written",
+            where=str(work.run_folder),
+            got=str(error),
             fix="free space or give permission, or choose another run_folder",
-        ) from None  # fmt: skip
+        ) from None
     job_id = slurm.submit_script(folder.script, after, whatever_happens=whatever_happens)
     record = JobRecord(
-        job_id, work.fingerprint, job.num_parts, after, time.time(), str(code),
+        job_id,
+        work.fingerprint,
+        job.num_parts,
+        after,
+        time.time(),
+        str(code),
         [*before.previous_job_ids, before.job_id] if before else [],
-    )  # fmt: skip
+    )
     folder.write(record)
     return record
 
@@ -204,9 +226,13 @@ def submit_summary(folder: Path, name: str, cluster: ClusterConfig, after: list[
         if before is not None:
             slurm.cancel([before.job_id])
         work = Work(
-            name="summary", title=f"{name}/sweep", run_folder=folder, fingerprint=" ".join(after),
-            calls=[[*PYTHON_MODULE, "launch.sweep", str(folder)]], outputs=[folder / "summary.html"],
-        )  # fmt: skip
+            name="summary",
+            title=f"{name}/sweep",
+            run_folder=folder,
+            fingerprint=" ".join(after),
+            calls=[[*PYTHON_MODULE, "launch.sweep", str(folder)]],
+            outputs=[folder / "summary.html"],
+        )
         return enqueue(work, cluster, job_folder, after, before, whatever_happens=True).job_id
 
 
@@ -219,9 +245,7 @@ def run_here(work: Work, cluster: ClusterConfig) -> dict[str, Any]:
         check_run_folder(work)
         job = prepare(work, cluster, folder, snapshot((work.run_folder / CODE_FOLDER).absolute()))
         if job.num_parts > 1:
-            raise UserError(
-                "this machine runs no job arrays", fix="shares=1 and no calls, or cluster=slurm"
-            )
+            raise UserError("this machine runs no job arrays", fix="shares=1 and no calls, or cluster=slurm")
         outcome = run_supervised(["bash", str(folder.script)], folder.log)
         state = {0: "done", 3: "stopped"}.get(outcome.exit_code, "failed")
         record = JobRecord("local", work.fingerprint, 1, [], time.time(), str(job.code))
@@ -239,13 +263,20 @@ def check_run_folder(work: Work) -> None:
     changed = differences(fixed_of(load_yaml(path).to_dict()), fixed_of(work.training.to_dict()))
     if changed:
         raise UserError(
-            "the run folder holds this stage with another configuration", where=str(path.parent),
-            got="; ".join(changed), fix="set these back, or choose another run_folder or stage.name",
-        )  # fmt: skip
+            "the run folder holds this stage with another configuration",
+            where=str(path.parent),
+            got="; ".join(changed),
+            fix="set these back, or choose another run_folder or stage.name",
+        )
 
 
 def answer(folder: JobFolder, record: JobRecord, state: str, *, submitted: bool) -> dict[str, Any]:
     return {
-        "name": folder.name, "job_id": record.job_id, "state": state, "submitted": submitted,
-        "script": str(folder.script), "log": str(folder.log), "code": record.code,
-    }  # fmt: skip
+        "name": folder.name,
+        "job_id": record.job_id,
+        "state": state,
+        "submitted": submitted,
+        "script": str(folder.script),
+        "log": str(folder.log),
+        "code": record.code,
+    }

@@ -52,9 +52,7 @@ def run_supervised(
             preexec_fn=end_with_parent,
         )
         assert child.stdout is not None
-        relay = threading.Thread(
-            target=relay_lines, args=(child.stdout, stream, prefix), daemon=True
-        )
+        relay = threading.Thread(target=relay_lines, args=(child.stdout, stream, prefix), daemon=True)
         memory = MemorySampler(child.pid, sample_seconds)
         with signals_to(child):
             relay.start()
@@ -63,9 +61,7 @@ def run_supervised(
             code = child.wait()
         memory.finish()
         relay.join(timeout=10.0)  # a grandchild that outlives the child may keep the pipe open
-    return Outcome(
-        code if code >= 0 else 128 - code, time.perf_counter() - started, memory.peak_bytes
-    )
+    return Outcome(code if code >= 0 else 128 - code, time.perf_counter() - started, memory.peak_bytes)
 
 
 def end_with_parent() -> None:

@@ -33,16 +33,12 @@ def record_sweep(command: str, jobs: list[list[str]]) -> Path:
     for index, overrides in enumerate(jobs):
         tree = compose_tree(command, overrides)
         run_folder = Path(str(OmegaConf.select(tree, "run_folder")))
-        own = [
-            text for text in overrides if text not in common and not text.startswith("run_folder=")
-        ]
+        own = [text for text in overrides if text not in common and not text.startswith("run_folder=")]
         folder = run_folder / str(OmegaConf.select(tree, "stage.name"))
         runs.append({"run": index, "overrides": own, "stage_folder": str(folder.absolute())})
     target = Path(str(runs[0]["stage_folder"])).parent.parent
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(
-        target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n"
-    )
+    replace_file(target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
     return target
 
 
@@ -62,13 +58,7 @@ def publish_sweep(folder: Path) -> list[dict[str, Any]]:
 def describe_run(run: dict[str, Any]) -> dict[str, Any]:
     """Figures of one run; `loss` is the mean of the last steps where the stage is finished."""
     folder = Path(run["stage_folder"])
-    row = {
-        "run": run["run"],
-        "overrides": run["overrides"],
-        "state": "not begun",
-        "step": None,
-        "loss": None,
-    }
+    row = {"run": run["run"], "overrides": run["overrides"], "state": "not begun", "step": None, "loss": None}
     progress = stage_progress(folder)
     if progress:
         row |= {"state": "unfinished", "step": progress["step"], "loss": progress["loss"]}
@@ -84,11 +74,7 @@ def curves(runs: list[dict[str, Any]]) -> Series:
     series: Series = {}
     for run in runs:
         lines = all_lines(Path(run["stage_folder"]) / "metrics.jsonl")
-        points = [
-            (float(line["step"]), float(line["loss"]))
-            for line in lines
-            if line.get("loss") is not None
-        ]
+        points = [(float(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
         if points:
             series[f"run_{run['run']}"] = points[:: max(1, len(points) // MAX_POINTS)]
     return series
@@ -118,9 +104,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         step = "" if row["step"] is None else row["step"]
-        lines.append(
-            f"{row['run']:>4}  {loss:>9}  {step:>8}  {row['state']:<11} {' '.join(row['overrides'])}"
-        )
+        lines.append(f"{row['run']:>4}  {loss:>9}  {step:>8}  {row['state']:<11} {' '.join(row['overrides'])}")
     return "\n".join(lines)
 
 
@@ -128,15 +112,17 @@ def page(rows: list[dict[str, Any]], series: Series, by_value: dict[str, Series]
     """One HTML file that needs no network; the chart is SVG."""
     cells = ("run", "loss", "step", "state")
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str('' if row[cell] is None else row[cell]))}</td>" for cell in cells)
+        "<tr>"
+        + "".join(f"<td>{html.escape(str('' if row[cell] is None else row[cell]))}</td>" for cell in cells)
         + f"<td><code>{html.escape(' '.join(row['overrides']))}</code></td></tr>"
         for row in rows
-    )  # fmt: skip
+    )
     colours = "".join(
         f".line.{name}{{stroke:{colour}}}i.{name}{{background:{colour}}}"
         for lines in (series, *by_value.values())
-        for index, name in enumerate(lines) for colour in [COLOURS[index % len(COLOURS)]]
-    )  # fmt: skip
+        for index, name in enumerate(lines)
+        for colour in [COLOURS[index % len(COLOURS)]]
+    )
     chart = line_chart(series, x_label="step", y_label="loss")
     for key, lines in by_value.items():
         chart += f"<h2>{html.escape(key)}</h2>{line_chart(lines, x_label=key, y_label='loss')}"

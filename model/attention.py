@@ -60,9 +60,7 @@ class PackedDocuments(PackedSeqParams):
     rotary_sin: torch.Tensor
     batches: list[SpanBatch]
     moves: RowMoves | None  # None: spans of one length side by side, the rows are the tokens
-    gathered_order: (
-        torch.Tensor | None
-    )  # int64 [T], token -> its row after the gather; None: one context rank
+    gathered_order: torch.Tensor | None  # int64 [T], token -> its row after the gather; None: one context rank
 
 
 @dataclass(kw_only=True)
@@ -72,9 +70,7 @@ class CachedSequences(PackedSeqParams):
     cache: KeyValueCache
     slots: torch.Tensor  # int64 [B, t], where the new keys go
     reach: int  # slots that any row may attend to
-    mask: (
-        torch.Tensor | None
-    )  # bool [B, 1, t, reach], true where attended; None: one token, equal lengths
+    mask: torch.Tensor | None  # bool [B, 1, t, reach], true where attended; None: one token, equal lengths
     rotary_cos: torch.Tensor  # [t, B, 1, head_dim]
     rotary_sin: torch.Tensor
 
@@ -105,9 +101,7 @@ def context_token_ids(num_tokens: int, context_rank: int, context_size: int) -> 
     """
     if context_size == 1:
         return np.arange(num_tokens)
-    assert num_tokens % (2 * context_size) == 0, (
-        "tokens of a micro-batch must divide by 2 * context"
-    )
+    assert num_tokens % (2 * context_size) == 0, "tokens of a micro-batch must divide by 2 * context"
     chunks = np.arange(num_tokens).reshape(2 * context_size, -1)
     return np.concatenate((chunks[context_rank], chunks[2 * context_size - 1 - context_rank]))
 
@@ -130,9 +124,7 @@ def pack_documents(
     device = position_ids.device
     total = int(cu_seqlens[-1])
     held = context_token_ids(total, context_rank, context_size)
-    assert position_ids.shape == held.shape, (
-        "position_ids must be those of this context rank's tokens"
-    )
+    assert position_ids.shape == held.shape, "position_ids must be those of this context rank's tokens"
     queries, keys = _pieces(np.asarray(cu_seqlens, dtype=np.int64), held, context_size)
     batches, moves = _group_spans(queries, keys, device)
     order = None
@@ -141,14 +133,16 @@ def pack_documents(
         order = torch.from_numpy(np.argsort(np.concatenate(gathered))).to(device)
     cos, sin = rotary_tables(position_ids, head_dim, rope_theta, dtype)
     return PackedDocuments(
-        qkv_format="thd", rotary_cos=cos[:, None], rotary_sin=sin[:, None], batches=batches, moves=moves,
+        qkv_format="thd",
+        rotary_cos=cos[:, None],
+        rotary_sin=sin[:, None],
+        batches=batches,
+        moves=moves,
         gathered_order=order,
-    )  # fmt: skip
+    )
 
 
-def _pieces(
-    cu_seqlens: np.ndarray, held: np.ndarray, context_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _pieces(cu_seqlens: np.ndarray, held: np.ndarray, context_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Attention spans as this rank sees them: (start, length) of queries and of keys, two int64 [pieces, 2].
 
     Query starts count this rank's tokens, key starts all tokens. A span that began in an earlier chunk has more keys
@@ -208,9 +202,7 @@ class _MoveRows(torch.autograd.Function):
     """`values[rows]` for padded rows whose repeats get no gradient: the way back is a plain selection as well."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, rows: torch.Tensor, home_rows: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, rows: torch.Tensor, home_rows: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(home_rows)
         return values.index_select(0, rows)
 
@@ -254,9 +246,7 @@ class PackedAttention(MegatronModule):
         assert attention_mask is None, "masks come from packed_seq_params"
         if isinstance(packed_seq_params, CachedSequences):
             return self._attend_cached(query, key, value, packed_seq_params)
-        assert isinstance(packed_seq_params, PackedDocuments), (
-            "packed_seq_params must be PackedDocuments"
-        )
+        assert isinstance(packed_seq_params, PackedDocuments), "packed_seq_params must be PackedDocuments"
         return self._attend_documents(query, key, value, packed_seq_params)
 
     def _attend_documents(
@@ -276,15 +266,11 @@ class PackedAttention(MegatronModule):
             value = _MoveRows.apply(value, moves.key_rows, moves.home_rows)
         else:  # one key may serve two of this rank's chunks: its gradients add up
             key, value = key.index_select(0, moves.key_rows), value.index_select(0, moves.key_rows)
-        return self._attend_batches(query, key, value, packed.batches).index_select(
-            0, moves.home_rows
-        )
+        return self._attend_batches(query, key, value, packed.batches).index_select(0, moves.home_rows)
 
     def _gather_context(self, heads: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """All context ranks' tokens, in their order; the gradient is summed back to the rank that owns a token."""
-        gathered = gather_from_sequence_parallel_region(
-            heads.contiguous(), group=self.context_group
-        )
+        gathered = gather_from_sequence_parallel_region(heads.contiguous(), group=self.context_group)
         return gathered.index_select(0, order)
 
     def _attend_batches(
@@ -293,22 +279,19 @@ class PackedAttention(MegatronModule):
         """Padded rows in, padded rows out: [rows, heads, d] -> [rows, heads * d]."""
         query_sizes = [batch.num_spans * batch.query_length for batch in batches]
         key_sizes = [batch.num_spans * batch.key_length for batch in batches]
-        pieces = zip(
-            query.split(query_sizes),
-            key.split(key_sizes),
-            value.split(key_sizes),
-            batches,
-            strict=True,
-        )
+        pieces = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), batches, strict=True)
         outputs = []
         for batch_query, batch_key, batch_value, batch in pieces:
             attended = functional.scaled_dot_product_attention(
                 _spans_first(batch_query, batch.num_spans),
                 _spans_first(batch_key, batch.num_spans),
                 _spans_first(batch_value, batch.num_spans),
-                attn_mask=batch.mask, is_causal=batch.mask is None, scale=self.softmax_scale, enable_gqa=True,
+                attn_mask=batch.mask,
+                is_causal=batch.mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=True,
                 dropout_p=self.dropout if self.training else 0.0,
-            )  # fmt: skip
+            )
             outputs.append(attended.transpose(1, 2).reshape(batch_query.shape[0], -1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -322,8 +305,10 @@ class PackedAttention(MegatronModule):
             query.permute(1, 2, 0, 3),
             step.cache.keys[self.layer_index, :, : step.reach].transpose(1, 2),
             step.cache.values[self.layer_index, :, : step.reach].transpose(1, 2),
-            attn_mask=step.mask, scale=self.softmax_scale, enable_gqa=True,
-        )  # fmt: skip
+            attn_mask=step.mask,
+            scale=self.softmax_scale,
+            enable_gqa=True,
+        )
         return attended.permute(2, 0, 1, 3).flatten(2)  # [t, B, heads * d]
 
 

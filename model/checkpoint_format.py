@@ -49,10 +49,18 @@ __all__ = [
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-        torch.int8, torch.uint8, torch.bool,
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
     )
-}  # fmt: skip
+}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -70,9 +78,7 @@ class CheckpointReader:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.metadata: dict[str, Any] = {
-            name: value for name, value in self.manifest.items() if name != "keys"
-        }
+        self.metadata: dict[str, Any] = {name: value for name, value in self.manifest.items() if name != "keys"}
         self._table: dict[str, dict[str, Any]] = self.manifest["keys"]
         self._files: dict[str, Any] = {}
 
@@ -105,9 +111,7 @@ class CheckpointReader:
             start >= 0 and start + length <= whole
             for start, length, whole in zip(offset, shape, global_shape, strict=True)
         )
-        assert inside, (
-            f"{key}: offset {tuple(offset)} shape {tuple(shape)} is not inside {global_shape}"
-        )
+        assert inside, f"{key}: offset {tuple(offset)} shape {tuple(shape)} is not inside {global_shape}"
         result = torch.empty(tuple(shape), dtype=self.dtype(key))
         num_copied = 0
         for piece in self._entry(key)["pieces"]:
@@ -123,14 +127,10 @@ class CheckpointReader:
 
     def _entry(self, key: str) -> dict[str, Any]:
         if key not in self._table:
-            raise UserError(
-                "the checkpoint has no such tensor", where=str(self.folder), expected=key
-            )
+            raise UserError("the checkpoint has no such tensor", where=str(self.folder), expected=key)
         return self._table[key]
 
-    def _copy_overlap(
-        self, piece: dict[str, Any], result: torch.Tensor, offset: Sequence[int]
-    ) -> int:
+    def _copy_overlap(self, piece: dict[str, Any], result: torch.Tensor, offset: Sequence[int]) -> int:
         """Copy what `piece` has of the rectangle at `offset` into `result`; the number of values copied."""
         source, target = [], []
         for piece_start, piece_length, start, length in zip(
@@ -145,11 +145,7 @@ class CheckpointReader:
         file = self._open(piece["file"])
         try:
             # A scalar has no dimension to slice.
-            values = (
-                file.get_slice(piece["name"])[tuple(source)]
-                if source
-                else file.get_tensor(piece["name"])
-            )
+            values = file.get_slice(piece["name"])[tuple(source)] if source else file.get_tensor(piece["name"])
         except SafetensorError as error:
             raise UserError(
                 "the checkpoint's file does not hold what its manifest says",
@@ -165,8 +161,6 @@ class CheckpointReader:
                 self._files[name] = safe_open(self.folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    "a file of the checkpoint cannot be read",
-                    where=str(self.folder / name),
-                    got=str(error),
+                    "a file of the checkpoint cannot be read", where=str(self.folder / name), got=str(error)
                 ) from None
         return self._files[name]

@@ -59,9 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError("not a checkpoint: it has no manifest", where=str(folder)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the checkpoint's manifest is damaged", where=str(path), got=str(error)
-        ) from None
+        raise UserError("the checkpoint's manifest is damaged", where=str(path), got=str(error)) from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION or not isinstance(manifest.get("keys"), dict):
         raise UserError(

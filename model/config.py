@@ -34,8 +34,15 @@ class ModelConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 
     def validate(self, problems: Problems, key: str = "model") -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                     "head_dim", "max_sequence_length"):  # fmt: skip
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "head_dim",
+            "max_sequence_length",
+        ):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
         problems.check(
             self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups == 0,
@@ -46,9 +53,11 @@ class ModelConfig:
         problems.check(self.head_dim % 2 == 0, f"{key}.head_dim", "must be even (rotary pairs)")
         problems.check(0.0 <= self.dropout < 1.0, f"{key}.dropout", "must be in [0, 1)")
         problems.check(
-            self.dtype in ("float32", "bfloat16"), f"{key}.dtype", f"unknown dtype {self.dtype!r}",
+            self.dtype in ("float32", "bfloat16"),
+            f"{key}.dtype",
+            f"unknown dtype {self.dtype!r}",
             f"{key}.dtype=bfloat16",
-        )  # fmt: skip
+        )
         self.vocabulary.validate(problems, f"{key}.vocabulary")
 
 
@@ -63,9 +72,7 @@ def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, 
     rows = vocabulary.padded_size if padded else vocabulary.size
     query_width = config.num_attention_heads * config.head_dim
     key_value_width = config.num_query_groups * config.head_dim
-    attention = (
-        config.hidden_size * (query_width + 2 * key_value_width) + query_width * config.hidden_size
-    )
+    attention = config.hidden_size * (query_width + 2 * key_value_width) + query_width * config.hidden_size
     mlp = 3 * config.hidden_size * config.ffn_hidden_size
     norms = 2 * config.hidden_size + 2 * config.head_dim
     parts = {

@@ -45,19 +45,49 @@ REWRITTEN = frozenset(_CALLS) | frozenset(_REFERENCES)
 # Names that never run on a CPU host: each is behind a feature that is switched off there.
 HARMLESS = frozenset(
     {
-        "is_available", "is_initialized", "device_count", "get_device_properties", "get_device_capability",  # queries
-        "amp.custom_fwd", "amp.custom_bwd",  # decorators, no effect on CPU tensors
-        "Stream", "Event", "ExternalStream", "stream", "set_stream", "current_stream", "default_stream",  # overlap
-        "set_device", "default_generators",  # CUDA random streams, replaced as a whole below
-        "CUDAGraph", "graph", "graph_pool_handle", "is_current_stream_capturing",  # CUDA graphs
-        "MemPool", "use_mem_pool", "memory.MemPool",  # NCCL user buffers
-        "nvtx", "nvtx.range", "nvtx.range_push", "nvtx.range_pop",  # profiling, off unless asked for
-        "memory_stats", "memory_reserved", "memory_allocated", "memory", "OutOfMemoryError",  # reports
-        "memory._record_memory_history", "memory._snapshot", "memory.CUDAPluggableAllocator",
-        "memory.change_current_allocator", "memory._set_allocator_settings",
-        "utilization", "temperature", "power_draw", "clock_rate",  # straggler detection
+        "is_available",
+        "is_initialized",
+        "device_count",
+        "get_device_properties",
+        "get_device_capability",  # queries
+        "amp.custom_fwd",
+        "amp.custom_bwd",  # decorators, no effect on CPU tensors
+        "Stream",
+        "Event",
+        "ExternalStream",
+        "stream",
+        "set_stream",
+        "current_stream",
+        "default_stream",  # overlap
+        "set_device",
+        "default_generators",  # CUDA random streams, replaced as a whole below
+        "CUDAGraph",
+        "graph",
+        "graph_pool_handle",
+        "is_current_stream_capturing",  # CUDA graphs
+        "MemPool",
+        "use_mem_pool",
+        "memory.MemPool",  # NCCL user buffers
+        "nvtx",
+        "nvtx.range",
+        "nvtx.range_push",
+        "nvtx.range_pop",  # profiling, off unless asked for
+        "memory_stats",
+        "memory_reserved",
+        "memory_allocated",
+        "memory",
+        "OutOfMemoryError",  # reports
+        "memory._record_memory_history",
+        "memory._snapshot",
+        "memory.CUDAPluggableAllocator",
+        "memory.change_current_allocator",
+        "memory._set_allocator_settings",
+        "utilization",
+        "temperature",
+        "power_draw",
+        "clock_rate",  # straggler detection
     }
-)  # fmt: skip
+)
 
 # What megatron-core says on every host without the GPU libraries; here it is as it should be.
 _EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed")
@@ -77,9 +107,7 @@ def install() -> None:
     if any(isinstance(finder, _CpuFinder) for finder in sys.meta_path) or has_accelerator():
         return
     loaded = [name for name in sys.modules if name == PACKAGE or name.startswith(PACKAGE + ".")]
-    assert not loaded, (
-        f"cpu_backend.install() must come before the first import of {PACKAGE}: {loaded[:3]}"
-    )
+    assert not loaded, f"cpu_backend.install() must come before the first import of {PACKAGE}: {loaded[:3]}"
     sys.meta_path.insert(0, _CpuFinder())
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_keep_random_state_record)
     for message in _EXPECTED_WARNINGS:
@@ -187,9 +215,7 @@ def _use_cpu_generator(random: ModuleType) -> None:
     """Point megatron's random-state tracker at torch's CPU generator."""
     import torch
 
-    def get_state(
-        device: Any = "cpu", clone: bool = False, graph_safe: bool = False
-    ) -> torch.Tensor:
+    def get_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
@@ -210,10 +236,7 @@ class _CpuFinder(importlib.abc.MetaPathFinder):
         loader = _CpuLoader(fullname, spec.origin)
         locations = spec.submodule_search_locations
         return importlib.util.spec_from_file_location(
-            fullname,
-            spec.origin,
-            loader=loader,
-            submodule_search_locations=list(locations) if locations else None,
+            fullname, spec.origin, loader=loader, submodule_search_locations=list(locations) if locations else None
         )
 
 

@@ -11,9 +11,7 @@ class UserError(Exception):
     The message says what is wrong, where, what was expected and what was found, and how to mend it.
     """
 
-    def __init__(
-        self, what: str, *, where: str = "", expected: str = "", got: str = "", fix: str = ""
-    ):
+    def __init__(self, what: str, *, where: str = "", expected: str = "", got: str = "", fix: str = ""):
         parts = [what]
         for label, text in (("where", where), ("expected", expected), ("got", got), ("fix", fix)):
             if text:

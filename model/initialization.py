@@ -19,9 +19,7 @@ from model.config import ModelConfig
 if TYPE_CHECKING:  # importing it imports megatron-core, which conversion does without
     from model.layout import Block, LogicalParameter
 
-_BLOCK_ELEMENTS = (
-    1 << 24
-)  # of one generator; part of the definition: changing it changes every initial weight
+_BLOCK_ELEMENTS = 1 << 24  # of one generator; part of the definition: changing it changes every initial weight
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
@@ -57,14 +55,10 @@ def initial_rows(
     return torch.cat(parts)
 
 
-def _initial_block(
-    parameter: LogicalParameter, block: Block, std: float | None, seed: int
-) -> torch.Tensor:
+def _initial_block(parameter: LogicalParameter, block: Block, std: float | None, seed: int) -> torch.Tensor:
     start, length = block.global_offset[0], block.shape[0]
     rows = initial_rows(parameter.name, parameter.global_shape, std, seed, start, start + length)
-    inner = tuple(
-        slice(o, o + n) for o, n in zip(block.global_offset[1:], block.shape[1:], strict=True)
-    )
+    inner = tuple(slice(o, o + n) for o, n in zip(block.global_offset[1:], block.shape[1:], strict=True))
     return rows[(slice(None), *inner)]
 
 

@@ -28,9 +28,7 @@ class Block:
 
     def of(self, local: torch.Tensor) -> torch.Tensor:
         """The rectangle as a view of the local parameter (or of a tensor of its shape)."""
-        return local[
-            tuple(slice(o, o + n) for o, n in zip(self.local_offset, self.shape, strict=True))
-        ]
+        return local[tuple(slice(o, o + n) for o, n in zip(self.local_offset, self.shape, strict=True))]
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,7 @@ def _logical(entry: Any) -> LogicalParameter:
     for tensor in tensors:
         blocks.append(_block(tensor, local_row))
         local_row += tensor.local_shape[0]
-    global_shape = tuple(
-        int(size) for size in tensors[0].global_shape[tensors[0].prepend_axis_num :]
-    )
+    global_shape = tuple(int(size) for size in tensors[0].global_shape[tensors[0].prepend_axis_num :])
     is_split = sum(math.prod(block.shape) for block in blocks) < math.prod(global_shape)
     return LogicalParameter(tensors[0].key, global_shape, tuple(blocks), is_split)
 
@@ -74,9 +70,7 @@ def logical_parameters(model: Any) -> dict[str, LogicalParameter]:
     found = {}
     for name, _ in model.named_parameters():
         entry = sharded[name]
-        assert isinstance(entry, ShardedTensor | ShardedTensorFactory), (
-            f"{name}: not a sharded tensor"
-        )
+        assert isinstance(entry, ShardedTensor | ShardedTensorFactory), f"{name}: not a sharded tensor"
         found[name] = _logical(entry)
     return found
 
@@ -100,9 +94,11 @@ def load_weights(model: Any, reader: Any) -> None:
         key = f"model/{logical.name}"
         if reader.global_shape(key) != logical.global_shape:
             raise UserError(
-                "the checkpoint's weights do not fit its model configuration", where=f"{reader.folder}: {key}",
-                expected=str(logical.global_shape), got=str(reader.global_shape(key)),
-            )  # fmt: skip
+                "the checkpoint's weights do not fit its model configuration",
+                where=f"{reader.folder}: {key}",
+                expected=str(logical.global_shape),
+                got=str(reader.global_shape(key)),
+            )
         for block in logical.blocks:
             values = reader.read(key, block.global_offset, block.shape)
             block.of(parameters[local_name]).copy_(values)

@@ -35,9 +35,7 @@ class _MaskColumns(torch.autograd.Function):
         return gradients[0], None
 
 
-def token_losses(
-    logits: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary
-) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
     """Cross entropy of each token: logits [..., padded vocabulary / tensor], labels int64 [...] -> float32 [...].
 
     Ids that only pad the vocabulary take no part. The logits are overwritten.
@@ -62,11 +60,7 @@ class LossSums:
 
 
 def sum_losses(
-    losses: torch.Tensor,
-    weights: torch.Tensor,
-    classes: torch.Tensor,
-    sources: torch.Tensor,
-    num_sources: int,
+    losses: torch.Tensor, weights: torch.Tensor, classes: torch.Tensor, sources: torch.Tensor, num_sources: int
 ) -> LossSums:
     """Sums of flat per-token losses [T]; `classes` and `sources` int64 [T]; weight 0 means no loss."""
     losses = losses.detach().double()

@@ -41,18 +41,20 @@ def initialize(
     if world_size % model_ranks:
         raise UserError(
             "the layout does not fit the number of processes",
-            expected=f"a multiple of tensor * pipeline * context = {model_ranks}", got=str(world_size),
+            expected=f"a multiple of tensor * pipeline * context = {model_ranks}",
+            got=str(world_size),
             fix=f"start {model_ranks * max(1, world_size // model_ranks)} processes or change parallel.*",
-        )  # fmt: skip
+        )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=context,
-        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)), create_gloo_process_groups=False,
-    )  # fmt: skip
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+        distributed_timeout_minutes=max(1, int(timeout_seconds / 60)),
+        create_gloo_process_groups=False,
+    )
 
 
-def _join(
-    rank: int | None, world_size: int | None, init_method: str | None, timeout_seconds: float
-) -> None:
+def _join(rank: int | None, world_size: int | None, init_method: str | None, timeout_seconds: float) -> None:
     import torch.distributed as distributed
 
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
@@ -65,9 +67,12 @@ def _join(
     if init_method is None and world_size == 1:
         init_method = f"file://{tempfile.mkdtemp(prefix='nextstate_rendezvous_')}/store"
     distributed.init_process_group(
-        backend_name(), init_method=init_method or "env://", rank=rank, world_size=world_size,
+        backend_name(),
+        init_method=init_method or "env://",
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
-    )  # fmt: skip
+    )
 
 
 def is_initialized() -> bool:

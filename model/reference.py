@@ -35,9 +35,13 @@ class Sizes:
     @classmethod
     def from_config(cls, config: ModelConfig) -> Sizes:
         return cls(
-            config.num_layers, config.num_attention_heads, config.num_query_groups, config.head_dim,
-            config.rope_theta, config.rms_norm_eps,
-        )  # fmt: skip
+            config.num_layers,
+            config.num_attention_heads,
+            config.num_query_groups,
+            config.head_dim,
+            config.rope_theta,
+            config.rms_norm_eps,
+        )
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Sizes:
@@ -45,10 +49,13 @@ class Sizes:
         heads = values["num_attention_heads"]
         rope = values.get("rope_parameters") or {}
         return cls(
-            values["num_hidden_layers"], heads, values.get("num_key_value_heads") or heads,
+            values["num_hidden_layers"],
+            heads,
+            values.get("num_key_value_heads") or heads,
             values.get("head_dim") or values["hidden_size"] // heads,
-            float(values.get("rope_theta") or rope["rope_theta"]), values["rms_norm_eps"],
-        )  # fmt: skip
+            float(values.get("rope_theta") or rope["rope_theta"]),
+            values["rms_norm_eps"],
+        )
 
 
 def logits(
@@ -77,9 +84,7 @@ def logits(
         def own(part: str, name: str = name) -> torch.Tensor:
             return weight(f"{name}{part}.weight").to(dtype)
 
-        hidden = hidden + _attention(
-            _norm(hidden, own("input_layernorm"), sizes), own, sizes, positions, visible
-        )
+        hidden = hidden + _attention(_norm(hidden, own("input_layernorm"), sizes), own, sizes, positions, visible)
         normed = _norm(hidden, own("post_attention_layernorm"), sizes)
         gate, up = normed @ own("mlp.gate_proj").T, normed @ own("mlp.up_proj").T
         hidden = hidden + (gate * torch.sigmoid(gate) * up) @ own("mlp.down_proj").T
@@ -95,7 +100,7 @@ def _norm(values: torch.Tensor, scale: torch.Tensor, sizes: Sizes) -> torch.Tens
 
 def _attention(
     values: torch.Tensor, own: GetWeight, sizes: Sizes, positions: torch.Tensor, visible: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """[T, hidden] -> [T, hidden]. Norms of queries and keys come before RoPE; every group serves several heads."""
 
     def heads(part: str, count: int) -> torch.Tensor:
@@ -209,10 +214,7 @@ def allowed_next(
     """
     ids, rules = list(ids), rules or ImageRules()
     position, num_images = 0, 0
-    text = {
-        *range(vocabulary.text_size),
-        *(vocabulary.structure[n] for n in rules.structure_in_text),
-    }
+    text = {*range(vocabulary.text_size), *(vocabulary.structure[n] for n in rules.structure_in_text)}
     while True:
         if num_images == rules.stop_after_images:
             return {vocabulary.pad}
@@ -238,21 +240,20 @@ def allowed_next(
         position, num_images = position + end + 1, num_images + 1
 
 
-def _grid_of(
-    block: list[int], vocabulary: Vocabulary, digits: Sequence[int], star: int
-) -> tuple[int, int]:
-    spelled = [
-        "*" if token == star else str(digits.index(token))
-        for token in block[1 : block.index(vocabulary.img)]
-    ]
+def _grid_of(block: list[int], vocabulary: Vocabulary, digits: Sequence[int], star: int) -> tuple[int, int]:
+    spelled = ["*" if token == star else str(digits.index(token)) for token in block[1 : block.index(vocabulary.img)]]
     height, width = "".join(spelled).split("*")
     return int(height), int(width)
 
 
 def _allowed_in_image(
-    block: list[int], vocabulary: Vocabulary, digits: Sequence[int], star: int, rules: ImageRules,
+    block: list[int],
+    vocabulary: Vocabulary,
+    digits: Sequence[int],
+    star: int,
+    rules: ImageRules,
     grid: tuple[int, int] | None,
-) -> set[int]:  # fmt: skip
+) -> set[int]:
     """What may follow an image block that begins with BOI and has not ended."""
     if vocabulary.img not in block:
         return _allowed_in_header(block[1:], vocabulary, digits, star, rules, grid)
@@ -267,26 +268,24 @@ def _allowed_in_image(
 
 
 def _allowed_in_header(
-    header: Sequence[int], vocabulary: Vocabulary, digits: Sequence[int], star: int, rules: ImageRules,
+    header: Sequence[int],
+    vocabulary: Vocabulary,
+    digits: Sequence[int],
+    star: int,
+    rules: ImageRules,
     grid: tuple[int, int] | None,
-) -> set[int]:  # fmt: skip
+) -> set[int]:
     """What may follow the digits and the star of "H*W": every number that can still become a legal side."""
     spelled = "".join("*" if token == star else str(digits.index(token)) for token in header)
     sides = spelled.split("*")
     current, height = sides[-1], int(sides[0]) if len(sides) == 2 else 0
-    largest = min(
-        rules.max_side, rules.max_image_tokens // height if height else rules.max_image_tokens
-    )
+    largest = min(rules.max_side, rules.max_image_tokens // height if height else rules.max_image_tokens)
     target = str(grid[len(sides) - 1]) if grid else ""
     end = vocabulary.img if height else star
     allowed = set()
     for digit in range(10):
         longer = current + str(digit)
-        fits = (
-            target.startswith(longer)
-            if grid
-            else not longer.startswith("0") and int(longer) <= largest
-        )
+        fits = target.startswith(longer) if grid else not longer.startswith("0") and int(longer) <= largest
         if fits:
             allowed.add(digits[digit])
     if current == target if grid else current:

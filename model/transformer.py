@@ -22,10 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 )
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import (  # noqa: E402
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
 from model.attention import CachedSequences, PackedAttention, rotary_tables  # noqa: E402
@@ -51,11 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
 
@@ -138,9 +131,7 @@ def build_model(
     (hidden states on stages without `post_process`).
     """
     core_config = megatron_config(config, sequence_parallel=sequence_parallel, recompute=recompute)
-    num_layers = get_num_layers_to_build(
-        core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank()
-    )
+    num_layers = get_num_layers_to_build(core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
     block = TransformerBlockSubmodules(layer_specs=[_layer_spec()] * num_layers, layer_norm=RMSNorm)
     with torch.device(device) if device is not None else nullcontext():
         model = GPTModel(
@@ -177,10 +168,14 @@ def allocate_cache(model: GPTModel, batch_size: int, max_length: int) -> KeyValu
     core = model.config
     parameter = next(model.parameters())
     return KeyValueCache.allocate(
-        num_layers=len(model.decoder.layers), batch_size=batch_size, max_length=max_length,
-        num_groups=core.num_query_groups // core.tensor_model_parallel_size, head_dim=core.kv_channels,
-        dtype=parameter.dtype, device=parameter.device,
-    )  # fmt: skip
+        num_layers=len(model.decoder.layers),
+        batch_size=batch_size,
+        max_length=max_length,
+        num_groups=core.num_query_groups // core.tensor_model_parallel_size,
+        head_dim=core.kv_channels,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
 
 
 @torch.no_grad()
@@ -228,21 +223,22 @@ def _last_real(hidden: torch.Tensor, num_new: torch.Tensor | None) -> torch.Tens
     return hidden[num_new - 1, rows][None]
 
 
-def _cached_step(
-    config: ModelConfig, position_ids: torch.Tensor, cache: KeyValueCache
-) -> CachedSequences:
+def _cached_step(config: ModelConfig, position_ids: torch.Tensor, cache: KeyValueCache) -> CachedSequences:
     steps = torch.arange(position_ids.shape[1], device=position_ids.device)
     slots = cache.lengths[:, None] + steps[None]
     reach = int(slots.max()) + 1
-    assert reach <= cache.max_length, (
-        f"the cache holds {cache.max_length} tokens, {reach} are needed"
-    )
+    assert reach <= cache.max_length, f"the cache holds {cache.max_length} tokens, {reach} are needed"
     is_even = len(steps) == 1 and bool((cache.lengths == cache.lengths[0]).all())
     mask = None
     if not is_even:
         mask = torch.arange(reach, device=slots.device)[None, None, None] <= slots[:, None, :, None]
     cos, sin = rotary_tables(position_ids.T, config.head_dim, config.rope_theta, cache.keys.dtype)
     return CachedSequences(
-        qkv_format="sbhd", cache=cache, slots=slots, mask=mask, reach=reach, rotary_cos=cos[:, :, None],
+        qkv_format="sbhd",
+        cache=cache,
+        slots=slots,
+        mask=mask,
+        reach=reach,
+        rotary_cos=cos[:, :, None],
         rotary_sin=sin[:, :, None],
-    )  # fmt: skip
+    )

@@ -26,15 +26,41 @@ class TokenClass(IntEnum):
 
 # Order of the structure ids of the compact preset, counted from `text_size`.
 STRUCTURE_NAMES = (
-    "pad", "bos", "eos", "boi", "eoi", "img", "eol", "eof", "tms", "bss", "ess", "boc", "eoc", "bog", "eog",
-)  # fmt: skip
+    "pad",
+    "bos",
+    "eos",
+    "boi",
+    "eoi",
+    "img",
+    "eol",
+    "eof",
+    "tms",
+    "bss",
+    "ess",
+    "boc",
+    "eoc",
+    "bog",
+    "eog",
+)
 
 # Released ids (Emu3.5 `src/utils/model_utils.py`); `<|extra_i|>` is 151,646 + i.
 EMU35_STRUCTURE = {
-    "pad": 151643, "bos": 151849, "eos": 151850, "boi": 151852, "eoi": 151853, "img": 151851, "eol": 151846,
-    "eof": 151847, "tms": 151848, "bss": 151746, "ess": 151747, "boc": 151696, "eoc": 151697, "bog": 151706,
+    "pad": 151643,
+    "bos": 151849,
+    "eos": 151850,
+    "boi": 151852,
+    "eoi": 151853,
+    "img": 151851,
+    "eol": 151846,
+    "eof": 151847,
+    "tms": 151848,
+    "bss": 151746,
+    "ess": 151747,
+    "boc": 151696,
+    "eoc": 151697,
+    "bog": 151706,
     "eog": 151707,
-}  # fmt: skip
+}
 EMU35_TEXT_SIZE = 151_643
 EMU35_VISUAL_START = 151_854
 EMU35_VISUAL_SIZE = 131_072
@@ -52,14 +78,17 @@ class VocabularyConfig:
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
-            self.preset in ("compact", "emu35"), f"{key}.preset", f"unknown preset {self.preset!r}",
+            self.preset in ("compact", "emu35"),
+            f"{key}.preset",
+            f"unknown preset {self.preset!r}",
             f"{key}.preset=compact or emu35",
-        )  # fmt: skip
+        )
         problems.check(
-            self.reserved_size >= len(STRUCTURE_NAMES), f"{key}.reserved_size",
+            self.reserved_size >= len(STRUCTURE_NAMES),
+            f"{key}.reserved_size",
             f"must hold the {len(STRUCTURE_NAMES)} structure ids, got {self.reserved_size}",
             f"{key}.reserved_size=32",
-        )  # fmt: skip
+        )
         for name in ("text_size", "visual_size", "pad_multiple"):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
 
@@ -112,13 +141,18 @@ class Vocabulary:
         if codes.size and (codes.min() < 0 or codes.max() >= self.visual_size):
             raise UserError(
                 "visual codes outside the vocabulary: the vision tokenizer does not match it",
-                expected=f"codes in [0, {self.visual_size})", got=f"[{codes.min()}, {codes.max()}]",
+                expected=f"codes in [0, {self.visual_size})",
+                got=f"[{codes.min()}, {codes.max()}]",
                 fix="set vocabulary.visual_size to the tokenizer's codebook size",
-            )  # fmt: skip
+            )
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records, so that files of another vocabulary are refused."""
         return {
-            "text_size": self.text_size, "structure": self.structure, "visual_start": self.visual_start,
-            "visual_size": self.visual_size, "size": self.size, "padded_size": self.padded_size,
-        }  # fmt: skip
+            "text_size": self.text_size,
+            "structure": self.structure,
+            "visual_start": self.visual_start,
+            "visual_size": self.visual_size,
+            "size": self.size,
+            "padded_size": self.padded_size,
+        }

@@ -27,9 +27,7 @@ def _run_job(job: dict[str, Any], rank: int) -> Any:
 
     from model import parallel
 
-    distributed.init_process_group(
-        "gloo", init_method=job["store"], rank=rank, world_size=job["world_size"]
-    )
+    distributed.init_process_group("gloo", init_method=job["store"], rank=rank, world_size=job["world_size"])
     try:
         function = getattr(importlib.import_module(job["module"]), job["function"])
         return function(*job["arguments"], **job["options"])
@@ -59,9 +57,7 @@ class ProcessPool:
         self.workers: list[tuple[Any, Connection]] = []
         self.num_jobs = 0
 
-    def run(
-        self, function: Callable[..., Any], *arguments: Any, ranks: int = MAX_RANKS, **options: Any
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, ranks: int = MAX_RANKS, **options: Any) -> list[Any]:
         """`function(*arguments, **options)` on `ranks` processes at once; their results by rank.
 
         The function is imported by name in the workers, so it must stand at the top of a module. Fails with the
@@ -71,24 +67,25 @@ class ProcessPool:
             self._start()
         self.num_jobs += 1
         job = {
-            "module": function.__module__, "function": function.__name__, "arguments": arguments, "options": options,
-            "path": list(sys.path), "world_size": ranks, "store": f"file://{self.folder}/store_{self.num_jobs}",
-        }  # fmt: skip
+            "module": function.__module__,
+            "function": function.__name__,
+            "arguments": arguments,
+            "options": options,
+            "path": list(sys.path),
+            "world_size": ranks,
+            "store": f"file://{self.folder}/store_{self.num_jobs}",
+        }
         connections = [connection for _, connection in self.workers[:ranks]]
         for connection in connections:
             connection.send(job)
         answers = [self._answer(connection) for connection in connections]
-        failures = [
-            f"rank {rank}:\n{value}" for rank, (done, value) in enumerate(answers) if not done
-        ]
+        failures = [f"rank {rank}:\n{value}" for rank, (done, value) in enumerate(answers) if not done]
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]
 
     def _start(self) -> None:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(
-            target=_worker, args=(theirs, len(self.workers)), daemon=True
-        )
+        process = self.context.Process(target=_worker, args=(theirs, len(self.workers)), daemon=True)
         process.start()
         theirs.close()
         self.workers.append((process, ours))

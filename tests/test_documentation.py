@@ -45,10 +45,7 @@ def help_examples() -> list[tuple[str, str]]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
                 text = ast.literal_eval(node.value).replace("\\\n", " ")
                 lines = re.findall(r"^ +(nextstate .*)$", text, re.MULTILINE)
-                found += [
-                    (path.name, re.split(r"\s{3,}(?=[a-z])(?!\w+[.\w]*=)", line)[0])
-                    for line in lines
-                ]
+                found += [(path.name, re.split(r"\s{3,}(?=[a-z])(?!\w+[.\w]*=)", line)[0]) for line in lines]
     return found
 
 
@@ -65,9 +62,7 @@ def test_other_commands_compose(page, line, capsys):
 
 
 def test_make_targets_of_the_docs_exist():
-    targets = set(
-        re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     used = {
         line.split()[1]
         for page in PAGES

@@ -14,12 +14,7 @@ ALLOWED = {
     "launch": {"launch", "training", "data_pipeline", "model"},
 }
 # Of `model`, the data pipeline sees the ids, the errors, how files are published, and the vision tokenizer.
-MODEL_PARTS_OF_DATA_PIPELINE = (
-    "model.vocabulary",
-    "model.errors",
-    "model.files",
-    "model.vision_tokenizer",
-)
+MODEL_PARTS_OF_DATA_PIPELINE = ("model.vocabulary", "model.errors", "model.files", "model.vision_tokenizer")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 
 
@@ -44,9 +39,8 @@ def violations(package: str, names: set[str]) -> list[str]:
     wrong = {name for name in ours if name.split(".")[0] not in ALLOWED[package]}
     if package == "data_pipeline":
         wrong |= {
-            name for name in ours
-            if name.startswith("model.") and not name.startswith(MODEL_PARTS_OF_DATA_PIPELINE)
-        }  # fmt: skip
+            name for name in ours if name.startswith("model.") and not name.startswith(MODEL_PARTS_OF_DATA_PIPELINE)
+        }
     return sorted(wrong)
 
 
@@ -64,9 +58,7 @@ def test_the_check_of_arrows_can_fail():
     tree = ast.parse("def f():\n    from training import loop\n    import examples.shapes_world\n")
     assert violations("model", imported_modules(tree)) == ["examples.shapes_world", "training.loop"]
     assert violations("launch", imported_modules(tree)) == ["examples.shapes_world"]
-    tree = ast.parse(
-        "from model.transformer import build_model\nfrom model.errors import UserError"
-    )
+    tree = ast.parse("from model.transformer import build_model\nfrom model.errors import UserError")
     assert violations("data_pipeline", imported_modules(tree)) == ["model.transformer.build_model"]
 
 
@@ -80,7 +72,5 @@ def test_functions_and_files_stay_small():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if num_lines > MAX_FUNCTION_LINES:
-                    long.append(
-                        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {num_lines} lines"
-                    )
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {num_lines} lines")
     assert not long

@@ -40,9 +40,15 @@ def write_packed(folder: Path) -> Path:
     vocabulary = Vocabulary.from_config(make_config(folder, folder).model.vocabulary)
     generator = np.random.default_rng(5)
     manifest = {
-        "kind": "tokens", "num_documents": 60, "vocabulary": vocabulary.describe(), "sources": ["text"],
-        "text_tokenizer": "text-1", "vision_tokenizer": None, "inputs": [], "quarantined": {},
-    }  # fmt: skip
+        "kind": "tokens",
+        "num_documents": 60,
+        "vocabulary": vocabulary.describe(),
+        "sources": ["text"],
+        "text_tokenizer": "text-1",
+        "vision_tokenizer": None,
+        "inputs": [],
+        "quarantined": {},
+    }
     with TokenFileWriter(folder / "tokens" / "000000") as writer:
         for _ in range(60):
             segments = np.zeros(1, SEGMENT_DTYPE)

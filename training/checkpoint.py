@@ -60,9 +60,7 @@ class CheckpointStore:
     `enter_phase` is told the name of each part of a transaction: the heartbeat shows it.
     """
 
-    def __init__(
-        self, stage_folder: Path, engine: Engine, keep: int, enter_phase: Callable[[str], Any]
-    ):
+    def __init__(self, stage_folder: Path, engine: Engine, keep: int, enter_phase: Callable[[str], Any]):
         self.stage_folder, self.engine, self.keep = stage_folder, engine, keep
         self.folder = stage_folder / CHECKPOINTS_FOLDER
         self.enter_phase = enter_phase
@@ -87,7 +85,7 @@ class CheckpointStore:
             ("checkpoint: write tensors", lambda: self._write_own_files(temporary)),
             ("checkpoint: write manifest", lambda: self._write_manifest(temporary, metadata, config_yaml)),
             ("checkpoint: publish", lambda: self._publish(temporary, final)),
-        )  # fmt: skip
+        )
         for phase, action in parts:
             self.enter_phase(phase)
             self._together(action, temporary)
@@ -111,9 +109,10 @@ class CheckpointStore:
             report_damage(folder, damage or "found by another rank")
         if folders:
             raise UserError(
-                "every checkpoint of this stage is damaged", where=str(self.folder),
+                "every checkpoint of this stage is damaged",
+                where=str(self.folder),
                 fix="bring one back from a copy, or remove the stage folder to start over",
-            )  # fmt: skip
+            )
         return None
 
     def load(self, folder: Path) -> Loaded:
@@ -173,12 +172,7 @@ class CheckpointStore:
         path = temporary / f"rank_{rank:05d}.safetensors"
         tensors, table = lay_out(shards, path.name)
         save_file(tensors, path)
-        entry = {
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "crc32": checksum(path),
-            "keys": table,
-        }
+        entry = {"file": path.name, "bytes": path.stat().st_size, "crc32": checksum(path), "keys": table}
         flush_to_disk(path)
         (temporary / f"rank_{rank:05d}.json").write_text(json.dumps(entry))
 
@@ -196,8 +190,11 @@ class CheckpointStore:
             path.unlink()
         check_cover(keys)
         manifest = metadata | {
-            "format_version": FORMAT_VERSION, "layout": self.engine.describe(), "files": files, "keys": keys,
-        }  # fmt: skip
+            "format_version": FORMAT_VERSION,
+            "layout": self.engine.describe(),
+            "files": files,
+            "keys": keys,
+        }
         manifest["manifest_crc32"] = manifest_checksum(manifest)
         replace_file(temporary / MANIFEST_NAME, json.dumps(manifest, allow_nan=False))
 
@@ -225,15 +222,17 @@ def resolve_initial(path: Path) -> Path:
     except UserError:
         parent = Path(path).absolute().parent
         found = sorted(
-            entry.name for entry in (parent.iterdir() if parent.is_dir() else ())
+            entry.name
+            for entry in (parent.iterdir() if parent.is_dir() else ())
             if list_checkpoints(entry) or (entry / MANIFEST_NAME).is_file()
-        )  # fmt: skip
+        )
         raise UserError(
-            "there is no checkpoint to start from", where=f"stage.initialize_from={path}",
+            "there is no checkpoint to start from",
+            where=f"stage.initialize_from={path}",
             expected="a checkpoint folder or a stage folder with a complete checkpoint",
             got=f"with checkpoints in {parent}: {', '.join(found) or 'nothing'}",
             fix="train that stage first, or name one of these",
-        ) from None  # fmt: skip
+        ) from None
     candidates = [folder] + [other for other in list_checkpoints(path) if other != folder]
     damages = []
     for candidate in candidates:
@@ -241,9 +240,7 @@ def resolve_initial(path: Path) -> Path:
         if not damage:
             return candidate
         damages.append(f"{candidate.name}: {damage}")
-    raise UserError(
-        "the checkpoint to start from is damaged", where=str(path), got="; ".join(damages)
-    )
+    raise UserError("the checkpoint to start from is damaged", where=str(path), got="; ".join(damages))
 
 
 def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
@@ -278,11 +275,13 @@ def lay_out(shards: list[Shard], file_name: str) -> tuple[dict[str, torch.Tensor
             "dtype": dtype_name(shard.tensor.dtype),
             "pieces": [
                 {
-                    "file": file_name, "name": name, "offset": list(shard.global_offset),
+                    "file": file_name,
+                    "name": name,
+                    "offset": list(shard.global_offset),
                     "shape": list(shard.tensor.shape),
                 }
             ],
-        }  # fmt: skip
+        }
         merge_tables(table, {shard.key: entry})
     return tensors, table
 
@@ -319,8 +318,4 @@ def random_prefix(rank: int) -> str:
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
     """On the CPU, contiguous, sharing memory with nothing (safetensors refuses shared memory)."""
     copy = tensor.detach().to("cpu").contiguous()
-    return (
-        copy.clone()
-        if copy.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-        else copy
-    )
+    return copy.clone() if copy.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() else copy

@@ -66,16 +66,12 @@ class StageConfig:
     sequence_length: int = 512
     global_batch_size: int = 8  # rows
     micro_batch_size: int = 4  # rows of one data-parallel rank in one forward pass
-    document_attention: str = (
-        "document"  # document: attention and positions restart; full: the whole row
-    )
+    document_attention: str = "document"  # document: attention and positions restart; full: the whole row
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss_weights: LossWeights = field(default_factory=LossWeights)
     data: DataConfig = field(default_factory=DataConfig)
     initialize_from: str | None = None  # a stage folder or checkpoint folder; null: fresh weights
-    options: dict[str, Any] = field(
-        default_factory=dict
-    )  # read by the objective (see its own dataclass)
+    options: dict[str, Any] = field(default_factory=dict)  # read by the objective (see its own dataclass)
 
 
 @dataclass
@@ -88,9 +84,7 @@ class ParallelConfig:
     data: int = 1
     sequence: bool = True  # sequence parallel norms and residuals; has effect with tensor > 1
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
-    recompute: str = (
-        "none"  # none | selective (attention) | full (layers); less memory, more compute
-    )
+    recompute: str = "none"  # none | selective (attention) | full (layers); less memory, more compute
 
     @property
     def world_size(self) -> int:
@@ -117,9 +111,7 @@ class ReliabilityConfig:
 
     max_consecutive_skips: int = 3
     max_rollbacks: int = 2
-    spike_factor: float = (
-        0.0  # a gradient norm above this times the running median is skipped; 0: off
-    )
+    spike_factor: float = 0.0  # a gradient norm above this times the running median is skipped; 0: off
     hang_timeout_seconds: float = 600.0
 
 
@@ -163,9 +155,7 @@ class TrainConfig:
         logged does not count.
         """
         values = results_of(self.to_dict())
-        return hashlib.blake2b(
-            json.dumps(values, sort_keys=True).encode(), digest_size=16
-        ).hexdigest()
+        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -180,9 +170,10 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         first_line = str(error).splitlines()[0]
         raise UserError(
             "the configuration does not fit its schema",
-            where=str(getattr(error, "full_key", "") or ""), got=first_line,
+            where=str(getattr(error, "full_key", "") or ""),
+            got=first_line,
             fix="see `nextstate train --help` for the keys",
-        ) from None  # fmt: skip
+        ) from None
     assert isinstance(config, TrainConfig)
     return config
 
@@ -216,24 +207,23 @@ def load_yaml(path: Path) -> TrainConfig:
 def results_of(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a config dict that decides the trained weights (paths and prefetching do not)."""
     stage = {name: value for name, value in values["stage"].items() if name != "data"}
-    stage["weights"] = {
-        name: entry["weight"] for name, entry in values["stage"]["data"]["datasets"].items()
-    }
+    stage["weights"] = {name: entry["weight"] for name, entry in values["stage"]["data"]["datasets"].items()}
     return {
-        "model": values["model"], "seed": values["seed"], "stage": stage,
-        "reliability": {
-            name: value for name, value in values["reliability"].items() if name != "hang_timeout_seconds"
-        },
-    }  # fmt: skip
+        "model": values["model"],
+        "seed": values["seed"],
+        "stage": stage,
+        "reliability": {name: value for name, value in values["reliability"].items() if name != "hang_timeout_seconds"},
+    }
 
 
 def fixed_of(values: dict[str, Any]) -> dict[str, Any]:
     """The part that may not change between a checkpoint and the run that resumes from it."""
     stage = values["stage"]
     return {
-        "model": values["model"], "seed": values["seed"],
+        "model": values["model"],
+        "seed": values["seed"],
         "stage": {name: stage[name] for name in ("objective", "sequence_length", "document_attention")},
-    }  # fmt: skip
+    }
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -249,177 +239,171 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 def _validate_stage(config: TrainConfig, problems: Problems) -> None:
     stage = config.stage
-    problems.check(
-        bool(config.run_folder), "run_folder", "must not be empty", "run_folder=runs/demo"
-    )
+    problems.check(bool(config.run_folder), "run_folder", "must not be empty", "run_folder=runs/demo")
     problems.check(0 <= config.seed < 2**63, "seed", "must be in [0, 2**63)", "seed=1234")
     problems.check(
-        re.fullmatch(r"[\w][\w.-]*", stage.name) is not None, "stage.name",
-        f"{stage.name!r} cannot name a folder", "stage.name=pretrain_1",
-    )  # fmt: skip
+        re.fullmatch(r"[\w][\w.-]*", stage.name) is not None,
+        "stage.name",
+        f"{stage.name!r} cannot name a folder",
+        "stage.name=pretrain_1",
+    )
     problems.check(
-        stage.objective in OBJECTIVES, "stage.objective", f"unknown value {stage.objective!r}",
+        stage.objective in OBJECTIVES,
+        "stage.objective",
+        f"unknown value {stage.objective!r}",
         f"stage.objective={'|'.join(OBJECTIVES)}",
-    )  # fmt: skip
+    )
     for name in ("steps", "sequence_length", "global_batch_size", "micro_batch_size"):
-        problems.check(
-            getattr(stage, name) > 0, f"stage.{name}", "must be positive", f"stage.{name}=1"
-        )
+        problems.check(getattr(stage, name) > 0, f"stage.{name}", "must be positive", f"stage.{name}=1")
     problems.check(
-        stage.document_attention in ("document", "full"), "stage.document_attention",
-        f"unknown value {stage.document_attention!r}", "stage.document_attention=document",
-    )  # fmt: skip
+        stage.document_attention in ("document", "full"),
+        "stage.document_attention",
+        f"unknown value {stage.document_attention!r}",
+        "stage.document_attention=document",
+    )
     for name in ("text", "visual", "structure"):
         weight = getattr(stage.loss_weights, name)
         problems.check(
-            weight >= 0, f"stage.loss_weights.{name}", f"must not be negative, got {weight}",
+            weight >= 0,
+            f"stage.loss_weights.{name}",
+            f"must not be negative, got {weight}",
             f"stage.loss_weights.{name}=1.0",
-        )  # fmt: skip
+        )
     problems.check(
-        any(value > 0 for value in asdict(stage.loss_weights).values()), "stage.loss_weights",
-        "all weights are zero: nothing would be learned", "stage.loss_weights.text=1.0",
-    )  # fmt: skip
-    problems.check(
-        stage.initialize_from != "",
-        "stage.initialize_from",
-        "is empty",
-        "stage.initialize_from=null",
+        any(value > 0 for value in asdict(stage.loss_weights).values()),
+        "stage.loss_weights",
+        "all weights are zero: nothing would be learned",
+        "stage.loss_weights.text=1.0",
     )
+    problems.check(stage.initialize_from != "", "stage.initialize_from", "is empty", "stage.initialize_from=null")
 
 
 def _validate_optimizer(stage: StageConfig, problems: Problems) -> None:
     optimizer, key = stage.optimizer, "stage.optimizer"
+    problems.check(optimizer.learning_rate > 0, f"{key}.learning_rate", "must be positive", f"{key}.learning_rate=3e-4")
     problems.check(
-        optimizer.learning_rate > 0,
-        f"{key}.learning_rate",
-        "must be positive",
-        f"{key}.learning_rate=3e-4",
+        0 <= optimizer.min_learning_rate <= optimizer.learning_rate,
+        f"{key}.min_learning_rate",
+        f"must be in [0, learning_rate], got {optimizer.min_learning_rate}",
+        f"{key}.min_learning_rate=0",
     )
-    problems.check(
-        0 <= optimizer.min_learning_rate <= optimizer.learning_rate, f"{key}.min_learning_rate",
-        f"must be in [0, learning_rate], got {optimizer.min_learning_rate}", f"{key}.min_learning_rate=0",
-    )  # fmt: skip
     for name in ("beta1", "beta2"):
-        problems.check(
-            0 <= getattr(optimizer, name) < 1,
-            f"{key}.{name}",
-            "must be in [0, 1)",
-            f"{key}.{name}=0.9",
-        )
-    problems.check(
-        optimizer.epsilon > 0, f"{key}.epsilon", "must be positive", f"{key}.epsilon=1e-8"
-    )
+        problems.check(0 <= getattr(optimizer, name) < 1, f"{key}.{name}", "must be in [0, 1)", f"{key}.{name}=0.9")
+    problems.check(optimizer.epsilon > 0, f"{key}.epsilon", "must be positive", f"{key}.epsilon=1e-8")
     for name in ("weight_decay", "gradient_clip"):
-        problems.check(
-            getattr(optimizer, name) >= 0,
-            f"{key}.{name}",
-            "must not be negative",
-            f"{key}.{name}=0",
-        )
+        problems.check(getattr(optimizer, name) >= 0, f"{key}.{name}", "must not be negative", f"{key}.{name}=0")
     problems.check(
-        optimizer.schedule in SCHEDULES, f"{key}.schedule", f"unknown value {optimizer.schedule!r}",
+        optimizer.schedule in SCHEDULES,
+        f"{key}.schedule",
+        f"unknown value {optimizer.schedule!r}",
         f"{key}.schedule={'|'.join(SCHEDULES)}",
-    )  # fmt: skip
+    )
     problems.check(
-        0 <= optimizer.warmup_steps <= stage.steps, f"{key}.warmup_steps",
-        f"{optimizer.warmup_steps} is not in [0, stage.steps = {stage.steps}]", f"{key}.warmup_steps=0",
-    )  # fmt: skip
+        0 <= optimizer.warmup_steps <= stage.steps,
+        f"{key}.warmup_steps",
+        f"{optimizer.warmup_steps} is not in [0, stage.steps = {stage.steps}]",
+        f"{key}.warmup_steps=0",
+    )
 
 
 def _validate_reliability(config: TrainConfig, problems: Problems) -> None:
     reliability, logging, checkpoint = config.reliability, config.logging, config.checkpoint
     for name in ("max_consecutive_skips", "max_rollbacks", "spike_factor", "hang_timeout_seconds"):
         value = getattr(reliability, name)
-        problems.check(
-            value >= 0,
-            f"reliability.{name}",
-            f"must not be negative, got {value}",
-            f"reliability.{name}=0",
-        )
+        problems.check(value >= 0, f"reliability.{name}", f"must not be negative, got {value}", f"reliability.{name}=0")
     problems.check(
-        reliability.spike_factor == 0 or reliability.spike_factor > 1, "reliability.spike_factor",
-        "must be above 1 (or 0: off), or ordinary steps would be skipped", "reliability.spike_factor=10",
-    )  # fmt: skip
+        reliability.spike_factor == 0 or reliability.spike_factor > 1,
+        "reliability.spike_factor",
+        "must be above 1 (or 0: off), or ordinary steps would be skipped",
+        "reliability.spike_factor=10",
+    )
     problems.check(
-        logging.wandb_mode in ("offline", "online", "disabled"), "logging.wandb_mode",
-        f"unknown value {logging.wandb_mode!r}", "logging.wandb_mode=offline|online|disabled",
-    )  # fmt: skip
+        logging.wandb_mode in ("offline", "online", "disabled"),
+        "logging.wandb_mode",
+        f"unknown value {logging.wandb_mode!r}",
+        "logging.wandb_mode=offline|online|disabled",
+    )
     for key, value in (
-        ("logging.every_steps", logging.every_steps), ("checkpoint.every_steps", checkpoint.every_steps),
+        ("logging.every_steps", logging.every_steps),
+        ("checkpoint.every_steps", checkpoint.every_steps),
         ("checkpoint.keep", checkpoint.keep),
-    ):  # fmt: skip
+    ):
         problems.check(value > 0, key, f"must be positive, got {value}", f"{key}=1")
 
 
 def _validate_data(config: TrainConfig, problems: Problems) -> None:
     data, key = config.stage.data, "stage.data"
     problems.check(
-        bool(data.datasets), f"{key}.datasets", "no dataset is named",
+        bool(data.datasets),
+        f"{key}.datasets",
+        "no dataset is named",
         f"+{key}.datasets.mine.path=runs/demo/packed/pretrain_1/mine",
-    )  # fmt: skip
+    )
     for name, entry in data.datasets.items():
+        problems.check(bool(entry.path), f"{key}.datasets.{name}.path", "is empty", f"{key}.datasets.{name}.path=...")
         problems.check(
-            bool(entry.path),
-            f"{key}.datasets.{name}.path",
-            "is empty",
-            f"{key}.datasets.{name}.path=...",
-        )
-        problems.check(
-            entry.weight >= 0, f"{key}.datasets.{name}.weight", f"must not be negative, got {entry.weight}",
+            entry.weight >= 0,
+            f"{key}.datasets.{name}.weight",
+            f"must not be negative, got {entry.weight}",
             f"{key}.datasets.{name}.weight=1.0",
-        )  # fmt: skip
+        )
     problems.check(
-        data.prefetch_batches >= 0,
-        f"{key}.prefetch_batches",
-        "must not be negative",
-        f"{key}.prefetch_batches=2",
+        data.prefetch_batches >= 0, f"{key}.prefetch_batches", "must not be negative", f"{key}.prefetch_batches=2"
     )
     problems.check(
-        config.stage.sequence_length <= config.model.max_sequence_length, "stage.sequence_length",
+        config.stage.sequence_length <= config.model.max_sequence_length,
+        "stage.sequence_length",
         f"{config.stage.sequence_length} is above model.max_sequence_length ({config.model.max_sequence_length})",
         f"model.max_sequence_length={config.stage.sequence_length}",
-    )  # fmt: skip
+    )
 
 
 def _validate_layout(config: TrainConfig, problems: Problems) -> None:
     parallel, model, stage = config.parallel, config.model, config.stage
     sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context", "data")}
     for name, value in sizes.items():
-        problems.check(
-            value > 0, f"parallel.{name}", f"must be positive, got {value}", f"parallel.{name}=1"
-        )
+        problems.check(value > 0, f"parallel.{name}", f"must be positive, got {value}", f"parallel.{name}=1")
     if min(sizes.values()) <= 0:
         return
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         problems.check(
-            getattr(model, name) % parallel.tensor == 0, "parallel.tensor",
-            f"{parallel.tensor} does not divide model.{name} ({getattr(model, name)})", "parallel.tensor=1",
-        )  # fmt: skip
+            getattr(model, name) % parallel.tensor == 0,
+            "parallel.tensor",
+            f"{parallel.tensor} does not divide model.{name} ({getattr(model, name)})",
+            "parallel.tensor=1",
+        )
     problems.check(
         model.vocabulary.pad_multiple <= 0
         or Vocabulary.from_config(model.vocabulary).padded_size % parallel.tensor == 0,
-        "parallel.tensor", f"{parallel.tensor} does not divide the padded vocabulary",
+        "parallel.tensor",
+        f"{parallel.tensor} does not divide the padded vocabulary",
         "a model.vocabulary.pad_multiple that is a multiple of parallel.tensor",
-    )  # fmt: skip
+    )
     problems.check(
-        model.num_layers % parallel.pipeline == 0, "parallel.pipeline",
-        f"{parallel.pipeline} does not divide model.num_layers ({model.num_layers})", "parallel.pipeline=1",
-    )  # fmt: skip
+        model.num_layers % parallel.pipeline == 0,
+        "parallel.pipeline",
+        f"{parallel.pipeline} does not divide model.num_layers ({model.num_layers})",
+        "parallel.pipeline=1",
+    )
     problems.check(
-        parallel.recompute in RECOMPUTE, "parallel.recompute",
-        f"choices are {', '.join(RECOMPUTE)}, got {parallel.recompute!r}", "parallel.recompute=none",
-    )  # fmt: skip
+        parallel.recompute in RECOMPUTE,
+        "parallel.recompute",
+        f"choices are {', '.join(RECOMPUTE)}, got {parallel.recompute!r}",
+        "parallel.recompute=none",
+    )
     ranks_per_row = parallel.tensor * parallel.context
     problems.check(
-        stage.sequence_length % ranks_per_row == 0, "stage.sequence_length",
+        stage.sequence_length % ranks_per_row == 0,
+        "stage.sequence_length",
         f"{stage.sequence_length} is not a multiple of parallel.tensor * parallel.context = {ranks_per_row}",
         f"stage.sequence_length={-(-stage.sequence_length // ranks_per_row) * ranks_per_row}",
-    )  # fmt: skip
+    )
     rows_at_once = stage.micro_batch_size * parallel.data
     if rows_at_once > 0:
         rounded = max(1, -(-stage.global_batch_size // rows_at_once)) * rows_at_once
         problems.check(
-            stage.global_batch_size % rows_at_once == 0, "stage.global_batch_size",
+            stage.global_batch_size % rows_at_once == 0,
+            "stage.global_batch_size",
             f"{stage.global_batch_size} is not a multiple of micro_batch_size * parallel.data = {rows_at_once}",
             f"stage.global_batch_size={rounded}",
-        )  # fmt: skip
+        )

@@ -29,12 +29,8 @@ class EvaluationPrompt:
 
     format: str  # t2i | x2i | interleaved | reconstruction
     text: str = ""  # t2i, x2i: the caption or instruction
-    images: list[np.ndarray] = field(
-        default_factory=list
-    )  # x2i: sources; reconstruction: the pictures
-    parts: list[str | np.ndarray] = field(
-        default_factory=list
-    )  # interleaved: what came so far, in order
+    images: list[np.ndarray] = field(default_factory=list)  # x2i: sources; reconstruction: the pictures
+    parts: list[str | np.ndarray] = field(default_factory=list)  # interleaved: what came so far, in order
     target: Any = None  # read by the task's `judge` only
     image_size: tuple[int, int] = (0, 0)  # height and width in pixels of the pictures to make
 
@@ -45,9 +41,7 @@ class EvaluationTask(Protocol):
     name: str
 
     def prompts(self) -> Sequence[EvaluationPrompt]: ...
-    def judge(
-        self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str
-    ) -> bool | float: ...
+    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float: ...
 
 
 class EvaluationModel(Protocol):
@@ -57,9 +51,7 @@ class EvaluationModel(Protocol):
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, first_index: int = 0
     ) -> list[Output]: ...
 
-    def reconstruct(
-        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
-    ) -> list[np.ndarray]: ...
+    def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]: ...
 
 
 def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
@@ -69,18 +61,17 @@ def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
         task_class = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            "the evaluation task cannot be imported",
-            where=path,
-            expected="package.module.Class",
-            got=str(error),
+            "the evaluation task cannot be imported", where=path, expected="package.module.Class", got=str(error)
         ) from error
     try:
         return task_class(**arguments)
     except TypeError as error:
         raise UserError(
-            "the evaluation task does not take these arguments", where=path, got=str(error),
+            "the evaluation task does not take these arguments",
+            where=path,
+            got=str(error),
             fix="give only arguments that the task's class has",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
@@ -94,9 +85,15 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 
 
 def evaluate(
-    model: EvaluationModel, tasks: Mapping[str, EvaluationTask], sampling: SamplingConfig, *,
-    batch_size: int = 128, seed: int = 0, samples_folder: Path | None = None, num_samples: int = 8,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    model: EvaluationModel,
+    tasks: Mapping[str, EvaluationTask],
+    sampling: SamplingConfig,
+    *,
+    batch_size: int = 128,
+    seed: int = 0,
+    samples_folder: Path | None = None,
+    num_samples: int = 8,
+) -> dict[str, dict[str, Any]]:
     """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson), `seconds` and `samples`.
 
     With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
@@ -107,9 +104,7 @@ def evaluate(
         started = time.monotonic()
         scores: list[float] = []
         samples: list[dict[str, Any]] = []
-        for prompt, images, text in _answers(
-            model, list(task.prompts()), sampling, batch_size, seed
-        ):
+        for prompt, images, text in _answers(model, list(task.prompts()), sampling, batch_size, seed):
             score = float(task.judge(prompt, images, text))
             assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
             if samples_folder is not None and len(samples) < num_samples:
@@ -129,11 +124,7 @@ def evaluate(
 
 
 def _answers(
-    model: EvaluationModel,
-    prompts: list[EvaluationPrompt],
-    sampling: SamplingConfig,
-    batch_size: int,
-    seed: int,
+    model: EvaluationModel, prompts: list[EvaluationPrompt], sampling: SamplingConfig, batch_size: int, seed: int
 ) -> Iterator[tuple[EvaluationPrompt, list[np.ndarray], str]]:
     """Each prompt with the pictures and the text of its answer, asked batch by batch."""
     for first in range(0, len(prompts), batch_size):
@@ -143,11 +134,7 @@ def _answers(
 
 
 def _answer(
-    model: EvaluationModel,
-    prompts: list[EvaluationPrompt],
-    sampling: SamplingConfig,
-    seed: int,
-    first_index: int,
+    model: EvaluationModel, prompts: list[EvaluationPrompt], sampling: SamplingConfig, seed: int, first_index: int
 ) -> list[tuple[list[np.ndarray], str]]:
     """Images and text for each prompt. Reconstructions ask the vision tokenizer only."""
     reconstructions = [prompt.format == "reconstruction" for prompt in prompts]
@@ -155,22 +142,13 @@ def _answer(
         assert all(reconstructions), "a task asks for reconstructions only, or for none"
         return [(model.reconstruct(prompt.images, prompt.image_size), "") for prompt in prompts]
     questions = [
-        Prompt(prompt.format, prompt.text, prompt.images, prompt.parts, prompt.image_size)
-        for prompt in prompts
+        Prompt(prompt.format, prompt.text, prompt.images, prompt.parts, prompt.image_size) for prompt in prompts
     ]
-    return [
-        (output.images, output.text)
-        for output in model.generate(questions, sampling, seed, first_index)
-    ]
+    return [(output.images, output.text) for output in model.generate(questions, sampling, seed, first_index)]
 
 
 def _save_sample(
-    folder: Path,
-    stem: str,
-    prompt: EvaluationPrompt,
-    images: list[np.ndarray],
-    text: str,
-    score: float,
+    folder: Path, stem: str, prompt: EvaluationPrompt, images: list[np.ndarray], text: str, score: float
 ) -> dict[str, Any]:
     """Writes the pictures of one answer and of its prompt; the record that describes them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,9 +27,7 @@ class JsonLines:
             self.truncate(self.num_bytes)
         num_written = self._file.write(line)
         if num_written != len(line):
-            raise OSError(
-                f"only {num_written} of {len(line)} bytes could be written to {self.path}"
-            )
+            raise OSError(f"only {num_written} of {len(line)} bytes could be written to {self.path}")
         self.num_bytes += len(line)
 
     def _cut_unfinished_line(self) -> None:

@@ -29,10 +29,17 @@ class InferenceModel:
     """A decoder with its tokenizers. `load` makes one from a checkpoint folder."""
 
     def __init__(
-        self, decoder: Decoder | None, vocabulary: Vocabulary, text_tokenizer: TextTokenizer,
-        vision_tokenizer: VisionTokenizer, *, max_sequence_length: int, image_format: str = "emu35",
-        options: InferenceOptions | None = None, device: str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        decoder: Decoder | None,
+        vocabulary: Vocabulary,
+        text_tokenizer: TextTokenizer,
+        vision_tokenizer: VisionTokenizer,
+        *,
+        max_sequence_length: int,
+        image_format: str = "emu35",
+        options: InferenceOptions | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.decoder, self.vocabulary = decoder, vocabulary
         self.text_tokenizer, self.vision_tokenizer = text_tokenizer, vision_tokenizer
         self.max_sequence_length, self.device = max_sequence_length, device
@@ -43,10 +50,14 @@ class InferenceModel:
 
     @classmethod
     def load(
-        cls, checkpoint: Path | str, text_tokenizer: Path | str | None = None,
-        vision_tokenizer: Path | str | None = None, options: InferenceOptions | None = None, *,
+        cls,
+        checkpoint: Path | str,
+        text_tokenizer: Path | str | None = None,
+        vision_tokenizer: Path | str | None = None,
+        options: InferenceOptions | None = None,
+        *,
         untrained: bool = False,
-    ) -> InferenceModel:  # fmt: skip
+    ) -> InferenceModel:
         """The model of a checkpoint folder (or of the newest one of a stage folder), in this process alone.
 
         The tokenizers are those that the checkpoint names, below its run folder, unless others are given; either way
@@ -54,17 +65,18 @@ class InferenceModel:
         """
         loaded = load_checkpoint(checkpoint, text_tokenizer, vision_tokenizer, untrained=untrained)
         return cls(
-            loaded.decoder, Vocabulary.from_config(loaded.config.vocabulary), loaded.text_tokenizer,
-            loaded.vision_tokenizer, max_sequence_length=loaded.config.max_sequence_length,
-            image_format=loaded.image_format, options=options, device=str(loaded.decoder.device),
-        )  # fmt: skip
+            loaded.decoder,
+            Vocabulary.from_config(loaded.config.vocabulary),
+            loaded.text_tokenizer,
+            loaded.vision_tokenizer,
+            max_sequence_length=loaded.config.max_sequence_length,
+            image_format=loaded.image_format,
+            options=options,
+            device=str(loaded.decoder.device),
+        )
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingConfig,
-        seed: int = 0,
-        first_index: int = 0,
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:
         """One answer for each prompt. Prompt i draws with index `first_index + i`, whatever its batch."""
         assert self.decoder is not None, "only the tokenizers were loaded"
@@ -74,34 +86,30 @@ class InferenceModel:
             groups[self._grammar_options(prompt)].append(index)
         answers: dict[int, Generation] = {}
         for grammar_options, indices in groups.items():
-            grammar = ImageGrammar(
-                self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device
-            )
+            grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device)
             generator = ARGenerator(self.decoder, grammar, self.options.max_batch_size)
             conditional = [self._prompt_tokens(with_codes[index]) for index in indices]
             unconditional = [self._unconditional_tokens(with_codes[index]) for index in indices]
             found = generator.sample(
-                conditional, self._fit(sampling, conditional), seed, [self._grid(prompts[index]) for index in indices],
-                unconditional, [first_index + index for index in indices],
-            )  # fmt: skip
+                conditional,
+                self._fit(sampling, conditional),
+                seed,
+                [self._grid(prompts[index]) for index in indices],
+                unconditional,
+                [first_index + index for index in indices],
+            )
             answers.update(zip(indices, found, strict=True))
         return self._outputs([answers[index] for index in range(len(prompts))])
 
-    def reconstruct(
-        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
-    ) -> list[np.ndarray]:
+    def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]:
         """Pictures through the vision tokenizer and back, at `image_size`."""
-        return self._decode_images(
-            [picture.codes for picture in self._encode_images(images, image_size)]
-        )
+        return self._decode_images([picture.codes for picture in self._encode_images(images, image_size)])
 
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[_EncodedPrompt]:
         sizes: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
         for prompt in prompts:
             if prompt.format not in FORMATS:
-                raise UserError(
-                    "unknown format of a prompt", expected=", ".join(FORMATS), got=prompt.format
-                )
+                raise UserError("unknown format of a prompt", expected=", ".join(FORMATS), got=prompt.format)
             sizes[prompt.image_size] += _pictures(prompt)
         codes = {size: iter(self._encode_images(images, size)) for size, images in sizes.items()}
         encoded = []
@@ -117,11 +125,7 @@ class InferenceModel:
 
     def _encode_images(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> list[Picture]:
         """Codes of pictures, resized to the area of `size` (zeros: as they are, up to whole tokens)."""
-        config = (
-            ImageConfig(max_area=size[0] * size[1], min_area=size[0] * size[1])
-            if size[0]
-            else ImageConfig()
-        )
+        config = ImageConfig(max_area=size[0] * size[1], min_area=size[0] * size[1]) if size[0] else ImageConfig()
         factor = self.vision_tokenizer.factor
         resized = [smart_resize(image, config, factor) for image in images]
         codes = _by_shape(resized, self.vision_tokenizer.encode)
@@ -133,9 +137,7 @@ class InferenceModel:
     def _grammar_options(self, prompt: Prompt) -> GrammarOptions:
         base = GrammarOptions(emu3_format=self.builder.image_format == "emu3")
         if prompt.format != "interleaved":
-            return replace(
-                base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first
-            )
+            return replace(base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first)
         ends_with_text = bool(prompt.parts) and isinstance(prompt.parts[-1], str)
         limit = self.options.max_images
         first = self.options.image_first and ends_with_text
@@ -161,9 +163,11 @@ class InferenceModel:
         factor = self.vision_tokenizer.factor
         if height % factor or width % factor:
             raise UserError(
-                "the image size is not a whole number of visual tokens", expected=f"multiples of {factor} pixels",
-                got=f"{height} x {width}", fix=f"image_size={max(1, round(height / factor)) * factor}",
-            )  # fmt: skip
+                "the image size is not a whole number of visual tokens",
+                expected=f"multiples of {factor} pixels",
+                got=f"{height} x {width}",
+                fix=f"image_size={max(1, round(height / factor)) * factor}",
+            )
         return (height // factor, width // factor) if height and width else None
 
     def _fit(self, sampling: SamplingConfig, prompts: Sequence[list[int]]) -> SamplingConfig:
@@ -172,33 +176,27 @@ class InferenceModel:
         room = self.max_sequence_length - longest
         if room <= 0:
             raise UserError(
-                "a prompt is longer than the model can read", got=f"{longest} tokens",
+                "a prompt is longer than the model can read",
+                got=f"{longest} tokens",
                 expected=f"fewer than model.max_sequence_length = {self.max_sequence_length}",
                 fix="give fewer or smaller pictures",
-            )  # fmt: skip
+            )
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
     def _outputs(self, generations: list[Generation]) -> list[Output]:
         split = [split_parts(generation.ids, self.vocabulary) for generation in generations]
         grids = [part for parts in split for part in parts if part.ndim == 2]
         pictures = iter(self._decode_images(grids))
-        return [
-            self._output(generation, parts, pictures)
-            for generation, parts in zip(generations, split, strict=True)
-        ]
+        return [self._output(generation, parts, pictures) for generation, parts in zip(generations, split, strict=True)]
 
-    def _output(
-        self, generation: Generation, parts: list[np.ndarray], pictures: Iterator[np.ndarray]
-    ) -> Output:
+    def _output(self, generation: Generation, parts: list[np.ndarray], pictures: Iterator[np.ndarray]) -> Output:
         shown: list[str | np.ndarray] = []
         for part in parts:
             is_image = part.ndim == 2
             shown.append(next(pictures) if is_image else self.text_tokenizer.decode(part.tolist()))
         text = "".join(part for part in shown if isinstance(part, str))
         images = [part for part in shown if not isinstance(part, str)]
-        return Output(
-            text, images, shown, generation.ids, generation.log_probs, generation.finished
-        )
+        return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished)
 
 
 @dataclass
@@ -253,7 +251,5 @@ def _by_shape(arrays: Sequence[np.ndarray], function: Any) -> list[np.ndarray]:
     for indices in by_shape.values():
         for first in range(0, len(indices), ENCODER_BATCH_SIZE):
             batch = indices[first : first + ENCODER_BATCH_SIZE]
-            results.update(
-                zip(batch, function(np.stack([arrays[index] for index in batch])), strict=True)
-            )
+            results.update(zip(batch, function(np.stack([arrays[index] for index in batch])), strict=True))
     return [results[index] for index in range(len(arrays))]

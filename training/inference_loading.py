@@ -36,21 +36,20 @@ class LoadedModel:
 
 
 def load_checkpoint(
-    checkpoint: Path | str, text_tokenizer: Path | str | None = None, vision_tokenizer: Path | str | None = None, *,
+    checkpoint: Path | str,
+    text_tokenizer: Path | str | None = None,
+    vision_tokenizer: Path | str | None = None,
+    *,
     untrained: bool = False,
-) -> LoadedModel:  # fmt: skip
+) -> LoadedModel:
     """Loads the checkpoint that a folder means; arguments as of `InferenceModel.load`."""
     folder = latest_checkpoint(checkpoint)
     with CheckpointReader(folder) as reader:
         manifest = reader.manifest
         check_kind(manifest, folder)
-        text = load_text_tokenizer(
-            tokenizer_folder(manifest, folder, "text_tokenizer", text_tokenizer)
-        )
+        text = load_text_tokenizer(tokenizer_folder(manifest, folder, "text_tokenizer", text_tokenizer))
         check_fingerprint(manifest, folder, "text_tokenizer", text.fingerprint)
-        vision = load_vision(
-            tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer)
-        )
+        vision = load_vision(tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer))
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
         config = model_config(manifest["model"])
         decoder = load_decoder(reader, config, manifest["config"]["seed"] if untrained else None)
@@ -65,9 +64,12 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
 def check_kind(manifest: dict[str, Any], folder: Path) -> None:
     if manifest.get("kind") != "transformer":
         raise UserError(
-            "this checkpoint cannot generate", where=str(folder), expected="a checkpoint of kind transformer",
-            got=str(manifest.get("kind")), fix="name the folder of a pretraining or fine-tuning stage",
-        )  # fmt: skip
+            "this checkpoint cannot generate",
+            where=str(folder),
+            expected="a checkpoint of kind transformer",
+            got=str(manifest.get("kind")),
+            fix="name the folder of a pretraining or fine-tuning stage",
+        )
 
 
 def recorded_tokenizer(manifest: dict[str, Any], name: str) -> tuple[str, str] | None:
@@ -83,18 +85,14 @@ def recorded_tokenizer(manifest: dict[str, Any], name: str) -> tuple[str, str] |
     return record["path"], record["fingerprint"]
 
 
-def tokenizer_folder(
-    manifest: dict[str, Any], checkpoint: Path, name: str, given: Path | str | None
-) -> Path:
+def tokenizer_folder(manifest: dict[str, Any], checkpoint: Path, name: str, given: Path | str | None) -> Path:
     """Where a tokenizer is: `given`, or the recorded place below the run folder of `checkpoint`."""
     if given is not None:
         return Path(given)
     recorded = recorded_tokenizer(manifest, name)
     if recorded is None:
         raise UserError(
-            f"the checkpoint does not say which {name} it was trained with",
-            where=str(checkpoint),
-            fix=f"{name}=FOLDER",
+            f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint), fix=f"{name}=FOLDER"
         )
     if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
         return checkpoint / name
@@ -102,9 +100,7 @@ def tokenizer_folder(
     return run_folder / recorded[0]
 
 
-def check_fingerprint(
-    manifest: dict[str, Any], checkpoint: Path, name: str, fingerprint: str
-) -> None:
+def check_fingerprint(manifest: dict[str, Any], checkpoint: Path, name: str, fingerprint: str) -> None:
     recorded = recorded_tokenizer(manifest, name)
     if recorded is not None and recorded[1] != fingerprint:
         raise UserError(

@@ -45,18 +45,18 @@ class InferenceOptions:
     """How prompts are put and what may be answered."""
 
     interleaved_as: str = "document"  # document: continue it; chat: ask in the chat template
-    context_frames: int = (
-        1  # of interleaved prompts as chat: what follows them belongs to the answer
-    )
+    context_frames: int = 1  # of interleaved prompts as chat: what follows them belongs to the answer
     max_images: int = 1  # in the answer to an interleaved prompt; other answers hold one
     image_first: bool = True  # answers start with a picture, except after an interleaved one
     max_batch_size: int = 256  # sequences decoded at once
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
-            self.interleaved_as in ("document", "chat"), f"{key}.interleaved_as",
-            f"unknown value {self.interleaved_as!r}", f"{key}.interleaved_as=document",
-        )  # fmt: skip
+            self.interleaved_as in ("document", "chat"),
+            f"{key}.interleaved_as",
+            f"unknown value {self.interleaved_as!r}",
+            f"{key}.interleaved_as=document",
+        )
         problems.check(self.context_frames > 0, f"{key}.context_frames", "must be positive")
         problems.check(self.max_images > 0, f"{key}.max_images", "must be positive")
         problems.check(self.max_batch_size > 0, f"{key}.max_batch_size", "must be positive")

@@ -33,9 +33,7 @@ class TrainState:
     next_sample: int = 0  # first sample of the next global batch
     num_tokens: int = 0  # positions of all batches so far
     num_skipped_steps: int = 0
-    skipped_windows: list[list[int]] = field(
-        default_factory=list
-    )  # [first, end) samples, by rollbacks
+    skipped_windows: list[list[int]] = field(default_factory=list)  # [first, end) samples, by rollbacks
     wall_seconds: float = 0.0  # in the loop, restarts included
 
 
@@ -109,9 +107,7 @@ def _run_steps(run: Run, batches: BatchFetcher) -> str:
     return "finished"
 
 
-def _count_step(
-    run: Run, result: StepResult, decision: Decision, rate: float, seconds: float
-) -> StepRecord:
+def _count_step(run: Run, result: StepResult, decision: Decision, rate: float, seconds: float) -> StepRecord:
     state = run.state
     state.step += 1
     state.next_sample += run.config.stage.global_batch_size
@@ -121,16 +117,18 @@ def _count_step(
         state.num_skipped_steps += 1
         _announce(run, "skip", f"step {state.step} is skipped: {decision.reason}", decision.reason)
     return StepRecord(
-        state.step, result, rate, state.next_sample, seconds,
+        state.step,
+        result,
+        rate,
+        state.next_sample,
+        seconds,
         skipped=decision.reason if decision.verdict is Verdict.SKIP else "",
-    )  # fmt: skip
+    )
 
 
 def _stop(run: Run) -> str:
     save(run)
-    run.events.record(
-        "stopped", step=run.state.step, signal=run.signals.received or "on another rank"
-    )
+    run.events.record("stopped", step=run.state.step, signal=run.signals.received or "on another rank")
     return "stopped"
 
 
@@ -152,7 +150,7 @@ def _roll_back_or_end(run: Run, decision: Decision) -> None:
             + ("" if decision.verdict is Verdict.STOP else ", no checkpoint to go back to"),
             where=str(run.events.path),
             fix="look at the data of the skipped steps, or lower stage.optimizer.learning_rate",
-        )  # fmt: skip
+        )
     num_rollbacks = run.guard.num_rollbacks + 1
     _load(run, folder)
     run.guard.has_rolled_back(num_rollbacks)
@@ -161,10 +159,14 @@ def _roll_back_or_end(run: Run, decision: Decision) -> None:
     run.state.skipped_windows = [*before.skipped_windows, window]
     run.state.wall_seconds = before.wall_seconds
     _announce(
-        run, "roll_back",
+        run,
+        "roll_back",
         f"step {before.step + 1} failed ({reason}): back to step {run.state.step}, leaving out samples {window}",
-        reason, failed_step=before.step + 1, window=window, checkpoint=folder.name,
-    )  # fmt: skip
+        reason,
+        failed_step=before.step + 1,
+        window=window,
+        checkpoint=folder.name,
+    )
     for callback in run.callbacks:
         callback.on_roll_back(run)
 
@@ -186,9 +188,11 @@ def save(run: Run) -> None:
         is_last = run.engine.any_rank(is_last)
         if is_last or not run.store.has_checkpoint():
             raise UserError(
-                f"the checkpoint of step {state.step} cannot be written", where=str(run.store.folder),
-                got=str(error), fix="free space on that disk and start the same command again",
-            ) from None  # fmt: skip
+                f"the checkpoint of step {state.step} cannot be written",
+                where=str(run.store.folder),
+                got=str(error),
+                fix="free space on that disk and start the same command again",
+            ) from None
         if run.engine.rank == 0:
             tell(f"the checkpoint of step {state.step} failed: {error}; training goes on")
         return
@@ -207,10 +211,8 @@ def manifest_metadata(run: Run) -> dict[str, Any]:
         "data_fingerprint": run.data.fingerprint,
         "config": run.config.to_dict(),
         "wandb_run_id": callback_states.get("wandb", {}).get("run_id"),
-        "state": {
-            "train": asdict(state), "guard": run.guard.state(), "callbacks": callback_states,
-        },
-    }  # fmt: skip
+        "state": {"train": asdict(state), "guard": run.guard.state(), "callbacks": callback_states},
+    }
 
 
 def resume(run: Run) -> bool:
@@ -244,25 +246,30 @@ def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
     changed = differences(fixed_of(saved), fixed_of(config))
     if changed:
         raise UserError(
-            "the checkpoint of this stage was made with another configuration", where=str(folder),
-            got="; ".join(changed), fix="set these back, or choose another run_folder or stage.name",
-        )  # fmt: skip
+            "the checkpoint of this stage was made with another configuration",
+            where=str(folder),
+            got="; ".join(changed),
+            fix="set these back, or choose another run_folder or stage.name",
+        )
     if manifest["data_fingerprint"] != run.data.fingerprint:
         if not run.config.checkpoint.allow_data_change:
             raise UserError(
-                "the data are not those that the checkpoint was trained on", where=str(folder),
-                expected=f"data fingerprint {manifest['data_fingerprint']}", got=run.data.fingerprint,
+                "the data are not those that the checkpoint was trained on",
+                where=str(folder),
+                expected=f"data fingerprint {manifest['data_fingerprint']}",
+                got=run.data.fingerprint,
                 fix="bring the data or the mixture back, or say checkpoint.allow_data_change=true",
-            )  # fmt: skip
+            )
         run.events.record("data_changed", checkpoint=folder.name)
     changed = differences(results_of(saved), results_of(config))
     step, steps = int(manifest["step"]), run.config.stage.steps
     if step > steps or (step == steps and changed):
         raise UserError(
-            f"this stage is already trained to step {step}", where=str(folder),
+            f"this stage is already trained to step {step}",
+            where=str(folder),
             got=f"stage.steps={steps}; " + "; ".join(changed),
             fix="set the configuration back, ask for more steps, or choose another run_folder or stage.name",
-        )  # fmt: skip
+        )
     if changed:
         run.events.record("config_changed", changes=changed)
 

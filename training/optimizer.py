@@ -21,9 +21,7 @@ from training.config import OptimizerConfig  # noqa: E402
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(
-    config: OptimizerConfig, wrapped_model: Any, *, distributed: bool
-) -> MegatronOptimizer:
+def build_optimizer(config: OptimizerConfig, wrapped_model: Any, *, distributed: bool) -> MegatronOptimizer:
     """AdamW over the parameters of a DDP-wrapped model, its moments allocated.
 
     Weight decay is decoupled and spares the norms (parameters of one dimension). `distributed` shards the state over
@@ -52,9 +50,7 @@ def build_optimizer(
     for group in optimizer.optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.optimizer.state[parameter]
-            state.update(
-                {name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS}
-            )
+            state.update({name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS})
     set_step(optimizer, 0)
     return optimizer
 
@@ -80,9 +76,7 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
             group["step"] = step
             continue
         for parameter in group["params"]:
-            optimizer.optimizer.state[parameter]["step"] = torch.tensor(
-                float(step), dtype=torch.float32
-            )
+            optimizer.optimizer.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
@@ -100,9 +94,7 @@ class OptimizedPart:
     moments: dict[str, torch.Tensor]  # float32, shaped like `main`
 
 
-def optimized_parts(
-    optimizer: MegatronOptimizer, model: torch.nn.Module
-) -> dict[str, OptimizedPart]:
+def optimized_parts(optimizer: MegatronOptimizer, model: torch.nn.Module) -> dict[str, OptimizedPart]:
     """By local parameter name; with the distributed optimizer each data-parallel rank holds its own range."""
     parts = {}
     for name, parameter in model.named_parameters():
@@ -117,7 +109,5 @@ def optimized_parts(
             main = getattr(parameter, "main_param", parameter)
             start, stop = 0, parameter.numel()
         state = optimizer.optimizer.state[main]
-        parts[name] = OptimizedPart(
-            start, stop, main.detach(), {moment: state[moment] for moment in MOMENTS}
-        )
+        parts[name] = OptimizedPart(start, stop, main.detach(), {moment: state[moment] for moment in MOMENTS})
     return parts

@@ -64,17 +64,22 @@ class Scorer:
             rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
             alone = {} if layout.world_size > 1 else {"rank": 0, "world_size": 1}
             parallel.initialize(
-                tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context,
-                init_method=f"file://{rendezvous}" if rendezvous else None, **alone,
-            )  # fmt: skip
+                tensor=layout.tensor,
+                pipeline=layout.pipeline,
+                context=layout.context,
+                init_method=f"file://{rendezvous}" if rendezvous else None,
+                **alone,
+            )
         self.config = config
         self.vocabulary = Vocabulary.from_config(config.vocabulary)
         self.device = torch.device("cuda" if cpu_backend.has_accelerator() else "cpu")
         self.is_last = parallel_state.is_pipeline_last_stage()
         self.model = build_model(
-            config, sequence_parallel=False, pre_process=parallel_state.is_pipeline_first_stage(),
+            config,
+            sequence_parallel=False,
+            pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=self.is_last,
-        )  # fmt: skip
+        )
         load_weights(self.model, reader)
         self.model.eval().to(self.device)
         # The last stage stops at the hidden states: logits of all tokens at once would not fit.
@@ -88,9 +93,7 @@ class Scorer:
     def run(self, documents: Documents, tokens_per_batch: int) -> Iterator[tuple[int, np.ndarray]]:
         """(document, float32 [length - 1]) in order, the same on every rank."""
         context = parallel_state.get_context_parallel_world_size()
-        capacity = max(
-            int(documents.lengths.max()), min(tokens_per_batch, int(documents.lengths.sum()))
-        )
+        capacity = max(int(documents.lengths.max()), min(tokens_per_batch, int(documents.lengths.sum())))
         capacity = -(-capacity // (2 * context)) * 2 * context
         batches = list(pack(documents.lengths, capacity))
         data_size = parallel_state.get_data_parallel_world_size()
@@ -112,18 +115,20 @@ class Scorer:
                     yield index, row[position : position + length - 1]
                     position += length
 
-    def _forward(
-        self, documents: Documents, batches: Sequence[Packed], capacity: int, values: torch.Tensor
-    ) -> None:
+    def _forward(self, documents: Documents, batches: Sequence[Packed], capacity: int, values: torch.Tensor) -> None:
         """Fill `values` [batches, capacity] where this rank is the one to tell; zeros elsewhere."""
         inputs = iter(
-            (self._prepare(documents, batch, capacity), values[number])
-            for number, batch in enumerate(batches)
+            (self._prepare(documents, batch, capacity), values[number]) for number, batch in enumerate(batches)
         )
         get_forward_backward_func()(
-            forward_step_func=self._forward_step, data_iterator=inputs, model=[self.model],
-            num_microbatches=len(batches), seq_length=capacity, micro_batch_size=1, forward_only=True,
-        )  # fmt: skip
+            forward_step_func=self._forward_step,
+            data_iterator=inputs,
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=capacity,
+            micro_batch_size=1,
+            forward_only=True,
+        )
 
     def _prepare(self, documents: Documents, batch: Packed, capacity: int) -> dict[str, Any]:
         ids = [documents.get(index) for index in batch]
@@ -139,13 +144,20 @@ class Scorer:
             return torch.from_numpy(array[held].astype(np.int64)).to(self.device)
 
         packed = pack_documents(
-            np.cumsum([0, *map(len, ids)]), local(positions), head_dim=self.config.head_dim,
-            rope_theta=self.config.rope_theta, dtype=DTYPES[self.config.dtype], context_rank=rank, context_size=size,
-        )  # fmt: skip
+            np.cumsum([0, *map(len, ids)]),
+            local(positions),
+            head_dim=self.config.head_dim,
+            rope_theta=self.config.rope_theta,
+            dtype=DTYPES[self.config.dtype],
+            context_rank=rank,
+            context_size=size,
+        )
         return {
-            "tokens": local(tokens), "labels": local(np.roll(tokens, -1)), "packed": packed,
+            "tokens": local(tokens),
+            "labels": local(np.roll(tokens, -1)),
+            "packed": packed,
             "held": torch.from_numpy(held).to(self.device),
-        }  # fmt: skip
+        }
 
     def _forward_step(self, inputs: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         """megatron-core's forward step."""
@@ -158,18 +170,12 @@ class Scorer:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """On the last stage: hidden states [T, 1, h] to log-probabilities of the labels."""
         parts = []
-        for block, labels in zip(
-            hidden.split(LOGIT_ROWS), batch["labels"].split(LOGIT_ROWS), strict=True
-        ):
+        for block, labels in zip(hidden.split(LOGIT_ROWS), batch["labels"].split(LOGIT_ROWS), strict=True):
             logits, _ = self.model.output_layer(block)
             parts.append(-token_losses(logits[:, 0].float(), labels, self.vocabulary))
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             values[batch["held"]] = torch.cat(parts)
-        return (
-            torch.zeros((), device=self.device),
-            torch.zeros((), dtype=torch.int, device=self.device),
-            {},
-        )
+        return (torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int, device=self.device), {})
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Iterator[Packed]:

@@ -27,9 +27,7 @@ class ScoreConfig:
     """What to score, with what, and where the answer goes."""
 
     checkpoint: str = ""  # a stage folder (its newest checkpoint) or a checkpoint folder
-    tokens: str | None = (
-        None  # .npy of integers [batch, length], one document a row; or a folder of token files
-    )
+    tokens: str | None = None  # .npy of integers [batch, length], one document a row; or a folder of token files
     text: str | None = None  # instead of `tokens`: one document
     text_file: str | None = None  # instead of `tokens`: one document a line
     out: str | None = None  # .npy, float32 [batch, length - 1]; shorter documents end in NaN
@@ -42,34 +40,23 @@ class ScoreConfig:
     def validate(self) -> None:
         problems = Problems()
         problems.check(bool(self.checkpoint), "checkpoint", "is required", "checkpoint=<folder>")
-        given = [
-            name for name in ("tokens", "text", "text_file") if getattr(self, name) is not None
-        ]
+        given = [name for name in ("tokens", "text", "text_file") if getattr(self, name) is not None]
         problems.check(
-            len(given) == 1, "tokens", f"give one of tokens, text and text_file, got {given or 'none'}",
+            len(given) == 1,
+            "tokens",
+            f"give one of tokens, text and text_file, got {given or 'none'}",
             "tokens=FILE.npy",
-        )  # fmt: skip
-        problems.check(
-            self.out is not None or self.tokens is None, "out", "is required with tokens", "out=FILE.npy"
-        )  # fmt: skip
-        problems.check(
-            self.dtype in ("float32", "bfloat16"), "dtype", f"unknown value {self.dtype!r}", "dtype=float32"
-        )  # fmt: skip
-        problems.check(
-            self.tokens_per_batch > 0,
-            "tokens_per_batch",
-            "must be positive",
-            "tokens_per_batch=4096",
         )
+        problems.check(self.out is not None or self.tokens is None, "out", "is required with tokens", "out=FILE.npy")
+        problems.check(self.dtype in ("float32", "bfloat16"), "dtype", f"unknown value {self.dtype!r}", "dtype=float32")
+        problems.check(self.tokens_per_batch > 0, "tokens_per_batch", "must be positive", "tokens_per_batch=4096")
         for name in ("tensor", "pipeline", "context", "data"):
             value = getattr(self.parallel, name)
             problems.check(value > 0, f"parallel.{name}", "must be positive", f"parallel.{name}=1")
         if self.out is not None:
             folder = Path(self.out).absolute().parent
             problems.check(folder.is_dir(), "out", f"there is no folder {folder}", OUT_FOLDER_FIX)
-            problems.check(
-                not Path(self.out).is_dir(), "out", f"{self.out} is a folder", "out=FILE.npy"
-            )
+            problems.check(not Path(self.out).is_dir(), "out", f"{self.out} is a folder", "out=FILE.npy")
         problems.raise_if_any()
 
 
@@ -108,25 +95,24 @@ def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
 def _check_layout(layout: ParallelConfig, model: ModelConfig) -> None:
     problems = Problems()
     padded = Vocabulary.from_config(model.vocabulary).padded_size
-    sizes = {
-        name: getattr(model, name)
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    }
+    sizes = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
     for name, size in {**sizes, "the padded vocabulary": padded}.items():
         problems.check(
-            size % layout.tensor == 0, "parallel.tensor", f"{layout.tensor} does not divide {name} ({size})",
+            size % layout.tensor == 0,
+            "parallel.tensor",
+            f"{layout.tensor} does not divide {name} ({size})",
             "parallel.tensor=1",
-        )  # fmt: skip
+        )
     problems.check(
-        model.num_layers % layout.pipeline == 0, "parallel.pipeline",
-        f"{layout.pipeline} does not divide num_layers ({model.num_layers})", "parallel.pipeline=1",
-    )  # fmt: skip
+        model.num_layers % layout.pipeline == 0,
+        "parallel.pipeline",
+        f"{layout.pipeline} does not divide num_layers ({model.num_layers})",
+        "parallel.pipeline=1",
+    )
     problems.raise_if_any()
 
 
-def open_documents(
-    config: ScoreConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig
-) -> Documents:
+def open_documents(config: ScoreConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig) -> Documents:
     """The documents of a run on the checkpoint `folder`, checked against its vocabulary and its longest sequence."""
     if config.tokens is None:
         documents = _open_text(config, folder, manifest, Vocabulary.from_config(model.vocabulary))
@@ -141,9 +127,12 @@ def open_documents(
     longest = int(documents.lengths.max())
     if longest > limit:
         raise UserError(
-            "a document is longer than the model can read", where=where, got=f"{longest} tokens",
-            expected=f"at most model.max_sequence_length = {limit}", fix="cut the documents",
-        )  # fmt: skip
+            "a document is longer than the model can read",
+            where=where,
+            got=f"{longest} tokens",
+            expected=f"at most model.max_sequence_length = {limit}",
+            fix="cut the documents",
+        )
     _check_ids(documents, manifest, where)
     return documents
 
@@ -157,10 +146,12 @@ def _check_ids(documents: Documents, manifest: dict[str, Any], where: str) -> No
         wrong = np.flatnonzero((ids < 0) | (ids >= size))
         if wrong.size:
             raise UserError(
-                "a token id outside the vocabulary", where=f"{where}: document {index}, position {wrong[0]}",
-                expected=f"ids in [0, {size})", got=str(ids[wrong[0]]),
+                "a token id outside the vocabulary",
+                where=f"{where}: document {index}, position {wrong[0]}",
+                expected=f"ids in [0, {size})",
+                got=str(ids[wrong[0]]),
                 fix="tokenize with this checkpoint's tokenizers",
-            )  # fmt: skip
+            )
 
 
 def _open_array(path: Path) -> Documents:
@@ -172,17 +163,21 @@ def _open_array(path: Path) -> Documents:
         raise UserError("there is no such file of tokens", where=str(path)) from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
-            "the tokens cannot be read", where=str(path), expected="a .npy file of integers [batch, length]",
-            got=str(error), fix="np.save(path, tokens)",
-        ) from None  # fmt: skip
+            "the tokens cannot be read",
+            where=str(path),
+            expected="a .npy file of integers [batch, length]",
+            got=str(error),
+            fix="np.save(path, tokens)",
+        ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "iu":
-        found = (
-            f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        )
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
         raise UserError(
-            "not an array of tokens", where=str(path), expected="integers [batch, length]", got=found,
+            "not an array of tokens",
+            where=str(path),
+            expected="integers [batch, length]",
+            got=found,
             fix="tokens.astype(np.int32), one document a row",
-        )  # fmt: skip
+        )
     lengths = np.full(array.shape[0], array.shape[1], dtype=np.int64)
     return Documents(lengths, lambda index: np.asarray(array[index]).astype(np.int64))
 
@@ -195,18 +190,17 @@ def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
 
     prefixes = [path.with_suffix("") for path in sorted(folder.rglob("*.idx"))]
     if not prefixes:
-        raise UserError(
-            "no token files here", where=str(folder), expected="NNNNNN.idx, .bin and .json"
-        )
+        raise UserError("no token files here", where=str(folder), expected="NNNNNN.idx, .bin and .json")
     for prefix in prefixes:
         described = read_manifest(prefix)
         if described["kind"] != "tokens" or described["vocabulary"] != manifest["vocabulary"]:
             raise UserError(
-                "these are not token files of the checkpoint's vocabulary", where=str(prefix),
+                "these are not token files of the checkpoint's vocabulary",
+                where=str(prefix),
                 expected=f"kind tokens, {manifest['vocabulary']['size']} ids",
                 got=f"kind {described['kind']}, {described['vocabulary'].get('size')} ids",
                 fix="nextstate tokenize writes them",
-            )  # fmt: skip
+            )
     readers = [TokenFileReader(prefix) for prefix in prefixes]
     starts = np.cumsum([0, *(len(reader) for reader in readers)])
 
@@ -218,9 +212,7 @@ def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
     return Documents(lengths, get)
 
 
-def _open_text(
-    config: ScoreConfig, folder: Path, manifest: dict[str, Any], vocabulary: Vocabulary
-) -> Documents:
+def _open_text(config: ScoreConfig, folder: Path, manifest: dict[str, Any], vocabulary: Vocabulary) -> Documents:
     """Documents as pretraining has them: BOS, the text, EOS."""
     import numpy as np
 
@@ -238,9 +230,7 @@ def _open_text(
         try:
             texts = Path(config.text_file or "").read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "the text cannot be read", where=str(config.text_file), got=str(error)
-            ) from None
+            raise UserError("the text cannot be read", where=str(config.text_file), got=str(error)) from None
         texts = [text for text in texts if text.strip()]
     rows = [builder.text(index, text).tokens.astype(np.int64) for index, text in enumerate(texts)]
     return Documents(np.array([len(row) for row in rows], dtype=np.int64), rows.__getitem__)
@@ -263,10 +253,7 @@ class ScoreFile:
                 self._rows = np.lib.format.open_memmap(self.temporary, "w+", np.float32, shape)
             except OSError as error:
                 raise UserError(
-                    "the answer cannot be written",
-                    where=str(path),
-                    got=str(error),
-                    fix=OUT_FOLDER_FIX,
+                    "the answer cannot be written", where=str(path), got=str(error), fix=OUT_FOLDER_FIX
                 ) from None
 
     def put(self, index: int, values: Any) -> None:
@@ -291,8 +278,9 @@ class ScoreFile:
         names = ("text", "visual", "structure")
         by_class = {
             name: figures(float(total), int(count))
-            for name, total, count in zip(names, self.sums, self.counts, strict=True) if count
-        }  # fmt: skip
+            for name, total, count in zip(names, self.sums, self.counts, strict=True)
+            if count
+        }
         out = str(self.path) if self.path else None
         summed = figures(float(self.sums.sum()), int(self.counts.sum()))
         return {"out": out, "num_documents": len(self.documents)} | summed | {"by_class": by_class}
@@ -308,9 +296,10 @@ def figures(total: float, count: int) -> dict[str, Any]:
     """Number of scored tokens, their mean log-probability in nats and their perplexity."""
     mean = float(total) / int(count)
     return {
-        "num_tokens": int(count), "mean_log_probability": mean,
+        "num_tokens": int(count),
+        "mean_log_probability": mean,
         "perplexity": math.exp(-mean) if mean > -700 else math.inf,
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager

@@ -95,10 +95,7 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
-            "the stage's summary is damaged",
-            where=str(path),
-            got=str(error),
-            fix="remove this file",
+            "the stage's summary is damaged", where=str(path), got=str(error), fix="remove this file"
         ) from None
     return summary if summary.get("config_fingerprint") == config.fingerprint() else None
 
@@ -153,12 +150,18 @@ def assemble(config: TrainConfig, job: Job, signals: Any) -> Run:
         if config.logging.wandb_mode != "disabled":
             callbacks.append(WandbLogger(folder, events, config.logging))
     return Run(
-        config=config, engine=engine, data=job.data,
+        config=config,
+        engine=engine,
+        data=job.data,
         store=CheckpointStore(folder, engine, config.checkpoint.keep, heartbeat.enter),
-        guard=StepGuard(config.reliability), callbacks=in_order(callbacks), signals=signals,
-        events=events, heartbeat=heartbeat, metadata=job.metadata,
+        guard=StepGuard(config.reliability),
+        callbacks=in_order(callbacks),
+        signals=signals,
+        events=events,
+        heartbeat=heartbeat,
+        metadata=job.metadata,
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(config.to_dict())),
-    )  # fmt: skip
+    )
 
 
 def prepare(run: Run) -> None:
@@ -194,16 +197,23 @@ def summarize(run: Run) -> dict[str, Any]:
     config, state = run.config, run.state
     beats = read_heartbeats(config.stage_folder, run.engine.world_size)
     loss_first, loss_last = first_and_last_loss(config.stage_folder)
-    layout = {
-        name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context", "data")
-    }
-    return {"name": config.stage.name} | layout | {
-        "steps": state.step, "tokens": state.num_tokens, "loss_first": loss_first, "loss_last": loss_last,
-        "wall_seconds": round(state.wall_seconds, 3),
-        "peak_memory_bytes": sum(beat["peak_memory_bytes"] for beat in beats),
-        "skipped_steps": state.num_skipped_steps, "skipped_windows": state.skipped_windows,
-        "checkpoint": str(run.store.folder / step_folder_name(state.step)),
-    } | run.engine.final_metrics()  # fmt: skip
+    layout = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context", "data")}
+    return (
+        {"name": config.stage.name}
+        | layout
+        | {
+            "steps": state.step,
+            "tokens": state.num_tokens,
+            "loss_first": loss_first,
+            "loss_last": loss_last,
+            "wall_seconds": round(state.wall_seconds, 3),
+            "peak_memory_bytes": sum(beat["peak_memory_bytes"] for beat in beats),
+            "skipped_steps": state.num_skipped_steps,
+            "skipped_windows": state.skipped_windows,
+            "checkpoint": str(run.store.folder / step_folder_name(state.step)),
+        }
+        | run.engine.final_metrics()
+    )
 
 
 @contextlib.contextmanager
@@ -213,9 +223,11 @@ def told_to_the_user(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            "the stage folder cannot be written", where=str(folder), got=str(error),
+            "the stage folder cannot be written",
+            where=str(folder),
+            got=str(error),
             fix="free space or give permission, then start the same command again",
-        ) from None  # fmt: skip
+        ) from None
 
 
 @contextlib.contextmanager
@@ -232,9 +244,11 @@ def lock_stage(folder: Path) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     file.seek(0)
                     raise UserError(
-                        "another run is working on this stage", where=str(folder),
-                        got=file.read().strip(), fix="wait for it, stop it, or choose another run_folder",
-                    ) from None  # fmt: skip
+                        "another run is working on this stage",
+                        where=str(folder),
+                        got=file.read().strip(),
+                        fix="wait for it, stop it, or choose another run_folder",
+                    ) from None
                 time.sleep(0.1)
         with told_to_the_user(folder):
             os.ftruncate(file.fileno(), 0)
@@ -252,9 +266,7 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     root = Path(__file__).resolve().parent.parent
     try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
         found["commit"] = answer.stdout.strip() or "unknown"
     except FileNotFoundError:
         found["commit"] = "unknown"

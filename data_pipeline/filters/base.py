@@ -23,9 +23,7 @@ class Filter(Protocol):
         ...
 
 
-FILTERS: dict[str, type[Filter]] = {
-    kind.name: kind for kind in (MinSize, AspectRatio, BlankImage, TextLength)
-}
+FILTERS: dict[str, type[Filter]] = {kind.name: kind for kind in (MinSize, AspectRatio, BlankImage, TextLength)}
 
 
 @dataclass
@@ -38,13 +36,14 @@ class FilterConfig:
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
-            self.name in FILTERS, f"{key}.name", f"unknown filter {self.name!r}",
-            f"one of {', '.join(FILTERS)}",
-        )  # fmt: skip
+            self.name in FILTERS, f"{key}.name", f"unknown filter {self.name!r}", f"one of {', '.join(FILTERS)}"
+        )
         problems.check(
-            self.minimum is not None or self.maximum is not None, key,
-            "a filter needs a bound", f"{key}.minimum=... or {key}.maximum=...",
-        )  # fmt: skip
+            self.minimum is not None or self.maximum is not None,
+            key,
+            "a filter needs a bound",
+            f"{key}.minimum=... or {key}.maximum=...",
+        )
 
 
 class FilterChain:

@@ -32,9 +32,11 @@ def read_shard(path: str | Path) -> Iterator[Sample | BadSample]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            "the input shard does not exist", where=str(path), expected="a webdataset tar file",
+            "the input shard does not exist",
+            where=str(path),
+            expected="a webdataset tar file",
             fix="check the input pattern",
-        )  # fmt: skip
+        )
     key, parts, duplicate = "", dict[str, bytes](), ""
     members = _members(path)
     while True:

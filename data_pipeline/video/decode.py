@@ -70,9 +70,7 @@ def scan_video(data: bytes) -> VideoScan:
     order = np.argsort(numbers, kind="stable")
     numbers = numbers[order]
     times = (numbers - numbers[0]) * (seconds_per_stamp if seekable else seconds_per_frame)
-    return VideoScan(
-        numbers, seekable, times, np.asarray(intra)[order], np.stack(views)[order], num_errors
-    )
+    return VideoScan(numbers, seekable, times, np.asarray(intra)[order], np.stack(views)[order], num_errors)
 
 
 def read_frames(data: bytes, scan: VideoScan, indices: Sequence[int]) -> list[np.ndarray]:
@@ -136,9 +134,7 @@ def _open(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
         yield container, stream
 
 
-def _frames(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.VideoFrame | None]:
+def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame | None]:
     """Frames from where the container stands; None for each packet that does not decode."""
     packets = container.demux(stream)
     while True:

@@ -63,7 +63,4 @@ def extract_key_frames(data: bytes, config: VideoConfig) -> list[KeyFrame]:
     if config.max_keyframes:
         indices = indices[: config.max_keyframes]
     pictures = read_frames(data, scan, indices)
-    return [
-        KeyFrame(float(scan.times[index]), pixels)
-        for index, pixels in zip(indices, pictures, strict=True)
-    ]
+    return [KeyFrame(float(scan.times[index]), pixels) for index, pixels in zip(indices, pictures, strict=True)]

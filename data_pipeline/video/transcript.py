@@ -49,10 +49,7 @@ def parse_transcript(extension: str, text: str) -> list[Word]:
 def _parse_words(text: str) -> list[Word]:
     try:
         entries = json.loads(text)
-        words = [
-            Word(str(entry["word"]), float(entry["start"]), float(entry["end"]))
-            for entry in entries
-        ]
+        words = [Word(str(entry["word"]), float(entry["start"]), float(entry["end"])) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise SampleError("bad_transcript", f"{type(error).__name__}: {error}") from error
     for word in words:

@@ -22,23 +22,14 @@ from model.errors import Problems, UserError
 from model.files import replace_file
 
 FORMAT_VERSION = 1
-OWNER = {
-    "mtime": 0.0,
-    "user": "nextstate",
-    "group": "nextstate",
-}  # fixed, so that bytes depend on the content only
+OWNER = {"mtime": 0.0, "user": "nextstate", "group": "nextstate"}  # fixed, so that bytes depend on the content only
 
 
 def validate(config: CorpusConfig) -> None:
     problems = Problems()
     for name in ("num_images", "num_clips", "num_captioned_clips", "num_edits", "seed"):
         problems.check(getattr(config, name) >= 0, name, "must not be negative")
-    problems.check(
-        config.samples_per_shard > 0,
-        "samples_per_shard",
-        "must be positive",
-        "samples_per_shard=500",
-    )
+    problems.check(config.samples_per_shard > 0, "samples_per_shard", "must be positive", "samples_per_shard=500")
     problems.raise_if_any()
 
 
@@ -54,9 +45,7 @@ def write_dataset(dataset: Dataset, target: Path, config: CorpusConfig) -> dict[
     building.mkdir(parents=True)
     count = 0
     pattern = str(building / "%06d.tar")
-    with ShardWriter(
-        pattern, maxcount=config.samples_per_shard, verbose=0, encoder=False, **OWNER
-    ) as writer:
+    with ShardWriter(pattern, maxcount=config.samples_per_shard, verbose=0, encoder=False, **OWNER) as writer:
         for count, sample in enumerate(dataset.samples(config), 1):
             writer.write({"__key__": f"{dataset.name}_{count - 1:06d}", **sample})
     shards = sorted(building.glob("*.tar"))
@@ -112,9 +101,7 @@ def build_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
 
 def parse_arguments(arguments: list[str]) -> tuple[Path, CorpusConfig]:
     """`target=FOLDER` and the fields of `CorpusConfig` as key=value."""
-    types = {
-        field.name: type(getattr(CorpusConfig(), field.name)) for field in fields(CorpusConfig)
-    }
+    types = {field.name: type(getattr(CorpusConfig(), field.name)) for field in fields(CorpusConfig)}
     values: dict[str, Any] = {}
     target = Path("runs/demo/corpora")
     problems = Problems()
@@ -141,9 +128,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, entry in corpus["datasets"].items():
-        print(
-            f"{name:<18} {entry['kind']:<18} {entry['num_samples']:>6} samples {entry['num_bytes'] / 1e6:>8.2f} MB"
-        )
+        print(f"{name:<18} {entry['kind']:<18} {entry['num_samples']:>6} samples {entry['num_bytes'] / 1e6:>8.2f} MB")
     return 0
 
 

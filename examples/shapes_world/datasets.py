@@ -84,9 +84,7 @@ def shapes_image_text(config: CorpusConfig) -> Iterator[Sample]:
     for number in range(config.num_images):
         scenes.append(random_scene(rng, num_items(number)))
         texts.append(caption(scenes[-1], int(rng.choice(len(CAPTIONS), p=WORDING_SHARES))))
-    for number, (scene, text) in enumerate(
-        zip(scenes, paired_texts(config, "images", texts), strict=True)
-    ):
+    for number, (scene, text) in enumerate(zip(scenes, paired_texts(config, "images", texts), strict=True)):
         pixels = draw_array(scene)
         picture = {"jpg": jpeg_bytes(pixels)} if number % 2 else {"png": png_bytes(pixels)}
         yield {**picture, "txt": text.encode()}
@@ -147,18 +145,10 @@ def real_photos(config: CorpusConfig) -> Iterator[Sample]:
 
 
 def real_video(config: CorpusConfig) -> Iterator[Sample]:
-    words = [
-        word
-        for start, end, text in real_media.VIDEO_SENTENCES
-        for word in timed_words(text, start, end - start)
-    ]
+    words = [word for start, end, text in real_media.VIDEO_SENTENCES for word in timed_words(text, start, end - start)]
     data = real_media.package_file(*real_media.VIDEO).read_bytes()
     notes = {"transcript": "written for this project from what is seen; nobody speaks in the film"}
-    yield {
-        "mp4": data,
-        "words.json": json.dumps(words).encode(),
-        "json": json.dumps(notes).encode(),
-    }
+    yield {"mp4": data, "words.json": json.dumps(words).encode(), "json": json.dumps(notes).encode()}
 
 
 def text_english(config: CorpusConfig) -> Iterator[Sample]:

@@ -10,16 +10,7 @@ import functools
 
 import numpy as np
 
-from examples.shapes_world.world import (
-    BACKGROUND,
-    COLORS,
-    GRID,
-    SHAPES,
-    Item,
-    Scene,
-    draw,
-    make_scene,
-)
+from examples.shapes_world.world import BACKGROUND, COLORS, GRID, SHAPES, Item, Scene, draw, make_scene
 
 MIN_IOU = 0.8
 FOREGROUND_DISTANCE = 60.0  # RGB distance from the background that makes a pixel foreground
@@ -83,9 +74,7 @@ def read_scene(picture: np.ndarray) -> Scene | None:
     items = []
     for row in range(GRID):
         for column in range(GRID):
-            found = read_cell(
-                picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
-            )
+            found = read_cell(picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell])
             if found is False:
                 return None
             if isinstance(found, tuple):

@@ -41,9 +41,7 @@ def mp4_bytes(frames: Sequence[np.ndarray], frames_per_second: int) -> bytes:
         for number, pixels in enumerate(frames):
             frame = converted.get(id(pixels))
             if frame is None:
-                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format="yuv420p"
-                )
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")
                 converted[id(pixels)] = frame
             frame.pts = number
             container.mux(stream.encode(frame))
@@ -55,7 +53,5 @@ def mp4_frames(data: bytes, times_seconds: Sequence[float]) -> list[np.ndarray]:
     """The decoded frames shown nearest to the given times, uint8 [H, W, 3] each."""
     with av.open(io.BytesIO(data), "r") as container:
         frames = list(container.decode(video=0))
-    nearest = [
-        min(frames, key=lambda frame: abs((frame.time or 0.0) - time)) for time in times_seconds
-    ]
+    nearest = [min(frames, key=lambda frame: abs((frame.time or 0.0) - time)) for time in times_seconds]
     return [frame.to_ndarray(format="rgb24") for frame in nearest]

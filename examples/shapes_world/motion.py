@@ -11,29 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from examples.shapes_world.world import (
-    GRID,
-    RAW_SIZE,
-    Item,
-    Scene,
-    all_items,
-    draw_array,
-    is_held_out,
-    make_scene,
-)
+from examples.shapes_world.world import GRID, RAW_SIZE, Item, Scene, all_items, draw_array, is_held_out, make_scene
 
 FRAMES_PER_SECOND = 8
-GLIDE_FRAMES = (
-    2  # frames between two rests: 6 of 8 frames rest (0.75 s), the glide takes the rest (0.25 s)
-)
+GLIDE_FRAMES = 2  # frames between two rests: 6 of 8 frames rest (0.75 s), the glide takes the rest (0.25 s)
 NUM_RESTS = 3  # seconds of a clip
-STEPS = {
-    "right": (0, 1),
-    "left": (0, -1),
-    "up": (-1, 0),
-    "down": (1, 0),
-    "stay": (0, 0),
-}  # (rows, columns)
+STEPS = {"right": (0, 1), "left": (0, -1), "up": (-1, 0), "down": (1, 0), "stay": (0, 0)}  # (rows, columns)
 FIRST_WORD_SECONDS = 0.54  # in each second: after the frame in its middle, before that of the next
 SPEECH_SECONDS = 0.88  # in which a sentence is spoken
 
@@ -48,9 +31,7 @@ class Track:
     def at(self, rest: int) -> Item:
         row_step, column_step = STEPS[self.law]
         start = self.start
-        return replace(
-            start, row=start.row + rest * row_step, column=start.column + rest * column_step
-        )
+        return replace(start, row=start.row + rest * row_step, column=start.column + rest * column_step)
 
     @property
     def rests(self) -> tuple[Item, ...]:
@@ -69,9 +50,7 @@ def all_tracks() -> tuple[Track, ...]:
     """Every track that stays on the grid for the whole clip."""
     tracks = [Track(item, law) for item in all_items() for law in STEPS]
     return tuple(
-        track
-        for track in tracks
-        if all(0 <= item.row < GRID and 0 <= item.column < GRID for item in track.rests)
+        track for track in tracks if all(0 <= item.row < GRID and 0 <= item.column < GRID for item in track.rests)
     )
 
 
@@ -91,9 +70,7 @@ def is_clear(clip: Clip) -> bool:
     for number, own in enumerate(places):
         for other in places[:number] + places[number + 1 :]:
             before = [other[0], *other[:-1]]
-            if any(
-                place in (now, past) for place, now, past in zip(own, other, before, strict=True)
-            ):
+            if any(place in (now, past) for place, now, past in zip(own, other, before, strict=True)):
                 return False
     return True
 

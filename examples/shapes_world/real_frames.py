@@ -40,9 +40,7 @@ class RealVideoFrames:
             pixels = smart_resize(frame.pixels, ImageConfig(max_area=self.max_area), self.factor)
             text = f"{sample.key} at {frame.time_seconds:.1f} s"
             size = (pixels.shape[0], pixels.shape[1])
-            prompts.append(
-                EvaluationPrompt("reconstruction", text, images=[pixels], image_size=size)
-            )
+            prompts.append(EvaluationPrompt("reconstruction", text, images=[pixels], image_size=size))
         return prompts
 
     def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> float:

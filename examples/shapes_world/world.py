@@ -113,17 +113,13 @@ def sprite(shape: str, color: str, cell: int) -> np.ndarray:
     side = cell - 2 * int(cell * (1 - FILL) / 2)
     picture = Image.new("RGB", (side * scale, side * scale), BACKGROUND)
     middle = side * scale / 2
-    draw_shape(
-        ImageDraw.Draw(picture), shape, middle, middle, cell * scale * FILL / 2, COLORS[color]
-    )
+    draw_shape(ImageDraw.Draw(picture), shape, middle, middle, cell * scale * FILL / 2, COLORS[color])
     pixels = np.asarray(picture.resize((side, side), Image.Resampling.BOX))
     pixels.setflags(write=False)
     return pixels
 
 
-def draw_array(
-    scene: Scene, size: int = RAW_SIZE, offsets: Sequence[tuple[float, float]] | None = None
-) -> np.ndarray:
+def draw_array(scene: Scene, size: int = RAW_SIZE, offsets: Sequence[tuple[float, float]] | None = None) -> np.ndarray:
     """The scene as uint8 [size, size, 3]; `size` is a multiple of GRID.
 
     `offsets` holds one (rows, columns) shift in cells per item, for motion between cells; it is rounded to pixels.
@@ -131,9 +127,7 @@ def draw_array(
     assert size % GRID == 0, f"{size} pixels do not divide into {GRID} cells"
     cell = size // GRID
     pixels = np.full((size, size, 3), BACKGROUND, dtype=np.uint8)
-    for item, (row_offset, column_offset) in zip(
-        scene, offsets or [(0.0, 0.0)] * len(scene), strict=True
-    ):
+    for item, (row_offset, column_offset) in zip(scene, offsets or [(0.0, 0.0)] * len(scene), strict=True):
         shape = sprite(item.shape, item.color, cell)
         margin = (cell - shape.shape[0]) // 2
         top = item.row * cell + round(row_offset * cell) + margin
@@ -147,12 +141,7 @@ def draw(scene: Scene, size: int = RAW_SIZE) -> Image.Image:
 
 
 def draw_shape(
-    canvas: ImageDraw.ImageDraw,
-    shape: str,
-    x: float,
-    y: float,
-    half: float,
-    color: tuple[int, int, int],
+    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, half: float, color: tuple[int, int, int]
 ) -> None:
     box = (x - half, y - half, x + half, y + half)
     if shape == "circle":

@@ -34,9 +34,7 @@ VERIFY = ("auto", "logits", "keys", "none")
 class SurgeryOptions:
     """How the new vocabulary rows of `convert surgery` start."""
 
-    rows: str = (
-        "mean"  # normal | mean (of the text rows, with noise of their covariance) | codebook
-    )
+    rows: str = "mean"  # normal | mean (of the text rows, with noise of their covariance) | codebook
     std: float | None = None  # of rows=normal; null: the model's init_std
     noise: float = 1.0  # of rows=mean: covariance of the noise in units of the text rows' own
     codebook: str | None = None  # of rows=codebook: a vision tokenizer, ours or a published one
@@ -46,9 +44,7 @@ class SurgeryOptions:
 @dataclass
 class Config:
     action: str = ""  # init | from_hf | to_hf | reshard | verify | surgery
-    source: str | None = (
-        None  # a stage or checkpoint folder, or a published one (for from_hf also a file)
-    )
+    source: str | None = None  # a stage or checkpoint folder, or a published one (for from_hf also a file)
     target: str | None = None  # the folder that is made; of verify: the export that is compared
     layout: str | None = None  # emu35 | qwen3 | emu3 | ibq; null: as config.json of the source says
     model: ModelConfig | None = None  # chosen as model=NAME; null: as the source says
@@ -63,36 +59,38 @@ class Config:
     ignore: list[str] = field(default_factory=list)  # patterns of source tensors to leave out
     verify: str = "auto"  # auto (logits where memory allows, else keys) | logits | keys | none
     num_tokens: int = 256  # that verify runs through both sides
-    text_tokenizer: str | None = (
-        None  # to export with the model; null: the one of the run, if found
-    )
+    text_tokenizer: str | None = None  # to export with the model; null: the one of the run, if found
     surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
     json: bool = False  # print one JSON object on stdout
 
     def validate(self) -> None:
         problems = Problems()
         problems.check(
-            self.action in ACTIONS, "action", f"unknown action {self.action!r}" if self.action else "is required",
+            self.action in ACTIONS,
+            "action",
+            f"unknown action {self.action!r}" if self.action else "is required",
             "nextstate convert " + " | ".join(ACTIONS),
-        )  # fmt: skip
+        )
         if self.action in ACTIONS:
             self._validate_places(problems)
         problems.check(
-            self.layout in (None, *LAYOUT_NAMES), "layout", f"unknown layout {self.layout!r}",
+            self.layout in (None, *LAYOUT_NAMES),
+            "layout",
+            f"unknown layout {self.layout!r}",
             f"layout={LAYOUT_NAMES[0]}",
-        )  # fmt: skip
+        )
         problems.check(
             self.dtype in (None, "float32", "bfloat16"), "dtype", f"unknown dtype {self.dtype!r}", "dtype=bfloat16"
-        )  # fmt: skip
-        problems.check(
-            self.verify in VERIFY, "verify", f"unknown value {self.verify!r}", "verify=keys"
         )
+        problems.check(self.verify in VERIFY, "verify", f"unknown value {self.verify!r}", "verify=keys")
         for name in ("tensor", "pipeline", "threads", "shard_gigabytes", "num_tokens"):
             problems.check(getattr(self, name) > 0, name, "must be positive", f"{name}=1")
         problems.check(
-            self.surgery.rows in ("normal", "mean", "codebook"), "surgery.rows",
-            f"unknown value {self.surgery.rows!r}", "surgery.rows=mean",
-        )  # fmt: skip
+            self.surgery.rows in ("normal", "mean", "codebook"),
+            "surgery.rows",
+            f"unknown value {self.surgery.rows!r}",
+            "surgery.rows=mean",
+        )
         if self.model is not None:
             self.model.validate(problems)
         problems.raise_if_any()
@@ -100,19 +98,13 @@ class Config:
     def _validate_places(self, problems: Problems) -> None:
         needed = {"target": True, "source": self.action != "init"}
         for name, is_needed in needed.items():
-            problems.check(
-                not is_needed or bool(getattr(self, name)), name, "is required", f"{name}=FOLDER"
-            )
+            problems.check(not is_needed or bool(getattr(self, name)), name, "is required", f"{name}=FOLDER")
         if self.action in ("init", "surgery"):
             problems.check(self.model is not None, "model", "is required", "model=toy")
         if self.action in ("to_hf", "verify"):
-            problems.check(
-                self.layout is not None, "layout", "is required", f"layout={LAYOUT_NAMES[0]}"
-            )
+            problems.check(self.layout is not None, "layout", "is required", f"layout={LAYOUT_NAMES[0]}")
         if self.action == "init":
-            problems.check(
-                self.source is None, "source", "fresh weights have no source", "leave source out"
-            )
+            problems.check(self.source is None, "source", "fresh weights have no source", "leave source out")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -126,16 +118,10 @@ def render(answer: dict[str, Any]) -> str:
     lines = []
     for key, value in answer.items():
         if isinstance(value, dict):
-            inner = ", ".join(
-                f"{name} {one}" for name, one in value.items() if not isinstance(one, dict | list)
-            )
+            inner = ", ".join(f"{name} {one}" for name, one in value.items() if not isinstance(one, dict | list))
             lines.append(f"{key + ':':<18} {inner}")
         elif isinstance(value, list):
             lines += [f"{key + ':':<18} {one}" for one in value]
         elif value is not None:
-            lines.append(
-                f"{key + ':':<18} {value:,}"
-                if isinstance(value, int)
-                else f"{key + ':':<18} {value}"
-            )
+            lines.append(f"{key + ':':<18} {value:,}" if isinstance(value, int) else f"{key + ':':<18} {value}")
     return "\n".join(lines)

@@ -36,7 +36,7 @@ def run(config: CurriculumConfig) -> dict[str, Any]:
     if config.action == "resume" and not (Path(config.run_folder) / "curriculum.json").exists():
         raise UserError(
             "there is no curriculum to resume", where=config.run_folder, fix="nextstate curriculum curriculum=NAME"
-        )  # fmt: skip
+        )
     action = {"status": status, "cancel": cancel, "logs": logs}.get(config.action, start)
     return action(config)
 
@@ -89,9 +89,7 @@ def logs(config: CurriculumConfig) -> dict[str, Any]:
     for name in names:
         for path in [folder / "logs" / f"{name}.log", *JobFolder(folder, name).logs()]:
             if path.exists():
-                tails[str(path)] = path.read_text("utf-8", "replace").splitlines()[
-                    -config.num_lines :
-                ]
+                tails[str(path)] = path.read_text("utf-8", "replace").splitlines()[-config.num_lines :]
     if not tails:
         raise UserError("nothing has been logged yet", where=str(folder), got=", ".join(names))
     return {"name": config.name, "logs": tails}
@@ -99,23 +97,10 @@ def logs(config: CurriculumConfig) -> dict[str, Any]:
 
 def render(answer: dict[str, Any]) -> str:
     if "logs" in answer:
-        return "\n".join(
-            "\n".join([f"== {path}", *lines]) for path, lines in answer["logs"].items()
-        )
+        return "\n".join("\n".join([f"== {path}", *lines]) for path, lines in answer["logs"].items())
     if "scripts" in answer:
         return "\n".join(f"== {name}\n{script}" for name, script in answer["scripts"].items())
-    titles = (
-        "entry",
-        "state",
-        "step",
-        "tokens",
-        "loss",
-        "left",
-        "seconds",
-        "GiB",
-        "jobs",
-        "restarts",
-    )
+    titles = ("entry", "state", "step", "tokens", "loss", "left", "seconds", "GiB", "jobs", "restarts")
     rows = [titles, *(row(entry) for entry in answer["entries"])]
     widths = [max(len(line[column]) for line in rows) for column in range(len(titles))]
     return "\n".join(
@@ -132,9 +117,14 @@ def row(entry: dict[str, Any]) -> tuple[str, ...]:
     tokens, left = entry.get("tokens"), entry.get("eta_seconds")
     is_over = entry["state"] not in ("running", "queued")
     return (
-        entry["name"], entry["state"], "" if step is None else f"{step}/{total}",
-        "" if tokens is None else f"{tokens:,}", "" if loss is None else f"{loss:.4f}",
-        "" if left is None or is_over else format_seconds(left), f"{entry['wall_seconds']:.1f}",
+        entry["name"],
+        entry["state"],
+        "" if step is None else f"{step}/{total}",
+        "" if tokens is None else f"{tokens:,}",
+        "" if loss is None else f"{loss:.4f}",
+        "" if left is None or is_over else format_seconds(left),
+        f"{entry['wall_seconds']:.1f}",
         f"{entry['peak_memory_bytes'] / 2**30:.2f}" if entry["peak_memory_bytes"] else "",
-        ",".join(entry["job_ids"]), str(entry["restarts"]),
-    )  # fmt: skip
+        ",".join(entry["job_ids"]),
+        str(entry["restarts"]),
+    )

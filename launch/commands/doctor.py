@@ -21,16 +21,14 @@ examples:
 @dataclass
 class Config:
     run_folder: str = "runs"  # where runs are to be written; its disk is examined
-    collective_seconds: float = (
-        2.0  # processes of this node exchange data for as long; 0: not at all
-    )
+    collective_seconds: float = 2.0  # processes of this node exchange data for as long; 0: not at all
     json: bool = False  # print one JSON object on stdout
 
     def validate(self) -> None:
         problems = Problems()
         problems.check(
             0 <= self.collective_seconds <= 30, "collective_seconds", "must be in [0, 30]", "collective_seconds=30"
-        )  # fmt: skip
+        )
         problems.raise_if_any()
 
 
@@ -48,9 +46,5 @@ def render(answer: dict[str, Any]) -> str:
         lines.append(f"{mark:<8} {finding['name']:<14} {finding['detail']}")
         if not finding["ok"]:
             lines.append(f"{'':<23} cure: {finding['cure']}")
-    lines.append(
-        "everything required works"
-        if answer["ok"]
-        else "something required does not work: see MISSING"
-    )
+    lines.append("everything required works" if answer["ok"] else "something required does not work: see MISSING")
     return "\n".join(lines)

@@ -25,9 +25,7 @@ class Config:
     checkpoint: str = ""  # a stage folder (its newest checkpoint) or a checkpoint folder
     run_folder: str = "."  # base of `checkpoint` and `out`
     out: str = "evaluation/final.json"  # the figures; pictures go to `samples/NAME` beside it
-    tasks: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # name -> {path: package.Class, ...}
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {path: package.Class, ...}
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     untrained: bool = False  # fresh weights of the checkpoint's model instead of its own
@@ -40,26 +38,14 @@ class Config:
 
     def validate(self) -> None:
         problems = Problems()
+        problems.check(bool(self.checkpoint), "checkpoint", "is required", "checkpoint=<stage folder>")
         problems.check(
-            bool(self.checkpoint), "checkpoint", "is required", "checkpoint=<stage folder>"
-        )
-        problems.check(
-            bool(self.tasks),
-            "tasks",
-            "there is nothing to evaluate",
-            "tasks.NAME.path=package.module.Class",
+            bool(self.tasks), "tasks", "there is nothing to evaluate", "tasks.NAME.path=package.module.Class"
         )
         for name, task in self.tasks.items():
-            problems.check(
-                "path" in task,
-                f"tasks.{name}.path",
-                "is required",
-                f"tasks.{name}.path=package.Class",
-            )
+            problems.check("path" in task, f"tasks.{name}.path", "is required", f"tasks.{name}.path=package.Class")
         problems.check(self.batch_size > 0, "batch_size", "must be positive")
-        problems.check(
-            self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0"
-        )
+        problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0")
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
         problems.raise_if_any()
@@ -77,15 +63,23 @@ def run(config: Config) -> dict[str, Any]:
     }
     base = Path(config.run_folder)
     model = InferenceModel.load(
-        base / config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers,
+        base / config.checkpoint,
+        config.text_tokenizer,
+        config.vision_tokenizer,
+        config.answers,
         untrained=config.untrained,
-    )  # fmt: skip
+    )
     out = base / config.out
     samples_folder = out.parent / "samples" / out.stem
     results = evaluate(
-        model, tasks, config.sampling, batch_size=config.batch_size, seed=config.seed,
-        samples_folder=samples_folder, num_samples=config.num_samples,
-    )  # fmt: skip
+        model,
+        tasks,
+        config.sampling,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        samples_folder=samples_folder,
+        num_samples=config.num_samples,
+    )
     answer = {
         "checkpoint": str(base / config.checkpoint),
         "untrained": config.untrained,
@@ -97,9 +91,7 @@ def run(config: Config) -> dict[str, Any]:
     return publish(out, answer)
 
 
-def _below(
-    folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """All tasks' samples, taken out of `results`, with file names relative to `folder`."""
     prefix = samples_folder.relative_to(folder)
     samples = [sample for result in results.values() for sample in result.pop("samples")]
@@ -124,9 +116,7 @@ def publish(path: Path, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(answer: dict[str, Any]) -> str:
-    lines = [
-        f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")
-    ]
+    lines = [f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")]
     for name, task in answer["tasks"].items():
         low, high = task["interval"]
         lines.append(

@@ -42,29 +42,23 @@ class Config:
 
     def validate(self) -> None:
         problems = Problems()
+        problems.check(bool(self.checkpoint), "checkpoint", "is required", "checkpoint=<stage folder>")
         problems.check(
-            bool(self.checkpoint), "checkpoint", "is required", "checkpoint=<stage folder>"
+            (self.prompt is None) != (self.prompts_file is None),
+            "prompt",
+            "give either prompt or prompts_file",
+            'prompt="a red circle at top left"',
         )
+        problems.check(self.format in FORMATS, "format", f"unknown format {self.format!r}", f"format={FORMATS[0]}")
         problems.check(
-            (self.prompt is None) != (self.prompts_file is None), "prompt",
-            "give either prompt or prompts_file", 'prompt="a red circle at top left"',
-        )  # fmt: skip
-        problems.check(
-            self.format in FORMATS,
-            "format",
-            f"unknown format {self.format!r}",
-            f"format={FORMATS[0]}",
+            self.format != "x2i" or bool(self.images) or self.prompts_file is not None,
+            "images",
+            "x2i needs source pictures",
+            "images=[scene.png]",
         )
-        problems.check(
-            self.format != "x2i" or bool(self.images) or self.prompts_file is not None, "images",
-            "x2i needs source pictures", "images=[scene.png]",
-        )  # fmt: skip
         problems.check(self.num > 0, "num", "must be positive", "num=1")
         problems.check(
-            _size(self.image_size) is not None,
-            "image_size",
-            f"not a size: {self.image_size!r}",
-            "image_size=48",
+            _size(self.image_size) is not None, "image_size", f"not a size: {self.image_size!r}", "image_size=48"
         )
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
@@ -80,9 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     config.validate()
     questions = read_questions(config)
     prompts = [make_prompt(config, question) for question in questions for _ in range(config.num)]
-    model = InferenceModel.load(
-        config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers
-    )
+    model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
     outputs = model.generate(prompts, config.sampling, config.seed)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +86,7 @@ def run(config: Config) -> dict[str, Any]:
             Image.fromarray(image).save(folder / name)
         answers.append(
             questions[number]
-            | {
-                "answer": answer,
-                "pictures": names,
-                "text_answer": output.text,
-                "finished": output.finished,
-            }
+            | {"answer": answer, "pictures": names, "text_answer": output.text, "finished": output.finished}
         )
     return publish(folder / "generated.json", {"folder": str(folder), "answers": answers})
 
@@ -112,9 +99,7 @@ def read_questions(config: Config) -> list[dict[str, Any]]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "the prompts file cannot be read", where=str(path), got=str(error)
-        ) from error
+        raise UserError("the prompts file cannot be read", where=str(path), got=str(error)) from error
     if path.suffix == ".jsonl":
         return [_read_object(path, number, line) for number, line in enumerate(lines, 1)]
     return [{"text": line, "images": list(config.images)} for line in lines]
@@ -126,23 +111,16 @@ def _read_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(
-            "not a JSON object", where=f"{path}, prompt {number}", got=str(error)
-        ) from error
-    known = (
-        isinstance(values, dict)
-        and isinstance(values.get("text"), str)
-        and set(values) <= {"text", "images"}
-    )
+        raise UserError("not a JSON object", where=f"{path}, prompt {number}", got=str(error)) from error
+    known = isinstance(values, dict) and isinstance(values.get("text"), str) and set(values) <= {"text", "images"}
     if not known or not isinstance(values.get("images", []), list):
         raise UserError(
-            "not a prompt", where=f"{path}, prompt {number}", expected='{"text": "...", "images": ["path", ...]}',
+            "not a prompt",
+            where=f"{path}, prompt {number}",
+            expected='{"text": "...", "images": ["path", ...]}',
             got=line[:80],
-        )  # fmt: skip
-    return {
-        "text": values["text"],
-        "images": [str(path.parent / name) for name in values.get("images", [])],
-    }
+        )
+    return {"text": values["text"], "images": [str(path.parent / name) for name in values.get("images", [])]}
 
 
 def make_prompt(config: Config, question: dict[str, Any]) -> Any:
@@ -165,9 +143,7 @@ def load_image(path: Path) -> Any:
     try:
         return decode_image(path.read_bytes())
     except (OSError, SampleError) as error:
-        raise UserError(
-            "a source picture cannot be read", where=str(path), got=str(error)
-        ) from error
+        raise UserError("a source picture cannot be read", where=str(path), got=str(error)) from error
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -175,9 +151,7 @@ def _size(value: Any) -> tuple[int, int] | None:
     sides = [value, value] if isinstance(value, int) else value
     if not isinstance(sides, list | tuple) or len(sides) != 2:
         return None
-    valid = all(isinstance(side, int) and side >= 0 for side in sides) and bool(sides[0]) == bool(
-        sides[1]
-    )
+    valid = all(isinstance(side, int) and side >= 0 for side in sides) and bool(sides[0]) == bool(sides[1])
     return (sides[0], sides[1]) if valid else None
 
 
@@ -185,8 +159,5 @@ def render(answer: dict[str, Any]) -> str:
     lines = [f"{len(answer['answers'])} answers in {answer['folder']}"]
     for entry in answer["answers"]:
         shown = ", ".join(entry["pictures"]) or "no picture"
-        lines.append(
-            f"  {entry['text']!r}: {shown}"
-            + (f" {entry['text_answer']!r}" if entry["text_answer"] else "")
-        )
+        lines.append(f"  {entry['text']!r}: {shown}" + (f" {entry['text_answer']!r}" if entry["text_answer"] else ""))
     return "\n".join(lines)

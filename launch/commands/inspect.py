@@ -25,28 +25,17 @@ POSITIONAL = "path"
 @dataclass
 class Config:
     path: str | None = None  # a file or folder; exclusive with model and checkpoint
-    checkpoint: str | None = (
-        None  # a checkpoint, ours or a published one; with model: compared with it
-    )
+    checkpoint: str | None = None  # a checkpoint, ours or a published one; with model: compared with it
     model: ModelConfig | None = None  # a preset, chosen as model=NAME
     num_samples: int = 3  # samples that are shown in full
-    text_tokenizer: str | None = (
-        None  # folder of the text tokenizer, to read the text of token files
-    )
+    text_tokenizer: str | None = None  # folder of the text tokenizer, to read the text of token files
     json: bool = False  # print one JSON object on stdout
 
     def validate(self) -> None:
         problems = Problems()
         given = [self.path is not None, self.checkpoint is not None or self.model is not None]
-        problems.check(
-            given.count(True) == 1,
-            "path",
-            "give a path or a model, one of them",
-            "nextstate inspect PATH",
-        )
-        problems.check(
-            self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=3"
-        )
+        problems.check(given.count(True) == 1, "path", "give a path or a model, one of them", "nextstate inspect PATH")
+        problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=3")
         if self.model is not None:
             self.model.validate(problems)
         problems.raise_if_any()
@@ -70,23 +59,19 @@ def render(answer: dict[str, Any]) -> str:
             lines += [f"sample {number}:\n{indented(one)}" for number, one in enumerate(value)]
         elif isinstance(value, dict):
             inner = ", ".join(
-                f"{name} {count:,}" if isinstance(count, int) else f"{name} {count}"
-                for name, count in value.items()
+                f"{name} {count:,}" if isinstance(count, int) else f"{name} {count}" for name, count in value.items()
             )
             lines.append(f"{key + ':':<20} {inner}")
         elif value is not None:
-            lines.append(
-                f"{key + ':':<20} {value:,}"
-                if isinstance(value, int)
-                else f"{key + ':':<20} {value}"
-            )
+            lines.append(f"{key + ':':<20} {value:,}" if isinstance(value, int) else f"{key + ':':<20} {value}")
     return "\n".join(lines)
 
 
 def indented(sample: Any) -> str:
     if isinstance(sample, dict):
         sample = "\n".join(
-            f"{name}: {inner}" for key, value in sample.items()
+            f"{name}: {inner}"
+            for key, value in sample.items()
             for name, inner in (value.items() if isinstance(value, dict) else [(key, value)])
-        )  # fmt: skip
+        )
     return "\n".join("  " + line for line in str(sample).splitlines())

@@ -24,9 +24,7 @@ examples:
 @dataclass
 class Config(TrainConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    recompute: list[str] = field(
-        default_factory=lambda: list(RECOMPUTE)
-    )  # choices that the search may take
+    recompute: list[str] = field(default_factory=lambda: list(RECOMPUTE))  # choices that the search may take
     document_tokens: int | None = None  # mean length of a document; null: a row is one document
     attention_flops: str = "causal"  # causal | full: how attention counts in the MFU
     simulate: bool = False  # build every part of the stage's own layout on the meta device
@@ -36,35 +34,33 @@ class Config(TrainConfig):
         problems = Problems()
         stage = self.stage
         problems.check(
-            stage.objective == "next_token",
-            "stage",
-            f"{stage.objective} stages are not planned",
-            "stage=pretrain_1",
+            stage.objective == "next_token", "stage", f"{stage.objective} stages are not planned", "stage=pretrain_1"
         )
         for name in ("steps", "sequence_length", "global_batch_size"):
             value = getattr(stage, name)
-            problems.check(
-                0 < value < 2**40, f"stage.{name}", f"{value} is out of range", f"stage.{name}=1000"
-            )
+            problems.check(0 < value < 2**40, f"stage.{name}", f"{value} is out of range", f"stage.{name}=1000")
         self.model.validate(problems)
         self.cluster.validate(problems)
         problems.check(
-            bool(self.recompute) and set(self.recompute) <= set(RECOMPUTE), "recompute",
-            f"choices are {', '.join(RECOMPUTE)}, got {list(self.recompute)}", "recompute=[none,full]",
-        )  # fmt: skip
+            bool(self.recompute) and set(self.recompute) <= set(RECOMPUTE),
+            "recompute",
+            f"choices are {', '.join(RECOMPUTE)}, got {list(self.recompute)}",
+            "recompute=[none,full]",
+        )
         problems.check(
-            self.document_tokens is None or 0 < self.document_tokens <= stage.sequence_length, "document_tokens",
-            f"must be in [1, {stage.sequence_length}], got {self.document_tokens}", "document_tokens=null",
-        )  # fmt: skip
+            self.document_tokens is None or 0 < self.document_tokens <= stage.sequence_length,
+            "document_tokens",
+            f"must be in [1, {stage.sequence_length}], got {self.document_tokens}",
+            "document_tokens=null",
+        )
         problems.check(
-            self.attention_flops in ("causal", "full"), "attention_flops",
-            f"unknown value {self.attention_flops!r}", "attention_flops=causal",
-        )  # fmt: skip
+            self.attention_flops in ("causal", "full"),
+            "attention_flops",
+            f"unknown value {self.attention_flops!r}",
+            "attention_flops=causal",
+        )
         problems.check(
-            self.check in ("layouts", "published"),
-            "check",
-            f"unknown value {self.check!r}",
-            "check=published",
+            self.check in ("layouts", "published"), "check", f"unknown value {self.check!r}", "check=published"
         )
         problems.raise_if_any()
 
@@ -79,9 +75,12 @@ def run(config: Config) -> dict[str, Any]:
     if config.simulate:
         return dry_run(config, config.cluster, config.document_tokens)
     return answer(
-        config, config.cluster, recompute=list(config.recompute), document_tokens=config.document_tokens,
+        config,
+        config.cluster,
+        recompute=list(config.recompute),
+        document_tokens=config.document_tokens,
         attention_flops=config.attention_flops,
-    )  # fmt: skip
+    )
 
 
 def render(found: dict[str, Any]) -> str:

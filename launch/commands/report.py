@@ -29,11 +29,7 @@ def run(config: Config) -> dict[str, Any]:
 
     folder = Path(config.run_folder)
     if not folder.is_dir():
-        raise UserError(
-            "there is no such run folder",
-            got=str(folder),
-            fix="nextstate report run_folder=runs/NAME",
-        )
+        raise UserError("there is no such run folder", got=str(folder), fix="nextstate report run_folder=runs/NAME")
     report = collect(folder)
     publish(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     publish(folder / "report.html", render_page(report, folder))

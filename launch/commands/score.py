@@ -38,9 +38,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="nextstate-score-") as name:
         folder = Path(name)
         save_config(config, folder / "config.json")
-        return run_ranks(
-            "score", folder / "config.json", folder, folder, config.parallel.world_size
-        )
+        return run_ranks("score", folder / "config.json", folder, folder, config.parallel.world_size)
 
 
 def render(answer: dict[str, Any]) -> str:

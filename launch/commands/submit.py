@@ -42,17 +42,19 @@ class Config(TrainConfig):
         """In a dry run a configuration that could not be trained is told, and its script shown all the same."""
         problems = Problems()
         self.cluster.validate(problems)
+        problems.check(self.shares > 0, "shares", f"must be positive, got {self.shares}", "shares=1")
         problems.check(
-            self.shares > 0, "shares", f"must be positive, got {self.shares}", "shares=1"
+            self.command != "train" or not (self.arguments or self.calls or self.shares > 1),
+            "command",
+            "train takes no arguments, calls or shares",
+            "command=tokenize",
         )
         problems.check(
-            self.command != "train" or not (self.arguments or self.calls or self.shares > 1), "command",
-            "train takes no arguments, calls or shares", "command=tokenize",
-        )  # fmt: skip
-        problems.check(
-            self.shares == 1 or self.command == "tokenize", "shares",
-            f"{self.command} has no shards to share", "calls.NAME=[...]",
-        )  # fmt: skip
+            self.shares == 1 or self.command == "tokenize",
+            "shares",
+            f"{self.command} has no shards to share",
+            "calls.NAME=[...]",
+        )
         problems.check(self.shares == 1 or not self.calls, "shares", "exclusive with calls")
         problems.raise_if_any()
         if self.command == "train":
@@ -87,9 +89,15 @@ def work_of(config: Config) -> Work:
         own = {one.name: getattr(config, one.name) for one in fields(TrainConfig)}
         return training_work(TrainConfig(**own))
     return command_work(
-        config.command, config.arguments, config.calls, shares=config.shares,
-        num_accelerators=config.num_accelerators, run_folder=Path(config.run_folder), name=config.command, title=f"{config.name}/{config.command}",
-    )  # fmt: skip
+        config.command,
+        config.arguments,
+        config.calls,
+        shares=config.shares,
+        num_accelerators=config.num_accelerators,
+        run_folder=Path(config.run_folder),
+        name=config.command,
+        title=f"{config.name}/{config.command}",
+    )
 
 
 def is_dry(answer: dict[str, Any]) -> bool:

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.atomic import read_json
-from data_pipeline.engine import (
-    EXECUTORS,
-    ShardJob,
-    choose_executor,
-    group_jobs,
-    run_tasks,
-    threads_per_worker,
-)
+from data_pipeline.engine import EXECUTORS, ShardJob, choose_executor, group_jobs, run_tasks, threads_per_worker
 from data_pipeline.token_format import published_prefixes, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
 from data_pipeline.tokenizers import load_text_tokenizer
@@ -62,13 +55,17 @@ class Config(TokenizeConfig):
         problems.check(self.workers > 0, "workers", "must be positive", "workers=1")
         problems.check(self.num_tasks >= 0, "num_tasks", "must not be negative", "num_tasks=0")
         problems.check(
-            -1 <= self.task < max(1, self.num_tasks), "task", f"there is no group {self.task} of {self.num_tasks}",
+            -1 <= self.task < max(1, self.num_tasks),
+            "task",
+            f"there is no group {self.task} of {self.num_tasks}",
             "num_tasks=64 task=0, or task=-1",
-        )  # fmt: skip
+        )
         problems.check(
-            self.executor in EXECUTORS, "executor", f"unknown executor {self.executor!r}",
+            self.executor in EXECUTORS,
+            "executor",
+            f"unknown executor {self.executor!r}",
             f"executor={' or '.join(EXECUTORS)}",
-        )  # fmt: skip
+        )
         self.vocabulary.validate(problems, "vocabulary")
         self.validate_tokenize(problems)
         problems.raise_if_any()
@@ -107,23 +104,25 @@ def plan_jobs(patterns: Any, target: Path) -> list[ShardJob]:
         found = glob.glob(pattern, recursive=True)
         if not found:
             raise UserError(
-                "no input shards", where=f"input={pattern}", expected="webdataset .tar files",
-                got="no file of this name or pattern", fix="check the path",
-            )  # fmt: skip
+                "no input shards",
+                where=f"input={pattern}",
+                expected="webdataset .tar files",
+                got="no file of this name or pattern",
+                fix="check the path",
+            )
         shards.update(map(Path, found))
-    jobs = [
-        ShardJob(shard, target / f"{number:06d}") for number, shard in enumerate(sorted(shards))
-    ]
+    jobs = [ShardJob(shard, target / f"{number:06d}") for number, shard in enumerate(sorted(shards))]
     if target.is_dir():
         expected = {job.prefix for job in jobs}
         strangers = [prefix for prefix in published_prefixes(target) if prefix not in expected]
         if strangers:
             raise UserError(
-                "the target holds token files of other inputs", where=str(target),
+                "the target holds token files of other inputs",
+                where=str(target),
                 expected=f"at most the {len(jobs)} files of this input",
                 got=", ".join(prefix.name for prefix in strangers[:5]),
                 fix="give all inputs in one call, or remove those files, or take another target",
-            )  # fmt: skip
+            )
     return jobs
 
 
@@ -174,10 +173,12 @@ def check_sizes(vocabulary: Vocabulary, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if size > getattr(vocabulary, name):
             raise UserError(
-                "a tokenizer does not fit the vocabulary", where=f"vocabulary.{name}",
-                expected=f"at most {getattr(vocabulary, name):,} ids", got=f"{size:,}",
+                "a tokenizer does not fit the vocabulary",
+                where=f"vocabulary.{name}",
+                expected=f"at most {getattr(vocabulary, name):,} ids",
+                got=f"{size:,}",
                 fix="vocabulary.preset=compact, or the tokenizers of this preset",
-            )  # fmt: skip
+            )
 
 
 def summarize(target: Path, jobs: Sequence[ShardJob], num_skipped: int) -> dict[str, Any]:
@@ -191,7 +192,11 @@ def summarize(target: Path, jobs: Sequence[ShardJob], num_skipped: int) -> dict[
         counts.update(manifest["counts_by_class"])
         quarantined.update(manifest["quarantined"])
     return {
-        "num_documents": num_documents, "num_tokens": num_tokens, "counts_by_class": dict(counts),
-        "quarantined": dict(quarantined), "num_shards": len(jobs), "skipped_shards": num_skipped,
+        "num_documents": num_documents,
+        "num_tokens": num_tokens,
+        "counts_by_class": dict(counts),
+        "quarantined": dict(quarantined),
+        "num_shards": len(jobs),
+        "skipped_shards": num_skipped,
         "target": str(target),
-    }  # fmt: skip
+    }

@@ -39,53 +39,63 @@ def layout_of(config: TrainConfig, problem: Problem) -> Layout:
     """The stage's own layout; where it leaves the data-parallel ranks at one, as many as there is room for."""
     parallel = config.parallel
     layout = Layout(
-        parallel.tensor, parallel.pipeline, parallel.context, parallel.data, config.stage.micro_batch_size,
-        distributed_optimizer=parallel.distributed_optimizer, sequence_parallel=parallel.sequence,
-    )  # fmt: skip
-    if (
-        parallel.data != 1
-        or min(layout.tensor, layout.pipeline, layout.context, layout.micro_batch) < 1
-    ):
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.data,
+        config.stage.micro_batch_size,
+        distributed_optimizer=parallel.distributed_optimizer,
+        sequence_parallel=parallel.sequence,
+    )
+    if parallel.data != 1 or min(layout.tensor, layout.pipeline, layout.context, layout.micro_batch) < 1:
         return layout
     data = largest_data(layout, problem.batch, problem.cluster.num_accelerators)
     return Layout(**{**layout.__dict__, "data": max(1, data)})
 
 
 def answer(
-    config: TrainConfig, cluster: ClusterConfig, *, recompute: list[str], document_tokens: int | None,
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    *,
+    recompute: list[str],
+    document_tokens: int | None,
     attention_flops: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The whole answer: the best layouts, the stage's own one, storage, and what was assumed."""
     problem = make_problem(config, cluster, document_tokens, attention_flops)
     own = layout_of(config, problem)
     problems = check_layout(problem, own)
     plans = search(problem, recompute)
     return {
-        "model": config.model.name, "stage": config.stage.name, "parameters": problem.shape.total_parameters(),
+        "model": config.model.name,
+        "stage": config.stage.name,
+        "parameters": problem.shape.total_parameters(),
         "batch": {
-            "rows": problem.batch.global_batch_size, "sequence_length": problem.batch.sequence_length,
-            "tokens": problem.batch.tokens, "steps": problem.num_steps,
+            "rows": problem.batch.global_batch_size,
+            "sequence_length": problem.batch.sequence_length,
+            "tokens": problem.batch.tokens,
+            "steps": problem.num_steps,
         },
         "best": {**plans[0].to_dict(), **details(plans[0])},
         "ranked": [plan.to_dict() for plan in plans[:NUM_RANKED]],
         "stage_layout": stage_layout(problem, own, problems),
         "storage": storage(problem, plans[0]),
         "assumptions": assumptions(problem, attention_flops),
-    }  # fmt: skip
+    }
 
 
-def dry_run(
-    config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None
-) -> dict[str, Any]:
+def dry_run(config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None) -> dict[str, Any]:
     """Builds every part of the stage's own layout; see `launch.plan.simulate`."""
     problem = make_problem(config, cluster, document_tokens, "causal")
     layout = layout_of(config, problem)
     problems = check_layout(problem, layout)
     if problems:
         raise UserError(
-            "the layout cannot run on this cluster: " + "; ".join(problems), where="parallel", got=layout.overrides(),
+            "the layout cannot run on this cluster: " + "; ".join(problems),
+            where="parallel",
+            got=layout.overrides(),
             fix=f"cluster.num_accelerators={layout.world_size}",
-        )  # fmt: skip
+        )
     from launch.plan.simulate import simulate  # imports torch and megatron
 
     return {"model": config.model.name, **simulate(config.model, layout, problem.batch)}
@@ -97,9 +107,7 @@ def details(plan: Plan) -> dict[str, Any]:
 
     last = plan.layout.pipeline - 1
     stages = {
-        f"stage_{stage}": stage_memory(
-            plan.problem.shape, plan.layout, plan.problem.batch, stage
-        ).to_dict()
+        f"stage_{stage}": stage_memory(plan.problem.shape, plan.layout, plan.problem.batch, stage).to_dict()
         for stage in sorted({0, last // 2, last})
     }
     return {"memory_by_stage": stages, "step": plan.step.to_dict()}
@@ -119,10 +127,12 @@ def storage(problem: Problem, plan: Plan) -> dict[str, Any]:
     rate = problem.cluster.storage_gigabytes_per_second * 1e9
     tokens = problem.batch.tokens * problem.num_steps
     return {
-        "checkpoint_bytes": checkpoint, "checkpoint_seconds": round(checkpoint / rate, 1),
-        "tokens": tokens, "token_bytes_if_each_is_read_once": round(tokens * TOKEN_BYTES),
+        "checkpoint_bytes": checkpoint,
+        "checkpoint_seconds": round(checkpoint / rate, 1),
+        "tokens": tokens,
+        "token_bytes_if_each_is_read_once": round(tokens * TOKEN_BYTES),
         "read_bytes_per_second": round(plan.tokens_per_second * TOKEN_BYTES),
-    }  # fmt: skip
+    }
 
 
 def assumptions(problem: Problem, attention_flops: str) -> dict[str, Any]:
@@ -142,11 +152,10 @@ def assumptions(problem: Problem, attention_flops: str) -> dict[str, Any]:
         "accelerators_per_fast_domain": cluster.accelerators_per_fast_domain,
         "storage_gigabytes_per_second": cluster.storage_gigabytes_per_second,
         "efficiencies": dict(Efficiencies().__dict__),
-        "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no "
-        "interleaving",
+        "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no interleaving",
         "accuracy": "differences below the mean error of check=published (some percent) do not rank layouts",
         "published_runs": "nextstate plan check=published compares the step times with published ones",
-    }  # fmt: skip
+    }
 
 
 def render(found: dict[str, Any]) -> str:
@@ -167,25 +176,15 @@ def render(found: dict[str, Any]) -> str:
         )
     own = found["stage_layout"]
     verdict = (
-        "; ".join(own["problems"]) if not own["possible"]
+        "; ".join(own["problems"])
+        if not own["possible"]
         else f"{'fits' if own['fits'] else 'does not fit'} ({own['memory_bytes'] / 1e9:.1f} GB), "
         f"{own['step_seconds']:.3f} s a step"
-    )  # fmt: skip
-    lines += [
-        "",
-        f"the stage's own layout ({own['overrides']}): {verdict}",
-        "",
-        "the best layout, in parts:",
-    ]
-    for stage, parts in best["memory_by_stage"].items():
-        lines.append(
-            f"  {stage}: "
-            + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-            + " GB"
-        )
-    lines.append(
-        "  step: " + ", ".join(f"{name} {value:.3f}" for name, value in best["step"].items()) + " s"
     )
+    lines += ["", f"the stage's own layout ({own['overrides']}): {verdict}", "", "the best layout, in parts:"]
+    for stage, parts in best["memory_by_stage"].items():
+        lines.append(f"  {stage}: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()) + " GB")
+    lines.append("  step: " + ", ".join(f"{name} {value:.3f}" for name, value in best["step"].items()) + " s")
     stored = found["storage"]
     lines += [
         f"  checkpoint: {stored['checkpoint_bytes'] / 1e9:,.0f} GB, {stored['checkpoint_seconds']:,.0f} s to write; "
@@ -204,28 +203,25 @@ def render_dry_run(found: dict[str, Any]) -> str:
         f"{found['parts_built']} distinct parts built, each held by {found['ranks_of_each_part']} ranks; together "
         f"{found['parameters']:,} parameters and {found['padding_parameters']:,} of padding, as published",
         "weights of a rank: "
-        + ", ".join(f"{size / 1e9:.3f} GB" for size in found["weights_bytes_by_stage"]) + ", as planned",
-    ]  # fmt: skip
+        + ", ".join(f"{size / 1e9:.3f} GB" for size in found["weights_bytes_by_stage"])
+        + ", as planned",
+    ]
     for stage, groups in found["collectives_of_one_step"].items():
         lines.append(f"{stage}, one step:")
         lines += [
             f"  {group:<17} {operation:<15} {entry['count']:>7,} x, {entry['bytes'] / 1e9:>10.3f} GB"
-            for group, operations in groups.items() for operation, entry in operations.items()
-        ]  # fmt: skip
+            for group, operations in groups.items()
+            for operation, entry in operations.items()
+        ]
     return "\n".join([*lines, f"{found['seconds']} s"])
 
 
 def render_published(found: dict[str, Any]) -> str:
     """Predicted against published, as the table of docs/planning.md."""
-    lines = [
-        "| configuration | accelerators | published tokens/s | predicted | error |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| configuration | accelerators | published tokens/s | predicted | error |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['name']} | {row['accelerators']} | {row['published']:,.0f} | {row['predicted']:,.0f} | {row['error']:+.1%} |"
         for row in found["runs"]
     ]
-    lines.append(
-        f"\nmean absolute error {found['mean_absolute_error']:.1%}, worst {found['worst_error']:.1%}"
-    )
+    lines.append(f"\nmean absolute error {found['mean_absolute_error']:.1%}, worst {found['worst_error']:.1%}")
     return "\n".join(lines)

@@ -12,15 +12,23 @@ import torch
 
 # Of each call: the argument whose size is that of the whole message, by name and place.
 _MESSAGES = {
-    "all_reduce": ("tensor", 0), "broadcast": ("tensor", 0), "isend": ("tensor", 0), "irecv": ("tensor", 0),
-    "all_gather_into_tensor": ("output_tensor", 0), "_all_gather_base": ("output_tensor", 0),
-    "reduce_scatter_tensor": ("input", 1), "_reduce_scatter_base": ("input", 1),
-}  # fmt: skip
+    "all_reduce": ("tensor", 0),
+    "broadcast": ("tensor", 0),
+    "isend": ("tensor", 0),
+    "irecv": ("tensor", 0),
+    "all_gather_into_tensor": ("output_tensor", 0),
+    "_all_gather_base": ("output_tensor", 0),
+    "reduce_scatter_tensor": ("input", 1),
+    "_reduce_scatter_base": ("input", 1),
+}
 _TITLES = {
-    "all_gather_into_tensor": "all_gather", "_all_gather_base": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter", "_reduce_scatter_base": "reduce_scatter",
-    "isend": "send", "irecv": "receive",
-}  # fmt: skip
+    "all_gather_into_tensor": "all_gather",
+    "_all_gather_base": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "isend": "send",
+    "irecv": "receive",
+}
 
 
 @dataclass
@@ -78,9 +86,8 @@ def recorded(group_names: dict[int, str]) -> Iterator[Recorder]:
 
     recorder = Recorder(group_names)
     stand_ins = {
-        getattr(distributed, name): _stand_in(recorder, name)
-        for name in _MESSAGES if hasattr(distributed, name)
-    }  # fmt: skip
+        getattr(distributed, name): _stand_in(recorder, name) for name in _MESSAGES if hasattr(distributed, name)
+    }
     # A device context does not reach into the backward pass: it is off while the pass runs.
     replaced: list[tuple[Any, str, Any]] = [(torch, "get_default_device", torch.get_default_device)]
     meta = torch.device("meta")

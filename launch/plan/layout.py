@@ -34,9 +34,7 @@ class Layout:
     distributed_optimizer: bool = True
     sequence_parallel: bool = True
     virtual_pipeline: int = 1  # chunks of layers a stage is made of; our engine has one
-    fully_sharded: bool = (
-        False  # weights too are sharded over data ranks (FSDP); our engine does not
-    )
+    fully_sharded: bool = False  # weights too are sharded over data ranks (FSDP); our engine does not
 
     @property
     def world_size(self) -> int:
@@ -61,19 +59,18 @@ class Layout:
 
 def violations(layout: Layout, shape: ModelShape, batch: Batch) -> list[str]:
     """Every reason why the layout cannot run this model and batch; empty when it can."""
-    sizes = {
-        name: getattr(layout, name)
-        for name in ("tensor", "pipeline", "context", "data", "micro_batch")
-    }
+    sizes = {name: getattr(layout, name) for name in ("tensor", "pipeline", "context", "data", "micro_batch")}
     found = [f"{name} must be positive, got {value}" for name, value in sizes.items() if value < 1]
     if found:
         return found
     if layout.recompute not in RECOMPUTE:
         found.append(f"recompute must be one of {', '.join(RECOMPUTE)}, got {layout.recompute!r}")
     for title, value in (
-        ("attention heads", shape.heads), ("query groups", shape.groups), ("ffn_hidden_size", shape.ffn),
+        ("attention heads", shape.heads),
+        ("query groups", shape.groups),
+        ("ffn_hidden_size", shape.ffn),
         ("padded vocabulary", shape.vocabulary_rows),
-    ):  # fmt: skip
+    ):
         if value % layout.tensor:
             found.append(f"tensor {layout.tensor} does not divide the {title} ({value})")
     if shape.num_layers % (layout.pipeline * layout.virtual_pipeline):
@@ -91,9 +88,7 @@ def violations(layout: Layout, shape: ModelShape, batch: Batch) -> list[str]:
             f"({layout.micro_batch * batch.sequence_length})"
         )
     if batch.global_batch_size % rows:
-        found.append(
-            f"data * micro_batch = {rows} does not divide the global batch ({batch.global_batch_size} rows)"
-        )
+        found.append(f"data * micro_batch = {rows} does not divide the global batch ({batch.global_batch_size} rows)")
     return found
 
 
@@ -107,15 +102,11 @@ def largest_data(layout: Layout, batch: Batch, num_accelerators: int) -> int:
     room = num_accelerators // (layout.tensor * layout.pipeline * layout.context)
     if batch.global_batch_size % layout.micro_batch:
         return 0
-    fitting = [
-        value for value in divisors(batch.global_batch_size // layout.micro_batch) if value <= room
-    ]
+    fitting = [value for value in divisors(batch.global_batch_size // layout.micro_batch) if value <= room]
     return max(fitting, default=0)
 
 
-def candidates(
-    shape: ModelShape, batch: Batch, num_accelerators: int, *, largest_tensor: int
-) -> list[Layout]:
+def candidates(shape: ModelShape, batch: Batch, num_accelerators: int, *, largest_tensor: int) -> list[Layout]:
     """Every legal combination of tensor, pipeline, context and micro-batch, with as many data ranks as there is room for."""
     found = []
     for tensor in divisors(shape.groups * shape.heads):
@@ -137,13 +128,7 @@ def nearest(layout: Layout, legal: list[Layout], count: int = 3) -> list[Layout]
 
     def distance(other: Layout) -> float:
         total = 0.0
-        for name, weight in (
-            ("tensor", 2.0),
-            ("pipeline", 2.0),
-            ("context", 2.0),
-            ("micro_batch", 1.0),
-            ("data", 0.5),
-        ):
+        for name, weight in (("tensor", 2.0), ("pipeline", 2.0), ("context", 2.0), ("micro_batch", 1.0), ("data", 0.5)):
             mine, theirs = max(1, getattr(layout, name)), getattr(other, name)
             total += weight * (max(mine, theirs) / min(mine, theirs) - 1)
         return total

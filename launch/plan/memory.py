@@ -40,10 +40,7 @@ class StageMemory:
         return self.kept + self.working + self.communication
 
     def to_dict(self) -> dict[str, int]:
-        return {
-            **{name: round(value) for name, value in asdict(self).items()},
-            "total": round(self.total),
-        }
+        return {**{name: round(value) for name, value in asdict(self).items()}, "total": round(self.total)}
 
 
 def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
@@ -75,9 +72,7 @@ def mask_elements(layout: Layout, batch: Batch) -> int:
     return max(cut[rank] + cut[chunks - 1 - rank] for rank in range(layout.context))
 
 
-def layer_activation_bytes(
-    shape: ModelShape, layout: Layout, batch: Batch, *, moves_rows: bool
-) -> float:
+def layer_activation_bytes(shape: ModelShape, layout: Layout, batch: Batch, *, moves_rows: bool) -> float:
     """Kept by one layer of one micro-batch on one rank, with the layout's recomputation.
 
     `moves_rows`: attention copies tokens into padded rows (documents of several lengths, or context parallelism).
@@ -101,9 +96,7 @@ def layer_activation_bytes(
         kept += attended_query + attended_keys
         masks = mask_elements(layout, batch)
     statistics = 2 / sequence_split + 2 * heads + groups
-    dropped = (
-        2 * hidden if shape.dropout > 0 else 0
-    )  # one byte each: the masks of both residual branches
+    dropped = 2 * hidden if shape.dropout > 0 else 0  # one byte each: the masks of both residual branches
     return tokens * (kept * size + 4 * statistics + dropped) + masks * size
 
 
@@ -148,14 +141,10 @@ def stage_memory(
     )
 
 
-def peak_memory(
-    shape: ModelShape, layout: Layout, batch: Batch, *, moves_rows: bool = True
-) -> tuple[int, StageMemory]:
+def peak_memory(shape: ModelShape, layout: Layout, batch: Batch, *, moves_rows: bool = True) -> tuple[int, StageMemory]:
     """The stage that needs most, and what it needs."""
     stages = {0, layout.pipeline - 1}
-    found = {
-        stage: stage_memory(shape, layout, batch, stage, moves_rows=moves_rows) for stage in stages
-    }
+    found = {stage: stage_memory(shape, layout, batch, stage, moves_rows=moves_rows) for stage in stages}
     worst = max(found, key=lambda stage: found[stage].total)
     return worst, found[worst]
 

@@ -45,15 +45,7 @@ class PublishedRun:
 def gpt(num_layers: int, hidden: int, heads: int, vocabulary_rows: int) -> ModelShape:
     """GPT-3's structure: as many key as query heads, an ungated MLP four times as wide."""
     return ModelShape(
-        num_layers,
-        hidden,
-        4 * hidden,
-        heads,
-        heads,
-        hidden // heads,
-        vocabulary_rows,
-        gated=False,
-        qk_norm=False,
+        num_layers, hidden, 4 * hidden, heads, heads, hidden // heads, vocabulary_rows, gated=False, qk_norm=False
     )
 
 
@@ -74,12 +66,16 @@ def _megatron() -> list[PublishedRun]:
     Stated: gradients, weights and tensor-parallel communication overlap.
     """
     table = [
-        ("1.7B", 16, 2048, 24, 1, 1, 192, 408.8), ("7.1B", 32, 4096, 30, 2, 1, 192, 465.9),
-        ("16B", 48, 6144, 32, 4, 1, 192, 489.1), ("32B", 56, 7168, 48, 8, 1, 192, 459.6),
-        ("70B", 64, 8192, 84, 8, 2, 384, 419.7), ("119B", 80, 10240, 92, 8, 4, 768, 420.5),
-        ("177B", 96, 12288, 96, 8, 6, 1152, 432.8), ("314B", 128, 16384, 96, 8, 8, 1536, 474.4),
+        ("1.7B", 16, 2048, 24, 1, 1, 192, 408.8),
+        ("7.1B", 32, 4096, 30, 2, 1, 192, 465.9),
+        ("16B", 48, 6144, 32, 4, 1, 192, 489.1),
+        ("32B", 56, 7168, 48, 8, 1, 192, 459.6),
+        ("70B", 64, 8192, 84, 8, 2, 384, 419.7),
+        ("119B", 80, 10240, 92, 8, 4, 768, 420.5),
+        ("177B", 96, 12288, 96, 8, 6, 1152, 432.8),
+        ("314B", 128, 16384, 96, 8, 8, 1536, 474.4),
         ("462B", 144, 18432, 112, 8, 16, 3072, 459.9),
-    ]  # fmt: skip
+    ]
     runs = []
     for name, heads, hidden, layers, tensor, pipeline, rows, teraflops in table:
         shape, batch = gpt(layers, hidden, heads, 131_072), causal(4096, rows)
@@ -89,11 +85,7 @@ def _megatron() -> list[PublishedRun]:
         layout = Layout(tensor, pipeline, 1, 48, micro_batch, virtual_pipeline=chunks)
         speed = teraflops * 1e12 / shape.flops_per_token(batch.sequence_length)
         implementation = Implementation(overlaps_tensor=True, overlaps_data=True)
-        runs.append(
-            PublishedRun(
-                f"Megatron {name}", MEGATRON, shape, layout, batch, implementation, "h100", speed
-            )
-        )
+        runs.append(PublishedRun(f"Megatron {name}", MEGATRON, shape, layout, batch, implementation, "h100", speed))
     return runs
 
 
@@ -103,22 +95,23 @@ def _foundry() -> list[PublishedRun]:
     Not stated: the network, taken as 400 Gb/s an accelerator; the type in which gradients are reduced (bf16, PyTorch's
     default with its mixed precision setting).
     """
-    sizes = {
-        "70b": (80, 8192, 64),
-        "30b": (48, 7168, 56),
-        "13b": (40, 5120, 40),
-        "7b": (32, 4096, 32),
-    }
+    sizes = {"70b": (80, 8192, 64), "30b": (48, 7168, 56), "13b": (40, 5120, 40), "7b": (32, 4096, 32)}
     table = [
-        ("70b", 2048, 512, 8, 4096, "full", 1007), ("70b", 2048, 128, 8, 1024, "full", 1058),
+        ("70b", 2048, 512, 8, 4096, "full", 1007),
+        ("70b", 2048, 128, 8, 1024, "full", 1058),
         ("70b", 2048, 64, 8, 2048, "full", 1039),
-        ("30b", 2048, 512, 8, 4096, "full", 2115), ("30b", 2048, 128, 8, 1024, "full", 2199),
-        ("30b", 2048, 32, 14, 1344, "full", 2308), ("30b", 4096, 8, 1, 168, "full", 1802),
+        ("30b", 2048, 512, 8, 4096, "full", 2115),
+        ("30b", 2048, 128, 8, 1024, "full", 2199),
+        ("30b", 2048, 32, 14, 1344, "full", 2308),
+        ("30b", 4096, 8, 1, 168, "full", 1802),
         ("30b", 8192, 8, 1, 168, "full", 1384),
-        ("13b", 2048, 512, 16, 8192, "full", 4952), ("13b", 4096, 8, 10, 240, "full", 4717),
-        ("13b", 16384, 8, 3, 72, "full", 2985), ("13b", 32768, 8, 1, 24, "full", 1976),
-        ("7b", 2048, 128, 6, 768, "none", 10475), ("7b", 2048, 8, 6, 48, "none", 10643),
-    ]  # fmt: skip
+        ("13b", 2048, 512, 16, 8192, "full", 4952),
+        ("13b", 4096, 8, 10, 240, "full", 4717),
+        ("13b", 16384, 8, 3, 72, "full", 2985),
+        ("13b", 32768, 8, 1, 24, "full", 1976),
+        ("7b", 2048, 128, 6, 768, "none", 10475),
+        ("7b", 2048, 8, 6, 48, "none", 10643),
+    ]
     runs = []
     for size, length, ranks, micro_batch, rows, recompute, speed in table:
         layout = Layout(1, 1, 1, ranks, micro_batch, recompute, fully_sharded=True)
@@ -138,9 +131,7 @@ def _foundry() -> list[PublishedRun]:
     return runs
 
 
-LLAMA = {
-    "8B": llama(32, 4096, 14336, 32), "70B": llama(80, 8192, 28672, 64), "405B": llama(126, 16384, 53248, 128),
-}  # fmt: skip
+LLAMA = {"8B": llama(32, 4096, 14336, 32), "70B": llama(80, 8192, 28672, 64), "405B": llama(126, 16384, 53248, 128)}
 
 
 def _titan() -> list[PublishedRun]:
@@ -156,11 +147,21 @@ def _titan() -> list[PublishedRun]:
         ("70B bf16, async TP", TITAN_2025, "70B", Layout(8, 1, 1, 32, 16, "full"), 512, 8192, False, True, 652),
         ("70B fp8, TP", TITAN_2024, "70B", Layout(8, 1, 1, 32, 16, "full"), 512, 8192, True, False, 829),
         ("70B fp8, async TP", TITAN_2024, "70B", Layout(8, 1, 1, 32, 16, "full"), 512, 8192, True, True, 876),
-        ("405B fp8, interleaved", TITAN_2024, "405B", Layout(8, 8, 1, 8, 1, "full", virtual_pipeline=2), 256, 8192, True, True, 128),
+        (
+            "405B fp8, interleaved",
+            TITAN_2024,
+            "405B",
+            Layout(8, 8, 1, 8, 1, "full", virtual_pipeline=2),
+            256,
+            8192,
+            True,
+            True,
+            128,
+        ),
         ("8B fp8 x 8, 32768", TITAN_2024, "8B", Layout(1, 1, 1, 8, 1, "full"), 8, 32768, True, False, 3890),
         ("8B fp8, CP 2, 65536", TITAN_2024, "8B", Layout(1, 1, 2, 4, 1, "full"), 4, 65536, True, False, 2540),
         ("405B fp8, 32768", TITAN_2024, "405B", Layout(8, 8, 1, 8, 1, "full"), 64, 32768, True, True, 76),
-    ]  # fmt: skip
+    ]
     runs = []
     for name, source, size, layout, rows, length, fp8, overlaps, speed in table:
         implementation = Implementation(overlaps_tensor=overlaps, overlaps_data=True, fp8=fp8)
@@ -189,14 +190,7 @@ def _bridge() -> list[PublishedRun]:
     ]
     return [
         PublishedRun(
-            f"Megatron-Bridge {name}",
-            BRIDGE,
-            LLAMA[size],
-            layout,
-            causal(8192, rows),
-            overlapping,
-            "h100",
-            speed,
+            f"Megatron-Bridge {name}", BRIDGE, LLAMA[size], layout, causal(8192, rows), overlapping, "h100", speed
         )
         for name, size, layout, rows, speed in table
     ]
@@ -224,8 +218,4 @@ def compare(efficiencies: Efficiencies | None = None) -> dict[str, Any]:
             }
         )
     errors = [abs(row["error"]) for row in rows]
-    return {
-        "runs": rows,
-        "mean_absolute_error": round(sum(errors) / len(errors), 4),
-        "worst_error": max(errors),
-    }
+    return {"runs": rows, "mean_absolute_error": round(sum(errors) / len(errors), 4), "worst_error": max(errors)}

@@ -56,9 +56,7 @@ class Plan:
         problem = self.problem
         flops = problem.shape.flops_per_token(problem.mfu_attended_tokens) * self.tokens_per_second
         peak = (
-            problem.device.fp8_flops_per_second
-            if problem.implementation.fp8
-            else problem.device.bf16_flops_per_second
+            problem.device.fp8_flops_per_second if problem.implementation.fp8 else problem.device.bf16_flops_per_second
         )
         return flops / peak / problem.cluster.num_accelerators
 
@@ -70,10 +68,16 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         layout, memory = self.layout, self.memory
         return {
-            "tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context, "data": layout.data,
-            "micro_batch": layout.micro_batch, "recompute": layout.recompute,
-            "accelerators": layout.world_size, "micro_batches": layout.micro_batches(self.problem.batch),
-            "memory_bytes": round(memory.total), "fits": self.fits,
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "context": layout.context,
+            "data": layout.data,
+            "micro_batch": layout.micro_batch,
+            "recompute": layout.recompute,
+            "accelerators": layout.world_size,
+            "micro_batches": layout.micro_batches(self.problem.batch),
+            "memory_bytes": round(memory.total),
+            "fits": self.fits,
             "margin_bytes": round(self.problem.usable_bytes - memory.total),
             "step_seconds": round(self.step.total, 4),
             "tokens_per_second": round(self.tokens_per_second, 1),
@@ -81,7 +85,7 @@ class Plan:
             "days": round(self.seconds / 86_400, 2),
             "accelerator_hours": round(self.seconds / 3600 * self.problem.cluster.num_accelerators, 1),
             "overrides": layout.overrides(),
-        }  # fmt: skip
+        }
 
 
 def plan_layout(problem: Problem, layout: Layout) -> Plan:
@@ -95,14 +99,8 @@ def plan_layout(problem: Problem, layout: Layout) -> Plan:
 def all_plans(problem: Problem, num_accelerators: int, recompute: Sequence[str]) -> list[Plan]:
     """Of every legal layout on that many accelerators, with each choice of recomputation."""
     largest_tensor = problem.cluster.accelerators_per_fast_domain
-    layouts = candidates(
-        problem.shape, problem.batch, num_accelerators, largest_tensor=largest_tensor
-    )
-    return [
-        plan_layout(problem, replace(layout, recompute=choice))
-        for layout in layouts
-        for choice in recompute
-    ]
+    layouts = candidates(problem.shape, problem.batch, num_accelerators, largest_tensor=largest_tensor)
+    return [plan_layout(problem, replace(layout, recompute=choice)) for layout in layouts for choice in recompute]
 
 
 def search(problem: Problem, recompute: Sequence[str]) -> list[Plan]:
@@ -112,9 +110,7 @@ def search(problem: Problem, recompute: Sequence[str]) -> list[Plan]:
     if not fitting:
         raise nothing_fits(problem, plans, recompute)
     # Of equals the one that needs less memory, then the simpler one.
-    return sorted(
-        fitting, key=lambda plan: (plan.step.total, plan.memory.total, plan.layout.overrides())
-    )
+    return sorted(fitting, key=lambda plan: (plan.step.total, plan.memory.total, plan.layout.overrides()))
 
 
 def nothing_fits(problem: Problem, plans: Sequence[Plan], recompute: Sequence[str]) -> UserError:
@@ -122,9 +118,11 @@ def nothing_fits(problem: Problem, plans: Sequence[Plan], recompute: Sequence[st
     count = problem.cluster.num_accelerators
     if not plans:
         return UserError(
-            "no layout of this model and batch is possible", where="cluster.num_accelerators", got=str(count),
+            "no layout of this model and batch is possible",
+            where="cluster.num_accelerators",
+            got=str(count),
             fix="change stage.global_batch_size or stage.sequence_length: they leave nothing to divide",
-        )  # fmt: skip
+        )
     least = min(plans, key=lambda plan: plan.memory.total)
     missing = (least.memory.total - problem.usable_bytes) / 1e9
     enough, found = count, None
@@ -143,23 +141,23 @@ def nothing_fits(problem: Problem, plans: Sequence[Plan], recompute: Sequence[st
         got=f"{least.memory.total / 1e9:.1f} GB in the leanest layout ({least.layout.overrides()}, "
         f"recompute {least.layout.recompute})",
         fix=fix,
-    )  # fmt: skip
+    )
 
 
 def check_layout(problem: Problem, layout: Layout) -> list[str]:
     """What keeps the layout from running on this cluster. An impossible one is a `UserError` with the nearest legal ones."""
     room = problem.cluster.num_accelerators
-    of_model = violations(
-        replace(layout, data=1, micro_batch=layout.micro_batch), problem.shape, problem.batch
-    )
+    of_model = violations(replace(layout, data=1, micro_batch=layout.micro_batch), problem.shape, problem.batch)
     if of_model:
         largest = problem.cluster.accelerators_per_fast_domain
         legal = candidates(problem.shape, problem.batch, room, largest_tensor=largest)
         offered = "; ".join(one.overrides() for one in nearest(layout, legal))
         raise UserError(
-            "the layout is impossible: " + "; ".join(of_model), where="parallel",
-            got=layout.overrides(), fix=f"the nearest that are possible: {offered or 'none on this cluster'}",
-        )  # fmt: skip
+            "the layout is impossible: " + "; ".join(of_model),
+            where="parallel",
+            got=layout.overrides(),
+            fix=f"the nearest that are possible: {offered or 'none on this cluster'}",
+        )
     found = violations(layout, problem.shape, problem.batch)
     if layout.world_size > room:
         found.append(f"it needs {layout.world_size} accelerators, the cluster has {room}")

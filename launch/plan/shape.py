@@ -29,10 +29,16 @@ class ModelShape:
     @classmethod
     def of(cls, config: ModelConfig) -> ModelShape:
         return cls(
-            config.num_layers, config.hidden_size, config.ffn_hidden_size, config.num_attention_heads,
-            config.num_query_groups, config.head_dim, Vocabulary.from_config(config.vocabulary).padded_size,
-            dtype_bytes=DTYPE_BYTES[config.dtype], dropout=config.dropout,
-        )  # fmt: skip
+            config.num_layers,
+            config.hidden_size,
+            config.ffn_hidden_size,
+            config.num_attention_heads,
+            config.num_query_groups,
+            config.head_dim,
+            Vocabulary.from_config(config.vocabulary).padded_size,
+            dtype_bytes=DTYPE_BYTES[config.dtype],
+            dropout=config.dropout,
+        )
 
     @property
     def query_width(self) -> int:

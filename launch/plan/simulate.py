@@ -22,11 +22,7 @@ from model import cpu_backend
 cpu_backend.install()
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
@@ -71,12 +67,18 @@ def simulate(config: ModelConfig, layout: Layout, batch: Batch) -> dict[str, Any
     traced = sorted({0, layout.pipeline // 2, layout.pipeline - 1})
     steps = {f"stage_{stage}": trace_step(config, layout, batch, stage) for stage in traced}
     return {
-        "world_size": layout.world_size, "layout": layout.overrides(),
-        "parts_built": layout.tensor * layout.pipeline, "ranks_of_each_part": layout.context * layout.data,
-        "parameters": total - padding, "padding_parameters": padding, "published_parameters": published,
-        "weights_bytes_by_stage": weights_by_stage, "weights_as_planned": True,
-        "collectives_of_one_step": steps, "seconds": round(time.perf_counter() - started, 1),
-    }  # fmt: skip
+        "world_size": layout.world_size,
+        "layout": layout.overrides(),
+        "parts_built": layout.tensor * layout.pipeline,
+        "ranks_of_each_part": layout.context * layout.data,
+        "parameters": total - padding,
+        "padding_parameters": padding,
+        "published_parameters": published,
+        "weights_bytes_by_stage": weights_by_stage,
+        "weights_as_planned": True,
+        "collectives_of_one_step": steps,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 @contextmanager
@@ -96,17 +98,18 @@ def acting_as(layout: Layout, stage: int, tensor_rank: int = 0) -> Iterator[None
 
 def build_part(config: ModelConfig, layout: Layout) -> Any:
     return build_model(
-        config, sequence_parallel=layout.sequence_parallel, device="meta",
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
-    )  # fmt: skip
+        config,
+        sequence_parallel=layout.sequence_parallel,
+        device="meta",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
 
 
 class UnreportedStep(MicroStep):
     """The engine's step without the sums of its report, which the meta device cannot count."""
 
-    def _loss(
-        self, stage_input: StageInput, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def _loss(self, stage_input: StageInput, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         losses = token_losses(logits, stage_input.labels, self.vocabulary).view(-1)
         loss = torch.dot(losses, stage_input.weights) * self.loss_scale
         return loss, torch.zeros([], dtype=torch.int, device="cpu"), None
@@ -137,9 +140,7 @@ def add_up(model: Any, coverage: dict[str, Coverage], tensor_rank: int) -> None:
             part.rectangles += [(block.global_offset, block.shape) for block in logical.blocks]
 
 
-def trace_step(
-    config: ModelConfig, layout: Layout, batch: Batch, stage: int
-) -> dict[str, dict[str, dict[str, int]]]:
+def trace_step(config: ModelConfig, layout: Layout, batch: Batch, stage: int) -> dict[str, dict[str, dict[str, int]]]:
     """Collectives of one optimizer step on one rank of a stage: count and bytes of the whole messages, by group.
 
     Left out are the handful of scalars of the report and of the gradient norm. Every micro-batch behind those that
@@ -154,10 +155,7 @@ def trace_step(
     calls = {}
     for key, values in more.items():
         before = fewer.get(key, [0, 0])
-        calls[key] = [
-            last + (last - first) * (count - few - 1)
-            for first, last in zip(before, values, strict=True)
-        ]
+        calls[key] = [last + (last - first) * (count - few - 1) for first, last in zip(before, values, strict=True)]
     return by_group(calls)
 
 
@@ -168,8 +166,8 @@ def trace_micro_batches(
     with acting_as(layout, stage), torch.device("meta"), recorded(group_names()) as recorder:
         model = build_part(config, layout)
         wrapped = DistributedDataParallel(model.config, ddp_config(layout), model)
-        model.config.finalize_model_grads_func = lambda models, _tokens=None, **options: (
-            finalize_model_grads(models, None, **options)
+        model.config.finalize_model_grads_func = lambda models, _tokens=None, **options: finalize_model_grads(
+            models, None, **options
         )
         recorder.calls.clear()  # what building takes is no part of a step
         rows = rows_of(layout, batch)
@@ -191,9 +189,7 @@ def trace_micro_batches(
 def ddp_config(layout: Layout) -> DistributedDataParallelConfig:
     """As the engine wraps the model."""
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=layout.distributed_optimizer,
-        overlap_grad_reduce=False,
+        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer, overlap_grad_reduce=False
     )
 
 
@@ -216,13 +212,17 @@ def rows_of(layout: Layout, batch: Batch) -> MicroBatch:
     span = min(batch.sequence_length, max(1, round(2 * batch.attended_tokens)))
     starts = [
         row * batch.sequence_length + start
-        for row in range(layout.micro_batch) for start in range(0, batch.sequence_length, span)
-    ]  # fmt: skip
+        for row in range(layout.micro_batch)
+        for start in range(0, batch.sequence_length, span)
+    ]
     return MicroBatch(
-        tokens=np.zeros(shape, np.int64), labels=np.zeros(shape, np.int64),
-        loss_weights=np.ones(shape, np.float32), loss_classes=np.zeros(shape, np.uint8),
+        tokens=np.zeros(shape, np.int64),
+        labels=np.zeros(shape, np.int64),
+        loss_weights=np.ones(shape, np.float32),
+        loss_classes=np.zeros(shape, np.uint8),
         sources=np.zeros(shape, np.uint16),
         position_ids=np.tile(np.arange(batch.sequence_length) % span, (layout.micro_batch, 1)),
-        cu_seqlens=np.array([*starts, shape[0] * shape[1]], np.int32), max_seqlen=span,
+        cu_seqlens=np.array([*starts, shape[0] * shape[1]], np.int32),
+        max_seqlen=span,
         num_real_tokens=shape[0] * shape[1],
-    )  # fmt: skip
+    )

@@ -121,9 +121,13 @@ class StepModel:
     """Times of one model in one layout on one machine."""
 
     def __init__(
-        self, shape: ModelShape, layout: Layout, batch: Batch, machine: Machine,
+        self,
+        shape: ModelShape,
+        layout: Layout,
+        batch: Batch,
+        machine: Machine,
         implementation: Implementation = OUR_ENGINE,
-    ):  # fmt: skip
+    ):
         self.shape, self.layout, self.batch = shape, layout, batch
         self.machine, self.implementation = machine, implementation
         self.rates = machine.efficiencies
@@ -155,14 +159,10 @@ class StepModel:
         attention = flops / (self.machine.device.bf16_flops_per_second * self.rates.attention)
         # Read and written at least: two norms and two sums over the residual, rotation, activation function.
         split = tensor if layout.sequence_parallel else 1
-        elements = (
-            10 * shape.hidden / split + 4 * (query + key) + (shape.ffn_inputs + shape.ffn) / tensor
-        )
+        elements = 10 * shape.hidden / split + 4 * (query + key) + (shape.ffn_inputs + shape.ffn) / tensor
         traffic = 2.0 * tokens * elements * self.rates.memory_passes
         memory_bound = traffic / self.machine.device.memory_bytes_per_second
-        return Work(
-            matrices, attention, memory_bound, self._tensor_seconds(), self._context_seconds()
-        )
+        return Work(matrices, attention, memory_bound, self._tensor_seconds(), self._context_seconds())
 
     def _tensor_seconds(self) -> float:
         """Forward of a layer: two gathers and two reduce-scatters (or two all-reduces) of the hidden states."""
@@ -180,11 +180,7 @@ class StepModel:
         """Forward and backward of one layer and micro-batch, with what is recomputed."""
         forward = self._layer_forward()
         backward = Work(
-            2 * forward.matrices,
-            2.5 * forward.attention,
-            2 * forward.memory_bound,
-            forward.tensor,
-            forward.context,
+            2 * forward.matrices, 2.5 * forward.attention, 2 * forward.memory_bound, forward.tensor, forward.context
         )
         work = forward + backward
         if self.layout.recompute == "full":
@@ -209,25 +205,17 @@ class StepModel:
     def _data_seconds(self, compute: float) -> float:
         """Gradients reduced and weights gathered over the data-parallel ranks, as far as it adds to the step."""
         layout, machine = self.layout, self.machine
-        parameters = max(
-            stage_parameters(self.shape, layout, stage) for stage in (0, layout.pipeline - 1)
-        )
+        parameters = max(stage_parameters(self.shape, layout, stage) for stage in (0, layout.pipeline - 1))
         ranks, stride = layout.data * layout.context, layout.tensor
         gather = machine.collective_seconds(2.0 * parameters, ranks, stride)
-        reduce = machine.collective_seconds(
-            self.implementation.gradient_bytes * parameters, ranks, stride
-        )
+        reduce = machine.collective_seconds(self.implementation.gradient_bytes * parameters, ranks, stride)
         overlaps = self.implementation.overlaps_data
         if layout.fully_sharded:  # weights are gathered for the forward and for the backward pass
-            each = self._exposed(
-                2 * gather + reduce, compute / self.num_micro_batches, overlaps=overlaps
-            )
+            each = self._exposed(2 * gather + reduce, compute / self.num_micro_batches, overlaps=overlaps)
             return each * self.num_micro_batches
         # Gradients overlap the last backward pass, weights the first forward pass.
         one = compute / self.num_micro_batches
-        return self._exposed(reduce, one * 2 / 3, overlaps=overlaps) + self._exposed(
-            gather, one / 3, overlaps=overlaps
-        )
+        return self._exposed(reduce, one * 2 / 3, overlaps=overlaps) + self._exposed(gather, one / 3, overlaps=overlaps)
 
     def _pipeline_seconds(self) -> float:
         """One stage's exposed sends of activations and gradients in a step."""
@@ -239,21 +227,16 @@ class StepModel:
         fast = stride < self.machine.cluster.accelerators_per_fast_domain
         rate = (
             self.machine.device.fast_bytes_per_second * self.rates.fast_links
-            if fast else self.machine.network_bytes_per_second
-        )  # fmt: skip
+            if fast
+            else self.machine.network_bytes_per_second
+        )
         seconds = 2 * size / rate * layout.virtual_pipeline * self.num_micro_batches
         return self._exposed(seconds, seconds, overlaps=layout.virtual_pipeline > 1)
 
     def _optimizer_seconds(self) -> float:
         layout = self.layout
-        parameters = max(
-            stage_parameters(self.shape, layout, stage) for stage in (0, layout.pipeline - 1)
-        )
-        shards = (
-            layout.data * layout.context
-            if layout.distributed_optimizer or layout.fully_sharded
-            else 1
-        )
+        parameters = max(stage_parameters(self.shape, layout, stage) for stage in (0, layout.pipeline - 1))
+        shards = layout.data * layout.context if layout.distributed_optimizer or layout.fully_sharded else 1
         traffic = parameters / shards * 2 * (MOMENT_BYTES + MASTER_BYTES + 4)
         return traffic / self.machine.device.memory_bytes_per_second
 
@@ -268,6 +251,13 @@ class StepModel:
         data = self._data_seconds(busy.matrices + busy.attention + busy.memory_bound)
         optimizer = self._optimizer_seconds()
         return StepTime(
-            busy.matrices, busy.attention, busy.memory_bound, busy.tensor, busy.context, pipeline, bubble, data,
+            busy.matrices,
+            busy.attention,
+            busy.memory_bound,
+            busy.tensor,
+            busy.context,
+            pipeline,
+            bubble,
+            data,
             optimizer,
-        )  # fmt: skip
+        )

@@ -21,23 +21,15 @@ def line_chart(series: Series, *, x_label: str, y_label: str) -> str:
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (1 - y / y_high) * (
-            HEIGHT - TOP - BOTTOM
-        )
+        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (1 - y / y_high) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(y_label)}">']
     for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
         _, y = place(x_low, y_high * fraction)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y_high * fraction:.3g}</text>'
-        )
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y_high * fraction:.3g}</text>')
     for x in sorted({x_low, (x_low + x_high) / 2, x_high}):
-        parts.append(
-            f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick(x)}</text>'
-        )
+        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick(x)}</text>')
     parts.append(
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{html.escape(x_label)}</text>'
     )
@@ -62,9 +54,7 @@ def nice_ceiling(value: float) -> float:
 
 
 def legend(names: list[str]) -> str:
-    items = "".join(
-        f'<li><i class="{html.escape(name)}"></i>{html.escape(name)}</li>' for name in names
-    )
+    items = "".join(f'<li><i class="{html.escape(name)}"></i>{html.escape(name)}</li>' for name in names)
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -75,18 +65,10 @@ def share_bars(rows: list[tuple[str, float, float | None]]) -> str:
     start, span = 150, WIDTH - 150 - 60
     for index, (name, share, wanted) in enumerate(rows):
         y = 26 * index + 4
-        parts.append(
-            f'<text x="{start - 8}" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>'
-        )
-        parts.append(
-            f'<rect class="bar" x="{start}" y="{y}" width="{max(0.0, share) * span:.1f}" height="18" rx="2"/>'
-        )
+        parts.append(f'<text x="{start - 8}" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>')
+        parts.append(f'<rect class="bar" x="{start}" y="{y}" width="{max(0.0, share) * span:.1f}" height="18" rx="2"/>')
         if wanted is not None:
             x = start + wanted * span
-            parts.append(
-                f'<line class="wanted" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 3}" y2="{y + 21}"/>'
-            )
-        parts.append(
-            f'<text x="{start + max(share, wanted or 0) * span + 8:.1f}" y="{y + 14}">{share:.1%}</text>'
-        )
+            parts.append(f'<line class="wanted" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 3}" y2="{y + 21}"/>')
+        parts.append(f'<text x="{start + max(share, wanted or 0) * span + 8:.1f}" y="{y + 14}">{share:.1%}</text>')
     return "".join([*parts, "</svg>"])

@@ -12,13 +12,26 @@ import yaml
 
 CLASSES = ("text", "visual", "structure")
 METRICS = (
-    "reconstruction_accuracy", "t2i_accuracy_untrained", "t2i_accuracy", "next_state_accuracy", "edit_accuracy",
+    "reconstruction_accuracy",
+    "t2i_accuracy_untrained",
+    "t2i_accuracy",
+    "next_state_accuracy",
+    "edit_accuracy",
     "num_prompts",
-)  # fmt: skip
+)
 STAGE_KEYS = (
-    "name", "tensor", "pipeline", "context", "data", "steps", "tokens", "loss_first", "loss_last", "wall_seconds",
+    "name",
+    "tensor",
+    "pipeline",
+    "context",
+    "data",
+    "steps",
+    "tokens",
+    "loss_first",
+    "loss_last",
+    "wall_seconds",
     "peak_memory_bytes",
-)  # fmt: skip
+)
 MAX_CURVE_POINTS = 200
 
 
@@ -39,10 +52,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "metrics": {name: find_metric(evaluations, name) for name in METRICS},
         "samples": collect_samples(evaluations),
         "entries": [
-            {
-                "name": name,
-                **{key: entry.get(key) for key in ("state", "wall_seconds", "peak_memory_bytes")},
-            }
+            {"name": name, **{key: entry.get(key) for key in ("state", "wall_seconds", "peak_memory_bytes")}}
             for name, entry in curriculum.get("entries", {}).items()
         ],
     }
@@ -62,9 +72,7 @@ def collect_samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, An
     for name in sorted(evaluations, key=lambda name: name == "untrained"):
         for sample in evaluations[name].get("samples", []):
             group = str(sample.get("group", "samples"))
-            found.append(
-                sample | {"group": f"{group}, untrained" if name == "untrained" else group}
-            )
+            found.append(sample | {"group": f"{group}, untrained" if name == "untrained" else group})
     return found
 
 
@@ -74,9 +82,7 @@ def find_metric(evaluations: dict[str, dict[str, Any]], name: str) -> Any:
     `num_prompts` is the smallest number of prompts among the tasks that are reported.
     """
     if name.endswith("_untrained"):
-        return (
-            evaluations.get("untrained", {}).get("metrics", {}).get(name.removesuffix("_untrained"))
-        )
+        return evaluations.get("untrained", {}).get("metrics", {}).get(name.removesuffix("_untrained"))
     trained = [value for key, value in evaluations.items() if key != "untrained"]
     if name == "num_prompts":
         tasks = [(task, entry) for one in trained for task, entry in one.get("tasks", {}).items()]
@@ -87,17 +93,11 @@ def find_metric(evaluations: dict[str, dict[str, Any]], name: str) -> Any:
 
 def stage_folders(run_folder: Path) -> list[Path]:
     """Folders of transformer stages that finished, in the order in which they did."""
-    summaries = [
-        path for path in run_folder.glob("*/summary.json") if "loss_last" in read_json(path)
-    ]
+    summaries = [path for path in run_folder.glob("*/summary.json") if "loss_last" in read_json(path)]
     names = list(read_json(run_folder / "curriculum.json").get("entries", {}))
     found = [path.parent for path in summaries if path.parent.name != "vision_tokenizer"]
     return sorted(
-        found,
-        key=lambda folder: (
-            names.index(folder.name) if folder.name in names else len(names),
-            folder.name,
-        ),
+        found, key=lambda folder: (names.index(folder.name) if folder.name in names else len(names), folder.name)
     )
 
 
@@ -131,9 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, mean loss) of up to MAX_CURVE_POINTS windows of equal width."""
-    points = [
-        (float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None
-    ]
+    points = [(float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]
     width = max(1, -(-len(points) // MAX_CURVE_POINTS))
     windows = [points[start : start + width] for start in range(0, len(points), width)]
     return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in windows]
@@ -193,12 +191,7 @@ def collect_packing(folder: Path) -> dict[str, Any]:
     return {
         "fill": sum(real.values()) / total if total else None,
         "datasets": [
-            {
-                "dataset": name,
-                "rows": rows[name],
-                "tokens": real[name],
-                "fill": real[name] / max(1, positions[name]),
-            }
+            {"dataset": name, "rows": rows[name], "tokens": real[name], "fill": real[name] / max(1, positions[name])}
             for name in rows
         ],
     }
@@ -209,8 +202,7 @@ def collect_tokens(folder: Path) -> list[dict[str, Any]]:
     datasets: dict[str, dict[str, Any]] = {}
     for dataset, manifest in manifests(folder):
         entry = datasets.setdefault(
-            dataset,
-            {"dataset": dataset, "documents": 0, "tokens": 0, "by_class": {}, "quarantined": {}},
+            dataset, {"dataset": dataset, "documents": 0, "tokens": 0, "by_class": {}, "quarantined": {}}
         )
         entry["documents"] += manifest.get("num_documents", 0)
         entry["tokens"] += manifest.get("num_tokens", 0)

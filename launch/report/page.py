@@ -29,9 +29,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Loss by class of token", curves(report["stages"])),
         section("Mixture as consumed", mixtures(report["stages"])),
         samples(report["samples"], run_folder),
-        section(
-            "Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])
-        ),
+        section("Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])),
         section("Time and memory", entry_table(report["entries"])),
     ]
     return (
@@ -47,9 +45,7 @@ def section(title: str, body: str) -> str:
 
 def headline(report: dict[str, Any]) -> str:
     """The few figures that say whether the run was good."""
-    figures = [
-        (METRIC_TITLES[name], percent(report["metrics"].get(name))) for name in METRIC_TITLES
-    ]
+    figures = [(METRIC_TITLES[name], percent(report["metrics"].get(name))) for name in METRIC_TITLES]
     tokenizer = report["tokenizer"]
     figures += [
         ("tokenizer PSNR", unit(tokenizer["psnr_db"], "dB", 1)),
@@ -58,9 +54,7 @@ def headline(report: dict[str, Any]) -> str:
         ("wall time", unit(minutes(report["wall_seconds"]), "min", 1)),
         ("peak memory", unit(gibibytes(report["peak_memory_bytes"]), "GiB", 2)),
     ]
-    items = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures
-    )
+    items = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures)
     prompts = report["metrics"].get("num_prompts")
     note = f"<p>Accuracies on {prompts} held-out prompts.</p>" if isinstance(prompts, int) else ""
     return f'<dl class="figures">{items}</dl>{note}'
@@ -86,9 +80,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -97,11 +89,14 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
         [
             str(stage["name"]),
             " x ".join(f"{name} {stage[key]}" for name, key in LAYOUT if (stage[key] or 1) > 1) or "1 process",
-            whole(stage["steps"]), whole(stage["tokens"]),
-            unit(stage["loss_first"], "", 3), unit(stage["loss_last"], "", 3), unit(stage["wall_seconds"], "s", 0),
+            whole(stage["steps"]),
+            whole(stage["tokens"]),
+            unit(stage["loss_first"], "", 3),
+            unit(stage["loss_last"], "", 3),
+            unit(stage["wall_seconds"], "s", 0),
         ]
         for stage in stages
-    ]  # fmt: skip
+    ]
     return table(["stage", "layout", "steps", "tokens", "first loss", "last loss", "time"], rows)
 
 
@@ -124,11 +119,7 @@ def curves(stages: list[dict[str, Any]]) -> str:
 def mixtures(stages: list[dict[str, Any]]) -> str:
     charts = []
     for stage in stages:
-        rows = [
-            (one["source"], one["share"], one["weight"])
-            for one in stage["mixture"]
-            if one["share"] is not None
-        ]
+        rows = [(one["source"], one["share"], one["weight"]) for one in stage["mixture"] if one["share"] is not None]
         if rows:
             charts.append(
                 f"<figure><figcaption>{html.escape(str(stage['name']))}</figcaption>{share_bars(rows)}</figure>"
@@ -145,19 +136,14 @@ def samples(entries: list[dict[str, Any]], run_folder: Path) -> str:
     parts = []
     for name, members in groups.items():
         cards = "".join(sample_card(member, run_folder) for member in members[:MAX_SAMPLES_SHOWN])
-        parts.append(
-            section(name.replace("_", " ").capitalize(), f'<div class="samples">{cards}</div>')
-        )
+        parts.append(section(name.replace("_", " ").capitalize(), f'<div class="samples">{cards}</div>'))
     return "".join(parts)
 
 
 def sample_card(entry: dict[str, Any], run_folder: Path) -> str:
     """The pictures of the prompt, the pictures of the answer, and the words of the prompt."""
     folder = run_folder / "evaluation"
-    groups = [
-        "".join(picture(folder / path) for path in entry.get(key) or [])
-        for key in ("prompt_images", "images")
-    ]
+    groups = ["".join(picture(folder / path) for path in entry.get(key) or []) for key in ("prompt_images", "images")]
     shown = "".join(f"<div>{group}</div>" for group in groups if group)
     correct = entry.get("correct")
     verdict = "" if correct is None else ' class="right"' if correct else ' class="wrong"'
@@ -175,29 +161,30 @@ def picture(path: Path) -> str:
 def token_table(datasets: list[dict[str, Any]]) -> str:
     rows = [
         [
-            one["dataset"], whole(one["documents"]), whole(one["tokens"]),
+            one["dataset"],
+            whole(one["documents"]),
+            whole(one["tokens"]),
             ", ".join(f"{name} {count:,}" for name, count in one["by_class"].items()),
             ", ".join(f"{name} {count:,}" for name, count in one["quarantined"].items()) or "none",
         ]
         for one in datasets
-    ]  # fmt: skip
+    ]
     return table(["tokenized dataset", "documents", "tokens", "by class", "quarantined"], rows)
 
 
 def packing_table(datasets: list[dict[str, Any]]) -> str:
-    rows = [
-        [one["dataset"], whole(one["rows"]), whole(one["tokens"]), percent(one["fill"], 2)]
-        for one in datasets
-    ]
+    rows = [[one["dataset"], whole(one["rows"]), whole(one["tokens"]), percent(one["fill"], 2)] for one in datasets]
     return table(["packed dataset", "rows", "tokens", "fill"], rows)
 
 
 def entry_table(entries: list[dict[str, Any]]) -> str:
     rows = [
         [
-            one["name"], str(one["state"]), unit(one["wall_seconds"], "s", 1),
+            one["name"],
+            str(one["state"]),
+            unit(one["wall_seconds"], "s", 1),
             unit(gibibytes(one["peak_memory_bytes"]), "GiB", 2),
         ]
         for one in entries
-    ]  # fmt: skip
+    ]
     return table(["entry", "state", "time", "peak memory"], rows)

@@ -17,14 +17,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.conversion import hugging_face
 from model.conversion.checks import check_tensors
-from model.conversion.layouts import (
-    OUR_RULES,
-    VOCABULARY,
-    Layout,
-    Mapped,
-    find_layout,
-    mapped_tensors,
-)
+from model.conversion.layouts import OUR_RULES, VOCABULARY, Layout, Mapped, find_layout, mapped_tensors
 from model.conversion.made import fresh_weights, ones
 from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards, whole_piece
 from model.conversion.record import (
@@ -79,25 +72,32 @@ def initialize(target: Path, config: ModelConfig, options: Options) -> Outcome:
     check_split(config, options)
     source = fresh_weights(config, options.seed)
     targets = [
-        Target(PREFIX + one.ours, source.tensors[one.ours],
-               [Segment(source, one.ours, 0, one.our_shape[0])], one.rule, one.layer)
+        Target(
+            PREFIX + one.ours,
+            source.tensors[one.ours],
+            [Segment(source, one.ours, 0, one.our_shape[0])],
+            one.rule,
+            one.layer,
+        )
         for one in mapped_tensors(OUR_RULES, config)
-    ]  # fmt: skip
+    ]
     what = {"action": "init", "seed": options.seed}
     metadata = model_metadata(config, options.seed)
     return to_checkpoint(target, targets, [source], config, metadata, what, options)
 
 
 def to_checkpoint(
-    target: Path, targets: list[Target], sources: list[TensorSource], config: ModelConfig, metadata: dict[str, Any],
-    what: dict[str, Any], options: Options,
-) -> Outcome:  # fmt: skip
+    target: Path,
+    targets: list[Target],
+    sources: list[TensorSource],
+    config: ModelConfig,
+    metadata: dict[str, Any],
+    what: dict[str, Any],
+    options: Options,
+) -> Outcome:
     """Write `targets` as a checkpoint of ours in the options' parallel layout."""
     into_ranks(targets, options.tensor, options.pipeline, config.num_layers)
-    full = metadata | {
-        "layout": layout_record(config, options.tensor, options.pipeline),
-        "conversion": what,
-    }
+    full = metadata | {"layout": layout_record(config, options.tensor, options.pipeline), "conversion": what}
     kept: list[Written] = []
 
     def finish(folder: Path, written: Written) -> None:
@@ -113,7 +113,7 @@ def to_checkpoint(
 
 def from_published(
     source_path: Path, target: Path, config: ModelConfig | None, layout_name: str | None, options: Options
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """A checkpoint of ours from a folder (or file) in a published layout.
 
     `config` None takes the model from the folder's record or config.json. Rows that pad our vocabulary come from the
@@ -127,42 +127,47 @@ def from_published(
         config = config or _recorded_config(record, values, source_path)
         check_model(values, config, options, source_path)
         found = {
-            name: info for name, info in with_source.tensors.items()
+            name: info
+            for name, info in with_source.tensors.items()
             if not any(fnmatchcase(name, pattern) for pattern in options.ignore)
-        }  # fmt: skip
-        dtype = check_tensors(
-            str(source_path), found, expected_tensors(layout, config, found, options), options.dtype
-        )
+        }
+        dtype = check_tensors(str(source_path), found, expected_tensors(layout, config, found, options), options.dtype)
         config = hugging_face.with_dtype(config, dtype)
         check_split(config, options)
         padding = _padding_source(source_path, config, record, dtype, options.seed)
         sources: list[TensorSource] = [with_source, padding]
-        targets = [
-            _our_target(one, with_source, padding, dtype, found) for one in mapped_tensors(layout.rules, config)
-        ]  # fmt: skip
+        targets = [_our_target(one, with_source, padding, dtype, found) for one in mapped_tensors(layout.rules, config)]
         notes = []
         if layout.absent:
             absent = list(mapped_tensors(layout.absent, config))
             norms = ones(absent, dtype)
             sources.append(norms)
             targets += [
-                Target(PREFIX + one.ours, norms.tensors[one.ours],
-                       [Segment(norms, one.ours, 0, one.our_shape[0])], one.rule, one.layer)
+                Target(
+                    PREFIX + one.ours,
+                    norms.tensors[one.ours],
+                    [Segment(norms, one.ours, 0, one.our_shape[0])],
+                    one.rule,
+                    one.layer,
+                )
                 for one in absent
-            ]  # fmt: skip
+            ]
             notes.append(
                 f"layout {layout.name} has no norms of queries and keys: ours are set to one, which is another "
                 "function until it is trained"
             )
         what = {
-            "action": "from_hf", "layout": layout.name, "dtype": dtype, "seed": options.seed,
-            "untied": options.untie and HEAD not in found, "padding_rows": padding.place, "notes": notes,
-        }  # fmt: skip
+            "action": "from_hf",
+            "layout": layout.name,
+            "dtype": dtype,
+            "seed": options.seed,
+            "untied": options.untie and HEAD not in found,
+            "padding_rows": padding.place,
+            "notes": notes,
+        }
         metadata = model_metadata(config, options.seed)
         if record and record.get("layout") == layout.name:
-            metadata |= {
-                name: record["checkpoint"][name] for name in CARRIED if name in record["checkpoint"]
-            }
+            metadata |= {name: record["checkpoint"][name] for name in CARRIED if name in record["checkpoint"]}
         outcome = to_checkpoint(target, targets, sources, config, metadata, what, options)
     finally:
         with_source.close()
@@ -177,49 +182,39 @@ def identify(path: Path, layout_name: str | None) -> tuple[Layout, dict[str, Any
         if layout_name is None:
             raise UserError(
                 "the layout cannot be told: there is no config.json", where=str(path), fix="layout=emu35, qwen3 or emu3"
-            )  # fmt: skip
+            )
         return find_layout(layout_name), {}
     layout = hugging_face.find_layout_of(values, path)
     if layout_name is not None and find_layout(layout_name) != layout:
         raise UserError(
-            "the checkpoint is of another layout", where=str(path), expected=layout_name, got=layout.name,
+            "the checkpoint is of another layout",
+            where=str(path),
+            expected=layout_name,
+            got=layout.name,
             fix=f"layout={layout.name}",
-        )  # fmt: skip
+        )
     return layout, values
 
 
 def check_model(
-    values: dict[str, Any],
-    config: ModelConfig,
-    options: Options,
-    place: Path,
-    *,
-    vocabulary: bool = True,
+    values: dict[str, Any], config: ModelConfig, options: Options, place: Path, *, vocabulary: bool = True
 ) -> None:
     """Refuse a config.json that is not this model; every difference is listed."""
     problems = Problems()
     config.validate(problems)
     if values:
-        hugging_face.check_config(
-            values, config, problems, untie=options.untie, vocabulary=vocabulary
-        )
+        hugging_face.check_config(values, config, problems, untie=options.untie, vocabulary=vocabulary)
     if problems.found:
         raise UserError(
             "the model's configuration does not fit the checkpoint", where=str(place), got=listed(problems.found)
-        )  # fmt: skip
+        )
 
 
-def _recorded_config(
-    record: dict[str, Any] | None, values: dict[str, Any], place: Path
-) -> ModelConfig:
+def _recorded_config(record: dict[str, Any] | None, values: dict[str, Any], place: Path) -> ModelConfig:
     if record:
         return hugging_face.model_config(record["checkpoint"]["model"], str(place))
     if not values:
-        raise UserError(
-            "the model cannot be told: there is no config.json",
-            where=str(place),
-            fix="add model=NAME",
-        )
+        raise UserError("the model cannot be told: there is no config.json", where=str(place), fix="add model=NAME")
     return hugging_face.derive_config(values, place)
 
 
@@ -240,7 +235,7 @@ def expected_tensors(
 
 def _our_target(
     one: Mapped, source: TensorSource, padding: TensorSource, dtype: str, found: dict[str, TensorInfo]
-) -> Target:  # fmt: skip
+) -> Target:
     """Our parameter from their tensors; a head that is tied to the embedding becomes its copy."""
     names = [EMBEDDING if name == HEAD and name not in found else name for name, _ in one.theirs]
     segments = [Segment(source, names[index], start, count) for index, start, count in one.runs]
@@ -252,9 +247,7 @@ def _our_target(
             if padding.tensors[one.ours].num_rows == one.num_padding_rows:
                 first = 0  # of a file of these rows alone
             segments.append(Segment(padding, one.ours, first, one.num_padding_rows))
-    return Target(
-        PREFIX + one.ours, TensorInfo(one.our_shape, dtype), segments, one.rule, one.layer
-    )
+    return Target(PREFIX + one.ours, TensorInfo(one.our_shape, dtype), segments, one.rule, one.layer)
 
 
 def _padding_source(
@@ -265,12 +258,10 @@ def _padding_source(
         kept = SafetensorsSource(path / PADDING_NAME)
         wanted = {
             one.ours: (one.num_padding_rows, *one.our_shape[1:])
-            for one in mapped_tensors(OUR_RULES, config) if one.num_padding_rows
-        }  # fmt: skip
-        if all(
-            name in kept.tensors and kept.tensors[name].shape == shape
-            for name, shape in wanted.items()
-        ):
+            for one in mapped_tensors(OUR_RULES, config)
+            if one.num_padding_rows
+        }
+        if all(name in kept.tensors and kept.tensors[name].shape == shape for name, shape in wanted.items()):
             return kept
         kept.close()
     if not any(one.num_padding_rows for one in mapped_tensors(OUR_RULES, config)):
@@ -314,9 +305,7 @@ def to_published(source_path: Path, target: Path, layout_name: str, options: Opt
         for one in mapped_tensors(layout.rules, config):
             key = PREFIX + one.ours
             for index, (name, shape) in enumerate(one.theirs):
-                segments = [
-                    Segment(source, key, start, count) for start, count in one.inverse(index)
-                ]
+                segments = [Segment(source, key, start, count) for start, count in one.inverse(index)]
                 targets.append(Target(name, TensorInfo(shape, dtype), segments))
             if one.num_padding_rows:
                 count = one.num_padding_rows
@@ -350,16 +339,17 @@ def config_of(source: CheckpointSource) -> ModelConfig:
     kind = source.manifest.get("kind")
     if kind != "transformer":
         raise UserError(
-            "this checkpoint is not a language model", where=source.place, expected="kind transformer", got=f"kind {kind}",
+            "this checkpoint is not a language model",
+            where=source.place,
+            expected="kind transformer",
+            got=f"kind {kind}",
             fix="layout=ibq for a vision tokenizer",
-        )  # fmt: skip
+        )
     return hugging_face.model_config(source.manifest.get("model") or {}, source.place)
 
 
 def our_weights(source: CheckpointSource) -> dict[str, TensorInfo]:
-    return {
-        name.removeprefix(PREFIX): info for name, info in source.tensors.items() if name.startswith(PREFIX)
-    }  # fmt: skip
+    return {name.removeprefix(PREFIX): info for name, info in source.tensors.items() if name.startswith(PREFIX)}
 
 
 def check_absent(layout: Layout, config: ModelConfig, source: CheckpointSource) -> None:
@@ -372,8 +362,10 @@ def check_absent(layout: Layout, config: ModelConfig, source: CheckpointSource) 
         if rows.tobytes() != expected * info.num_rows:
             raise UserError(
                 f"layout {layout.name} has no place for the norms of queries and keys, which this model uses",
-                where=f"{source.place}: {one.ours}", expected="norms of one", fix="layout=qwen3 or layout=emu35",
-            )  # fmt: skip
+                where=f"{source.place}: {one.ours}",
+                expected="norms of one",
+                fix="layout=qwen3 or layout=emu35",
+            )
 
 
 def reshard(source_path: Path, target: Path, options: Options) -> Outcome:
@@ -408,22 +400,20 @@ def check_split(config: ModelConfig, options: Options) -> None:
     problems = Problems()
     config.validate(problems)
     sizes = {
-        "model.num_query_groups": config.num_query_groups, "model.ffn_hidden_size": config.ffn_hidden_size,
+        "model.num_query_groups": config.num_query_groups,
+        "model.ffn_hidden_size": config.ffn_hidden_size,
         "the padded vocabulary": mapped_rows(config),
-    }  # fmt: skip
+    }
     problems.check(options.tensor > 0, "tensor", "must be positive", "tensor=1")
     problems.check(options.pipeline > 0, "pipeline", "must be positive", "pipeline=1")
     problems.raise_if_any()
     for name, size in sizes.items():
-        problems.check(
-            size % options.tensor == 0,
-            "tensor",
-            f"{options.tensor} does not divide {name} ({size})",
-        )
+        problems.check(size % options.tensor == 0, "tensor", f"{options.tensor} does not divide {name} ({size})")
     problems.check(
-        config.num_layers % options.pipeline == 0, "pipeline",
+        config.num_layers % options.pipeline == 0,
+        "pipeline",
         f"{options.pipeline} does not divide the {config.num_layers} layers",
-    )  # fmt: skip
+    )
     problems.raise_if_any()
 
 

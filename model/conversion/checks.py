@@ -13,10 +13,7 @@ MODEL_DTYPES = ("float32", "bfloat16")
 
 
 def check_tensors(
-    place: str,
-    found: dict[str, TensorInfo],
-    expected: dict[str, list[tuple[int, ...]]],
-    dtype: str | None,
+    place: str, found: dict[str, TensorInfo], expected: dict[str, list[tuple[int, ...]]], dtype: str | None
 ) -> str:
     """The dtype of the output, once every expected tensor is there with one of its allowed shapes and nothing else is.
 
@@ -32,29 +29,27 @@ def check_tensors(
     known = [name for name in expected if name in found]
     wrong, kept = check_dtypes(known, found, dtype)
     groups = {"missing": missing, "not known": extra, "misshaped": misshaped, "wrong dtype": wrong}
-    problems = [
-        f"{len(names)} {label}: {listed(names)}" for label, names in groups.items() if names
-    ]
+    problems = [f"{len(names)} {label}: {listed(names)}" for label, names in groups.items() if names]
     if problems:
         raise UserError(
-            "the tensors do not fit", where=place, expected=f"{len(expected)} tensors",
+            "the tensors do not fit",
+            where=place,
+            expected=f"{len(expected)} tensors",
             got="\n            ".join([f"{len(found)} tensors", *problems]),
-            fix="name the right model and layout" + (", or add dtype=bfloat16 or dtype=float32" if wrong else "")
+            fix="name the right model and layout"
+            + (", or add dtype=bfloat16 or dtype=float32" if wrong else "")
             + (", or leave keys out with ignore=[PATTERN]" if extra else ""),
-        )  # fmt: skip
+        )
     return kept
 
 
-def check_dtypes(
-    names: Iterable[str], found: dict[str, TensorInfo], dtype: str | None
-) -> tuple[list[str], str]:
+def check_dtypes(names: Iterable[str], found: dict[str, TensorInfo], dtype: str | None) -> tuple[list[str], str]:
     """What cannot be stored as `dtype` (None: as the dtype that most tensors have), and that dtype."""
     names = list(names)
     counts = Counter(found[name].dtype for name in names)
     kept = dtype or (counts.most_common(1)[0][0] if counts else MODEL_DTYPES[0])
     if dtype is None:
-        return [f"{name} {found[name].dtype}" for name in names
-                if found[name].dtype != kept or kept not in MODEL_DTYPES], kept  # fmt: skip
-    return [
-        f"{name} {found[name].dtype}" for name in names if found[name].dtype not in CASTABLE
-    ], kept
+        return [
+            f"{name} {found[name].dtype}" for name in names if found[name].dtype != kept or kept not in MODEL_DTYPES
+        ], kept
+    return [f"{name} {found[name].dtype}" for name in names if found[name].dtype not in CASTABLE], kept

@@ -34,22 +34,27 @@ def compare(checkpoint: Path, export: Path, layout_name: str, threads: int = 4) 
         ours.close()
         theirs.close()
     return {
-        "mode": "keys", "passed": not (missing or extra or misshaped or different), "num_tensors": len(pairs),
-        "missing": missing, "extra": extra, "misshaped": misshaped, "different": different, "tensors_crc32": sums,
-    }  # fmt: skip
+        "mode": "keys",
+        "passed": not (missing or extra or misshaped or different),
+        "num_tensors": len(pairs),
+        "missing": missing,
+        "extra": extra,
+        "misshaped": misshaped,
+        "different": different,
+        "tensors_crc32": sums,
+    }
 
 
-def _pairs(
-    ours: CheckpointSource, theirs: TensorSource, layout_name: str, export: Path
-) -> dict[str, Target]:
+def _pairs(ours: CheckpointSource, theirs: TensorSource, layout_name: str, export: Path) -> dict[str, Target]:
     """By their name: the same tensor, made of our rows."""
     if layout_name == VISION_LAYOUT:
         return {
-            name: Target(name, TensorInfo(shape, ours.tensors[PREFIX + name].dtype),
-                         [Segment(ours, PREFIX + name, 0, shape[0])])
+            name: Target(
+                name, TensorInfo(shape, ours.tensors[PREFIX + name].dtype), [Segment(ours, PREFIX + name, 0, shape[0])]
+            )
             for name, shape in vision.expected_shapes(vision.config_of(ours)).items()
             if PREFIX + name in ours.tensors
-        }  # fmt: skip
+        }
     config = config_of(ours)
     _, values = identify(export, layout_name)
     check_model(values, config, ActionOptions(untie=True), export)
@@ -67,9 +72,7 @@ def _pairs(
     return pairs
 
 
-def _contents(
-    pairs: dict[str, Target], theirs: TensorSource, threads: int
-) -> tuple[list[str], dict[str, str]]:
+def _contents(pairs: dict[str, Target], theirs: TensorSource, threads: int) -> tuple[list[str], dict[str, str]]:
     different: set[str] = set()
     sums: dict[str, str] = {}
 

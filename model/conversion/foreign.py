@@ -19,9 +19,7 @@ from model.errors import Problems, UserError
 def looks_foreign(path: Path) -> bool:
     """Is this a file or folder of weights in a format that `convert` reads?"""
     if path.is_dir():
-        return bool(safetensors_paths(path)) or any(
-            file.suffix in TORCH_SUFFIXES for file in path.iterdir()
-        )
+        return bool(safetensors_paths(path)) or any(file.suffix in TORCH_SUFFIXES for file in path.iterdir())
     return path.suffix in (".safetensors", *TORCH_SUFFIXES)
 
 
@@ -45,10 +43,8 @@ def describe_foreign(path: Path, model: ModelConfig | None, num_shown: int) -> d
         "num_parameters": sum(info.num_rows * info.row_elements for info in tensors.values()),
         "dtypes": dict(Counter(info.dtype for info in tensors.values())),
         "tied": HEAD not in tensors if layout in LAYOUTS else None,
-        "tensors": {
-            name: f"{info.dtype} {list(info.shape)}" for name, info in sorted(tensors.items())[:num_shown]
-        },
-    }  # fmt: skip
+        "tensors": {name: f"{info.dtype} {list(info.shape)}" for name, info in sorted(tensors.items())[:num_shown]},
+    }
     if model is not None:
         answer["mismatches"] = mismatches(layout, values, tensors, model)
     return answer

@@ -17,15 +17,23 @@ IMAGE_AREA_PIXELS = 720 * 720  # default of the released Emu3.5 configuration cl
 
 # config.json -> ModelConfig; what differs here is another model.
 FIELDS = {
-    "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_query_groups", "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
-}  # fmt: skip
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
 # What the backbone cannot express, with the values that it can.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None),
-    "use_sliding_window": (False, None), "rope_scaling": (None,),
-}  # fmt: skip
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "rope_scaling": (None,),
+}
 
 
 def to_config(layout: Layout, config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -58,26 +66,24 @@ def to_config(layout: Layout, config: ModelConfig, dtype: str) -> dict[str, Any]
     }
     if layout.name == "emu35":
         return values | {
-            "img_token_id": ids["img"], "boi_token_id": ids["boi"], "eoi_token_id": ids["eoi"],
-            "eol_token_id": ids["eol"], "eof_token_id": ids["eof"], "image_area": IMAGE_AREA_PIXELS,
+            "img_token_id": ids["img"],
+            "boi_token_id": ids["boi"],
+            "eoi_token_id": ids["eoi"],
+            "eol_token_id": ids["eol"],
+            "eof_token_id": ids["eof"],
+            "image_area": IMAGE_AREA_PIXELS,
             "pretraining_tp": 1,
-        }  # fmt: skip
+        }
     # transformers 5 reads the rotary base from this table, earlier versions from rope_theta.
     values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if layout.name == "qwen3":
-        return values | {
-            "attention_bias": False,
-            "sliding_window": None,
-            "use_sliding_window": False,
-        }
+        return values | {"attention_bias": False, "sliding_window": None, "use_sliding_window": False}
     return values | {"attention_bias": False, "mlp_bias": False}
 
 
 def to_generation_config(config: ModelConfig) -> dict[str, Any]:
     ids = Vocabulary.from_config(config.vocabulary).structure
-    return {
-        "bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["pad"], "do_sample": True,
-    }  # fmt: skip
+    return {"bos_token_id": ids["bos"], "eos_token_id": ids["eos"], "pad_token_id": ids["pad"], "do_sample": True}
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -102,17 +108,15 @@ def find_layout_of(values: dict[str, Any], place: Path) -> Layout:
     model_type = values.get("model_type")
     architectures = values.get("architectures") or []
     for layout in LAYOUTS.values():
-        if layout.model_type == model_type and (
-            not architectures or layout.architecture in architectures
-        ):
+        if layout.model_type == model_type and (not architectures or layout.architecture in architectures):
             return layout
-    known = ", ".join(
-        f"{one.model_type}/{one.architecture} (layout={one.name})" for one in LAYOUTS.values()
-    )
+    known = ", ".join(f"{one.model_type}/{one.architecture} (layout={one.name})" for one in LAYOUTS.values())
     raise UserError(
-        "this architecture cannot be converted", where=str(place), expected=known,
+        "this architecture cannot be converted",
+        where=str(place),
+        expected=known,
         got=f"{model_type}/{', '.join(architectures) or 'no architecture'}",
-    )  # fmt: skip
+    )
 
 
 def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
@@ -123,20 +127,24 @@ def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
         raise UserError("config.json lacks sizes", where=str(place), expected=", ".join(missing))
     if values.get("vocab_size") != published:
         raise UserError(
-            "the vocabulary cannot be told from config.json", where=str(place),
+            "the vocabulary cannot be told from config.json",
+            where=str(place),
             expected=f"vocab_size {published} (Emu3.5), or a model configuration",
-            got=f"vocab_size {values.get('vocab_size')}", fix="add model=NAME with model.vocabulary.* of this checkpoint",
-        )  # fmt: skip
+            got=f"vocab_size {values.get('vocab_size')}",
+            fix="add model=NAME with model.vocabulary.* of this checkpoint",
+        )
     sizes: dict[str, Any] = {
-        ours: head_dim_of(values) if theirs == "head_dim" else values[theirs]
-        for theirs, ours in FIELDS.items()
+        ours: head_dim_of(values) if theirs == "head_dim" else values[theirs] for theirs, ours in FIELDS.items()
     }
     vocabulary = VocabularyConfig(preset="emu35", pad_multiple=1024)
     return ModelConfig(
-        **sizes, name=str(values.get("model_type")), vocabulary=vocabulary,
+        **sizes,
+        name=str(values.get("model_type")),
+        vocabulary=vocabulary,
         max_sequence_length=int(values.get("max_position_embeddings") or 32_768),
-        dropout=float(values.get("attention_dropout") or 0.0), init_std=float(values.get("initializer_range") or 0.02),
-    )  # fmt: skip
+        dropout=float(values.get("attention_dropout") or 0.0),
+        init_std=float(values.get("initializer_range") or 0.02),
+    )
 
 
 def head_dim_of(values: dict[str, Any]) -> int | None:
@@ -147,23 +155,14 @@ def head_dim_of(values: dict[str, Any]) -> int | None:
 
 
 def check_config(
-    values: dict[str, Any],
-    config: ModelConfig,
-    problems: Problems,
-    *,
-    untie: bool,
-    vocabulary: bool = True,
+    values: dict[str, Any], config: ModelConfig, problems: Problems, *, untie: bool, vocabulary: bool = True
 ) -> None:
     """Every way in which a `config.json` describes another function than `config` does."""
     for theirs, ours in FIELDS.items():
         found = head_dim_of(values) if theirs == "head_dim" else values.get(theirs)
         expected = getattr(config, ours)
         if found is not None and found != expected:
-            problems.add(
-                f"model.{ours}",
-                f"{expected}, but config.json has {theirs} {found}",
-                f"model.{ours}={found}",
-            )
+            problems.add(f"model.{ours}", f"{expected}, but config.json has {theirs} {found}", f"model.{ours}={found}")
     for name, allowed in FIXED.items():
         if values.get(name, allowed[0]) not in allowed:
             problems.add(f"config.json {name}", f"{values[name]!r} is not a model of this backbone")
@@ -176,9 +175,10 @@ def check_config(
     sizes = Vocabulary.from_config(config.vocabulary)
     if vocabulary and values.get("vocab_size") not in (None, sizes.size, sizes.padded_size):
         problems.add(
-            "model.vocabulary", f"{sizes.size} ids, but config.json has vocab_size {values['vocab_size']}",
+            "model.vocabulary",
+            f"{sizes.size} ids, but config.json has vocab_size {values['vocab_size']}",
             "name the model with the checkpoint's vocabulary, or use `nextstate convert surgery`",
-        )  # fmt: skip
+        )
 
 
 def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -192,4 +192,4 @@ def model_config(values: dict[str, Any], place: str) -> ModelConfig:
     except (KeyError, TypeError) as error:
         raise UserError(
             "the model's configuration cannot be read", where=place, got=f"{type(error).__name__}: {error}"
-        ) from None  # fmt: skip
+        ) from None

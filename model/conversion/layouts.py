@@ -35,27 +35,48 @@ _DECODER = "decoder.layers.{layer}."
 _LAYER = "model.layers.{layer}."
 
 _COMMON = (
-    Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocabulary"),), "hidden",
-         VOCABULARY, "rows", "first"),
+    Rule(
+        "embedding.word_embeddings.weight",
+        (("model.embed_tokens.weight", "vocabulary"),),
+        "hidden",
+        VOCABULARY,
+        "rows",
+        "first",
+    ),
     Rule(_DECODER + "self_attention.linear_qkv.layer_norm_weight", ((_LAYER + "input_layernorm.weight", "hidden"),)),
-    Rule(_DECODER + "self_attention.linear_qkv.weight",
-         ((_LAYER + "self_attn.q_proj.weight", "query"), (_LAYER + "self_attn.k_proj.weight", "key_value"),
-          (_LAYER + "self_attn.v_proj.weight", "key_value")), "hidden", GROUPED, "rows"),
-    Rule(_DECODER + "self_attention.linear_proj.weight", ((_LAYER + "self_attn.o_proj.weight", "hidden"),), "query",
-         split="columns"),
-    Rule(_DECODER + "mlp.linear_fc1.layer_norm_weight",
-         ((_LAYER + "post_attention_layernorm.weight", "hidden"),)),
-    Rule(_DECODER + "mlp.linear_fc1.weight",
-         ((_LAYER + "mlp.gate_proj.weight", "ffn"), (_LAYER + "mlp.up_proj.weight", "ffn")), "hidden", STACKED,
-         "halves"),
+    Rule(
+        _DECODER + "self_attention.linear_qkv.weight",
+        (
+            (_LAYER + "self_attn.q_proj.weight", "query"),
+            (_LAYER + "self_attn.k_proj.weight", "key_value"),
+            (_LAYER + "self_attn.v_proj.weight", "key_value"),
+        ),
+        "hidden",
+        GROUPED,
+        "rows",
+    ),
+    Rule(
+        _DECODER + "self_attention.linear_proj.weight",
+        ((_LAYER + "self_attn.o_proj.weight", "hidden"),),
+        "query",
+        split="columns",
+    ),
+    Rule(_DECODER + "mlp.linear_fc1.layer_norm_weight", ((_LAYER + "post_attention_layernorm.weight", "hidden"),)),
+    Rule(
+        _DECODER + "mlp.linear_fc1.weight",
+        ((_LAYER + "mlp.gate_proj.weight", "ffn"), (_LAYER + "mlp.up_proj.weight", "ffn")),
+        "hidden",
+        STACKED,
+        "halves",
+    ),
     Rule(_DECODER + "mlp.linear_fc2.weight", ((_LAYER + "mlp.down_proj.weight", "hidden"),), "ffn", split="columns"),
     Rule("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),), stage="last"),
     Rule("output_layer.weight", (("lm_head.weight", "vocabulary"),), "hidden", VOCABULARY, "rows", "last"),
-)  # fmt: skip
+)
 _HEAD_NORMS = (
     Rule(_DECODER + "self_attention.q_layernorm.weight", ((_LAYER + "self_attn.q_norm.weight", "head"),)),
     Rule(_DECODER + "self_attention.k_layernorm.weight", ((_LAYER + "self_attn.k_norm.weight", "head"),)),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -131,10 +152,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
 
 def mapped_tensors(rules: tuple[Rule, ...], config: ModelConfig) -> Iterator[Mapped]:
     """Every row of the table for every layer of the model, in the order of the forward pass."""
-    by_stage = {
-        stage: [rule for rule in rules if rule.stage == stage]
-        for stage in ("first", "layer", "last")
-    }
+    by_stage = {stage: [rule for rule in rules if rule.stage == stage] for stage in ("first", "layer", "last")}
     for rule in by_stage["first"]:
         yield _map(rule, None, config)
     for layer in range(config.num_layers):
@@ -147,9 +165,7 @@ def mapped_tensors(rules: tuple[Rule, ...], config: ModelConfig) -> Iterator[Map
 def _map(rule: Rule, layer: int | None, config: ModelConfig) -> Mapped:
     sizes = sizes_of(config)
     tail = () if rule.columns is None else (sizes[rule.columns],)
-    theirs = tuple(
-        (pattern.format(layer=layer), (sizes[rows], *tail)) for pattern, rows in rule.theirs
-    )
+    theirs = tuple((pattern.format(layer=layer), (sizes[rows], *tail)) for pattern, rows in rule.theirs)
     runs = _runs(rule, [shape[0] for _, shape in theirs], config)
     rows = sizes["padded"] if rule.arrangement == VOCABULARY else sum(run[2] for run in runs)
     return Mapped(rule, layer, rule.ours.format(layer=layer), (rows, *tail), theirs, tuple(runs))
@@ -169,7 +185,8 @@ def _runs(rule: Rule, rows: list[int], config: ModelConfig) -> list[tuple[int, i
 def find_layout(name: str) -> Layout:
     if name not in LAYOUTS:
         raise UserError(
-            f"there is no layout {name!r} of language models", expected=", ".join(LAYOUTS),
+            f"there is no layout {name!r} of language models",
+            expected=", ".join(LAYOUTS),
             fix=f"layout={next(iter(LAYOUTS))}",
-        )  # fmt: skip
+        )
     return LAYOUTS[name]

@@ -22,10 +22,7 @@ def fresh_weights(config: ModelConfig, seed: int) -> MadeSource:
     """Every logical parameter under our name, as training would draw it from (seed, name)."""
     from model.initialization import initial_rows, rows_of_a_block, standard_deviation
 
-    tensors = {
-        mapped.ours: TensorInfo(mapped.our_shape, config.dtype)
-        for mapped in mapped_tensors(OUR_RULES, config)
-    }
+    tensors = {mapped.ours: TensorInfo(mapped.our_shape, config.dtype) for mapped in mapped_tensors(OUR_RULES, config)}
 
     def make(name: str, start: int, stop: int, out: np.ndarray) -> None:
         shape, std = tensors[name].shape, standard_deviation(name, config)

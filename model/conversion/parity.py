@@ -72,14 +72,19 @@ def certify(
         finally:
             theirs.close()
     num_different = sum(not one["equal"] for one in tensors.values())
-    same_logits = not logits or (
-        logits["max_difference"] <= MAX_LOGIT_DIFFERENCE and logits["argmax_agreement"] == 1.0
-    )
+    same_logits = not logits or (logits["max_difference"] <= MAX_LOGIT_DIFFERENCE and logits["argmax_agreement"] == 1.0)
     certificate = {
-        "passed": num_different == 0 and same_logits, "mode": mode, "message": message, "layout": layout,
-        "checkpoint": str(folder), "hugging_face": str(hf_folder), "logits": logits or None,
-        "num_tensors": len(tensors), "num_different": num_different, "tensors": tensors,
-    }  # fmt: skip
+        "passed": num_different == 0 and same_logits,
+        "mode": mode,
+        "message": message,
+        "layout": layout,
+        "checkpoint": str(folder),
+        "hugging_face": str(hf_folder),
+        "logits": logits or None,
+        "num_tensors": len(tensors),
+        "num_different": num_different,
+        "tensors": tensors,
+    }
     _write(out or folder / CERTIFICATE_NAME, certificate)
     return certificate
 
@@ -102,20 +107,14 @@ class _Foreign:
         if name not in self.source.tensors:
             raise UserError("a tensor is missing", where=str(self.folder), expected=name)
         info = self.source.tensors[name]
-        rows = (
-            min(info.shape[0], self.num_ids)
-            if "embed" in name or "lm_head" in name
-            else info.shape[0]
-        )
+        rows = min(info.shape[0], self.num_ids) if "embed" in name or "lm_head" in name else info.shape[0]
         content = np.empty((rows, info.row_bytes), np.uint8)
         self.source.read_rows(name, 0, rows, content)
         dtype = getattr(torch, info.dtype)
         return torch.from_numpy(content.reshape(-1)).view(dtype).view(rows, *info.shape[1:])
 
 
-def _compare_tensors(
-    ours: reference.GetWeight, theirs: _Foreign, config: ModelConfig
-) -> dict[str, dict[str, Any]]:
+def _compare_tensors(ours: reference.GetWeight, theirs: _Foreign, config: ModelConfig) -> dict[str, dict[str, Any]]:
     """By their names: checksum (crc32 of the bytes in our dtype) of both sides, and whether they are equal."""
     found = {}
     for name in reference.weight_names(config.num_layers):
@@ -126,8 +125,11 @@ def _compare_tensors(
         other = other.to(mine.dtype)
         sums = [_checksum(mine), _checksum(other)]
         found[name] = {
-            "shape": list(mine.shape), "ours": sums[0], "theirs": sums[1], "equal": same and sums[0] == sums[1]
-        }  # fmt: skip
+            "shape": list(mine.shape),
+            "ours": sums[0],
+            "theirs": sums[1],
+            "equal": same and sums[0] == sums[1],
+        }
     return found
 
 
@@ -141,10 +143,7 @@ def _choose_mode(mode: str, layout: str, config: ModelConfig) -> tuple[str, str]
     if mode == "keys":
         return mode, ""
     if layout == WITHOUT_HEAD_NORMS:
-        return (
-            "keys",
-            "this layout has no norms of queries and keys: it is another function, logits cannot agree",
-        )
+        return ("keys", "this layout has no norms of queries and keys: it is another function, logits cannot agree")
     import psutil
 
     # One side after the other, each with its weights in float32 and the largest of them a second time.
@@ -170,10 +169,14 @@ def _compare_logits(
     difference = (got - expected).abs()
     agreement = (got.argmax(-1) == expected.argmax(-1)).double().mean()
     return {
-        "against": against, "num_tokens": num_tokens, "seed": seed, "max_difference": float(difference.max()),
-        "mean_difference": float(difference.double().mean()), "argmax_agreement": float(agreement),
+        "against": against,
+        "num_tokens": num_tokens,
+        "seed": seed,
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.double().mean()),
+        "argmax_agreement": float(agreement),
         "standard_deviation": float(expected.std()),
-    }  # fmt: skip
+    }
 
 
 @torch.no_grad()
@@ -196,9 +199,7 @@ def _their_logits(theirs: _Foreign, tokens: torch.Tensor) -> tuple[torch.Tensor,
 
 
 @torch.no_grad()
-def _our_logits(
-    reader: CheckpointReader, config: ModelConfig, tokens: torch.Tensor
-) -> torch.Tensor:
+def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] over the real ids of the model that trains, in this process alone."""
     from model import cpu_backend, parallel
     from model.attention import pack_documents
@@ -214,9 +215,11 @@ def _our_logits(
         device = torch.device("cuda" if cpu_backend.has_accelerator() else "cpu")
         tokens = tokens.to(device)
         packed = pack_documents(
-            np.array([0, len(tokens)]), torch.arange(len(tokens), device=device), head_dim=config.head_dim,
+            np.array([0, len(tokens)]),
+            torch.arange(len(tokens), device=device),
+            head_dim=config.head_dim,
             rope_theta=config.rope_theta,
-        )  # fmt: skip
+        )
         logits = model.to(device)(tokens[None], None, None, packed_seq_params=packed)[0]
         return logits[:, : Vocabulary.from_config(config.vocabulary).size].float().cpu()
     finally:
@@ -228,6 +231,4 @@ def _write(path: Path, certificate: dict[str, Any]) -> None:
     try:
         replace_file(path, json.dumps(certificate, indent=1) + "\n")
     except OSError as error:
-        raise UserError(
-            "the certificate cannot be written", where=str(path), got=str(error)
-        ) from None
+        raise UserError("the certificate cannot be written", where=str(path), got=str(error)) from None

@@ -131,9 +131,8 @@ def into_ranks(targets: Iterable[Target], tensor: int, pipeline: int, num_layers
                 shape = (num_rows, *shape[1:])
             name = f"{target.name}@{','.join(map(str, (first_row, first_column)[: len(shape)]))}"
             target.pieces.append(
-                Piece(f"rank_{rank:05d}.safetensors", name, first_row, num_rows, first_column,
-                      num_columns, shape)
-            )  # fmt: skip
+                Piece(f"rank_{rank:05d}.safetensors", name, first_row, num_rows, first_column, num_columns, shape)
+            )
 
 
 def _slices(target: Target, tensor: int) -> list[tuple[int, tuple[int, int, int, int]]]:

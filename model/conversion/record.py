@@ -25,49 +25,69 @@ RECORD_NAME = f"{RECORD_FOLDER}/record.json"
 PADDING_NAME = f"{RECORD_FOLDER}/padding.safetensors"
 RECORD_VERSION = 1
 # Of a manifest, what describes the training rather than this copy of it.
-CARRIED = ("kind", "step", "consumed_samples", "data_fingerprint", "text_tokenizer", "vision_tokenizer", "image_format",
-           "config", "wandb_run_id")  # fmt: skip
+CARRIED = (
+    "kind",
+    "step",
+    "consumed_samples",
+    "data_fingerprint",
+    "text_tokenizer",
+    "vision_tokenizer",
+    "image_format",
+    "config",
+    "wandb_run_id",
+)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(
-        json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def layout_record(config: ModelConfig, tensor: int, pipeline: int) -> dict[str, Any]:
     """As an engine describes its layout; `converted` says that no random streams come with it."""
     return {
-        "engine": "megatron", "tensor": tensor, "pipeline": pipeline, "context": 1, "data": 1,
-        "num_parameters": count_parameters(config)["total"], "converted": True,
-    }  # fmt: skip
+        "engine": "megatron",
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "context": 1,
+        "data": 1,
+        "num_parameters": count_parameters(config)["total"],
+        "converted": True,
+    }
 
 
 def model_metadata(config: ModelConfig, seed: int) -> dict[str, Any]:
     """What a manifest says of a model that this project has not trained."""
     return {
-        "kind": "transformer", "model": asdict(config),
-        "vocabulary": Vocabulary.from_config(config.vocabulary).describe(), "step": 0, "consumed_samples": 0,
-        "data_fingerprint": None, "text_tokenizer": None, "vision_tokenizer": None, "config": {"seed": seed},
-    }  # fmt: skip
+        "kind": "transformer",
+        "model": asdict(config),
+        "vocabulary": Vocabulary.from_config(config.vocabulary).describe(),
+        "step": 0,
+        "consumed_samples": 0,
+        "data_fingerprint": None,
+        "text_tokenizer": None,
+        "vision_tokenizer": None,
+        "config": {"seed": seed},
+    }
 
 
-def write_manifest(
-    folder: Path, metadata: dict[str, Any], targets: list[Target], written: Written
-) -> None:
+def write_manifest(folder: Path, metadata: dict[str, Any], targets: list[Target], written: Written) -> None:
     """`manifest.json` of a checkpoint of ours, from the plan's targets and the checksums of what is on disk."""
     keys = {
         target.name: {
             "global_shape": list(target.info.shape),
             "dtype": target.info.dtype,
             "pieces": [
-                {"file": piece.file, "name": piece.stored_name, "offset": list(piece.offset),
-                 "shape": list(piece.shape)}
+                {
+                    "file": piece.file,
+                    "name": piece.stored_name,
+                    "offset": list(piece.offset),
+                    "shape": list(piece.shape),
+                }
                 for piece in target.pieces
             ],
         }
         for target in targets
-    }  # fmt: skip
+    }
     manifest = metadata | {"format_version": FORMAT_VERSION, "files": written.files, "keys": keys}
     manifest["manifest_crc32"] = manifest_checksum(manifest)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, allow_nan=False), encoding="utf-8")
@@ -78,18 +98,19 @@ def write_index(folder: Path, targets: list[Target]) -> None:
     weights = [target for target in targets if not target.pieces[0].file.startswith(RECORD_FOLDER)]
     if len({target.pieces[0].file for target in weights}) > 1:
         total = sum(target.info.num_bytes for target in weights)
-        table = {
-            target.name: target.pieces[0].file for target in sorted(weights, key=lambda t: t.name)
-        }
+        table = {target.name: target.pieces[0].file for target in sorted(weights, key=lambda t: t.name)}
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": table})
 
 
 def write_record(folder: Path, layout: str, metadata: dict[str, Any], written: Written) -> None:
     (folder / RECORD_FOLDER).mkdir(exist_ok=True)
     record = {
-        "format_version": RECORD_VERSION, "layout": layout, "files": written.files, "tensors_crc32": written.tensors,
+        "format_version": RECORD_VERSION,
+        "layout": layout,
+        "files": written.files,
+        "tensors_crc32": written.tensors,
         "checkpoint": {name: metadata[name] for name in (*CARRIED, "model", "vocabulary") if name in metadata},
-    }  # fmt: skip
+    }
     write_json(folder / RECORD_NAME, record)
 
 
@@ -102,12 +123,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_bytes())
         version = record["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            "the record of the export is damaged", where=str(path), got=repr(error)
-        ) from None
+        raise UserError("the record of the export is damaged", where=str(path), got=repr(error)) from None
     if version != RECORD_VERSION:
         raise UserError(
-            "this export was written by another version", where=str(path),
-            expected=f"format_version {RECORD_VERSION}", got=str(version),
-        )  # fmt: skip
+            "this export was written by another version",
+            where=str(path),
+            expected=f"format_version {RECORD_VERSION}",
+            got=str(version),
+        )
     return record

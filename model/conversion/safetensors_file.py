@@ -18,10 +18,19 @@ from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError
 
 DTYPE_CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
+}
 DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -82,9 +91,7 @@ class SafetensorsFile:
                 for name, value in entries.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise self._damaged(
-                "a safetensors header of known dtypes", f"{type(error).__name__}: {error}"
-            ) from None
+            raise self._damaged("a safetensors header of known dtypes", f"{type(error).__name__}: {error}") from None
         end = 8 + length
         for name, stored in sorted(found.items(), key=lambda item: (item[1].position, item[0])):
             if stored.position != end or stored.info.num_bytes != _span(entries[name]):
@@ -96,9 +103,12 @@ class SafetensorsFile:
 
     def _damaged(self, expected: str, got: str) -> UserError:
         return UserError(
-            "a safetensors file is damaged or truncated", where=str(self.path), expected=expected, got=got,
+            "a safetensors file is damaged or truncated",
+            where=str(self.path),
+            expected=expected,
+            got=got,
             fix="fetch the file again",
-        )  # fmt: skip
+        )
 
 
 def _span(entry: dict) -> int:
@@ -122,9 +132,7 @@ def lay_out_file(name: str, tensors: dict[str, tuple[tuple[int, ...], str]]) -> 
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for key, (shape, dtype) in tensors.items():
         num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
-        entries[key] = {
-            "dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [end, end + num_bytes],
-        }  # fmt: skip
+        entries[key] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [end, end + num_bytes]}
         offsets[key] = end
         end += num_bytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -38,9 +38,7 @@ class SafetensorsSource:
             file = self._files[file_path.name] = SafetensorsFile(file_path)
             for name, stored in file.tensors.items():
                 if name in self._homes:
-                    problems.append(
-                        f"{name} is in {self._homes[name].path.name} and {file_path.name}"
-                    )
+                    problems.append(f"{name} is in {self._homes[name].path.name} and {file_path.name}")
                 self._homes[name] = file
                 self.tensors[name] = stored.info
         problems += [
@@ -49,9 +47,7 @@ class SafetensorsSource:
             if name not in self._homes or self._homes[name].path.name != home
         ]
         if problems:
-            raise UserError(
-                "the files of the checkpoint contradict each other", where=self.place, got=listed(problems)
-            )  # fmt: skip
+            raise UserError("the files of the checkpoint contradict each other", where=self.place, got=listed(problems))
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         stored = self._homes[name].tensors[name]
@@ -76,9 +72,12 @@ def safetensors_paths(path: Path) -> list[Path]:
     missing = [name for name in indexed if not (path / name).is_file()]
     if missing:
         raise UserError(
-            "files of the checkpoint are missing", where=str(path), expected=listed(indexed), got=f"no {listed(missing)}",
+            "files of the checkpoint are missing",
+            where=str(path),
+            expected=listed(indexed),
+            got=f"no {listed(missing)}",
             fix="fetch them",
-        )  # fmt: skip
+        )
     return [path / name for name in indexed] or sorted(path.glob("*.safetensors"))
 
 
@@ -92,9 +91,11 @@ def index_entries(path: Path) -> dict[str, str]:
         assert all("/" not in name and name != ".." for name in entries.values())
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
-            "the index of the checkpoint is damaged", where=str(index), expected='{"weight_map": {tensor: file}}',
+            "the index of the checkpoint is damaged",
+            where=str(index),
+            expected='{"weight_map": {tensor: file}}',
             got=f"{type(error).__name__} {error}",
-        ) from None  # fmt: skip
+        ) from None
     return entries
 
 
@@ -114,13 +115,9 @@ class CheckpointSource:
             unknown = sorted({info.dtype for info in self.tensors.values()} - ITEM_BYTES.keys())
             names = {piece["file"] for e in self.manifest["keys"].values() for piece in e["pieces"]}
         except (KeyError, TypeError) as error:
-            raise UserError(
-                "the checkpoint's manifest is damaged", where=self.place, got=repr(error)
-            ) from None
+            raise UserError("the checkpoint's manifest is damaged", where=self.place, got=repr(error)) from None
         if unknown:
-            raise UserError(
-                "the checkpoint has unknown dtypes", where=self.place, got=listed(unknown)
-            )
+            raise UserError("the checkpoint has unknown dtypes", where=self.place, got=listed(unknown))
         for name in sorted(names):
             self._files[name] = SafetensorsFile(self.folder / name)
         self._check_pieces()
@@ -132,9 +129,7 @@ class CheckpointSource:
             num_read += self._read_piece(piece, info, start, stop, out)
         assert num_read == out.size, f"{name}: {num_read} bytes of {out.size}"
 
-    def _read_piece(
-        self, piece: dict[str, Any], info: TensorInfo, start: int, stop: int, out: np.ndarray
-    ) -> int:
+    def _read_piece(self, piece: dict[str, Any], info: TensorInfo, start: int, stop: int, out: np.ndarray) -> int:
         offset, shape = piece["offset"] or [0], piece["shape"] or [1]
         low, high = max(start, offset[0]), min(stop, offset[0] + shape[0])
         if low >= high:
@@ -160,9 +155,7 @@ class CheckpointSource:
             for piece in entry["pieces"]:
                 stored = self._files[piece["file"]].tensors.get(piece["name"])
                 if stored is None or stored.info != TensorInfo(tuple(piece["shape"]), info.dtype):
-                    problems.append(
-                        f"{piece['file']} does not hold {piece['name']} as the manifest says"
-                    )
+                    problems.append(f"{piece['file']} does not hold {piece['name']} as the manifest says")
                     continue
                 covered += stored.info.num_bytes
                 whole_rows = list(piece["shape"][1:]) == list(info.shape[1:])
@@ -176,9 +169,7 @@ class CheckpointSource:
         return None
 
     def identity(self) -> Any:
-        return [self.manifest.get("manifest_crc32")] + [
-            file_identity(self.folder / name) for name in self._files
-        ]
+        return [self.manifest.get("manifest_crc32")] + [file_identity(self.folder / name) for name in self._files]
 
     def close(self) -> None:
         for file in self._files.values():
@@ -228,26 +219,23 @@ def _load_state_dict(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            "the file is a pickle that holds more than tensors; it was not run", where=str(path),
-            expected="a state dict of tensors, or safetensors", got=first_line(error),
+            "the file is a pickle that holds more than tensors; it was not run",
+            where=str(path),
+            expected="a state dict of tensors, or safetensors",
+            got=first_line(error),
             fix="save the tensors alone as safetensors, with the tool that made this file",
-        ) from None  # fmt: skip
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            "the file cannot be read by torch", where=str(path), got=first_line(error)
         ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise UserError("the file cannot be read by torch", where=str(path), got=first_line(error)) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
         raise UserError(
-            "the file holds no state dict", where=str(path), expected="a table of tensors",
-            got=type(content).__name__,
-        )  # fmt: skip
+            "the file holds no state dict", where=str(path), expected="a table of tensors", got=type(content).__name__
+        )
     return content
 
 
@@ -280,9 +268,7 @@ class MadeSource:
 def open_foreign(path: Path) -> SafetensorsSource | TorchSource:
     """The tensors of a checkpoint that is not ours: a file or a folder."""
     if not path.exists():
-        raise UserError(
-            "there is no such file or folder", got=str(path), fix="source=FOLDER of the checkpoint"
-        )
+        raise UserError("there is no such file or folder", got=str(path), fix="source=FOLDER of the checkpoint")
     if path.is_dir():
         if safetensors_paths(path):
             return SafetensorsSource(path)
@@ -293,9 +279,7 @@ def open_foreign(path: Path) -> SafetensorsSource | TorchSource:
         return SafetensorsSource(path)
     elif path.suffix in TORCH_SUFFIXES:
         return TorchSource([path])
-    raise UserError(
-        "no weights found", where=str(path), expected="*.safetensors, or *.bin, *.ckpt, *.pt of torch",
-    )  # fmt: skip
+    raise UserError("no weights found", where=str(path), expected="*.safetensors, or *.bin, *.ckpt, *.pt of torch")
 
 
 def listed(items: list[str], limit: int = 40) -> str:

@@ -39,9 +39,7 @@ from model.conversion.writer import refuse_existing
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
-COPIED_EMU35 = (
-    151_646  # Qwen3's rows that mean the same in Emu3.5: text, and the first three special tokens
-)
+COPIED_EMU35 = 151_646  # Qwen3's rows that mean the same in Emu3.5: text, and the first three special tokens
 METHODS = ("normal", "mean", "codebook")
 NUM_MIXED = 1024  # text rows whose random mixtures make noise of the text rows' covariance
 NEW_ROWS = 1024  # drawn by one generator; part of the definition of the new rows
@@ -74,9 +72,13 @@ Rows = Callable[[int, int], np.ndarray]
 
 
 def operate(
-    source_path: Path, target: Path, config: ModelConfig, layout_name: str | None, options: Options,
+    source_path: Path,
+    target: Path,
+    config: ModelConfig,
+    layout_name: str | None,
+    options: Options,
     surgery: SurgeryOptions,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """A checkpoint of `config` (its own vocabulary) from a text model of the same sizes."""
     refuse_existing(target)
     source = open_foreign(source_path)
@@ -92,35 +94,19 @@ def operate(
         sources: list[TensorSource] = [source]
         for one in mapped_tensors(layout.rules, config):
             info = TensorInfo(one.our_shape, dtype)
-            names = [
-                EMBEDDING if name == HEAD and name not in source.tensors else name
-                for name, _ in one.theirs
-            ]
+            names = [EMBEDDING if name == HEAD and name not in source.tensors else name for name, _ in one.theirs]
             if one.rule.arrangement == VOCABULARY:
-                make = new_rows(
-                    one.ours,
-                    info,
-                    source,
-                    names[0],
-                    copied,
-                    config,
-                    options.seed,
-                    surgery,
-                    codebook,
-                )
+                make = new_rows(one.ours, info, source, names[0], copied, config, options.seed, surgery, codebook)
                 new = rows_from(f"new rows of {one.ours}", one.ours, info, make, NEW_ROWS)
                 sources.append(new)
                 segments = [
-                    Segment(source, names[0], 0, copied), Segment(new, one.ours, copied, info.num_rows - copied),
-                ]  # fmt: skip
-            else:
-                segments = [
-                    Segment(source, names[index], start, count) for index, start, count in one.runs
+                    Segment(source, names[0], 0, copied),
+                    Segment(new, one.ours, copied, info.num_rows - copied),
                 ]
+            else:
+                segments = [Segment(source, names[index], start, count) for index, start, count in one.runs]
             targets.append(Target(PREFIX + one.ours, info, segments, one.rule, one.layer))
-        what = describe(
-            config, layout.name, copied, surgery, options, untied=HEAD not in source.tensors
-        )
+        what = describe(config, layout.name, copied, surgery, options, untied=HEAD not in source.tensors)
         metadata = model_metadata(config, options.seed)
         outcome = to_checkpoint(target, targets, sources, config, metadata, what, options)
         outcome.layout = layout.name
@@ -135,38 +121,37 @@ def copied_rows(config: ModelConfig, surgery: SurgeryOptions) -> int:
     copied = surgery.copied_rows if surgery.copied_rows is not None else default
     if not 0 < copied <= vocabulary.visual_start:
         raise UserError(
-            "surgery.copied_rows is outside the text part of the vocabulary", expected=f"1 to {vocabulary.visual_start}",
+            "surgery.copied_rows is outside the text part of the vocabulary",
+            expected=f"1 to {vocabulary.visual_start}",
             got=str(copied),
-        )  # fmt: skip
+        )
     return copied
 
 
 def describe(
-    config: ModelConfig,
-    layout: str,
-    copied: int,
-    surgery: SurgeryOptions,
-    options: Options,
-    *,
-    untied: bool,
+    config: ModelConfig, layout: str, copied: int, surgery: SurgeryOptions, options: Options, *, untied: bool
 ) -> dict[str, Any]:
     """What the manifest records of the new rows."""
     vocabulary = Vocabulary.from_config(config.vocabulary)
     return {
-        "action": "surgery", "layout": layout, "dtype": config.dtype, "seed": options.seed, "untied": untied,
-        "copied_rows": copied, "new_special_rows": vocabulary.visual_start - copied,
-        "new_visual_rows": vocabulary.visual_size, "padding_rows": vocabulary.padded_size - vocabulary.size,
-        "rows": surgery.rows, "std": surgery.std, "noise": surgery.noise, "codebook": surgery.codebook,
-    }  # fmt: skip
+        "action": "surgery",
+        "layout": layout,
+        "dtype": config.dtype,
+        "seed": options.seed,
+        "untied": untied,
+        "copied_rows": copied,
+        "new_special_rows": vocabulary.visual_start - copied,
+        "new_visual_rows": vocabulary.visual_size,
+        "padding_rows": vocabulary.padded_size - vocabulary.size,
+        "rows": surgery.rows,
+        "std": surgery.std,
+        "noise": surgery.noise,
+        "codebook": surgery.codebook,
+    }
 
 
 def _check_source(
-    source: TensorSource,
-    layout: Layout,
-    config: ModelConfig,
-    copied: int,
-    options: Options,
-    place: Path,
+    source: TensorSource, layout: Layout, config: ModelConfig, copied: int, options: Options, place: Path
 ) -> str:
     """Like `from_hf`'s check, but with any number of vocabulary rows that holds the copied ones."""
     expected = expected_tensors(layout, config, source.tensors, options)
@@ -175,17 +160,22 @@ def _check_source(
         if name in expected and info is not None:
             fits = len(info.shape) == 2 and info.shape[0] >= copied
             expected[name] = [
-                info.shape
-                if fits and info.shape[1] == config.hidden_size
-                else (copied, config.hidden_size)
+                info.shape if fits and info.shape[1] == config.hidden_size else (copied, config.hidden_size)
             ]
     return check_tensors(str(place), source.tensors, expected, options.dtype)
 
 
 def new_rows(
-    ours: str, info: TensorInfo, source: TensorSource, name: str, copied: int, config: ModelConfig, seed: int,
-    surgery: SurgeryOptions, codebook: np.ndarray | None,
-) -> Rows:  # fmt: skip
+    ours: str,
+    info: TensorInfo,
+    source: TensorSource,
+    name: str,
+    copied: int,
+    config: ModelConfig,
+    seed: int,
+    surgery: SurgeryOptions,
+    codebook: np.ndarray | None,
+) -> Rows:
     """Rows of one table by the chosen method; special and padding rows of `codebook` are those of `mean`."""
     from model.initialization import initial_rows
 
@@ -211,12 +201,8 @@ def new_rows(
     if codebook is None:
         return mean
     width = codebook.shape[1]
-    projection = initial_rows(
-        "surgery/projection", (width, info.row_elements), 1.0, seed, 0, width
-    ).numpy()
-    spread = float(
-        np.mean(np.square(codebook, dtype=np.float64))
-    )  # one projected value has `width` times this
+    projection = initial_rows("surgery/projection", (width, info.row_elements), 1.0, seed, 0, width).numpy()
+    spread = float(np.mean(np.square(codebook, dtype=np.float64)))  # one projected value has `width` times this
     gain = math.sqrt(text.variance / max(width * spread, 1e-30))
 
     def projected(start: int, stop: int) -> np.ndarray:
@@ -224,9 +210,7 @@ def new_rows(
         first, last = vocabulary.visual_start, vocabulary.size
         low, high = max(start, first), min(stop, last)
         if low < high:
-            rows[low - start : high - start] = text.mean + gain * (
-                codebook[low - first : high - first] @ projection
-            )
+            rows[low - start : high - start] = text.mean + gain * (codebook[low - first : high - first] @ projection)
         return rows
 
     return projected
@@ -261,9 +245,7 @@ def read_floats(source: TensorSource, name: str, start: int, stop: int) -> np.nd
 def read_codebook(surgery: SurgeryOptions, config: ModelConfig) -> np.ndarray:
     """float32 [number of codes, width] of a vision tokenizer; as many codes as the vocabulary has visual ids."""
     if surgery.codebook is None:
-        raise UserError(
-            "surgery.rows=codebook needs a vision tokenizer", fix="surgery.codebook=FOLDER"
-        )
+        raise UserError("surgery.rows=codebook needs a vision tokenizer", fix="surgery.codebook=FOLDER")
     path, name = Path(surgery.codebook), CODEBOOK_NAME
     source: TensorSource
     if (path / "manifest.json").is_file() or (path / "checkpoints").is_dir():
@@ -275,9 +257,11 @@ def read_codebook(surgery: SurgeryOptions, config: ModelConfig) -> np.ndarray:
         info = source.tensors.get(name)
         if info is None or len(info.shape) != 2 or info.shape[0] != size:
             raise UserError(
-                "the vision tokenizer's codebook does not fit the vocabulary", where=str(path),
-                expected=f"{name} with {size} rows", got=str(list(info.shape)) if info else "no such tensor",
-            )  # fmt: skip
+                "the vision tokenizer's codebook does not fit the vocabulary",
+                where=str(path),
+                expected=f"{name} with {size} rows",
+                got=str(list(info.shape)) if info else "no such tensor",
+            )
         return read_floats(source, name, 0, size)
     finally:
         source.close()

@@ -28,8 +28,17 @@ from model.vision_tokenizer.config import VisionTokenizerConfig
 KIND = "vision_tokenizer"
 CONFIG_NAME, WEIGHTS_NAME = "config.yaml", "model.ckpt"
 # Fields of the released encoder and decoder, and of the released class around them.
-NETWORK_FIELDS = ("z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks",
-                  "attn_resolutions", "dropout")  # fmt: skip
+NETWORK_FIELDS = (
+    "z_channels",
+    "resolution",
+    "in_channels",
+    "out_ch",
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "dropout",
+)
 CLASS_FIELDS = ("n_embed", "embed_dim", "beta", "cosine_similarity")
 # Our own fields that change the function: the released code knows their defaults only.
 OWN_FIELDS = ("norm_groups", "norm_scope", "mid_attention", "padding_mode", "encoder_kernel_sizes")
@@ -50,15 +59,7 @@ def _shapes(config: VisionTokenizerConfig) -> Shapes:
     yield from _convolution("encoder.conv_in", config.in_channels, config.ch, 3)
     for level, width in enumerate(widths):
         before = widths[level - 1] if level else config.ch
-        yield from _level(
-            f"encoder.down.{level}",
-            before,
-            width,
-            config.num_res_blocks,
-            config,
-            level,
-            kernels[level],
-        )
+        yield from _level(f"encoder.down.{level}", before, width, config.num_res_blocks, config, level, kernels[level])
         if level < len(widths) - 1:
             yield from _convolution(f"encoder.down.{level}.downsample.conv", width, width, 3)
     yield from _middle("encoder.mid", widths[-1], config, kernels[-1])
@@ -68,9 +69,7 @@ def _shapes(config: VisionTokenizerConfig) -> Shapes:
     yield from _middle("decoder.mid", widths[-1], config, 3)
     for level, width in enumerate(widths):
         before = widths[min(level + 1, len(widths) - 1)]
-        yield from _level(
-            f"decoder.up.{level}", before, width, config.num_res_blocks + 1, config, level, 3
-        )
+        yield from _level(f"decoder.up.{level}", before, width, config.num_res_blocks + 1, config, level, 3)
         if level:
             yield from _convolution(f"decoder.up.{level}.upsample.conv", width, width, 3)
     yield from _norm("decoder.norm_out", widths[0])
@@ -107,7 +106,7 @@ def _attention(name: str, width: int) -> Shapes:
 
 def _level(
     name: str, before: int, width: int, num_blocks: int, config: VisionTokenizerConfig, level: int, kernel: int
-) -> Shapes:  # fmt: skip
+) -> Shapes:
     for block in range(num_blocks):
         yield from _block(f"{name}.block.{block}", width if block else before, width, kernel)
         if config.resolution // 2**level in config.attn_resolutions:
@@ -130,7 +129,7 @@ def to_published(source_path: Path, target: Path, options: Options) -> Result:
         expected = expected_shapes(config)
         dtype = check_tensors(
             source.place, our_weights(source), {name: [shape] for name, shape in expected.items()}, options.dtype
-        )  # fmt: skip
+        )
         targets = [
             Target(name, TensorInfo(shape, dtype), [Segment(source, PREFIX + name, 0, shape[0])])
             for name, shape in expected.items()
@@ -150,9 +149,7 @@ def to_published(source_path: Path, target: Path, options: Options) -> Result:
         source.close()
 
 
-def from_published(
-    source_path: Path, target: Path, config: VisionTokenizerConfig | None, options: Options
-) -> Result:
+def from_published(source_path: Path, target: Path, config: VisionTokenizerConfig | None, options: Options) -> Result:
     """A checkpoint of ours from the released files; `config` None reads `config.yaml` or the record of an export."""
     refuse_existing(target)
     source = open_foreign(source_path)
@@ -164,7 +161,7 @@ def from_published(
         expected = expected_shapes(config)
         dtype = check_tensors(
             str(source_path), source.tensors, {name: [shape] for name, shape in expected.items()}, options.dtype
-        )  # fmt: skip
+        )
         targets = [
             Target(PREFIX + name, TensorInfo(shape, dtype), [Segment(source, name, 0, shape[0])])
             for name, shape in expected.items()
@@ -172,9 +169,14 @@ def from_published(
         into_ranks(targets, 1, 1, 1)
         what = {"action": "from_hf", "layout": VISION_LAYOUT, "dtype": dtype}
         metadata = {
-            "kind": KIND, "model": dataclasses.asdict(config), "step": 0, "consumed_samples": 0,
-            "data_fingerprint": None, "layout": {"converted": True}, "conversion": what,
-        }  # fmt: skip
+            "kind": KIND,
+            "model": dataclasses.asdict(config),
+            "step": 0,
+            "consumed_samples": 0,
+            "data_fingerprint": None,
+            "layout": {"converted": True},
+            "conversion": what,
+        }
 
         def finish(folder: Path, written: Written) -> None:
             write_manifest(folder, metadata, targets, written)
@@ -190,9 +192,12 @@ def from_published(
 def config_of(source: CheckpointSource) -> VisionTokenizerConfig:
     if source.manifest.get("kind") != KIND:
         raise UserError(
-            "this checkpoint is not a vision tokenizer", where=source.place, expected=f"kind {KIND}",
-            got=f"kind {source.manifest.get('kind')}", fix="layout=emu35 or qwen3 for a language model",
-        )  # fmt: skip
+            "this checkpoint is not a vision tokenizer",
+            where=source.place,
+            expected=f"kind {KIND}",
+            got=f"kind {source.manifest.get('kind')}",
+            fix="layout=emu35 or qwen3 for a language model",
+        )
     try:
         config = VisionTokenizerConfig(**source.manifest["model"])
     except (KeyError, TypeError) as error:
@@ -203,10 +208,11 @@ def config_of(source: CheckpointSource) -> VisionTokenizerConfig:
     own = [name for name in OWN_FIELDS if getattr(config, name) != getattr(published, name)]
     if own:
         raise UserError(
-            "the released code cannot run this tokenizer: it has structure of our own", where=source.place,
+            "the released code cannot run this tokenizer: it has structure of our own",
+            where=source.place,
             expected=", ".join(f"{name}={getattr(published, name)}" for name in own),
             got=", ".join(f"{name}={getattr(config, name)}" for name in own),
-        )  # fmt: skip
+        )
     return config
 
 
@@ -219,8 +225,11 @@ def find_config(path: Path) -> VisionTokenizerConfig:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise UserError(
-            "the tokenizer's sizes cannot be told", where=str(folder), expected=CONFIG_NAME, fix="vision_tokenizer=ibq_emu35"
-        )  # fmt: skip
+            "the tokenizer's sizes cannot be told",
+            where=str(folder),
+            expected=CONFIG_NAME,
+            fix="vision_tokenizer=ibq_emu35",
+        )
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -235,18 +244,13 @@ def find_config(path: Path) -> VisionTokenizerConfig:
         known = {name: network[name] for name in NETWORK_FIELDS if name in network}
         known |= {name: tree[name] for name in CLASS_FIELDS if name in tree}
         return VisionTokenizerConfig(**known)
-    except (
-        OmegaConfBaseException,
-        YAMLError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OSError,
-    ) as error:
+    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(
-            "config.yaml is not that of an IBQ tokenizer", where=str(file), expected="ddconfig, n_embed, embed_dim",
+            "config.yaml is not that of an IBQ tokenizer",
+            where=str(file),
+            expected="ddconfig, n_embed, embed_dim",
             got=f"{type(error).__name__}: {error}",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def write_class_config(path: Path, config: VisionTokenizerConfig) -> None:

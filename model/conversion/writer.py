@@ -31,9 +31,7 @@ from model.conversion.tensors import ITEM_BYTES, cast_rows
 from model.errors import UserError
 from model.files import flush_to_disk, replace_file
 
-BLOCK_BYTES = (
-    2 << 20
-)  # of one read and write: small enough to be in the cache when it is checksummed and written
+BLOCK_BYTES = 2 << 20  # of one read and write: small enough to be in the cache when it is checksummed and written
 PROGRESS_SECONDS = 2.0
 FLUSH_SECONDS = 0.05
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,9 +65,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def execute(
-    plan: Plan, target: Path, finish: Callable[[Path, Written], None], *, threads: int = 4
-) -> Result:
+def execute(plan: Plan, target: Path, finish: Callable[[Path, Written], None], *, threads: int = 4) -> Result:
     """Write the plan's files, let `finish` add the others, and publish all of it as the folder `target`.
 
     Raises `UserError` for a target that exists, a disk without room and a conversion that another process is making.
@@ -111,9 +107,11 @@ def _refuse_existing(target: Path) -> None:
     is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     if target.is_symlink() or (target.exists() and not is_empty):
         raise UserError(
-            "the destination exists", where=str(target), expected="a new folder",
+            "the destination exists",
+            where=str(target),
+            expected="a new folder",
             fix="name another target, or remove this one first",
-        )  # fmt: skip
+        )
 
 
 def _work_folder(target: Path) -> Path:
@@ -138,9 +136,7 @@ class _Writer:
             self._descriptors[file.name] = descriptor
             os.ftruncate(descriptor, file.num_bytes)
             _write_all(descriptor, memoryview(file.header), 0)
-        self._journal = os.open(
-            work / "progress.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-        )
+        self._journal = os.open(work / "progress.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         written = sum(_block_bytes(self.blocks[number]) for number in done)
         self.progress = Progress("convert", sum(map(_block_bytes, self.blocks)), written)
 
@@ -175,9 +171,7 @@ class _Writer:
             if low >= high:
                 sums.append(0)
                 continue
-            columns = slice(
-                piece.first_column * item, (piece.first_column + piece.num_columns) * item
-            )
+            columns = slice(piece.first_column * item, (piece.first_column + piece.num_columns) * item)
             part = np.ascontiguousarray(rows[low - block.start : high - block.start, columns])
             view = part.reshape(-1).data
             sums.append(zlib.crc32(view))
@@ -213,9 +207,7 @@ class _Writer:
             if low >= high:
                 continue
             width = piece.num_columns * item
-            position = (
-                self.positions[piece.file][piece.stored_name] + (low - piece.first_row) * width
-            )
+            position = self.positions[piece.file][piece.stored_name] + (low - piece.first_row) * width
             content = self._read(piece.file, position, (high - low) * width)
             if zlib.crc32(content.data) != expected:
                 raise self._differs(piece)
@@ -230,9 +222,10 @@ class _Writer:
         """Nothing of this attempt is worth keeping: the next run starts over."""
         (self.work / "plan.json").unlink(missing_ok=True)
         return UserError(
-            "what was written reads back differently", where=f"{piece.file}: {piece.stored_name}",
+            "what was written reads back differently",
+            where=f"{piece.file}: {piece.stored_name}",
             fix="check the disk, then run the same command again: it starts over",
-        )  # fmt: skip
+        )
 
     def _checksums(self) -> Written:
         """Of each tensor and each file, joined from those of the blocks."""
@@ -240,17 +233,12 @@ class _Writer:
         for block in self.blocks:
             item = ITEM_BYTES[block.target.info.dtype]
             for piece, value in zip(block.target.pieces, self.done[block.number], strict=True):
-                rows = min(block.stop, piece.first_row + piece.num_rows) - max(
-                    block.start, piece.first_row
-                )
+                rows = min(block.stop, piece.first_row + piece.num_rows) - max(block.start, piece.first_row)
                 if rows <= 0:
                     continue
                 crc, length = tensors.get((piece.file, piece.stored_name), (0, 0))
                 size = rows * piece.num_columns * item
-                tensors[piece.file, piece.stored_name] = (
-                    join_crc32(crc, value, size),
-                    length + size,
-                )
+                tensors[piece.file, piece.stored_name] = (join_crc32(crc, value, size), length + size)
         files = {}
         for file in self.plan.files:
             crc = zlib.crc32(file.header)
@@ -292,8 +280,9 @@ class Progress:
         print(
             f"{self.label}: {share:6.1%} of {self.total_bytes / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
             f"{left:,.0f} s left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def run_all(work: Callable[[Any], None], items: list[Any], threads: int) -> None:
@@ -308,10 +297,7 @@ def run_all(work: Callable[[Any], None], items: list[Any], threads: int) -> None
 
 def split_rows(target: Target) -> Iterator[tuple[int, int]]:
     """(first row, row behind the last) of the blocks in which a target is made."""
-    wanted = [
-        rows for segment in target.segments
-        if (rows := segment.source.rows_at_once(segment.name)) is not None
-    ]  # fmt: skip
+    wanted = [rows for segment in target.segments if (rows := segment.source.rows_at_once(segment.name)) is not None]
     step = max([1, *wanted] if wanted else [1, BLOCK_BYTES // max(1, target.info.row_bytes)])
     for start in range(0, target.info.num_rows, step):
         yield start, min(start + step, target.info.num_rows)
@@ -384,15 +370,16 @@ def _is_published(target: Path, work: Path, fingerprint: str) -> bool:
 
 
 def _check_room(plan: Plan, work: Path) -> None:
-    present = sum(
-        file.stat().st_blocks * 512 for file in (work / "output").rglob("*") if file.is_file()
-    )
+    present = sum(file.stat().st_blocks * 512 for file in (work / "output").rglob("*") if file.is_file())
     free = shutil.disk_usage(work).free
     if plan.num_bytes - present > free:
         raise UserError(
-            "the disk has no room for the output", where=str(work.parent),
-            expected=f"{plan.num_bytes - present:,} bytes free", got=f"{free:,}", fix="free space, or name another target",
-        )  # fmt: skip
+            "the disk has no room for the output",
+            where=str(work.parent),
+            expected=f"{plan.num_bytes - present:,} bytes free",
+            got=f"{free:,}",
+            fix="free space, or name another target",
+        )
 
 
 @contextlib.contextmanager
@@ -407,9 +394,12 @@ def _no_space_told(folder: Path, num_bytes: int) -> Iterator[None]:
         else:
             raise
         raise UserError(
-            "the output cannot be written", where=str(error.filename or folder),
-            expected=f"room for {num_bytes:,} bytes", got=os.strerror(error.errno), fix=fix,
-        ) from None  # fmt: skip
+            "the output cannot be written",
+            where=str(error.filename or folder),
+            expected=f"room for {num_bytes:,} bytes",
+            got=os.strerror(error.errno),
+            fix=fix,
+        ) from None
 
 
 @contextlib.contextmanager
@@ -424,7 +414,7 @@ def _locked(work: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(
                 "another process is writing this target", where=str(work), fix="wait for it, or name another target"
-            ) from None  # fmt: skip
+            ) from None
         yield
         # A refusal leaves no empty folder behind.
         if not (work / "plan.json").exists():

@@ -36,9 +36,7 @@ class Generation:
     """What was generated after one prompt: arrays of n tokens."""
 
     ids: np.ndarray  # int64 [n]
-    log_probs: (
-        np.ndarray
-    )  # float32 [n]; of the sampling distribution (see `Choice`), 0 for forced tokens
+    log_probs: np.ndarray  # float32 [n]; of the sampling distribution (see `Choice`), 0 for forced tokens
     sampled: np.ndarray  # bool [n]; False where the grammar left no choice
     finished: bool  # False: max_new_tokens came first
 
@@ -53,24 +51,20 @@ class ARGenerator:
         self.decoder, self.grammar, self.max_batch_size = decoder, grammar, max_batch_size
 
     def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int, image_grid: Grid | None = None
+    ) -> list[list[int]]:
+        """The generated ids of each prompt, without the prompt; every image has `image_grid` when it is given."""
+        return [g.ids.tolist() for g in self.sample(prompts, sampling, seed, [image_grid] * len(prompts))]
+
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         seed: int,
-        image_grid: Grid | None = None,
-    ) -> list[list[int]]:
-        """The generated ids of each prompt, without the prompt; every image has `image_grid` when it is given."""
-        return [
-            g.ids.tolist()
-            for g in self.sample(prompts, sampling, seed, [image_grid] * len(prompts))
-        ]
-
-    def sample(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int,
         image_grids: Sequence[Grid | None] | None = None,
         unconditional_prompts: Sequence[Sequence[int]] | None = None,
         prompt_indices: Sequence[int] | None = None,
-    ) -> list[Generation]:  # fmt: skip
+    ) -> list[Generation]:
         """Generates after each prompt, in batches of prompts of similar length.
 
         `image_grids`: for each prompt the grid of its images, None: the model chooses.
@@ -78,9 +72,7 @@ class ARGenerator:
         `prompt_indices`: what identifies each prompt to the random numbers; default 0, 1, 2...
         """
         guided = sampling.guidance_scale != 1.0
-        assert not guided or unconditional_prompts is not None, (
-            "guidance needs unconditional prompts"
-        )
+        assert not guided or unconditional_prompts is not None, "guidance needs unconditional prompts"
         assert all(len(prompt) for prompt in prompts), "a prompt holds at least one token"
         grids = list(image_grids or [None] * len(prompts))
         indices = np.arange(len(prompts)) if prompt_indices is None else np.asarray(prompt_indices)
@@ -88,27 +80,23 @@ class ARGenerator:
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for first in range(0, len(prompts), self.max_batch_size):
             rows = by_length[first : first + self.max_batch_size]
-            unconditional = (
-                [unconditional_prompts[row] for row in rows]
-                if guided and unconditional_prompts
-                else []
-            )
+            unconditional = [unconditional_prompts[row] for row in rows] if guided and unconditional_prompts else []
             uniforms = uniform_numbers(seed, indices[rows], sampling.max_new_tokens)
             batch = self._batch(
-                [prompts[row] for row in rows],
-                unconditional,
-                [grids[row] for row in rows],
-                sampling,
-                uniforms,
+                [prompts[row] for row in rows], unconditional, [grids[row] for row in rows], sampling, uniforms
             )
             results.update(zip(rows, batch, strict=True))
         return [results[index] for index in range(len(prompts))]
 
     @torch.inference_mode()
     def _batch(
-        self, prompts: list[Sequence[int]], unconditional: list[Sequence[int]], grids: list[Grid | None],
-        sampling: SamplingConfig, uniforms: np.ndarray,
-    ) -> list[Generation]:  # fmt: skip
+        self,
+        prompts: list[Sequence[int]],
+        unconditional: list[Sequence[int]],
+        grids: list[Grid | None],
+        sampling: SamplingConfig,
+        uniforms: np.ndarray,
+    ) -> list[Generation]:
         """One batch: B prompts, and as many unconditional ones behind them when guided."""
         device, rows = self.grammar.device, len(prompts)
         numbers = torch.as_tensor(uniforms, device=device)
@@ -117,9 +105,7 @@ class ARGenerator:
         record = _Record()
         for position in range(sampling.max_new_tokens):
             guide_logits = logits[rows:] if unconditional else None
-            choice = next_tokens(
-                logits[:rows], state, self.grammar, sampling, numbers[:, position], guide_logits
-            )
+            choice = next_tokens(logits[:rows], state, self.grammar, sampling, numbers[:, position], guide_logits)
             record.add(choice, state.done)
             before, state = state, self.grammar.advance(state, choice.ids)
             if bool(state.done.all()) or position + 1 == sampling.max_new_tokens:
@@ -148,9 +134,7 @@ class _Record:
         self.steps.append((choice.ids, choice.log_probs, choice.sampled, ~was_done))
 
     def split(self, done: torch.Tensor) -> list[Generation]:
-        columns = [
-            torch.stack(column, dim=1).cpu().numpy() for column in zip(*self.steps, strict=True)
-        ]
+        columns = [torch.stack(column, dim=1).cpu().numpy() for column in zip(*self.steps, strict=True)]
         return [
             Generation(ids[real], log_probs[real], sampled[real], finished)
             for ids, log_probs, sampled, real, finished in zip(*columns, done.tolist(), strict=True)

@@ -47,9 +47,7 @@ class KeyValueCache:
     def max_length(self) -> int:
         return self.keys.shape[2]
 
-    def write(
-        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store key and value [B, t, groups, head_dim] of one layer at `slots` [B, t]."""
         rows = torch.arange(self.batch_size, device=slots.device)[:, None]
         self.keys[layer][rows, slots] = key
@@ -57,6 +55,4 @@ class KeyValueCache:
 
     def select_rows(self, rows: torch.Tensor) -> KeyValueCache:
         """A copy that holds the given rows [n] (repeats allowed)."""
-        return KeyValueCache(
-            self.keys[:, rows].clone(), self.values[:, rows].clone(), self.lengths[rows].clone()
-        )
+        return KeyValueCache(self.keys[:, rows].clone(), self.values[:, rows].clone(), self.lengths[rows].clone())

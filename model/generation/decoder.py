@@ -26,15 +26,11 @@ class CachedDecoder:
         longest = int(lengths.max())
         tokens = torch.zeros((len(prompts), longest), dtype=torch.int64, device=self.device)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.as_tensor(
-                prompt, dtype=torch.int64, device=self.device
-            )
+            tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
         self._cache = None  # let go of the last batch's memory first
         self._cache = allocate_cache(self.model, len(prompts), longest + max_new_tokens)
         positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
-        logits = decoder_forward(
-            self.model, tokens, positions, self._cache, num_new=lengths, last_only=True
-        )
+        logits = decoder_forward(self.model, tokens, positions, self._cache, num_new=lengths, last_only=True)
         return logits[:, 0]
 
     def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:

@@ -42,15 +42,9 @@ class GrammarOptions:
     `structure_in_text` names the structure ids that may stand between text; BOI is ruled by `max_images`.
     """
 
-    max_images: int | None = (
-        None  # images that may be generated in one sequence; 0: text only; None: any number
-    )
-    stop_after_images: int | None = (
-        None  # generation ends at the EOI of this image; None: at EOS only
-    )
-    begin_with_image: bool = (
-        False  # the first generated token is BOI (when the prompt does not end in an image)
-    )
+    max_images: int | None = None  # images that may be generated in one sequence; 0: text only; None: any number
+    stop_after_images: int | None = None  # generation ends at the EOI of this image; None: at EOS only
+    begin_with_image: bool = False  # the first generated token is BOI (when the prompt does not end in an image)
     repeat_grid: bool = False  # later images of a sequence have the grid of the first
     max_side: int = 999  # of a grid, in tokens
     max_image_tokens: int = 16_384  # height * width of a grid
@@ -58,11 +52,7 @@ class GrammarOptions:
     structure_in_text: tuple[str, ...] = ("eos", "ess", "boc", "eoc", "bog", "eog")
 
     def validate(self, problems: Problems, key: str = "grammar") -> None:
-        problems.check(
-            1 <= self.max_side < 10**MAX_DIGITS,
-            f"{key}.max_side",
-            f"must be in [1, {10**MAX_DIGITS - 1}]",
-        )
+        problems.check(1 <= self.max_side < 10**MAX_DIGITS, f"{key}.max_side", f"must be in [1, {10**MAX_DIGITS - 1}]")
         problems.check(self.max_image_tokens > 0, f"{key}.max_image_tokens", "must be positive")
 
 
@@ -94,9 +84,13 @@ class ImageGrammar:
     """The machine. `digit_ids` are the text ids of "0" to "9" and `star_id` that of "*"."""
 
     def __init__(
-        self, vocabulary: Vocabulary, digit_ids: Sequence[int], star_id: int,
-        options: GrammarOptions | None = None, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        vocabulary: Vocabulary,
+        digit_ids: Sequence[int],
+        star_id: int,
+        options: GrammarOptions | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         assert len(set(digit_ids)) == 10, "ten different digit ids"
         self.vocabulary = vocabulary
         self.options = options or GrammarOptions()
@@ -108,28 +102,21 @@ class ImageGrammar:
         self._forced_by_phase = self._build_forced_ids()
 
     def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        grids: Sequence[tuple[int, int] | None] | None = None,
+        self, prompts: Sequence[Sequence[int]], grids: Sequence[tuple[int, int] | None] | None = None
     ) -> GrammarState:
         """The state after the prompts. A prompt may end inside an image block, which generation then completes.
 
         `grids` holds, for each prompt, the (height, width) in tokens that its images must have; None: free.
         """
         rows = len(prompts)
-        zeros = {
-            f.name: torch.zeros(rows, dtype=torch.int64, device=self.device)
-            for f in fields(GrammarState)
-        }
+        zeros = {f.name: torch.zeros(rows, dtype=torch.int64, device=self.device) for f in fields(GrammarState)}
         state = GrammarState(**zeros)
         if self.options.begin_with_image:
             state.phase.fill_(Phase.BEGIN_IMAGE)
         self._read_open_images(state, prompts)
         for row, grid in enumerate(grids or ()):
             if grid is not None:
-                assert all(1 <= side < 10**MAX_DIGITS for side in grid), (
-                    f"sides have 1 to {MAX_DIGITS} digits: {grid}"
-                )
+                assert all(1 <= side < 10**MAX_DIGITS for side in grid), f"sides have 1 to {MAX_DIGITS} digits: {grid}"
                 state.target_height[row], state.target_width[row] = grid
         return state
 
@@ -142,16 +129,12 @@ class ImageGrammar:
 
     def below_visual_mask(self, state: GrammarState) -> torch.Tensor:
         """bool [B, visual_start]: the allowed text and structure ids (rows in the CODES phase are all False)."""
-        mask = torch.zeros(
-            (len(state.phase), self.vocabulary.visual_start), dtype=torch.bool, device=self.device
-        )
+        mask = torch.zeros((len(state.phase), self.vocabulary.visual_start), dtype=torch.bool, device=self.device)
         text = state.phase == Phase.TEXT
         mask[text] = self._text_mask
         mask[:, self.vocabulary.boi] = text & self._may_start_image(state)
         in_header = self._in_header(state)
-        header_rows = torch.zeros(
-            (int(in_header.sum()), mask.shape[1]), dtype=torch.bool, device=self.device
-        )
+        header_rows = torch.zeros((int(in_header.sum()), mask.shape[1]), dtype=torch.bool, device=self.device)
         header_rows[:, self._header_ids] = self._header_allowed(state)[in_header]
         mask[in_header] = header_rows
         forced = self._forced_by_phase[state.phase]
@@ -164,9 +147,7 @@ class ImageGrammar:
         size = (len(state.phase), self.vocabulary.padded_size)
         mask = torch.zeros(size, dtype=torch.bool, device=self.device)
         mask[:, : self.vocabulary.visual_start] = self.below_visual_mask(state)
-        mask[:, self.vocabulary.visual_start : self.vocabulary.size] = (state.phase == Phase.CODES)[
-            :, None
-        ]
+        mask[:, self.vocabulary.visual_start : self.vocabulary.size] = (state.phase == Phase.CODES)[:, None]
         return mask
 
     def advance(self, state: GrammarState, ids: torch.Tensor) -> GrammarState:
@@ -177,10 +158,16 @@ class ImageGrammar:
         num_images = state.num_images + image_ends
         repeats = image_ends & self.options.repeat_grid
         after = GrammarState(
-            state.phase, value, num_digits, height, width, position,
+            state.phase,
+            value,
+            num_digits,
+            height,
+            width,
+            position,
             torch.where(repeats, height, state.target_height),
-            torch.where(repeats, width, state.target_width), num_images,
-        )  # fmt: skip
+            torch.where(repeats, width, state.target_width),
+            num_images,
+        )
         after.phase = self._next_phase(state, after, ids)
         return after
 
@@ -198,9 +185,7 @@ class ImageGrammar:
         width = torch.where(ends_side & (state.phase == Phase.WIDTH), state.value, state.width)
         return value, num_digits, height, width
 
-    def _next_phase(
-        self, before: GrammarState, after: GrammarState, ids: torch.Tensor
-    ) -> torch.Tensor:
+    def _next_phase(self, before: GrammarState, after: GrammarState, ids: torch.Tensor) -> torch.Tensor:
         vocabulary, options, phase = self.vocabulary, self.options, before.phase
         next_phase = phase.clone()
 
@@ -239,17 +224,11 @@ class ImageGrammar:
         """bool [B, 12]: which digits, `*` and IMG may follow in a header. Meaningless for rows outside one."""
         in_height = state.phase == Phase.HEIGHT
         target = torch.where(in_height, state.target_height, state.target_width)
-        limit = self.options.max_image_tokens // torch.where(
-            in_height, 1, state.height.clamp(min=1)
-        )
+        limit = self.options.max_image_tokens // torch.where(in_height, 1, state.height.clamp(min=1))
         limit = limit.clamp(max=self.options.max_side)
         value = state.value[:, None] * 10 + torch.arange(10, device=self.device)
-        is_prefix = torch.stack(
-            [value == (target // 10**k)[:, None] for k in range(MAX_DIGITS)]
-        ).any(0)
-        digits = torch.where((target > 0)[:, None], is_prefix, value <= limit[:, None]) & (
-            value >= 1
-        )
+        is_prefix = torch.stack([value == (target // 10**k)[:, None] for k in range(MAX_DIGITS)]).any(0)
+        digits = torch.where((target > 0)[:, None], is_prefix, value <= limit[:, None]) & (value >= 1)
         ends = torch.where(target > 0, state.value == target, state.num_digits >= 1)
         return torch.cat([digits, (ends & in_height)[:, None], (ends & ~in_height)[:, None]], dim=1)
 
@@ -284,9 +263,13 @@ class ImageGrammar:
     def _build_forced_ids(self) -> torch.Tensor:
         vocabulary = self.vocabulary
         forced = {
-            Phase.BEGIN_IMAGE: vocabulary.boi, Phase.ROW_END: vocabulary.eol, Phase.FRAME_END: vocabulary.eof,
-            Phase.IMAGE_END: vocabulary.eoi, Phase.CLOSE: vocabulary.eos, Phase.DONE: vocabulary.pad,
-        }  # fmt: skip
+            Phase.BEGIN_IMAGE: vocabulary.boi,
+            Phase.ROW_END: vocabulary.eol,
+            Phase.FRAME_END: vocabulary.eof,
+            Phase.IMAGE_END: vocabulary.eoi,
+            Phase.CLOSE: vocabulary.eos,
+            Phase.DONE: vocabulary.pad,
+        }
         return self._tensor([forced.get(phase, -1) for phase in Phase])
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:

@@ -21,9 +21,7 @@ class Choice:
     """The next token of B rows. `log_probs` is 0 where the grammar forced it."""
 
     ids: torch.Tensor  # int64 [B]
-    log_probs: (
-        torch.Tensor
-    )  # float32 [B]; under the allowed ids after guidance and temperature, before top-k and top-p
+    log_probs: torch.Tensor  # float32 [B]; under the allowed ids after guidance and temperature, before top-k and top-p
     sampled: torch.Tensor  # bool [B]; False where the grammar left no choice
 
 
@@ -33,12 +31,8 @@ def uniform_numbers(seed: int, prompt_indices: np.ndarray, num_positions: int) -
     Each number is a chain of splitmix64 finalizers (Steele, Lea and Flood, OOPSLA 2014) over its three coordinates.
     """
     rows = _mix(np.uint64(seed & (2**64 - 1)) ^ _mix(np.asarray(prompt_indices).astype(np.uint64)))
-    bits = _mix(
-        rows[:, None] ^ _mix(np.arange(num_positions, dtype=np.uint64) + np.uint64(1 << 32))
-    )
-    return (bits >> np.uint64(12)).astype(
-        np.float64
-    ) / 2.0**52  # 52 bits: u * total < total for every total near 1
+    bits = _mix(rows[:, None] ^ _mix(np.arange(num_positions, dtype=np.uint64) + np.uint64(1 << 32)))
+    return (bits >> np.uint64(12)).astype(np.float64) / 2.0**52  # 52 bits: u * total < total for every total near 1
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -55,9 +49,7 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) 
     return unconditional + scale * (torch.log_softmax(conditional.float(), dim=-1) - unconditional)
 
 
-def allowed_log_probs(
-    logits: torch.Tensor, allowed: torch.Tensor | None, temperature: float
-) -> torch.Tensor:
+def allowed_log_probs(logits: torch.Tensor, allowed: torch.Tensor | None, temperature: float) -> torch.Tensor:
     """float32 [B, V]: log-probabilities under the allowed ids (bool [B, V]; None: all), -inf for the others.
 
     Temperature 0 gives those of temperature 1. A trainer calls this too, so that it scores with the sampler's numbers.
@@ -77,13 +69,9 @@ def truncate(log_probs: torch.Tensor, settings: PhaseSampling) -> torch.Tensor:
         smallest_kept = log_probs.topk(settings.top_k, dim=-1).values[:, -1:]
         log_probs = log_probs.masked_fill(log_probs < smallest_kept, -torch.inf)
     if settings.top_p < 1.0:
-        ordered, order = torch.softmax(log_probs.double(), dim=-1).sort(
-            dim=-1, descending=True, stable=True
-        )
+        ordered, order = torch.softmax(log_probs.double(), dim=-1).sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        removed = torch.zeros_like(log_probs, dtype=torch.bool).scatter(
-            -1, order, before >= settings.top_p
-        )
+        removed = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, before >= settings.top_p)
         log_probs = log_probs.masked_fill(removed, -torch.inf)
     return log_probs
 
@@ -96,10 +84,7 @@ def draw(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def choose(
-    logits: torch.Tensor,
-    allowed: torch.Tensor | None,
-    settings: PhaseSampling,
-    uniforms: torch.Tensor,
+    logits: torch.Tensor, allowed: torch.Tensor | None, settings: PhaseSampling, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One id a row of `logits` [B, V] among the allowed ones, and its log-probability (see `Choice`)."""
     log_probs = allowed_log_probs(logits, allowed, settings.temperature)
@@ -111,9 +96,13 @@ def choose(
 
 
 def next_tokens(
-    logits: torch.Tensor, state: GrammarState, grammar: ImageGrammar, sampling: SamplingConfig,
-    uniforms: torch.Tensor, unconditional: torch.Tensor | None = None,
-) -> Choice:  # fmt: skip
+    logits: torch.Tensor,
+    state: GrammarState,
+    grammar: ImageGrammar,
+    sampling: SamplingConfig,
+    uniforms: torch.Tensor,
+    unconditional: torch.Tensor | None = None,
+) -> Choice:
     """The next token of every row: forced where the grammar leaves no choice, drawn elsewhere.
 
     `logits` [B, padded vocabulary]; `unconditional` the same for the stream without the condition, read for visual

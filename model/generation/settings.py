@@ -16,15 +16,8 @@ class PhaseSampling:
     top_p: float = 1.0  # keep the smallest set of most likely ids with at least this probability
 
     def validate(self, problems: Problems, key: str) -> None:
-        problems.check(
-            self.temperature >= 0,
-            f"{key}.temperature",
-            "must not be negative",
-            f"{key}.temperature=0",
-        )
-        problems.check(
-            self.top_k >= 0, f"{key}.top_k", "must not be negative", f"{key}.top_k=0 (all)"
-        )
+        problems.check(self.temperature >= 0, f"{key}.temperature", "must not be negative", f"{key}.temperature=0")
+        problems.check(self.top_k >= 0, f"{key}.top_k", "must not be negative", f"{key}.top_k=0 (all)")
         problems.check(0 < self.top_p <= 1, f"{key}.top_p", "must be in (0, 1]", f"{key}.top_p=1.0")
 
     @property

@@ -7,15 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.vision_tokenizer.config import VisionTokenizerConfig
-from model.vision_tokenizer.layers import (
-    AttnBlock,
-    Downsample,
-    Middle,
-    Normalize,
-    ResnetBlock,
-    Upsample,
-    convolution,
-)
+from model.vision_tokenizer.layers import AttnBlock, Downsample, Middle, Normalize, ResnetBlock, Upsample, convolution
 
 
 class Level(nn.Module):
@@ -33,12 +25,8 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
-        self.block = nn.ModuleList(
-            ResnetBlock(width, out_channels, config, kernel_size) for width in widths
-        )
-        self.attn = nn.ModuleList(
-            AttnBlock(out_channels, config) for _ in range(num_blocks if attention else 0)
-        )
+        self.block = nn.ModuleList(ResnetBlock(width, out_channels, config, kernel_size) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(out_channels, config) for _ in range(num_blocks if attention else 0))
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
@@ -69,9 +57,13 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for index, width in enumerate(widths):
             level = Level(
-                widths[index - 1] if index else config.ch, width, config.num_res_blocks, config,
-                attention=has_attention(config, index), kernel_size=kernels[index],
-            )  # fmt: skip
+                widths[index - 1] if index else config.ch,
+                width,
+                config.num_res_blocks,
+                config,
+                attention=has_attention(config, index),
+                kernel_size=kernels[index],
+            )
             if index < len(widths) - 1:
                 level.downsample = Downsample(width, config)
             self.down.append(level)
@@ -99,7 +91,7 @@ class Decoder(nn.Module):
         for index in reversed(range(len(widths))):
             level = Level(
                 previous, widths[index], config.num_res_blocks + 1, config, attention=has_attention(config, index)
-            )  # fmt: skip
+            )
             if index:
                 level.upsample = Upsample(widths[index], config)
             previous = widths[index]

@@ -17,13 +17,9 @@ class VisionTokenizerConfig:
     """
 
     ch: int = 256  # channels of the first level
-    ch_mult: list[int] = field(
-        default_factory=lambda: [1, 1, 2, 2, 4]
-    )  # channels of each level / ch
+    ch_mult: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])  # channels of each level / ch
     num_res_blocks: int = 4  # residual blocks a level in the encoder; the decoder has one more
-    attn_resolutions: list[int] = field(
-        default_factory=lambda: [16]
-    )  # sides, counted down from `resolution`
+    attn_resolutions: list[int] = field(default_factory=lambda: [16])  # sides, counted down from `resolution`
     resolution: int = 256  # nominal side in pixels; only decides which levels have attention
     in_channels: int = 3
     out_ch: int = 3
@@ -35,14 +31,10 @@ class VisionTokenizerConfig:
     logit_scale: float = 1.0  # factor on the similarities before the softmax
     dropout: float = 0.0
     norm_groups: int = 32
-    norm_scope: str = (
-        "image"  # image: group statistics over all pixels; pixel: over the channels of one pixel
-    )
+    norm_scope: str = "image"  # image: group statistics over all pixels; pixel: over the channels of one pixel
     mid_attention: bool = True
     padding_mode: str = "zeros"  # zeros | replicate: what convolutions see beyond the border
-    encoder_kernel_sizes: list[int] = field(
-        default_factory=list
-    )  # one a level, 1 or 3; empty: 3 everywhere
+    encoder_kernel_sizes: list[int] = field(default_factory=list)  # one a level, 1 or 3; empty: 3 everywhere
 
     patch_local_encoder: bool = False  # encode each patch of f x f pixels without its surroundings
 
@@ -52,39 +44,40 @@ class VisionTokenizerConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def validate(self, problems: Problems, key: str = "model") -> None:
-        for name in ("ch", "num_res_blocks", "resolution", "in_channels", "out_ch", "z_channels", "embed_dim",
-                     "n_embed", "norm_groups"):  # fmt: skip
+        for name in (
+            "ch",
+            "num_res_blocks",
+            "resolution",
+            "in_channels",
+            "out_ch",
+            "z_channels",
+            "embed_dim",
+            "n_embed",
+            "norm_groups",
+        ):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
         problems.check(
-            bool(self.ch_mult) and min(self.ch_mult) > 0,
-            f"{key}.ch_mult",
-            "must be a list of positive numbers",
+            bool(self.ch_mult) and min(self.ch_mult) > 0, f"{key}.ch_mult", "must be a list of positive numbers"
         )
         groups = max(1, self.norm_groups)
         for mult in self.ch_mult:
             problems.check(
-                self.ch * mult % groups == 0, f"{key}.norm_groups",
+                self.ch * mult % groups == 0,
+                f"{key}.norm_groups",
                 f"must divide every level's channels; {self.ch} * {mult} is not a multiple of {groups}",
                 f"{key}.norm_groups={self.ch}",
-            )  # fmt: skip
+            )
         problems.check(self.logit_scale > 0, f"{key}.logit_scale", "must be positive")
         problems.check(0 <= self.dropout < 1, f"{key}.dropout", "must be in [0, 1)")
-        for name, known in (
-            ("norm_scope", ("image", "pixel")),
-            ("padding_mode", ("zeros", "replicate")),
-        ):
+        for name, known in (("norm_scope", ("image", "pixel")), ("padding_mode", ("zeros", "replicate"))):
             value = getattr(self, name)
-            problems.check(
-                value in known,
-                f"{key}.{name}",
-                f"unknown value {value!r}",
-                f"{key}.{name}={known[0]}",
-            )
+            problems.check(value in known, f"{key}.{name}", f"unknown value {value!r}", f"{key}.{name}={known[0]}")
         kernels = self.encoder_kernel_sizes
         problems.check(
             not kernels or (len(kernels) == len(self.ch_mult) and set(kernels) <= {1, 3}),
-            f"{key}.encoder_kernel_sizes", f"must be {len(self.ch_mult)} numbers, each 1 or 3, or empty",
-        )  # fmt: skip
+            f"{key}.encoder_kernel_sizes",
+            f"must be {len(self.ch_mult)} numbers, each 1 or 3, or empty",
+        )
 
 
 def ibq_emu35() -> VisionTokenizerConfig:

@@ -48,9 +48,10 @@ class PatchDiscriminator(nn.Module):
             wider = config.channels * min(2**index, 8)
             stride = 2 if index < config.num_layers else 1
             layers += [
-                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False), nn.BatchNorm2d(wider, track_running_stats=False),
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(wider, track_running_stats=False),
                 nn.LeakyReLU(0.2),
-            ]  # fmt: skip
+            ]
             width = wider
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, stride=1, padding=1))
 
@@ -60,9 +61,7 @@ class PatchDiscriminator(nn.Module):
     @property
     def smallest_side(self) -> int:
         """Pixels that an image's side must have at least."""
-        num_halvings = sum(
-            isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in self.main
-        )
+        num_halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in self.main)
         return 3 * 2**num_halvings
 
 

@@ -48,9 +48,7 @@ class IBQ(nn.Module):
         """Images [B, 3, h*f, w*f] of quantized or continuous latents [B, embed_dim, h, w]."""
         return self.decoder(self.post_quant_conv(values))
 
-    def reconstruct_with_features(
-        self, values: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def reconstruct_with_features(self, values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As `reconstruct`, and the decoder's feature maps (see `Decoder.features`)."""
         return self.decoder.features(self.post_quant_conv(values))
 

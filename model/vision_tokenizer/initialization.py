@@ -8,9 +8,7 @@ from torch import nn
 
 from model.vision_tokenizer.ibq import IBQ
 
-RESIDUAL_GAIN = (
-    0.5  # of the last convolution of a residual block: the sum of the branches stays small
-)
+RESIDUAL_GAIN = 0.5  # of the last convolution of a residual block: the sum of the branches stays small
 OUTPUT_GAIN = 0.3  # of the decoder's last convolution: the first images are near grey
 
 
@@ -31,9 +29,7 @@ def initialize_weights(model: IBQ, seed: int) -> None:
                 gain = OUTPUT_GAIN
             elif name == "post_quant_conv.weight" and model.config.cosine_similarity:
                 gain = fan_in**0.5  # its input has length one, not one per channel
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator) * (gain * fan_in**-0.5)
-            )
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (gain * fan_in**-0.5))
         elif name == "quantize.embedding.weight":
             draws = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(draws * parameter.shape[1] ** -0.5)
@@ -44,9 +40,7 @@ def initialize_weights(model: IBQ, seed: int) -> None:
 
 
 @torch.no_grad()
-def codes_from_latents(
-    latents: torch.Tensor, num_codes: int, num_rounds: int, seed: int
-) -> torch.Tensor:
+def codes_from_latents(latents: torch.Tensor, num_codes: int, num_rounds: int, seed: int) -> torch.Tensor:
     """Starting codes [num_codes, C] spread over latents [N, C]: k-means++ seeding, then k-means rounds.
 
     Rare latents get codes too: each seed is drawn with probability proportional to its squared distance from the

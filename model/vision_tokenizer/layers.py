@@ -28,37 +28,23 @@ class Normalize(nn.GroupNorm):
         return normed.permute(0, 3, 1, 2)
 
 
-def convolution(
-    in_channels: int, out_channels: int, config: VisionTokenizerConfig, kernel_size: int = 3
-) -> nn.Conv2d:
+def convolution(in_channels: int, out_channels: int, config: VisionTokenizerConfig, kernel_size: int = 3) -> nn.Conv2d:
     """A convolution that keeps the size."""
-    padding_mode: Literal["zeros", "replicate"] = (
-        "replicate" if config.padding_mode == "replicate" else "zeros"
-    )
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=padding_mode
-    )
+    padding_mode: Literal["zeros", "replicate"] = "replicate" if config.padding_mode == "replicate" else "zeros"
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, padding_mode=padding_mode)
 
 
 class ResnetBlock(nn.Module):
     """norm, swish, conv, norm, swish, dropout, conv, added to the input (through a 1x1 conv when widths differ)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        config: VisionTokenizerConfig,
-        kernel_size: int = 3,
-    ):
+    def __init__(self, in_channels: int, out_channels: int, config: VisionTokenizerConfig, kernel_size: int = 3):
         super().__init__()
         self.norm1 = Normalize(in_channels, config)
         self.conv1 = convolution(in_channels, out_channels, config, kernel_size)
         self.norm2 = Normalize(out_channels, config)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = convolution(out_channels, out_channels, config, kernel_size)
-        self.nin_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        )
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -81,8 +67,7 @@ class AttnBlock(nn.Module):
         batch, channels, height, width = x.shape
         hidden = self.norm(x)
         query, key, value = (
-            layer(hidden).view(batch, channels, height * width).transpose(1, 2)
-            for layer in (self.q, self.k, self.v)
+            layer(hidden).view(batch, channels, height * width).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
         return x + self.proj_out(mixed.transpose(1, 2).reshape(batch, channels, height, width))

@@ -44,9 +44,7 @@ def pixel_weights(images: torch.Tensor, contrast: float) -> torch.Tensor | None:
     return weights / weights.mean()
 
 
-def entropy_terms(
-    logits: torch.Tensor, config: LossWeightsConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def entropy_terms(logits: torch.Tensor, config: LossWeightsConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, entropy of a choice, entropy of the batch's mean choice) in nats, of logits [N, n_embed].
 
     The loss wants each choice certain and all codes used alike (arXiv 2310.05737, section 3).
@@ -83,9 +81,7 @@ def tokenizer_loss(
         terms["quantization"] = quantized.loss
         total = total + config.quantization * quantized.loss
         if config.entropy:
-            terms["entropy"], terms["choice_entropy"], terms["batch_entropy"] = entropy_terms(
-                quantized.logits, config
-            )
+            terms["entropy"], terms["choice_entropy"], terms["batch_entropy"] = entropy_terms(quantized.logits, config)
             total = total + config.entropy * terms["entropy"]
     for name, (weight, term) in (extra_terms or {}).items():
         terms[name] = term(images, reconstructions)

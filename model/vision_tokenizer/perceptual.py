@@ -26,19 +26,17 @@ class PerceptualConfig:
     """A distance between feature maps, as in LPIPS (arXiv 1801.03924). Weight 0: off."""
 
     weight: float = 0.0
-    backbone: str = (
-        "model.vision_tokenizer.perceptual.vgg16"  # factory: () -> module, images to feature maps
-    )
-    weights: str | None = (
-        None  # safetensors file: the backbone's keys, and lin0.weight, lin1.weight, ... per channel
-    )
+    backbone: str = "model.vision_tokenizer.perceptual.vgg16"  # factory: () -> module, images to feature maps
+    weights: str | None = None  # safetensors file: the backbone's keys, and lin0.weight, lin1.weight, ... per channel
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(self.weight >= 0, f"{key}.weight", "must not be negative")
         problems.check(
-            self.weight == 0 or self.weights is not None, f"{key}.weights",
-            "a perceptual loss needs the weights of its backbone", f"{key}.weights=FILE.safetensors",
-        )  # fmt: skip
+            self.weight == 0 or self.weights is not None,
+            f"{key}.weights",
+            "a perceptual loss needs the weights of its backbone",
+            f"{key}.weights=FILE.safetensors",
+        )
 
 
 @dataclass
@@ -46,26 +44,22 @@ class DistillationConfig:
     """Features of a level of the decoder learn to predict a teacher's features of the image. Weight 0: off."""
 
     weight: float = 0.0
-    teacher: str = (
-        ""  # dotted path of a factory: () -> module, images [B, 3, H, W] in [-1, 1] to [B, C, h, w]
-    )
+    teacher: str = ""  # dotted path of a factory: () -> module, images [B, 3, H, W] in [-1, 1] to [B, C, h, w]
     weights: str | None = None  # safetensors file of the teacher
     level: int = 1  # feature map of the decoder: 0 after the middle, then one a level, lowest resolution first
 
     def validate(self, problems: Problems, key: str, num_levels: int) -> None:
         problems.check(self.weight >= 0, f"{key}.weight", "must not be negative")
         problems.check(
-            self.weight == 0 or bool(self.teacher), f"{key}.teacher", "names no teacher",
+            self.weight == 0 or bool(self.teacher),
+            f"{key}.teacher",
+            "names no teacher",
             f"{key}.teacher=package.module.function",
-        )  # fmt: skip
-        problems.check(
-            0 <= self.level <= num_levels, f"{key}.level", f"must be in [0, {num_levels}]", f"{key}.level=1"
-        )  # fmt: skip
+        )
+        problems.check(0 <= self.level <= num_levels, f"{key}.level", f"must be in [0, {num_levels}]", f"{key}.level=1")
 
 
-def load_network(
-    path: str, weights: str | None, key: str
-) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def load_network(path: str, weights: str | None, key: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A frozen network and the tensors of the file that are not its own. Raises `UserError` naming `key`."""
     module_name, _, name = path.rpartition(".")
     try:
@@ -77,18 +71,15 @@ def load_network(
         try:
             tensors = load_file(Path(weights))
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                "the network's weights cannot be read", where=weights, got=str(error)
-            ) from None
+            raise UserError("the network's weights cannot be read", where=weights, got=str(error)) from None
         expected = network.state_dict()
         problems = [
             f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing'}"
-            for name, tensor in expected.items() if name not in tensors or tensors[name].shape != tensor.shape
-        ]  # fmt: skip
+            for name, tensor in expected.items()
+            if name not in tensors or tensors[name].shape != tensor.shape
+        ]
         if problems:
-            raise UserError(
-                "the weights are not of this network", where=weights, got="; ".join(problems)
-            )
+            raise UserError("the weights are not of this network", where=weights, got="; ".join(problems))
         network.load_state_dict({name: tensors[name] for name in expected})
         rest = {name: tensor for name, tensor in tensors.items() if name not in expected}
     return network.eval().requires_grad_(False), rest
@@ -110,18 +101,14 @@ class PerceptualLoss(nn.Module):
     @classmethod
     def load(cls, config: PerceptualConfig, key: str) -> PerceptualLoss:
         backbone, rest = load_network(config.backbone, config.weights, key)
-        linear = sorted(
-            (name for name in rest if name.startswith("lin")), key=lambda name: int(name[3])
-        )
+        linear = sorted((name for name in rest if name.startswith("lin")), key=lambda name: int(name[3]))
         return cls(backbone, [rest[name].abs() for name in linear])
 
     def forward(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             targets = self.backbone(images)
         total = images.new_zeros(())
-        for index, (found, target) in enumerate(
-            zip(self.backbone(reconstructions), targets, strict=True)
-        ):
+        for index, (found, target) in enumerate(zip(self.backbone(reconstructions), targets, strict=True)):
             difference = (_unit_channels(found) - _unit_channels(target)).square()
             if len(self.channel_weights):
                 weights = self.channel_weights[index][None, :, None, None]
@@ -153,9 +140,7 @@ class Distillation(nn.Module):
             nn.init.zeros_(self.projection.bias)
 
     @classmethod
-    def load(
-        cls, config: DistillationConfig, decoder_channels: int, seed: int, key: str
-    ) -> Distillation:
+    def load(cls, config: DistillationConfig, decoder_channels: int, seed: int, key: str) -> Distillation:
         teacher, _ = load_network(config.teacher, config.weights, key)
         with torch.no_grad():
             teacher_channels = teacher(torch.zeros(1, 3, 64, 64)).shape[1]

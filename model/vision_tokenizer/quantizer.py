@@ -15,9 +15,7 @@ from model.vision_tokenizer.config import VisionTokenizerConfig
 class Quantized:
     """Training output of the quantizer."""
 
-    values: (
-        torch.Tensor
-    )  # [B, C, h, w]; the chosen codes, differentiable in latents and in every code
+    values: torch.Tensor  # [B, C, h, w]; the chosen codes, differentiable in latents and in every code
     codes: torch.Tensor  # int64 [B, h, w]
     loss: torch.Tensor  # scalar, published quantisation loss
     logits: torch.Tensor  # [B * h * w, n_embed]
@@ -62,11 +60,7 @@ class IndexBackpropagationQuantizer(nn.Module):
         """Codes int64 [B, h, w] of latents [B, C, h, w]. The scale does not move the argmax."""
         batch, channels, height, width = latents.shape
         flat = self.project(latents.permute(0, 2, 3, 1).reshape(-1, channels))
-        return (
-            (flat @ self.project(self.embedding.weight).t())
-            .argmax(dim=-1)
-            .view(batch, height, width)
-        )
+        return (flat @ self.project(self.embedding.weight).t()).argmax(dim=-1).view(batch, height, width)
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """Values [B, C, h, w] of codes int64 [B, h, w]."""

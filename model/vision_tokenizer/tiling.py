@@ -81,9 +81,7 @@ def _tiles(height: int, width: int, tile: int, margin: int) -> Iterator[tuple[Sp
 
 
 @torch.no_grad()
-def encode_tiled(
-    model: IBQ, images: torch.Tensor, tile: int, margin: int | None = None
-) -> torch.Tensor:
+def encode_tiled(model: IBQ, images: torch.Tensor, tile: int, margin: int | None = None) -> torch.Tensor:
     """Codes int64 [B, H/f, W/f] of images [B, 3, H, W], `tile` codes a side at a time.
 
     `margin` in codes; by default the exact one, or `DEFAULT_MARGIN`.
@@ -95,21 +93,22 @@ def encode_tiled(
     codes = torch.empty(len(images), height, width, dtype=torch.int64, device=images.device)
     for row, column in _tiles(height, width, tile, _margin(model.config, margin)):
         part = images[
-            :, :, row.outer_start * factor : row.outer_stop * factor,
+            :,
+            :,
+            row.outer_start * factor : row.outer_stop * factor,
             column.outer_start * factor : column.outer_stop * factor,
-        ]  # fmt: skip
+        ]
         found = model.encode(part)
         codes[:, row.start : row.stop, column.start : column.stop] = found[
-            :, row.start - row.outer_start : row.stop - row.outer_start,
+            :,
+            row.start - row.outer_start : row.stop - row.outer_start,
             column.start - column.outer_start : column.stop - column.outer_start,
-        ]  # fmt: skip
+        ]
     return codes
 
 
 @torch.no_grad()
-def decode_tiled(
-    model: IBQ, codes: torch.Tensor, tile: int, margin: int | None = None
-) -> torch.Tensor:
+def decode_tiled(model: IBQ, codes: torch.Tensor, tile: int, margin: int | None = None) -> torch.Tensor:
     """Images [B, 3, h*f, w*f] of codes int64 [B, h, w], `tile` codes a side at a time.
 
     Exact where a margin can be; otherwise neighbouring tiles are blended linearly over both their margins.
@@ -121,14 +120,10 @@ def decode_tiled(
     margin = _margin(model.config, margin)
     height, width = codes.shape[1] * factor, codes.shape[2] * factor
     dtype = model.quantize.embedding.weight.dtype
-    images = torch.zeros(
-        len(codes), model.config.out_ch, height, width, dtype=dtype, device=codes.device
-    )
+    images = torch.zeros(len(codes), model.config.out_ch, height, width, dtype=dtype, device=codes.device)
     total = torch.zeros(height, width, dtype=dtype, device=codes.device)
     for row, column in _tiles(codes.shape[1], codes.shape[2], tile, margin):
-        part = model.decode(
-            codes[:, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop]
-        )
+        part = model.decode(codes[:, row.outer_start : row.outer_stop, column.outer_start : column.outer_stop])
         rows, columns = (_weights(span, factor, blends).to(part) for span in (row, column))
         weight = rows[:, None] * columns[None]
         place = (

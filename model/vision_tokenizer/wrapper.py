@@ -54,9 +54,7 @@ class VisionTokenizer:
         assert (*sides, channels) == (0, 0, 3), f"{images.shape} with factor {self.factor}"
         device = self.model.quantize.embedding.weight.device
         parts = [
-            encode_tiled(self.model, to_model_range(images[start:end]).to(device), self._tile)
-            .cpu()
-            .numpy()
+            encode_tiled(self.model, to_model_range(images[start:end]).to(device), self._tile).cpu().numpy()
             for start, end in self._chunks(len(images), height * width)
         ]
         shape = (0, height // self.factor, width // self.factor)
@@ -68,9 +66,7 @@ class VisionTokenizer:
         assert codes.ndim == 3, codes.shape
         height, width = (side * self.factor for side in codes.shape[1:])
         ids = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
-        assert ids.numel() == 0 or (ids.min() >= 0 and ids.max() < self.codebook_size), (
-            "a code out of range"
-        )
+        assert ids.numel() == 0 or (ids.min() >= 0 and ids.max() < self.codebook_size), "a code out of range"
         device = self.model.quantize.embedding.weight.device
         parts = [
             to_pixels(decode_tiled(self.model, ids[start:end].to(device), self._tile))
@@ -116,8 +112,10 @@ def config_from_manifest(metadata: dict[str, Any], checkpoint: Path) -> VisionTo
     except (KeyError, TypeError) as error:
         raise UserError(
             "the checkpoint's manifest does not describe a vision tokenizer's sizes",
-            where=str(checkpoint), expected="model: {ch, ch_mult, ...}", got=str(error),
-        ) from None  # fmt: skip
+            where=str(checkpoint),
+            expected="model: {ch, ch_mult, ...}",
+            got=str(error),
+        ) from None
 
 
 @torch.no_grad()
@@ -137,10 +135,7 @@ def load_weights(model: IBQ, reader: Any) -> None:
             if shape != tuple(tensor.shape):
                 problems.append(f"{name}: {shape} instead of {tuple(tensor.shape)}")
     if problems:
-        raise UserError(
-            "the checkpoint does not fit the vision tokenizer's configuration",
-            got="; ".join(problems),
-        )
+        raise UserError("the checkpoint does not fit the vision tokenizer's configuration", got="; ".join(problems))
     for name, tensor in expected.items():
         tensor.copy_(reader.read(MODEL_PREFIX + name, (0,) * tensor.dim(), tuple(tensor.shape)))
 

@@ -11,9 +11,7 @@ from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.store import TokenFileWriter
 from model.vocabulary import Vocabulary, VocabularyConfig
 
-VOCABULARY = Vocabulary.from_config(
-    VocabularyConfig(text_size=1_000_000, reserved_size=32, visual_size=1_000_000)
-)
+VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=1_000_000, reserved_size=32, visual_size=1_000_000))
 # (kind, length, flags)
 Spec = tuple[int, int, int]
 
@@ -58,12 +56,7 @@ def text(length: int, splittable: bool = True) -> list[Spec]:
 
 
 def captioned(caption: int, image: int) -> list[Spec]:
-    return [
-        (Kind.STRUCTURE, 1, 0),
-        (Kind.TEXT, caption, 0),
-        (Kind.IMAGE, image, 0),
-        (Kind.STRUCTURE, 1, 0),
-    ]
+    return [(Kind.STRUCTURE, 1, 0), (Kind.TEXT, caption, 0), (Kind.IMAGE, image, 0), (Kind.STRUCTURE, 1, 0)]
 
 
 def video(num_frames: int, words: int, image: int) -> list[Spec]:
@@ -71,31 +64,30 @@ def video(num_frames: int, words: int, image: int) -> list[Spec]:
     return [(Kind.STRUCTURE, 1, 0), *frames, (Kind.STRUCTURE, 1, 0)]
 
 
-def write_token_file(
-    prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]], **changes: Any
-) -> dict[str, Any]:
+def write_token_file(prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]], **changes: Any) -> dict[str, Any]:
     manifest = {
-        "kind": "tokens", "num_documents": len(documents), "vocabulary": VOCABULARY.describe(),
-        "text_tokenizer": "text-1", "vision_tokenizer": "vision-1", "sources": [prefix.parent.name],
-        "inputs": [], "quarantined": {},
-    }  # fmt: skip
+        "kind": "tokens",
+        "num_documents": len(documents),
+        "vocabulary": VOCABULARY.describe(),
+        "text_tokenizer": "text-1",
+        "vision_tokenizer": "vision-1",
+        "sources": [prefix.parent.name],
+        "inputs": [],
+        "quarantined": {},
+    }
     with TokenFileWriter(prefix) as writer:
         for tokens, segments in documents:
             writer.add(tokens, segments)
         return writer.finish(manifest | changes)
 
 
-def write_sources(
-    folder: Path, sources: dict[str, list[list[Spec]]], **changes: Any
-) -> dict[str, Path]:
+def write_sources(folder: Path, sources: dict[str, list[list[Spec]]], **changes: Any) -> dict[str, Path]:
     """Token folders of the sources, several files each."""
     corpus = Corpus()
     for name, specs in sources.items():
         documents = [corpus.document(spec) for spec in specs]
         for number, first in enumerate(range(0, len(documents), 40)):
-            write_token_file(
-                folder / name / f"{number:06d}", documents[first : first + 40], **changes
-            )
+            write_token_file(folder / name / f"{number:06d}", documents[first : first + 40], **changes)
     return {name: folder / name for name in sources}
 
 
@@ -103,9 +95,6 @@ def mixed_sources(scale: int = 1, seed: int = 0) -> dict[str, list[list[Spec]]]:
     """Pairs, videos and text; about a tenth of the tokens are splittable text. For rows of 512 tokens."""
     random = np.random.default_rng(seed)
     pairs = [captioned(int(random.integers(5, 25)), 45) for _ in range(300 * scale)]
-    clips = [
-        video(int(random.integers(2, 7)), int(random.integers(4, 14)), 45)
-        for _ in range(120 * scale)
-    ]
+    clips = [video(int(random.integers(2, 7)), int(random.integers(4, 14)), 45) for _ in range(120 * scale)]
     plain = [text(int(random.integers(20, 400))) for _ in range(26 * scale)]
     return {"pairs": pairs, "clips": clips, "text": plain}

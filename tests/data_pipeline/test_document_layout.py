@@ -91,10 +91,22 @@ def test_the_block_of_emu3_ends_its_last_row_and_the_frame() -> None:
     builder = DocumentBuilder(VOCABULARY, TOKENIZER, "emu3")
     block = builder.image_block(codes(2, 2))
     names = {index: name for name, index in VOCABULARY.structure.items()}
-    readable = [names.get(index, "code" if VOCABULARY.is_visual(index) else "text") for index in block.tolist()]  # fmt: skip
+    readable = [names.get(index, "code" if VOCABULARY.is_visual(index) else "text") for index in block.tolist()]
     assert readable == [
-        "boi", "text", "text", "text", "img", "code", "code", "eol", "code", "code", "eol", "eof", "eoi",
-    ]  # fmt: skip
+        "boi",
+        "text",
+        "text",
+        "text",
+        "img",
+        "code",
+        "code",
+        "eol",
+        "code",
+        "code",
+        "eol",
+        "eof",
+        "eoi",
+    ]
     assert (parse_image_block(block, VOCABULARY, TOKENIZER).codes == codes(2, 2)).all()
 
 
@@ -195,9 +207,7 @@ def test_image_text_in_both_orders() -> None:
 def test_plain_text_may_be_split() -> None:
     document = BUILDER.text(1, "hello")
     check(document)
-    assert spans(document) == [
-        ("STRUCTURE", Flag.DOCUMENT_START), ("TEXT", Flag.SPLITTABLE), ("STRUCTURE", 0),
-    ]  # fmt: skip
+    assert spans(document) == [("STRUCTURE", Flag.DOCUMENT_START), ("TEXT", Flag.SPLITTABLE), ("STRUCTURE", 0)]
     assert spans(BUILDER.text(1, "hello", splittable=False))[1] == ("TEXT", 0)
 
 
@@ -213,8 +223,7 @@ def test_chat_asks_for_loss_on_the_response_only() -> None:
     document = BUILDER.chat(1, "t2i", "a red circle", [], [Picture(codes(2, 2))])
     check(document)
     assert describe(document.tokens, VOCABULARY, TOKENIZER) == (
-        "<bos> You are a helpful assistant for t2i task. USER: a red circle ASSISTANT: <bss> "
-        "<image 2*2> <ess> <eos>"
+        "<bos> You are a helpful assistant for t2i task. USER: a red circle ASSISTANT: <bss> <image 2*2> <ess> <eos>"
     )
     no_loss = (document.segments["flags"] & Flag.NO_LOSS) > 0
     with_loss = np.repeat(~no_loss, document.segments["length"])
@@ -229,13 +238,11 @@ def test_only_edits_show_pictures_before_the_question() -> None:
     images = [Picture(codes(2, 2)), Picture(codes(1, 1))]
     edit = describe(BUILDER.chat_prompt("x2i", "make it blue", images), VOCABULARY, TOKENIZER)
     assert edit == (
-        "<bos> You are a helpful assistant for x2i task. USER: <image 2*2> <image 1*1> "
-        "make it blue ASSISTANT: <bss>"
+        "<bos> You are a helpful assistant for x2i task. USER: <image 2*2> <image 1*1> make it blue ASSISTANT: <bss>"
     )
     story = describe(BUILDER.chat_prompt("explore", "go on", images), VOCABULARY, TOKENIZER)
     assert story == (
-        "<bos> You are a helpful assistant for explore task. USER: go on <image 2*2> <image 1*1> "
-        "ASSISTANT: <bss>"
+        "<bos> You are a helpful assistant for explore task. USER: go on <image 2*2> <image 1*1> ASSISTANT: <bss>"
     )
 
 
@@ -277,9 +284,7 @@ def lay_out(document_format: str, kind: str, parts: list[Part], **options: float
 
 
 def test_the_share_of_pairs_with_the_picture_first_is_kept() -> None:
-    layout = DocumentLayout(
-        BUILDER, "pretrain", LayoutConfig(image_first_probability=0.25), "source", 0
-    )
+    layout = DocumentLayout(BUILDER, "pretrain", LayoutConfig(image_first_probability=0.25), "source", 0)
     pair: list[Part] = [Text("words"), Picture(codes(1, 1))]
     documents = [layout.build(str(key), "image_text", pair, {}) for key in range(400)]
     first = [document.segments["kind"][1] == Kind.IMAGE for document in documents]
@@ -288,9 +293,12 @@ def test_the_share_of_pairs_with_the_picture_first_is_kept() -> None:
 
 def test_video_as_chat() -> None:
     parts: list[Part] = [
-        Text("it moves", Kind.TRANSCRIPT), Picture(codes(2, 2)), Text("to the right", Kind.TRANSCRIPT),
-        Picture(codes(2, 2)), Picture(codes(2, 2)),
-    ]  # fmt: skip
+        Text("it moves", Kind.TRANSCRIPT),
+        Picture(codes(2, 2)),
+        Text("to the right", Kind.TRANSCRIPT),
+        Picture(codes(2, 2)),
+        Picture(codes(2, 2)),
+    ]
     assert lay_out("chat", "video_interleaved", parts) == (
         "<bos> You are a helpful assistant for explore task. USER: it moves <image 2*2> ASSISTANT: "
         "<bss> to the right <image 2*2> <image 2*2> <ess> <eos>"
@@ -317,7 +325,5 @@ def test_other_kinds_as_chat() -> None:
     )
     with pytest.raises(SampleError, match="no_chat_format"):
         lay_out("chat", "text", [Text("words")])
-    dropped = lay_out(
-        "chat", "image_text", [Text("words"), picture], condition_dropout_probability=1.0
-    )
+    dropped = lay_out("chat", "image_text", [Text("words"), picture], condition_dropout_probability=1.0)
     assert "words" not in dropped

@@ -50,9 +50,11 @@ def test_small_pictures_are_not_enlarged_unless_asked() -> None:
 
 
 @given(
-    height=st.integers(1, 5000), width=st.integers(1, 5000), factor=st.sampled_from([1, 8, 16]),
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    factor=st.sampled_from([1, 8, 16]),
     max_tokens=st.integers(1, 5000),
-)  # fmt: skip
+)
 def test_sizes_keep_area_and_aspect(height: int, width: int, factor: int, max_tokens: int) -> None:
     max_area = max_tokens * factor**2
     rows, columns = fit_size(height, width, factor=factor, max_area=max_area)
@@ -151,9 +153,7 @@ def test_scores() -> None:
 
 
 def test_the_chain_names_the_filter_that_refuses() -> None:
-    chain = FilterChain(
-        [FilterConfig("aspect_ratio", maximum=3.0), FilterConfig("blank_image", minimum=2.0)]
-    )
+    chain = FilterChain([FilterConfig("aspect_ratio", maximum=3.0), FilterConfig("blank_image", minimum=2.0)])
     chain.check(prepared(Pixels(NOISE, (100, 300))))
     chain.check(prepared(Text("no picture")))
     for picture, reason in ((WIDE, "filter_aspect_ratio"), (BLANK, "filter_blank_image")):

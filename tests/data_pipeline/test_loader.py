@@ -41,31 +41,31 @@ def datasets(tmp_path_factory) -> dict[str, Path]:
 
 def open_source(datasets: dict[str, Path], **changes) -> PackedDataSource:
     settings = {
-        "datasets": datasets, "weights": {"mixed": 0.7, "chats": 0.3}, "seed": 1, "sequence_length": LENGTH,
-        "global_batch_size": 12, "micro_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1,
-        "loss_weights": LOSS_WEIGHTS, "document_attention": "document", "vocabulary": VOCABULARY,
+        "datasets": datasets,
+        "weights": {"mixed": 0.7, "chats": 0.3},
+        "seed": 1,
+        "sequence_length": LENGTH,
+        "global_batch_size": 12,
+        "micro_batch_size": 2,
+        "data_parallel_rank": 0,
+        "data_parallel_size": 1,
+        "loss_weights": LOSS_WEIGHTS,
+        "document_attention": "document",
+        "vocabulary": VOCABULARY,
         "prefetch_batches": 2,
-    }  # fmt: skip
+    }
     return PackedDataSource(**(settings | changes))
 
 
 def same(first: MicroBatch, second: MicroBatch) -> bool:
-    arrays = all(
-        np.array_equal(getattr(first, name), getattr(second, name))
-        for name in (*ARRAYS, "cu_seqlens")
-    )
-    return arrays and (first.max_seqlen, first.num_real_tokens) == (
-        second.max_seqlen,
-        second.num_real_tokens,
-    )
+    arrays = all(np.array_equal(getattr(first, name), getattr(second, name)) for name in (*ARRAYS, "cu_seqlens"))
+    return arrays and (first.max_seqlen, first.num_real_tokens) == (second.max_seqlen, second.num_real_tokens)
 
 
 def test_a_batch_is_what_the_rows_say(datasets):
     source = open_source(datasets)
     opened = {name: PackedDataset(folder) for name, folder in datasets.items()}
-    mixture = Mixture(
-        {name: len(dataset) for name, dataset in opened.items()}, {"mixed": 0.7, "chats": 0.3}, 1
-    )
+    mixture = Mixture({name: len(dataset) for name, dataset in opened.items()}, {"mixed": 0.7, "chats": 0.3}, 1)
     assert source.source_names == ["chat", "clips", "pairs", "text"]
     for first_sample in (0, 12, 12_000):
         micro_batches = source.batch(first_sample)
@@ -86,9 +86,7 @@ def check_against_oracle(micro_batch: MicroBatch, rows: list, attention: str) ->
     size = len(rows[0][0])
     spans, num_real = [], 0
     for index, (tokens, segments, sources) in enumerate(rows):
-        belongs = [
-            number for number, segment in enumerate(segments) for _ in range(segment["length"])
-        ]
+        belongs = [number for number, segment in enumerate(segments) for _ in range(segment["length"])]
         first_of_span = 0
         for position in range(size):
             segment = segments[belongs[position]]
@@ -129,17 +127,18 @@ def class_weight(token: int, kind: int) -> tuple[float, TokenClass]:
 
 SEGMENT_SPECS = st.lists(
     st.tuples(
-        st.integers(1, 6), st.sampled_from([Kind.TEXT, Kind.IMAGE, Kind.TRANSCRIPT, Kind.STRUCTURE]),
-        st.sampled_from([0, Flag.DOCUMENT_START, Flag.NO_LOSS, Flag.DOCUMENT_START | Flag.NO_LOSS]), st.integers(0, 3),
-    ), min_size=1, max_size=5,
-)  # fmt: skip
+        st.integers(1, 6),
+        st.sampled_from([Kind.TEXT, Kind.IMAGE, Kind.TRANSCRIPT, Kind.STRUCTURE]),
+        st.sampled_from([0, Flag.DOCUMENT_START, Flag.NO_LOSS, Flag.DOCUMENT_START | Flag.NO_LOSS]),
+        st.integers(0, 3),
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(SEGMENT_SPECS, min_size=1, max_size=3),
-    attention=st.sampled_from(["document", "full"]),
-)
+@given(rows=st.lists(SEGMENT_SPECS, min_size=1, max_size=3), attention=st.sampled_from(["document", "full"]))
 def test_any_rows_agree_with_the_oracle(rows, attention):
     size = 32
     random = np.random.default_rng(0)
@@ -147,12 +146,7 @@ def test_any_rows_agree_with_the_oracle(rows, attention):
     for specs in rows:
         segments = np.zeros(len(specs) + 1, SEGMENT_DTYPE)
         for segment, (length, kind, flags, source) in zip(segments, specs, strict=False):
-            segment["length"], segment["kind"], segment["flags"], segment["source"] = (
-                length,
-                kind,
-                flags,
-                source,
-            )
+            segment["length"], segment["kind"], segment["flags"], segment["source"] = (length, kind, flags, source)
         segments["length"][-1] = size - segments["length"].sum()  # the last one is padding
         segments["start"] = np.cumsum(segments["length"]) - segments["length"]
         tokens = random.integers(VOCABULARY.visual_start - 20, VOCABULARY.visual_start + 20, size)
@@ -174,25 +168,21 @@ def test_types_and_shapes(datasets):
     assert micro_batch.cu_seqlens.dtype == np.int32
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "micro_batch_size"), [(2, 2), (3, 2), (2, 3), (4, 1), (12, 1), (1, 12)]
-)
+@pytest.mark.parametrize(("num_ranks", "micro_batch_size"), [(2, 2), (3, 2), (2, 3), (4, 1), (12, 1), (1, 12)])
 def test_ranks_together_read_the_same_global_batch(datasets, num_ranks, micro_batch_size):
     def rows(num_ranks: int, micro_batch_size: int) -> dict[str, list]:
         by_micro_batch = []
         for rank in range(num_ranks):
             source = open_source(
-                datasets, data_parallel_rank=rank, data_parallel_size=num_ranks,
-                micro_batch_size=micro_batch_size, prefetch_batches=0,
-            )  # fmt: skip
+                datasets,
+                data_parallel_rank=rank,
+                data_parallel_size=num_ranks,
+                micro_batch_size=micro_batch_size,
+                prefetch_batches=0,
+            )
             by_micro_batch.append(source.batch(24))
-        ordered = [
-            ranks[number] for number in range(len(by_micro_batch[0])) for ranks in by_micro_batch
-        ]
-        return {
-            name: np.concatenate([getattr(one, name) for one in ordered]).tolist()
-            for name in ARRAYS
-        }
+        ordered = [ranks[number] for number in range(len(by_micro_batch[0])) for ranks in by_micro_batch]
+        return {name: np.concatenate([getattr(one, name) for one in ordered]).tolist() for name in ARRAYS}
 
     assert rows(num_ranks, micro_batch_size) == rows(1, 2)
 
@@ -209,9 +199,7 @@ def test_batches_are_a_pure_function_of_the_sample(datasets):
 def test_reading_ahead_is_bounded(datasets, monkeypatch):
     reads = []
     read = PackedDataSource._read
-    monkeypatch.setattr(
-        PackedDataSource, "_read", lambda self, first: reads.append(first) or read(self, first)
-    )
+    monkeypatch.setattr(PackedDataSource, "_read", lambda self, first: reads.append(first) or read(self, first))
     source = open_source(datasets, prefetch_batches=2)
     source.batch(0)
     deadline = time.monotonic() + 20
@@ -224,9 +212,7 @@ def test_reading_ahead_is_bounded(datasets, monkeypatch):
     assert reads in ([0, 12, 24], [0, 12, 24, 36])
 
 
-def test_an_error_of_the_background_thread_is_raised_where_its_batch_is_asked_for(
-    datasets, monkeypatch
-):
+def test_an_error_of_the_background_thread_is_raised_where_its_batch_is_asked_for(datasets, monkeypatch):
     source = open_source(datasets)
     row = PackedShard.row
     bad = open_source(datasets, prefetch_batches=0).mixture.locate(13)
@@ -261,13 +247,13 @@ def test_close_ends_the_thread(datasets):
 def test_the_fingerprint_tells_what_changes_the_order(datasets):
     base = open_source(datasets).fingerprint
     for changes in (
-        {"data_parallel_size": 3, "data_parallel_rank": 2}, {"micro_batch_size": 1}, {"global_batch_size": 24},
+        {"data_parallel_size": 3, "data_parallel_rank": 2},
+        {"micro_batch_size": 1},
+        {"global_batch_size": 24},
         {"weights": {"chats": 3.0, "mixed": 7.0}},
-    ):  # fmt: skip
+    ):
         assert open_source(datasets, **changes).fingerprint == base
-    for changes in (
-        {"seed": 2}, {"weights": {"mixed": 0.6, "chats": 0.4}}, {"weights": {"mixed": 1.0, "chats": 0.0}},
-    ):  # fmt: skip
+    for changes in ({"seed": 2}, {"weights": {"mixed": 0.6, "chats": 0.4}}, {"weights": {"mixed": 1.0, "chats": 0.0}}):
         assert open_source(datasets, **changes).fingerprint != base
     swapped = {"mixed": datasets["chats"], "chats": datasets["mixed"]}
     assert open_source(swapped).fingerprint != base
@@ -278,21 +264,15 @@ def test_what_does_not_match_is_refused(datasets, tmp_path):
     with pytest.raises(UserError, match="another vocabulary") as caught:
         open_source(datasets, vocabulary=other)
     assert "visual_size" in caught.value.expected
-    wider = Vocabulary.from_config(
-        VocabularyConfig(text_size=1_000_000, visual_size=1_000_000, pad_multiple=4096)
-    )
+    wider = Vocabulary.from_config(VocabularyConfig(text_size=1_000_000, visual_size=1_000_000, pad_multiple=4096))
     open_source(datasets, vocabulary=wider)  # the padding of the embedding says nothing about ids
     with pytest.raises(UserError, match="another length"):
         open_source(datasets, sequence_length=128)
     with pytest.raises(UserError, match="no finished packed dataset"):
         open_source({"mixed": tmp_path, "chats": datasets["chats"]})
     with pytest.raises(UserError, match="3 problems"):
-        open_source(
-            datasets, micro_batch_size=5, document_attention="none", loss_weights={"text": 1.0}
-        )
-    tokens = write_sources(
-        tmp_path / "tokens", {"pairs": [captioned(9, 9)]}, text_tokenizer="text-2"
-    )
+        open_source(datasets, micro_batch_size=5, document_attention="none", loss_weights={"text": 1.0})
+    tokens = write_sources(tmp_path / "tokens", {"pairs": [captioned(9, 9)]}, text_tokenizer="text-2")
     pack(tokens, tmp_path / "packed", PackConfig(sequence_length=LENGTH))
     with pytest.raises(UserError, match="do not agree on the text tokenizer"):
         open_source({"mixed": tmp_path / "packed", "chats": datasets["chats"]})
@@ -301,8 +281,7 @@ def test_what_does_not_match_is_refused(datasets, tmp_path):
 def test_rows_are_found_however_unevenly_segments_are_spread(tmp_path):
     """The first rows hold thousands of tiny segments, the last ones a single one each."""
     sources = write_sources(
-        tmp_path / "tokens",
-        {"clips": [video(2040, 1, 3)] * 2, "text": [text(8190, splittable=False)] * 40},
+        tmp_path / "tokens", {"clips": [video(2040, 1, 3)] * 2, "text": [text(8190, splittable=False)] * 40}
     )
     pack(sources, tmp_path / "packed", PackConfig(sequence_length=8192, open_bins=1))
     dataset = PackedDataset(tmp_path / "packed")

@@ -34,9 +34,7 @@ def test_every_prefix_of_the_schedule_is_within_one_sequence(shares):
     assert worst_discrepancy(schedule, shares) <= 1 - Fraction(1, 2 * len(shares) - 2)
 
 
-@pytest.mark.parametrize(
-    "shares", [[1, 1, 998], [1] * 12, [997, 1, 1, 1], [2, 3, 5, 7, 11, 13], [499, 500]]
-)
+@pytest.mark.parametrize("shares", [[1, 1, 998], [1] * 12, [997, 1, 1, 1], [2, 3, 5, 7, 11, 13], [499, 500]])
 def test_extreme_shares_are_within_one_sequence(shares):
     schedule = np.tile(schedule_period(np.array(shares)), 3)
     assert worst_discrepancy(schedule, shares) < 1
@@ -45,9 +43,7 @@ def test_extreme_shares_are_within_one_sequence(shares):
 @settings(max_examples=8, deadline=None)
 @given(weights=WEIGHTS)
 def test_located_samples_follow_the_weights_at_every_prefix(weights):
-    mixture = Mixture(
-        dict.fromkeys(map(str, range(len(weights))), 50), dict(enumerate_names(weights)), 0
-    )
+    mixture = Mixture(dict.fromkeys(map(str, range(len(weights))), 50), dict(enumerate_names(weights)), 0)
     assert mixture.period <= MAX_PERIOD
     num_samples = 2000
     datasets = mixture.locate_many(np.arange(num_samples)).datasets
@@ -64,12 +60,7 @@ def enumerate_names(weights: list[float]) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize(
     ("weights", "shares"),
-    [
-        ([0.55, 0.25, 0.15, 0.05], [11, 5, 3, 1]),
-        ([0.1 + 0.2, 0.7], [3, 7]),
-        ([5.0], [1]),
-        ([1 / 3] * 3, [1, 1, 1]),
-    ],
+    [([0.55, 0.25, 0.15, 0.05], [11, 5, 3, 1]), ([0.1 + 0.2, 0.7], [3, 7]), ([5.0], [1]), ([1 / 3] * 3, [1, 1, 1])],
 )
 def test_weights_with_a_common_denominator_are_exact(weights, shares):
     assert quantise_weights(np.array(weights)).tolist() == shares
@@ -97,9 +88,7 @@ def test_permute_is_a_permutation(size, key):
 
 def test_permutations_look_random_and_differ_by_key():
     size, num_keys = 64, 400
-    images = np.array(
-        [permute(np.arange(size), size, derive_key("test", key)) for key in range(num_keys)]
-    )
+    images = np.array([permute(np.arange(size), size, derive_key("test", key)) for key in range(num_keys)])
     counts = np.array([np.bincount(images[:, index], minlength=size) for index in range(size)])
     chi_square = ((counts - num_keys / size) ** 2 / (num_keys / size)).sum() / (size * (size - 1))
     assert 0.9 < chi_square < 1.1
@@ -108,17 +97,11 @@ def test_permutations_look_random_and_differ_by_key():
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
-    seed=st.integers(0, 2**32),
-    data=st.data(),
-)
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5), seed=st.integers(0, 2**32), data=st.data())
 def test_every_row_comes_exactly_once_an_epoch(sizes, seed, data):
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     names = [f"d{index}" for index in range(len(sizes))]
-    mixture = Mixture(
-        dict(zip(names, sizes, strict=True)), dict(zip(names, weights, strict=True)), seed
-    )
+    mixture = Mixture(dict(zip(names, sizes, strict=True)), dict(zip(names, weights, strict=True)), seed)
     located = mixture.locate_many(np.arange(400))
     for index, name in enumerate(mixture.names):
         size = sizes[names.index(name)]
@@ -132,33 +115,27 @@ def test_every_row_comes_exactly_once_an_epoch(sizes, seed, data):
 def test_access_order_and_key_order_do_not_matter():
     sizes, weights = {"b": 70, "a": 30, "c": 9}, {"a": 0.2, "b": 0.5, "c": 0.3}
     mixture = Mixture(sizes, weights, seed=5)
-    again = Mixture(
-        dict(sorted(sizes.items())), dict(sorted(weights.items(), reverse=True)), seed=5
-    )
+    again = Mixture(dict(sorted(sizes.items())), dict(sorted(weights.items(), reverse=True)), seed=5)
     samples = np.random.default_rng(0).integers(0, 10**12, 200)
     many = mixture.locate_many(samples)
     for index, sample in enumerate(samples.tolist()):
         one = again.locate(sample)
-        assert one == (
-            mixture.names[many.datasets[index]], many.epochs[index], many.rows[index],
-        )  # fmt: skip
+        assert one == (mixture.names[many.datasets[index]], many.epochs[index], many.rows[index])
     assert mixture.fingerprint == again.fingerprint
 
 
 def test_epochs_and_seeds_differ_and_the_fingerprint_knows():
     def rows(seed: int, first: int) -> list[int]:
-        return (
-            Mixture({"a": 100}, {"a": 1}, seed)
-            .locate_many(np.arange(first, first + 100))
-            .rows.tolist()
-        )
+        return Mixture({"a": 100}, {"a": 1}, seed).locate_many(np.arange(first, first + 100)).rows.tolist()
 
     assert len({tuple(rows(seed, first)) for seed in (0, 1) for first in (0, 100)}) == 4
     variants = [
-        Mixture({"a": 100, "b": 5}, {"a": 1, "b": 1}, 0), Mixture({"a": 100, "b": 5}, {"a": 1, "b": 1}, 1),
-        Mixture({"a": 101, "b": 5}, {"a": 1, "b": 1}, 0), Mixture({"a": 100, "b": 5}, {"a": 2, "b": 1}, 0),
+        Mixture({"a": 100, "b": 5}, {"a": 1, "b": 1}, 0),
+        Mixture({"a": 100, "b": 5}, {"a": 1, "b": 1}, 1),
+        Mixture({"a": 101, "b": 5}, {"a": 1, "b": 1}, 0),
+        Mixture({"a": 100, "b": 5}, {"a": 2, "b": 1}, 0),
         Mixture({"a": 100, "c": 5}, {"a": 1, "c": 1}, 0),
-    ]  # fmt: skip
+    ]
     assert len({variant.fingerprint for variant in variants}) == len(variants)
 
 
@@ -167,8 +144,7 @@ def test_one_epoch_has_its_own_key_in_a_vectorised_call():
     keys = epoch_keys(7, epochs)
     together = permute(np.array([3, 3, 3, 4]), 50, keys)
     assert together.tolist() == [
-        int(permute(np.array([index]), 50, int(key))[0])
-        for index, key in zip([3, 3, 3, 4], keys, strict=True)
+        int(permute(np.array([index]), 50, int(key))[0]) for index, key in zip([3, 3, 3, 4], keys, strict=True)
     ]
     assert len(set(keys.tolist())) == 3
 
@@ -181,11 +157,14 @@ def test_a_dataset_of_weight_zero_is_left_out():
 @pytest.mark.parametrize(
     ("sizes", "weights", "message"),
     [
-        ({"a": 1}, {"a": -1.0}, "finite"), ({"a": 1}, {"a": float("nan")}, "finite"),
-        ({"a": 0}, {"a": 1.0}, "no rows"), ({"a": 1}, {"a": 0.0}, "no dataset has a positive weight"),
-        ({"a": 1}, {"b": 1.0}, "are not of datasets"), ({"a": 1, "b": 1}, {"a": 1e9, "b": 1.0}, "too small"),
+        ({"a": 1}, {"a": -1.0}, "finite"),
+        ({"a": 1}, {"a": float("nan")}, "finite"),
+        ({"a": 0}, {"a": 1.0}, "no rows"),
+        ({"a": 1}, {"a": 0.0}, "no dataset has a positive weight"),
+        ({"a": 1}, {"b": 1.0}, "are not of datasets"),
+        ({"a": 1, "b": 1}, {"a": 1e9, "b": 1.0}, "too small"),
     ],
-)  # fmt: skip
+)
 def test_impossible_mixtures_are_refused(sizes, weights, message):
     with pytest.raises(UserError, match=message):
         Mixture(sizes, weights, 0)

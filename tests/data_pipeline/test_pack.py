@@ -14,16 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_samples import (
-    VOCABULARY,
-    Corpus,
-    captioned,
-    mixed_sources,
-    text,
-    video,
-    write_sources,
-    write_token_file,
-)
+from packed_samples import VOCABULARY, Corpus, captioned, mixed_sources, text, video, write_sources, write_token_file
 
 from data_pipeline import pack as pack_module
 from data_pipeline.best_fit import BestFitPacker, Piece
@@ -79,9 +70,7 @@ def pieces_by_document(dataset: PackedDataset) -> dict[int, list[tuple[np.ndarra
         tokens, segments = dataset.row(row)
         assert segments["start"][0] == 0
         assert (np.cumsum(segments["length"]) == [*segments["start"][1:], len(tokens)]).all()
-        starts = np.flatnonzero(
-            (segments["flags"] & Flag.DOCUMENT_START).astype(bool) | (segments["kind"] == Kind.PAD)
-        )
+        starts = np.flatnonzero((segments["flags"] & Flag.DOCUMENT_START).astype(bool) | (segments["kind"] == Kind.PAD))
         assert starts[0] == 0
         for first, end in zip(starts, [*starts[1:], len(segments)], strict=True):
             part = segments[first:end]
@@ -106,9 +95,7 @@ def assert_everything_is_there(sources: dict[str, Path], target: Path) -> None:
     originals = all_documents(sources)
     assert len(found) == len(originals)
     for source, tokens, segments in originals:
-        pieces = sorted(
-            found[int(segments["document"][0])], key=lambda piece: place(piece[0], tokens)
-        )
+        pieces = sorted(found[int(segments["document"][0])], key=lambda piece: place(piece[0], tokens))
         assert np.concatenate([piece for piece, _ in pieces]).tolist() == tokens.tolist()
         for number, (_, part) in enumerate(pieces):
             assert (part["source"] == source).all()
@@ -132,15 +119,10 @@ def test_rows_are_full_and_the_summary_counts_them(sources, packed):
     assert summary.num_real_tokens == num_real
     assert summary.fill == num_real / summary.num_tokens >= 0.995
     assert summary.num_tokens == summary.num_rows * 512
-    by_source = [
-        sum(len(tokens) for number, tokens, _ in originals if number == source)
-        for source in range(3)
-    ]
+    by_source = [sum(len(tokens) for number, tokens, _ in originals if number == source) for source in range(3)]
     assert summary.sources == dict(zip(["clips", "pairs", "text"], by_source, strict=True))
     dataset = PackedDataset(packed)
-    visual = sum(
-        int(VOCABULARY.is_visual(dataset.row(row)[0]).sum()) for row in range(len(dataset))
-    )
+    visual = sum(int(VOCABULARY.is_visual(dataset.row(row)[0]).sum()) for row in range(len(dataset)))
     assert summary.counts_by_class["visual"] == visual
     assert sum(summary.counts_by_class.values()) == summary.num_tokens
 
@@ -163,9 +145,7 @@ def test_manifests_describe_the_shards(packed):
 
 
 def test_the_same_input_gives_the_same_bytes_wherever_it_stands(sources, packed, tmp_path):
-    moved = {
-        name: shutil.copytree(folder, tmp_path / "moved" / name) for name, folder in sources.items()
-    }
+    moved = {name: shutil.copytree(folder, tmp_path / "moved" / name) for name, folder in sources.items()}
     pack(dict(reversed(moved.items())), tmp_path / "again", CONFIG)
     assert content(tmp_path / "again") == content(packed)
     other_seed = PackConfig(sequence_length=512, rows_per_shard=16, open_bins=8, seed=4)
@@ -227,16 +207,12 @@ def test_a_full_disk_stops_packing_and_the_same_command_continues(sources, packe
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.where == str(target)
-    assert sorted(content(target)) == [
-        f"000000{end}" for end in (".bin", ".crc.npy", ".idx", ".json", ".seg.npy")
-    ]
+    assert sorted(content(target)) == [f"000000{end}" for end in (".bin", ".crc.npy", ".idx", ".json", ".seg.npy")]
     pack(sources, target, CONFIG)
     assert content(target) == content(packed)
 
 
-def test_a_finished_target_is_not_touched_and_a_lost_shard_is_written_again(
-    sources, packed, tmp_path
-):
+def test_a_finished_target_is_not_touched_and_a_lost_shard_is_written_again(sources, packed, tmp_path):
     target = shutil.copytree(packed, tmp_path / "target")
     before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
     pack(sources, target, CONFIG)
@@ -264,17 +240,9 @@ def test_long_documents_are_cut_at_boundaries_and_what_cannot_fit_is_refused(tmp
     )
     config = PackConfig(sequence_length=100, rows_per_shard=100, open_bins=4, seed=0)
     summary = pack(sources, tmp_path / "packed", config)
-    assert summary.quarantined == {
-        "image_longer_than_row": 1, "segment_longer_than_row": 1, "empty_document": 1,
-    }  # fmt: skip
-    listed = [
-        json.loads(line) for line in (tmp_path / "packed" / "dataset.quarantine.jsonl").open()
-    ]
-    assert {(entry["source"], entry["index"]) for entry in listed} == {
-        ("clips", 2),
-        ("text", 1),
-        ("text", 2),
-    }
+    assert summary.quarantined == {"image_longer_than_row": 1, "segment_longer_than_row": 1, "empty_document": 1}
+    listed = [json.loads(line) for line in (tmp_path / "packed" / "dataset.quarantine.jsonl").open()]
+    assert {(entry["source"], entry["index"]) for entry in listed} == {("clips", 2), ("text", 1), ("text", 2)}
     found = pieces_by_document(PackedDataset(tmp_path / "packed"))
     originals = {int(segments["document"][0]): segments for _, _, segments in all_nonempty(sources)}
     for document in (0, 1, 3):  # no splittable text: cut between segments only
@@ -282,9 +250,7 @@ def test_long_documents_are_cut_at_boundaries_and_what_cannot_fit_is_refused(tmp
         assert sorted(kept["length"].tolist()) == sorted(originals[document]["length"].tolist())
     assert sum(len(span) for span, _ in found[4]) == 452
     assert len(found[0]) == 8  # of at most two frames each
-    assert summary.num_real_tokens == sum(
-        len(span) for parts in found.values() for span, _ in parts
-    )
+    assert summary.num_real_tokens == sum(len(span) for parts in found.values() for span, _ in parts)
 
 
 def all_nonempty(sources):
@@ -301,15 +267,16 @@ def test_any_corpus_is_packed_without_loss(tmp_path_factory, data):
     random_text = st.builds(text, st.integers(1, 150), st.just(True))
     random_pair = st.builds(captioned, st.integers(1, 40), st.integers(3, 40))
     random_clip = st.builds(video, st.integers(1, 6), st.integers(1, 20), st.integers(3, 40))
-    specs = data.draw(
-        st.lists(st.one_of(random_text, random_pair, random_clip), min_size=1, max_size=25)
-    )
+    specs = data.draw(st.lists(st.one_of(random_text, random_pair, random_clip), min_size=1, max_size=25))
     folder = tmp_path_factory.mktemp("any")
     sources = write_sources(folder / "tokens", {"all": specs})
     config = PackConfig(
-        sequence_length=data.draw(st.integers(40, 120)), rows_per_shard=7, open_bins=data.draw(st.integers(1, 6)),
-        minimum_piece_tokens=data.draw(st.integers(1, 10)), seed=data.draw(st.integers(0, 99)),
-    )  # fmt: skip
+        sequence_length=data.draw(st.integers(40, 120)),
+        rows_per_shard=7,
+        open_bins=data.draw(st.integers(1, 6)),
+        minimum_piece_tokens=data.draw(st.integers(1, 10)),
+        seed=data.draw(st.integers(0, 99)),
+    )
     summary = pack(sources, folder / "packed", config)
     assert summary.quarantined == {}
     assert_everything_is_there(sources, folder / "packed")
@@ -354,10 +321,7 @@ class NaivePacker:
 @settings(max_examples=150, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), max_size=60), open_bins=st.integers(1, 6))
 def test_best_fit_is_what_looking_at_every_row_gives(lengths, open_bins):
-    packer, naive = (
-        BestFitPacker(20, open_bins, 1, lambda piece, limit: 0),
-        NaivePacker(20, open_bins),
-    )
+    packer, naive = (BestFitPacker(20, open_bins, 1, lambda piece, limit: 0), NaivePacker(20, open_bins))
     rows = []
     for number, length in enumerate(lengths):
         rows.extend(packer.add(Piece(number, 0, length)))
@@ -369,9 +333,10 @@ def test_best_fit_is_what_looking_at_every_row_gives(lengths, open_bins):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    pieces=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=60), open_bins=st.integers(1, 4),
+    pieces=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=60),
+    open_bins=st.integers(1, 4),
     minimum=st.integers(1, 5),
-)  # fmt: skip
+)
 def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, open_bins, minimum):
     length = 20
     packer = BestFitPacker(length, open_bins, minimum, lambda piece, limit: limit)
@@ -404,7 +369,7 @@ def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, open_bi
         st.tuples(st.just(Kind.TEXT), st.integers(1, 12), st.sampled_from([0, Flag.SPLITTABLE])), min_size=1, max_size=6
     ),
     data=st.data(),
-)  # fmt: skip
+)
 def test_a_filler_is_cut_at_the_last_place_allowed(specs, data):
     _, segments = Corpus().document(specs)
     pool = Pool.__new__(Pool)
@@ -415,23 +380,16 @@ def test_a_filler_is_cut_at_the_last_place_allowed(specs, data):
     allowed = {0, total}
     for segment in segments:
         first, end = int(segment["start"]), int(segment["start"] + segment["length"])
-        allowed |= {first, end} | (
-            set(range(first, end)) if segment["flags"] & Flag.SPLITTABLE else set()
-        )
+        allowed |= {first, end} | (set(range(first, end)) if segment["flags"] & Flag.SPLITTABLE else set())
     best = max((place - start for place in allowed if 0 <= place - start <= limit), default=0)
     assert pool.cut(Piece(0, start, total - start), limit) == best
 
 
 def test_disagreeing_token_files_are_refused_and_listed(sources, tmp_path):
     documents = [Corpus().document(text(10))]
-    for key, value in (
-        ("text_tokenizer", "text-2"),
-        ("vocabulary", VOCABULARY.describe() | {"visual_size": 5}),
-    ):
+    for key, value in (("text_tokenizer", "text-2"), ("vocabulary", VOCABULARY.describe() | {"visual_size": 5})):
         write_token_file(tmp_path / key / "000000", documents, **{key: value})
-        with pytest.raises(
-            UserError, match=f"do not agree on the {key.replace('_', ' ')}"
-        ) as caught:
+        with pytest.raises(UserError, match=f"do not agree on the {key.replace('_', ' ')}") as caught:
             pack(sources | {"other": tmp_path / key}, tmp_path / "target", CONFIG)
         assert str(tmp_path / key / "000000") in caught.value.got
         assert str(sources["clips"] / "000000") in caught.value.got
@@ -448,11 +406,7 @@ def test_bad_input_is_named(sources, tmp_path):
     with pytest.raises(UserError, match="no source is given"):
         pack({}, tmp_path / "target", CONFIG)
     with pytest.raises(UserError, match="3 problems"):
-        pack(
-            sources,
-            tmp_path / "target",
-            PackConfig(sequence_length=0, rows_per_shard=0, minimum_piece_tokens=4),
-        )
+        pack(sources, tmp_path / "target", PackConfig(sequence_length=0, rows_per_shard=0, minimum_piece_tokens=4))
     tokens, segments = Corpus().document(text(10))
     tokens[3] = VOCABULARY.size
     write_token_file(tmp_path / "foreign" / "000000", [(tokens, segments)])
@@ -468,9 +422,12 @@ def test_the_command_answers(sources, tmp_path):
     from launch.commands.pack import Config, run
 
     config = Config(
-        tokens={name: str(folder) for name, folder in sources.items()}, target=str(tmp_path / "target"),
-        sequence_length=512, rows_per_shard=64, open_bins=8,
-    )  # fmt: skip
+        tokens={name: str(folder) for name, folder in sources.items()},
+        target=str(tmp_path / "target"),
+        sequence_length=512,
+        rows_per_shard=64,
+        open_bins=8,
+    )
     answer = run(config)
     assert json.loads(json.dumps(answer)) == answer
     assert {"fill", "num_rows", "num_tokens", "num_real_tokens", "sources", "target"} <= set(answer)

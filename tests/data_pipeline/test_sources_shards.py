@@ -31,10 +31,7 @@ def write_tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
 
 def outcome(path: Path) -> list[tuple[str, str]]:
     """(key, kind or reason) of each sample."""
-    return [
-        (item.key, item.kind if isinstance(item, Sample) else item.reason)
-        for item in read_shard(path)
-    ]
+    return [(item.key, item.kind if isinstance(item, Sample) else item.reason) for item in read_shard(path)]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +134,7 @@ def test_a_text_is_utf8_without_mark_and_not_blank() -> None:
         assert caught.value.reason == reason
 
 
-FILES = [
-    (f"{number}.{extension}", bytes([number]) * 2000)
-    for number in range(3)
-    for extension in ("jpg", "txt")
-]
+FILES = [(f"{number}.{extension}", bytes([number]) * 2000) for number in range(3) for extension in ("jpg", "txt")]
 # Each file takes a header block and four blocks of data.
 MEMBER_BYTES = 5 * 512
 
@@ -150,15 +143,9 @@ MEMBER_BYTES = 5 * 512
     ("kept_bytes", "expected"),
     [
         # In the data of 2.txt: the sample with the missing part goes, those before it stay.
-        (
-            5 * MEMBER_BYTES + 900,
-            [("0", "image_text"), ("1", "image_text"), ("2", "truncated_tar")],
-        ),
+        (5 * MEMBER_BYTES + 900, [("0", "image_text"), ("1", "image_text"), ("2", "truncated_tar")]),
         # In the data of 2.jpg.
-        (
-            4 * MEMBER_BYTES + 900,
-            [("0", "image_text"), ("1", "image_text"), ("2", "truncated_tar")],
-        ),
+        (4 * MEMBER_BYTES + 900, [("0", "image_text"), ("1", "image_text"), ("2", "truncated_tar")]),
         # In a header: whether the last sample was whole cannot be known.
         (4 * MEMBER_BYTES + 100, [("0", "image_text"), ("1", "truncated_tar")]),
         # Between two members, where tarfile sees a regular end.
@@ -186,9 +173,7 @@ def test_a_broken_header_in_the_middle_is_not_taken_for_the_end(tmp_path: Path) 
 
 def test_a_whole_tar_has_no_damage_whatever_its_length(tmp_path: Path) -> None:
     for count in range(1, 9):
-        path = write_tar(
-            tmp_path / "0.tar", [(f"{n}.txt", b"x" * 700 * n) for n in range(1, count)]
-        )
+        path = write_tar(tmp_path / "0.tar", [(f"{n}.txt", b"x" * 700 * n) for n in range(1, count)])
         assert all(isinstance(item, Sample) for item in read_shard(path))
 
 
@@ -207,9 +192,7 @@ def test_compressed_tars_are_read_and_their_damage_is_seen(tmp_path: Path) -> No
 def test_not_a_tar_is_one_bad_entry(tmp_path: Path) -> None:
     path = tmp_path / "0.tar"
     path.write_bytes(b"this is not a tar file" * 100)
-    assert [(item.reason, type(item)) for item in read_shard(path)] == [
-        ("truncated_tar", BadSample)
-    ]
+    assert [(item.reason, type(item)) for item in read_shard(path)] == [("truncated_tar", BadSample)]
 
 
 def test_a_missing_shard_is_the_users_mistake(tmp_path: Path) -> None:

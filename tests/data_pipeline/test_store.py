@@ -31,9 +31,7 @@ def megatron():
 
 def sample_documents(count: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
     corpus = Corpus()
-    return [
-        corpus.document(captioned(3 + index, 8) if index % 2 else text(7)) for index in range(count)
-    ]
+    return [corpus.document(captioned(3 + index, 8) if index % 2 else text(7)) for index in range(count)]
 
 
 @settings(max_examples=8, deadline=None)
@@ -53,9 +51,7 @@ def test_megatron_and_nextstate_read_and_write_the_same_bytes(megatron, lengths,
             builder.end_document()
         builder.finalize(str(folder / "theirs.idx"))
         for suffix in ("bin", "idx"):
-            assert (folder / f"000000.{suffix}").read_bytes() == (
-                folder / f"theirs.{suffix}"
-            ).read_bytes()
+            assert (folder / f"000000.{suffix}").read_bytes() == (folder / f"theirs.{suffix}").read_bytes()
         read_lengths, _ = read_index(folder / "theirs.idx")
         assert read_lengths.tolist() == lengths
         reader = TokenFileReader(ours)
@@ -97,9 +93,7 @@ def test_a_file_without_manifest_does_not_exist(tmp_path):
         TokenFileReader(tmp_path / "000000")
 
 
-def test_everything_is_flushed_before_it_is_named_and_the_manifest_comes_last(
-    tmp_path, monkeypatch
-):
+def test_everything_is_flushed_before_it_is_named_and_the_manifest_comes_last(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
 
@@ -116,11 +110,7 @@ def test_everything_is_flushed_before_it_is_named_and_the_manifest_comes_last(
     write_token_file(tmp_path / "000000", sample_documents())
     expected = []
     for name in ("000000.bin", "000000.idx", "000000.seg.npy", "000000.json"):
-        expected += [
-            ("fsync", f"{name}.tmp-{os.getpid()}"),
-            ("rename", name),
-            ("fsync", tmp_path.name),
-        ]
+        expected += [("fsync", f"{name}.tmp-{os.getpid()}"), ("rename", name), ("fsync", tmp_path.name)]
     assert events == expected
 
 
@@ -212,10 +202,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
 
 def test_segments_must_tile_the_tokens(tmp_path):
     tokens, segments = sample_documents()[0]
-    with (
-        TokenFileWriter(tmp_path / "000000") as writer,
-        pytest.raises(AssertionError, match="tile"),
-    ):
+    with TokenFileWriter(tmp_path / "000000") as writer, pytest.raises(AssertionError, match="tile"):
         writer.add(tokens[:-1], segments)
 
 

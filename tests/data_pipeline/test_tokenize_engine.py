@@ -13,13 +13,9 @@ from model.errors import UserError
 
 
 def test_a_shards_task_depends_on_its_name_only() -> None:
-    jobs = [
-        ShardJob(Path(f"in/{number:06d}.tar"), Path(f"out/{number:06d}")) for number in range(64)
-    ]
+    jobs = [ShardJob(Path(f"in/{number:06d}.tar"), Path(f"out/{number:06d}")) for number in range(64)]
     groups = group_jobs(jobs, 8)
-    assert sorted(job.shard.name for group in groups for job in group) == [
-        job.shard.name for job in jobs
-    ]
+    assert sorted(job.shard.name for group in groups for job in group) == [job.shard.name for job in jobs]
     fewer = group_jobs(jobs[:32], 8)
     assert all(set(small) <= set(large) for small, large in zip(fewer, groups, strict=True))
     assert max(map(len, groups)) < 20
@@ -33,10 +29,8 @@ def copy_jobs(jobs: object) -> None:
         shutil.copy(job.shard, job.prefix)
 
 
-@pytest.mark.parametrize(("executor", "workers"), [("local", 1), ("local", 2), ("datatrove", 1), ("datatrove", 2)])  # fmt: skip
-def test_executors_run_every_task_and_pass_errors_on(
-    tmp_path: Path, executor: str, workers: int
-) -> None:
+@pytest.mark.parametrize(("executor", "workers"), [("local", 1), ("local", 2), ("datatrove", 1), ("datatrove", 2)])
+def test_executors_run_every_task_and_pass_errors_on(tmp_path: Path, executor: str, workers: int) -> None:
     (tmp_path / "out").mkdir()
     jobs = []
     for number in range(5):

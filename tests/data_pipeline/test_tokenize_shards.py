@@ -26,11 +26,7 @@ from data_pipeline.segments import Flag, Kind
 from data_pipeline.store import TokenFileReader
 from data_pipeline.token_format import verify_outputs
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig, tokenize_shard
-from data_pipeline.tokenizers import (
-    SentencePieceTokenizer,
-    load_text_tokenizer,
-    train_sentencepiece,
-)
+from data_pipeline.tokenizers import SentencePieceTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.video.keyframes import VideoConfig
 from launch.commands import tokenize as command
 from model.errors import UserError
@@ -39,9 +35,13 @@ from training.config import StageConfig, TrainConfig
 from training.objectives.text_tokenizer import fit
 
 TEXTS = [
-    "a red circle at top left", "make the circle blue", "it moves to the right", "hello world",
-    "the quick brown fox jumps over the lazy dog", "红色的圆形在左上角。",
-]  # fmt: skip
+    "a red circle at top left",
+    "make the circle blue",
+    "it moves to the right",
+    "hello world",
+    "the quick brown fox jumps over the lazy dog",
+    "红色的圆形在左上角。",
+]
 
 
 class FakeVision:
@@ -83,10 +83,7 @@ def video(values: list[int], rate: int = 4) -> bytes:
 
 
 CLIP = video([16] * 8 + [216] * 8)  # two scenes of two seconds
-WORDS = [
-    {"word": "hello", "start": 0.2, "end": 0.5},
-    {"word": "world", "start": 1.5, "end": 1.9},
-]
+WORDS = [{"word": "hello", "start": 0.2, "end": 0.5}, {"word": "world", "start": 1.5, "end": 1.9}]
 
 
 def good_samples() -> list[dict[str, object]]:
@@ -96,12 +93,14 @@ def good_samples() -> list[dict[str, object]]:
         {"__key__": "clip", "mp4": CLIP, "txt": "it moves to the right"},
         {"__key__": "talk", "mp4": CLIP, "words.json": WORDS},
         {
-            "__key__": "edit", "instruction.txt": "make the circle blue",
-            "source_0.png": picture(8), "target.png": picture(200),
+            "__key__": "edit",
+            "instruction.txt": "make the circle blue",
+            "source_0.png": picture(8),
+            "target.png": picture(200),
         },
         {"__key__": "prose", "txt": "hello world\n你好"},
         {"__key__": "whole", "txt": "hello world", "json": {"split_ok": False}},
-    ]  # fmt: skip
+    ]
 
 
 def bad_samples() -> list[dict[str, object]]:
@@ -117,9 +116,14 @@ def bad_samples() -> list[dict[str, object]]:
 
 
 REASONS = {
-    "corrupt_image": 1, "empty_video": 1, "undecodable_video": 1, "unknown_kind": 1,
-    "empty_text": 1, "bad_transcript": 1, "corrupt_text": 1,
-}  # fmt: skip
+    "corrupt_image": 1,
+    "empty_video": 1,
+    "undecodable_video": 1,
+    "unknown_kind": 1,
+    "empty_text": 1,
+    "bad_transcript": 1,
+    "corrupt_text": 1,
+}
 
 
 def write_shard(path: Path, samples: list[dict[str, object]]) -> Path:
@@ -129,11 +133,14 @@ def write_shard(path: Path, samples: list[dict[str, object]]) -> Path:
         for sample in samples:
             writer.write(
                 {
-                    name: json.dumps(part).encode() if name.endswith("json") and not isinstance(part, bytes)
-                    else part.encode() if isinstance(part, str) and name != "__key__" else part
+                    name: json.dumps(part).encode()
+                    if name.endswith("json") and not isinstance(part, bytes)
+                    else part.encode()
+                    if isinstance(part, str) and name != "__key__"
+                    else part
                     for name, part in sample.items()
                 }
-            )  # fmt: skip
+            )
     return path
 
 
@@ -152,9 +159,7 @@ def text_tokenizer(text_folder: Path) -> SentencePieceTokenizer:
 
 
 VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=310, visual_size=64))
-CONFIG = TokenizeConfig(
-    source="mixed", image=ImageConfig(max_area=2304), video=VideoConfig(keyframe_seconds=2.0)
-)
+CONFIG = TokenizeConfig(source="mixed", image=ImageConfig(max_area=2304), video=VideoConfig(keyframe_seconds=2.0))
 
 
 def readable(prefix: Path, tokenizer: SentencePieceTokenizer) -> list[str]:
@@ -162,9 +167,7 @@ def readable(prefix: Path, tokenizer: SentencePieceTokenizer) -> list[str]:
     return [describe(reader.tokens(number), VOCABULARY, tokenizer) for number in range(len(reader))]
 
 
-def test_every_kind_becomes_its_document(
-    tmp_path: Path, text_tokenizer: SentencePieceTokenizer
-) -> None:
+def test_every_kind_becomes_its_document(tmp_path: Path, text_tokenizer: SentencePieceTokenizer) -> None:
     shard = write_shard(tmp_path / "raw/000000.tar", good_samples())
     prefix = tmp_path / "tokens/000000"
     result = tokenize_shard(shard, prefix, CONFIG, VOCABULARY, text_tokenizer, FakeVision())
@@ -188,9 +191,7 @@ def test_every_kind_becomes_its_document(
     assert not (tmp_path / "tokens/000000.quarantine.jsonl").exists()
 
 
-def test_codes_frames_times_and_flags(
-    tmp_path: Path, text_tokenizer: SentencePieceTokenizer
-) -> None:
+def test_codes_frames_times_and_flags(tmp_path: Path, text_tokenizer: SentencePieceTokenizer) -> None:
     shard = write_shard(tmp_path / "000000.tar", good_samples())
     prefix = tmp_path / "tokens/000000"
     tokenize_shard(shard, prefix, CONFIG, VOCABULARY, text_tokenizer, FakeVision())
@@ -233,14 +234,10 @@ def test_bad_samples_are_counted_and_listed_and_good_ones_kept(
     assert 0 < cut.manifest["num_documents"] < 7
 
 
-def test_filters_send_samples_to_the_quarantine(
-    tmp_path: Path, text_tokenizer: SentencePieceTokenizer
-) -> None:
+def test_filters_send_samples_to_the_quarantine(tmp_path: Path, text_tokenizer: SentencePieceTokenizer) -> None:
     shard = write_shard(tmp_path / "000000.tar", good_samples())
     config = dataclasses.replace(CONFIG, filters=[FilterConfig("aspect_ratio", maximum=2.0)])
-    result = tokenize_shard(
-        shard, tmp_path / "tokens/000000", config, VOCABULARY, text_tokenizer, FakeVision()
-    )
+    result = tokenize_shard(shard, tmp_path / "tokens/000000", config, VOCABULARY, text_tokenizer, FakeVision())
     assert result.manifest["quarantined"] == {"filter_aspect_ratio": 1}
 
 
@@ -263,17 +260,13 @@ def test_pictures_of_one_size_are_encoded_together(
     assert first.manifest["outputs"] == second.manifest["outputs"]
 
 
-def test_work_that_is_done_is_not_done_again(
-    tmp_path: Path, text_tokenizer: SentencePieceTokenizer
-) -> None:
+def test_work_that_is_done_is_not_done_again(tmp_path: Path, text_tokenizer: SentencePieceTokenizer) -> None:
     shard = write_shard(tmp_path / "000000.tar", good_samples())
     prefix = tmp_path / "tokens/000000"
 
     def again(config: TokenizeConfig = CONFIG, vision: FakeVision | None = None) -> bool:
         vision = vision or FakeVision()
-        return tokenize_shard(
-            shard, prefix, config, VOCABULARY, text_tokenizer, vision
-        ).skipped  # fmt: skip
+        return tokenize_shard(shard, prefix, config, VOCABULARY, text_tokenizer, vision).skipped
 
     assert not again()
     assert again()
@@ -351,9 +344,11 @@ def test_real_film_and_photo(tmp_path: Path, text_tokenizer: SentencePieceTokeni
 
 def text_config(tmp_path: Path, text_folder: Path, **options: object) -> command.Config:
     return command.Config(
-        input=str(tmp_path / "raw/*.tar"), target=str(tmp_path / "tokens/prose"),
-        text_tokenizer=str(text_folder), **options,  # type: ignore[arg-type]
-    )  # fmt: skip
+        input=str(tmp_path / "raw/*.tar"),
+        target=str(tmp_path / "tokens/prose"),
+        text_tokenizer=str(text_folder),
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def write_text_shards(folder: Path, count: int) -> None:
@@ -381,15 +376,11 @@ def test_the_command_answers_for_the_whole_target(tmp_path: Path, text_folder: P
     assert manifest["sources"] == ["prose"]
 
 
-def test_the_command_in_two_processes_gives_the_same_bytes(
-    tmp_path: Path, text_folder: Path
-) -> None:
+def test_the_command_in_two_processes_gives_the_same_bytes(tmp_path: Path, text_folder: Path) -> None:
     write_text_shards(tmp_path / "raw", 3)
     config = text_config(tmp_path, text_folder)
     command.run(config)
-    twice = dataclasses.replace(
-        config, target=str(tmp_path / "other/prose"), workers=2, executor="datatrove"
-    )
+    twice = dataclasses.replace(config, target=str(tmp_path / "other/prose"), workers=2, executor="datatrove")
     command.run(twice)
     for number in range(3):
         name = f"{number:06d}.bin"
@@ -405,20 +396,10 @@ def test_the_command_refuses_what_cannot_be_meant(tmp_path: Path, text_folder: P
     command.run(config)
     with pytest.raises(UserError, match="other inputs"):
         command.run(dataclasses.replace(config, input=str(tmp_path / "raw/000000.tar")))
-    wrong = command.Config(
-        format="poem", workers=0, filters=[FilterConfig("beauty")], executor="slow"
-    )
+    wrong = command.Config(format="poem", workers=0, filters=[FilterConfig("beauty")], executor="slow")
     with pytest.raises(UserError) as caught:
         command.run(wrong)
-    for key in (
-        "input",
-        "target",
-        "text_tokenizer",
-        "format",
-        "workers",
-        "filters[0].name",
-        "executor",
-    ):
+    for key in ("input", "target", "text_tokenizer", "format", "workers", "filters[0].name", "executor"):
         assert f"{key}: " in str(caught.value)
 
 

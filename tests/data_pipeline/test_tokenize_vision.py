@@ -27,9 +27,17 @@ from model.vocabulary import Vocabulary, VocabularyConfig
 
 def small_vision_tokenizer() -> VisionTokenizer:
     config = VisionTokenizerConfig(
-        ch=8, ch_mult=[1, 1, 1, 1], num_res_blocks=1, attn_resolutions=[], resolution=48,
-        z_channels=8, embed_dim=8, n_embed=64, norm_groups=4, mid_attention=False,
-    )  # fmt: skip
+        ch=8,
+        ch_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        resolution=48,
+        z_channels=8,
+        embed_dim=8,
+        n_embed=64,
+        norm_groups=4,
+        mid_attention=False,
+    )
     model = IBQ(config)
     initialize_weights(model, 0)
     model.channels_last()
@@ -40,9 +48,7 @@ def test_codes_in_packed_rows_are_the_tokenizers(tmp_path: Path) -> None:
     vision = small_vision_tokenizer()
     assert vision.factor == 8
     text = train_sentencepiece([topics["comparisons"]], tmp_path / "text_tokenizer", 400)
-    vocabulary = Vocabulary.from_config(
-        VocabularyConfig(text_size=text.size, visual_size=vision.codebook_size)
-    )
+    vocabulary = Vocabulary.from_config(VocabularyConfig(text_size=text.size, visual_size=vision.codebook_size))
     rng = np.random.default_rng(0)
     pictures = {}
     shard = tmp_path / "000000.tar"
@@ -51,15 +57,11 @@ def test_codes_in_packed_rows_are_the_tokenizers(tmp_path: Path) -> None:
             stream = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(stream, "png")
             pictures[number] = stream.getvalue()
-            writer.write(
-                {"__key__": f"{number}", "png": stream.getvalue(), "txt": f"picture {number}"}
-            )
+            writer.write({"__key__": f"{number}", "png": stream.getvalue(), "txt": f"picture {number}"})
     config = TokenizeConfig(source="pictures", image=ImageConfig(max_area=2304))
     prefix = tmp_path / "tokens/000000"
     tokenize_shard(shard, prefix, config, vocabulary, text, vision)
-    summary = pack(
-        {"pictures": tmp_path / "tokens"}, tmp_path / "packed", PackConfig(sequence_length=256)
-    )
+    summary = pack({"pictures": tmp_path / "tokens"}, tmp_path / "packed", PackConfig(sequence_length=256))
     assert summary.num_rows > 0
     reader = TokenFileReader(tmp_path / "packed/000000")
     found = set()
@@ -69,7 +71,5 @@ def test_codes_in_packed_rows_are_the_tokenizers(tmp_path: Path) -> None:
             block = parse_image_block(tokens[image["start"] :], vocabulary, text)
             assert block.num_tokens == image["length"]
             found.add(block.codes.tobytes())
-    resized = np.stack([
-        smart_resize(decode_image(data), config.image, vision.factor) for data in pictures.values()
-    ])  # fmt: skip
+    resized = np.stack([smart_resize(decode_image(data), config.image, vision.factor) for data in pictures.values()])
     assert found == {codes.tobytes() for codes in vision.encode(resized)}

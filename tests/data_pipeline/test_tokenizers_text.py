@@ -49,10 +49,7 @@ def hugging_face_definition() -> bytes:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -80,13 +77,22 @@ KINDS = ("sentencepiece", "tiktoken", "huggingface")
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "  two  spaces  ", "\n\n", "tab\tand\r\nline", "你好 世界", "😀 é ñ", "\0",
-        "\u2581 block \u2581\u2581", "64*64", CONTROL_TEXT, "a" * 300, *TEXTS[:5],
+        "",
+        " ",
+        "  two  spaces  ",
+        "\n\n",
+        "tab\tand\r\nline",
+        "你好 世界",
+        "😀 é ñ",
+        "\0",
+        "\u2581 block \u2581\u2581",
+        "64*64",
+        CONTROL_TEXT,
+        "a" * 300,
+        *TEXTS[:5],
     ],
-)  # fmt: skip
-def test_text_comes_back_exactly(
-    tokenizers: dict[str, TextTokenizer], kind: str, text: str
-) -> None:
+)
+def test_text_comes_back_exactly(tokenizers: dict[str, TextTokenizer], kind: str, text: str) -> None:
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode(text)
     assert all(0 <= index < tokenizer.size for index in ids)
@@ -107,9 +113,7 @@ def test_any_text_comes_back(tokenizers: dict[str, TextTokenizer], text: str) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_of_control_tokens_are_mere_text(
-    tokenizers: dict[str, TextTokenizer], kind: str
-) -> None:
+def test_names_of_control_tokens_are_mere_text(tokenizers: dict[str, TextTokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
     for name in ("<s>", "</s>", "<unk>", "<0x41>", "<|extra_200|>", "<|endoftext|>"):
         assert len(tokenizer.encode(name)) > 1, name

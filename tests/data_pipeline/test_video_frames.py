@@ -17,12 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.sources import SampleError
 from data_pipeline.video import decode
 from data_pipeline.video.decode import read_frames, scan_video, upright
-from data_pipeline.video.keyframes import (
-    VideoConfig,
-    extract_key_frames,
-    frames_at,
-    key_frame_times,
-)
+from data_pipeline.video.keyframes import VideoConfig, extract_key_frames, frames_at, key_frame_times
 from data_pipeline.video.scenes import SceneConfig, find_cuts
 
 
@@ -35,9 +30,13 @@ def film(name: str) -> bytes:
 
 
 def make_video(
-    pictures: list[np.ndarray], rate: int = 10, container: str = "mp4", codec: str = "libx264",
-    pixel_format: str = "yuv420p", gop: int = 12,
-) -> bytes:  # fmt: skip
+    pictures: list[np.ndarray],
+    rate: int = 10,
+    container: str = "mp4",
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    gop: int = 12,
+) -> bytes:
     stream_bytes = io.BytesIO()
     with av.open(stream_bytes, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate)
@@ -147,12 +146,8 @@ def test_key_frame_times_follow_the_published_rule() -> None:
     assert key_frame_times([0.0], 12.6, 5.0) == [2.5, 7.5, 12.5]
 
 
-@given(
-    lengths=st.lists(st.floats(0.05, 30.0), min_size=1, max_size=6), interval=st.floats(0.3, 10.0)
-)
-def test_key_frame_times_against_the_rule_said_plainly(
-    lengths: list[float], interval: float
-) -> None:
+@given(lengths=st.lists(st.floats(0.05, 30.0), min_size=1, max_size=6), interval=st.floats(0.3, 10.0))
+def test_key_frame_times_against_the_rule_said_plainly(lengths: list[float], interval: float) -> None:
     starts = [float(start) for start in np.concatenate([[0.0], np.cumsum(lengths)])]
     times = key_frame_times(starts[:-1], starts[-1], interval)
     assert times == sorted(times)

@@ -9,13 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.sources import SampleError
-from data_pipeline.video.transcript import (
-    Speech,
-    Word,
-    interleave,
-    join_words,
-    parse_transcript,
-)
+from data_pipeline.video.transcript import Speech, Word, interleave, join_words, parse_transcript
 
 VTT = """WEBVTT - a title
 
@@ -33,11 +27,13 @@ SRT = "1\n00:00:01,000 --> 00:00:03,000\nHello there\n\n2\n00:00:03,500 --> 00:0
 
 
 def test_word_timed_json() -> None:
-    text = json.dumps([
-        {"word": " world", "start": 1.5, "end": 2.0},
-        {"word": " Hello", "start": 1.0, "end": 1.5, "probability": 0.9},
-        {"word": " ", "start": 3.0, "end": 3.0},
-    ])  # fmt: skip
+    text = json.dumps(
+        [
+            {"word": " world", "start": 1.5, "end": 2.0},
+            {"word": " Hello", "start": 1.0, "end": 1.5, "probability": 0.9},
+            {"word": " ", "start": 3.0, "end": 3.0},
+        ]
+    )
     words = parse_transcript("words.json", text)
     assert words == [Word(" Hello", 1.0, 1.5), Word(" world", 1.5, 2.0)]
     assert join_words(words) == "Hello world"
@@ -45,9 +41,7 @@ def test_word_timed_json() -> None:
 
 def test_webvtt() -> None:
     words = parse_transcript("vtt", VTT)
-    assert [word.text for word in words] == [
-        "Hello", "there", "fish", "&", "chips", "on", "two", "lines",
-    ]  # fmt: skip
+    assert [word.text for word in words] == ["Hello", "there", "fish", "&", "chips", "on", "two", "lines"]
     assert words[0].start_seconds == 1.0
     assert words[1] == Word("there", 2.0, 3.0)
     assert words[2].start_seconds == 3602.5
@@ -88,15 +82,15 @@ def test_bad_transcripts_are_named(extension: str, text: str) -> None:
 
 
 def test_text_stands_before_the_frame_it_precedes() -> None:
-    words = [
-        Word("one", 0.1, 0.4),
-        Word("two", 0.9, 1.3),
-        Word("three", 1.0, 1.5),
-        Word("four", 5, 6),
-    ]
+    words = [Word("one", 0.1, 0.4), Word("two", 0.9, 1.3), Word("three", 1.0, 1.5), Word("four", 5, 6)]
     assert interleave(words, [1.0, 2.0, 3.0]) == [
-        Speech("one two", 0.1), 0, Speech("three", 1.0), 1, 2, Speech("four", 5),
-    ]  # fmt: skip
+        Speech("one two", 0.1),
+        0,
+        Speech("three", 1.0),
+        1,
+        2,
+        Speech("four", 5),
+    ]
 
 
 @given(

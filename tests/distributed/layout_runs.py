@@ -21,16 +21,20 @@ VOCABULARY = VocabularyConfig(text_size=90, reserved_size=16, visual_size=60, pa
 
 def train_config(dtype: str = "float32", dropout: float = 0.0, **layout: Any) -> TrainConfig:
     model = ModelConfig(
-        name="tiny", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2,
-        head_dim=32, dtype=dtype, vocabulary=VOCABULARY, dropout=dropout,
-    )  # fmt: skip
+        name="tiny",
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=32,
+        dtype=dtype,
+        vocabulary=VOCABULARY,
+        dropout=dropout,
+    )
     optimizer = OptimizerConfig(learning_rate=3e-3, gradient_clip=0.5, weight_decay=0.1)
     stage = StageConfig(
-        sequence_length=ROW_TOKENS,
-        global_batch_size=ROWS,
-        micro_batch_size=2,
-        optimizer=optimizer,
-        steps=20,
+        sequence_length=ROW_TOKENS, global_batch_size=ROWS, micro_batch_size=2, optimizer=optimizer, steps=20
     )
     return TrainConfig(model=model, stage=stage, parallel=ParallelConfig(**layout))
 
@@ -39,9 +43,7 @@ def random_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One packed row: several documents, padding at the end, labels of three classes and weights."""
     num_documents = int(rng.integers(1, 6))
     num_padding = int(rng.integers(0, 16))
-    cuts = np.sort(
-        rng.choice(np.arange(2, ROW_TOKENS - num_padding - 1), num_documents - 1, replace=False)
-    )
+    cuts = np.sort(rng.choice(np.arange(2, ROW_TOKENS - num_padding - 1), num_documents - 1, replace=False))
     bounds = np.unique(np.concatenate(([0], cuts, [ROW_TOKENS - num_padding, ROW_TOKENS])))
     # A repeated pattern gives the model something to learn.
     tokens = (np.arange(ROW_TOKENS) * 7 + int(rng.integers(0, 5))) % 160
@@ -52,25 +54,27 @@ def random_row(rng: np.random.Generator) -> dict[str, np.ndarray]:
     weights[bounds[1:] - 1] = 0.0
     weights[ROW_TOKENS - num_padding :] = 0.0
     return {
-        "tokens": tokens, "labels": labels, "loss_weights": weights, "loss_classes": classes,
-        "sources": rng.integers(0, 2, ROW_TOKENS), "position_ids": np.arange(ROW_TOKENS) - starts, "bounds": bounds,
-    }  # fmt: skip
+        "tokens": tokens,
+        "labels": labels,
+        "loss_weights": weights,
+        "loss_classes": classes,
+        "sources": rng.integers(0, 2, ROW_TOKENS),
+        "position_ids": np.arange(ROW_TOKENS) - starts,
+        "bounds": bounds,
+    }
 
 
 def micro_batch(rows: Sequence[dict[str, np.ndarray]]) -> MicroBatch:
-    cu_seqlens = np.concatenate(
-        [[0]] + [row["bounds"][1:] + i * ROW_TOKENS for i, row in enumerate(rows)]
-    )
+    cu_seqlens = np.concatenate([[0]] + [row["bounds"][1:] + i * ROW_TOKENS for i, row in enumerate(rows)])
     dtypes = {"loss_weights": np.float32, "loss_classes": np.uint8, "sources": np.uint16}
     names = ("tokens", "labels", "loss_weights", "loss_classes", "sources", "position_ids")
-    arrays = {
-        name: np.stack([row[name] for row in rows]).astype(dtypes.get(name, np.int64))
-        for name in names
-    }
+    arrays = {name: np.stack([row[name] for row in rows]).astype(dtypes.get(name, np.int64)) for name in names}
     return MicroBatch(
-        **arrays, cu_seqlens=cu_seqlens.astype(np.int32), max_seqlen=int(np.diff(cu_seqlens).max()),
+        **arrays,
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
         num_real_tokens=ROW_TOKENS * len(rows),
-    )  # fmt: skip
+    )
 
 
 def batch_of_step(step: int, data_rank: int, data_size: int, rows_at_once: int) -> list[MicroBatch]:
@@ -91,10 +95,7 @@ def run_steps(engine: Any, first: int, last: int) -> list[Any]:
     results = []
     for step in range(first, last):
         batches = batch_of_step(
-            step,
-            engine.data_parallel_rank,
-            engine.data_parallel_size,
-            engine.config.stage.micro_batch_size,
+            step, engine.data_parallel_rank, engine.data_parallel_size, engine.config.stage.micro_batch_size
         )
         results.append(engine.forward_backward(batches))
         engine.optimizer_step(engine.config.stage.optimizer.learning_rate)
@@ -116,9 +117,7 @@ class MemoryReader:
             if shard.key not in self.tensors:
                 self.tensors[shard.key] = torch.empty(shard.global_shape, dtype=shard.tensor.dtype)
                 self.covered[shard.key] = torch.zeros(shard.global_shape, dtype=torch.int)
-            self._place(self.tensors[shard.key], shard.global_offset, shard.tensor.shape).copy_(
-                shard.tensor
-            )
+            self._place(self.tensors[shard.key], shard.global_offset, shard.tensor.shape).copy_(shard.tensor)
             self._place(self.covered[shard.key], shard.global_offset, shard.tensor.shape).add_(1)
 
     @staticmethod
@@ -147,15 +146,11 @@ def gather_shards(engine: Any) -> list[Any]:
 
 def initial_tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
     reader = MemoryReader(gather_shards(build_engine(config)))
-    assert all(bool((count == 1).all()) for count in reader.covered.values()), (
-        "each element has one owner"
-    )
+    assert all(bool((count == 1).all()) for count in reader.covered.values()), "each element has one owner"
     return {key: tensor for key, tensor in reader.tensors.items() if key.startswith("model/")}
 
 
-def save_after(
-    config: TrainConfig, num_steps: int
-) -> tuple[MemoryReader, list[Any], dict[str, torch.Tensor]]:
+def save_after(config: TrainConfig, num_steps: int) -> tuple[MemoryReader, list[Any], dict[str, torch.Tensor]]:
     """Train, save in memory, go on: the checkpoint, the losses after it and the weights after them."""
     engine = build_engine(config)
     run_steps(engine, 0, num_steps)
@@ -164,9 +159,7 @@ def save_after(
     return reader, later, MemoryReader(gather_shards(engine)).tensors
 
 
-def continue_from(
-    config: TrainConfig, reader: MemoryReader, num_steps: int
-) -> tuple[list[Any], dict[str, Any]]:
+def continue_from(config: TrainConfig, reader: MemoryReader, num_steps: int) -> tuple[list[Any], dict[str, Any]]:
     engine = build_engine(config)
     engine.load_model(reader)
     engine.load_optimizer(reader)

@@ -41,16 +41,12 @@ def ranks_of(layout: dict[str, Any]) -> int:
 def reference(pool: Any) -> list[Any]:
     """One process."""
     (results,) = pool.run(train, train_config(), NUM_STEPS, ranks=1)
-    assert results[-1].loss < 0.5 * results[0].loss, (
-        "the model learns, so the curves mean something"
-    )
+    assert results[-1].loss < 0.5 * results[0].loss, "the model learns, so the curves mean something"
     return results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_losses_do_not_depend_on_the_layout(
-    pool: Any, reference: list[Any], layout: dict[str, Any]
-) -> None:
+def test_losses_do_not_depend_on_the_layout(pool: Any, reference: list[Any], layout: dict[str, Any]) -> None:
     by_rank = pool.run(train, train_config(**layout), NUM_STEPS, ranks=ranks_of(layout))
     assert all(results == by_rank[0] for results in by_rank), "the report is the same on every rank"
     for result, expected in zip(by_rank[0], reference, strict=True):
@@ -68,15 +64,12 @@ def test_initial_weights_are_bitwise_the_same_in_every_layout(pool: Any) -> None
     layout = LAYOUTS["tensor_pipeline"]
     found = pool.run(initial_tensors, train_config(**layout), ranks=ranks_of(layout))[0]
     assert found.keys() == expected.keys()
-    assert (
-        len(found) == 3 + 4 * 8
-    )  # two embeddings and the final norm; eight parameters in each of four layers
+    assert len(found) == 3 + 4 * 8  # two embeddings and the final norm; eight parameters in each of four layers
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
-    ("written", "read"),
-    [("tensor", "data"), ("data", "pipeline"), ("tensor_data", "tensor_pipeline")],
+    ("written", "read"), [("tensor", "data"), ("data", "pipeline"), ("tensor_data", "tensor_pipeline")]
 )
 def test_a_checkpoint_moves_between_layouts(pool: Any, written: str, read: str) -> None:
     before, after = LAYOUTS[written], LAYOUTS[read]
@@ -102,9 +95,7 @@ def test_the_same_layout_resumes_bitwise(pool: Any, dtype: str) -> None:
 def test_bfloat16_trains_in_layouts_and_follows_float32(pool: Any, reference: list[Any]) -> None:
     for name in ("data", "tensor_pipeline"):
         layout = LAYOUTS[name]
-        results = pool.run(
-            train, train_config(dtype="bfloat16", **layout), 8, ranks=ranks_of(layout)
-        )[0]
+        results = pool.run(train, train_config(dtype="bfloat16", **layout), 8, ranks=ranks_of(layout))[0]
         for result, expected in zip(results, reference, strict=False):
             assert result.loss == pytest.approx(expected.loss, rel=2e-2)
 

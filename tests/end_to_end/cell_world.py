@@ -29,7 +29,7 @@ from examples.shapes_world.world import (
     held_out_items,
     make_scene,
     random_scene,
-)  # fmt: skip
+)
 from model.checkpoint_format import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
@@ -77,9 +77,7 @@ def prepare(folder: Path, *, shuffled: bool) -> Any:
     if shuffled:
         texts = [texts[index] for index in rng.permutation(len(texts))]
     template = "You are a helpful assistant for t2i task. USER:  ASSISTANT: 3*3"
-    train_sentencepiece(
-        [*texts[:500], *[template] * 50], folder / "text_tokenizer", TEXT_SIZE, seed=1
-    )
+    train_sentencepiece([*texts[:500], *[template] * 50], folder / "text_tokenizer", TEXT_SIZE, seed=1)
     tokenizer = load_text_tokenizer(folder / "text_tokenizer")
     vocabulary = Vocabulary.from_config(vocabulary_config())
     builder = DocumentBuilder(vocabulary, tokenizer)
@@ -93,12 +91,20 @@ def prepare(folder: Path, *, shuffled: bool) -> Any:
             writer.add(document.tokens, document.segments)
             found = count_classes(document.tokens, document.segments, vocabulary.visual_start)
             counts = {name: counts.get(name, 0) + count for name, count in found.items()}
-        writer.finish({
-            "kind": "tokens", "num_documents": NUM_SCENES, "vocabulary": vocabulary.describe(),
-            "text_tokenizer": tokenizer.fingerprint, "vision_tokenizer": vision.fingerprint,
-            "sources": ["scenes"], "inputs": [], "counts_by_class": counts, "quarantined": {},
-            "config_fingerprint": "cells",
-        })  # fmt: skip
+        writer.finish(
+            {
+                "kind": "tokens",
+                "num_documents": NUM_SCENES,
+                "vocabulary": vocabulary.describe(),
+                "text_tokenizer": tokenizer.fingerprint,
+                "vision_tokenizer": vision.fingerprint,
+                "sources": ["scenes"],
+                "inputs": [],
+                "counts_by_class": counts,
+                "quarantined": {},
+                "config_fingerprint": "cells",
+            }
+        )
     pack({"scenes": folder / "tokens"}, folder / "packed", PackConfig(sequence_length=256, seed=1))
     return tokenizer
 
@@ -107,18 +113,29 @@ def stage_config(folder: Path) -> Any:
     from training.config import DatasetEntry, LossWeights, OptimizerConfig, StageConfig, TrainConfig
 
     stage = StageConfig(
-        name="stage", steps=STEPS, sequence_length=256, global_batch_size=4, micro_batch_size=4,
+        name="stage",
+        steps=STEPS,
+        sequence_length=256,
+        global_batch_size=4,
+        micro_batch_size=4,
         loss_weights=LossWeights(visual=1.0),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-    )  # fmt: skip
+    )
     stage.data.datasets = {"scenes": DatasetEntry(path=str(folder / "packed"))}
     config = TrainConfig(
-        run_folder=str(folder), stage=stage,
+        run_folder=str(folder),
+        stage=stage,
         model=ModelConfig(
-            num_layers=3, hidden_size=96, ffn_hidden_size=256, num_attention_heads=3, num_query_groups=3,
-            max_sequence_length=256, init_std=0.08, vocabulary=vocabulary_config(),
+            num_layers=3,
+            hidden_size=96,
+            ffn_hidden_size=256,
+            num_attention_heads=3,
+            num_query_groups=3,
+            max_sequence_length=256,
+            init_std=0.08,
+            vocabulary=vocabulary_config(),
         ),
-    )  # fmt: skip
+    )
     config.logging.wandb_mode = "disabled"
     config.checkpoint.every_steps = STEPS
     return config
@@ -139,15 +156,9 @@ def run(folder: str, shuffled: bool) -> dict[str, float]:
     with CheckpointReader(latest_checkpoint(root / "stage")) as reader:
         decoder = load_decoder(reader, config.model, seed=None)
     model = InferenceModel(
-        decoder,
-        Vocabulary.from_config(vocabulary_config()),
-        tokenizer,
-        CellTokenizer(),
-        max_sequence_length=256,
+        decoder, Vocabulary.from_config(vocabulary_config()), tokenizer, CellTokenizer(), max_sequence_length=256
     )
-    greedy = SamplingConfig(
-        PhaseSampling(temperature=0.0), PhaseSampling(temperature=0.0), max_new_tokens=32
-    )
+    greedy = SamplingConfig(PhaseSampling(temperature=0.0), PhaseSampling(temperature=0.0), max_new_tokens=32)
     found = evaluate(model, {"t2i": HeldOutShapes()}, greedy)
     return {"t2i": found["t2i"]["accuracy"]}
 
@@ -159,9 +170,7 @@ class HeldOutShapes:
 
     def prompts(self) -> list[EvaluationPrompt]:
         return [
-            EvaluationPrompt(
-                "t2i", text=caption((item,)), target=(item,), image_size=(PIXELS, PIXELS)
-            )
+            EvaluationPrompt("t2i", text=caption((item,)), target=(item,), image_size=(PIXELS, PIXELS))
             for item in held_out_items()
         ]
 

@@ -39,9 +39,13 @@ def start(config: TrainConfig) -> subprocess.Popen:
     save_yaml(config, folder / "train.yaml")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(folder / "train.yaml")], env=environment, cwd=folder,
-        stdout=subprocess.PIPE, stderr=open(folder / "stderr.txt", "ab"), text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", DRIVER, str(folder / "train.yaml")],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=open(folder / "stderr.txt", "ab"),
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen, config: TrainConfig) -> dict:

@@ -14,14 +14,20 @@ PROGRAM = Path(__file__).with_name("cell_world.py")
 
 def start(folder: Path, captions: str) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "RANK": "0",
+        "WORLD_SIZE": "1",
         "NEXTSTATE_RENDEZVOUS_FILE": str(folder / "rendezvous"),
-    }  # fmt: skip
+    }
     folder.mkdir()
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), str(folder / "run"), captions],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
 
 
 def test_training_on_shuffled_captions_fails_the_judge(tmp_path):

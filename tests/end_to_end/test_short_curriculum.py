@@ -15,8 +15,11 @@ from launch.curriculum import CurriculumConfig, run_curriculum
 SMALL = {
     "corpora": ["num_images=80", "num_clips=16", "num_captioned_clips=4", "num_edits=40"],
     "vision_tokenizer": [
-        "stage.steps=60", "stage.options.continuous_steps=30", "stage.options.min_codebook_use=0",
-        "stage.options.data.num_held_back=16", "logging.wandb_mode=disabled",
+        "stage.steps=60",
+        "stage.options.continuous_steps=30",
+        "stage.options.min_codebook_use=0",
+        "stage.options.data.num_held_back=16",
+        "logging.wandb_mode=disabled",
     ],
     "pretrain_1": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "pretrain_2": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
@@ -26,7 +29,7 @@ SMALL = {
         f"tasks.{task}.num_prompts=8"
         for task in ("reconstruction_accuracy", "t2i_accuracy", "next_state_accuracy", "edit_accuracy")
     ],
-}  # fmt: skip
+}
 LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2)}
 
 
@@ -70,8 +73,13 @@ def test_report_holds_every_figure(demo):
         assert stage["loss_last"] > 0
         assert stage["wall_seconds"] > 0
     metrics = report["metrics"]
-    for name in ("reconstruction_accuracy", "t2i_accuracy_untrained", "t2i_accuracy", "next_state_accuracy",
-                 "edit_accuracy"):  # fmt: skip
+    for name in (
+        "reconstruction_accuracy",
+        "t2i_accuracy_untrained",
+        "t2i_accuracy",
+        "next_state_accuracy",
+        "edit_accuracy",
+    ):
         assert 0 <= metrics[name] <= 1, name
     assert metrics["num_prompts"] == 8
 
@@ -91,9 +99,7 @@ def test_stages_follow_one_another(demo):
     for before, stage in (("pretrain_1", "pretrain_2"), ("pretrain_2", "sft")):
         config = (folder / stage / "config.yaml").read_text()
         assert f"initialize_from: {folder}/{before}" in config
-        events = [
-            json.loads(line) for line in (folder / stage / "events.jsonl").read_text().splitlines()
-        ]
+        events = [json.loads(line) for line in (folder / stage / "events.jsonl").read_text().splitlines()]
         starts = [event for event in events if event["event"] == "start"]
         assert [event["initialize_from"] for event in starts] == [f"{folder}/{before}"]
 

@@ -25,14 +25,7 @@ from examples.shapes_world.motion import NUM_RESTS
 from examples.shapes_world.world import CAPTIONS, caption, is_held_out
 from model.errors import UserError
 
-TINY = CorpusConfig(
-    seed=5,
-    num_images=60,
-    num_clips=16,
-    num_captioned_clips=4,
-    num_edits=30,
-    samples_per_shard=25,
-)
+TINY = CorpusConfig(seed=5, num_images=60, num_clips=16, num_captioned_clips=4, num_edits=30, samples_per_shard=25)
 DIRECTIONS = {
     "moves right": (0, 1),
     "moves left": (0, -1),
@@ -121,11 +114,7 @@ def follow_law(sentence: str, scenes: list) -> None:
         _, color, shape, law = clause.split(maxsplit=3)
         step = DIRECTIONS[law]
         path = [
-            [
-                (item.row, item.column)
-                for item in scene
-                if (item.shape, item.color) == (shape, color)
-            ]
+            [(item.row, item.column) for item in scene if (item.shape, item.color) == (shape, color)]
             for scene in scenes
         ]
         assert all(len(places) == 1 for places in path)
@@ -214,16 +203,12 @@ def test_same_seed_same_bytes_other_seed_others(corpora: Path, tmp_path: Path):
     assert shard_bytes(tmp_path / "other")[name] != shard_bytes(corpora)[name]
 
 
-def test_a_finished_corpus_is_kept_and_a_damaged_one_is_mended(
-    corpora: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_finished_corpus_is_kept_and_a_damaged_one_is_mended(corpora: Path, monkeypatch: pytest.MonkeyPatch):
     shard = corpora / "shapes_edit" / "000000.tar"
     content, stamp = shard.read_bytes(), shard.stat().st_mtime_ns
     built = []
     write_dataset = build.write_dataset
-    monkeypatch.setattr(
-        build, "write_dataset", lambda *args: built.append(args[0].name) or write_dataset(*args)
-    )
+    monkeypatch.setattr(build, "write_dataset", lambda *args: built.append(args[0].name) or write_dataset(*args))
     build_corpora(corpora, TINY)
     assert built == []
     assert shard.stat().st_mtime_ns == stamp
@@ -260,9 +245,7 @@ def test_arguments(tmp_path: Path):
     assert config == CorpusConfig(seed=3, shuffle_captions=True)
     with pytest.raises(UserError) as caught:
         parse_arguments(["num_image=3", "num_clips=many", "loose"])
-    assert all(
-        word in str(caught.value) for word in ("3 problems", "num_image=3", "num_clips=many")
-    )
+    assert all(word in str(caught.value) for word in ("3 problems", "num_image=3", "num_clips=many"))
     with pytest.raises(UserError, match="samples_per_shard"):
         build_corpora(tmp_path / "x", replace(TINY, samples_per_shard=0))
     assert not (tmp_path / "x").exists()

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 
 from examples.shapes_world.judge import read_scene
-from examples.shapes_world.tasks import (
-    EditAccuracy,
-    NextStateAccuracy,
-    ReconstructionAccuracy,
-    ShapesTask,
-    T2IAccuracy,
-)
+from examples.shapes_world.tasks import EditAccuracy, NextStateAccuracy, ReconstructionAccuracy, ShapesTask, T2IAccuracy
 from examples.shapes_world.world import caption, draw_array, is_held_out
 
 TASKS = (T2IAccuracy, EditAccuracy, NextStateAccuracy, ReconstructionAccuracy)
@@ -38,9 +32,7 @@ def test_200_distinct_prompts_with_held_out_answers(task_and_prompts):
 def test_the_true_answer_passes_and_others_fail(task_and_prompts):
     task, prompts = task_and_prompts
     answers = [draw_array(prompt.target, 48) for prompt in prompts]
-    assert all(
-        task.judge(prompt, [answer], "") for prompt, answer in zip(prompts, answers, strict=True)
-    )
+    assert all(task.judge(prompt, [answer], "") for prompt, answer in zip(prompts, answers, strict=True))
     assert not any(task.judge(prompt, [], "") for prompt in prompts)
     following = zip(prompts, answers[1:], strict=False)
     assert sum(task.judge(prompt, [answer], "") for prompt, answer in following) <= 4
@@ -51,9 +43,7 @@ def test_prompts_depend_on_the_seed_only(task: type[ShapesTask]):
     one, same, other = (task(num_prompts=10, seed=seed).prompts() for seed in (7, 7, 8))
     assert [p.target for p in one] == [p.target for p in same]
     assert all(
-        np.array_equal(a, b)
-        for p, q in zip(one, same, strict=True)
-        for a, b in zip(p.images, q.images, strict=True)
+        np.array_equal(a, b) for p, q in zip(one, same, strict=True) for a, b in zip(p.images, q.images, strict=True)
     )
     assert [p.target for p in one] != [p.target for p in other]
     seen = task(num_prompts=10, held_out=False).prompts()

@@ -82,15 +82,11 @@ def test_the_judge_accepts_the_scene_and_nothing_else(seed: int, count: int, siz
     assert not shows(resized(draw_array(scene[1:]), size), scene), "a shape is missing"
 
 
-@pytest.mark.parametrize(
-    ("radius", "accepted"), [(0.5, True), (1.0, True), (3.0, False), (5.0, False)]
-)
+@pytest.mark.parametrize(("radius", "accepted"), [(0.5, True), (1.0, True), (3.0, False), (5.0, False)])
 def test_the_judge_forgives_a_little_blur_only(radius: float, accepted: bool):
     for shape in SHAPES:
         scene = (Item(shape, "blue", 1, 1), Item(shape, "yellow", 2, 0))
-        blurred = Image.fromarray(resized(draw_array(scene), 48)).filter(
-            ImageFilter.GaussianBlur(radius)
-        )
+        blurred = Image.fromarray(resized(draw_array(scene), 48)).filter(ImageFilter.GaussianBlur(radius))
         assert shows(np.asarray(blurred), scene) == accepted, shape
 
 
@@ -190,9 +186,7 @@ def test_edits_change_one_color_and_name_one_shape(seed: int, count: int):
     seen, unseen = random_edit(rng, count), random_held_out_edit(rng, count)
     assert not any(is_held_out(item) for item in (*seen.source, *seen.target, *unseen.source))
     for edit in (seen, unseen):
-        changed = [
-            (old, new) for old, new in zip(edit.source, edit.target, strict=True) if old != new
-        ]
+        changed = [(old, new) for old, new in zip(edit.source, edit.target, strict=True) if old != new]
         assert len(changed) == 1
         old, new = changed[0]
         assert recolor(old, new.color) == new

@@ -17,12 +17,16 @@ def one_document_rows(rows: int, length: int) -> MicroBatch:
     tokens = np.random.default_rng(0).integers(0, 900, (rows, length))
     zeros = np.zeros((rows, length))
     return MicroBatch(
-        tokens=tokens, labels=tokens, loss_weights=np.ones((rows, length), np.float32),
-        loss_classes=zeros.astype(np.uint8), sources=zeros.astype(np.uint16),
+        tokens=tokens,
+        labels=tokens,
+        loss_weights=np.ones((rows, length), np.float32),
+        loss_classes=zeros.astype(np.uint8),
+        sources=zeros.astype(np.uint16),
         position_ids=np.tile(np.arange(length), (rows, 1)),
-        cu_seqlens=np.arange(0, rows * length + 1, length).astype(np.int32), max_seqlen=length,
+        cu_seqlens=np.arange(0, rows * length + 1, length).astype(np.int32),
+        max_seqlen=length,
         num_real_tokens=rows * length,
-    )  # fmt: skip
+    )
 
 
 class SavedTensors:
@@ -81,9 +85,7 @@ def measure(config: TrainConfig) -> dict[str, int]:
     stage = config.stage
     batches = [
         one_document_rows(stage.micro_batch_size, stage.sequence_length)
-        for _ in range(
-            stage.global_batch_size // stage.micro_batch_size // engine.data_parallel_size
-        )
+        for _ in range(stage.global_batch_size // stage.micro_batch_size // engine.data_parallel_size)
     ]
     weights = storages(engine.model.parameters())
     buffers = [*engine.wrapped.buffers, *engine.wrapped.expert_parallel_buffers]
@@ -99,6 +101,8 @@ def measure(config: TrainConfig) -> dict[str, int]:
     parallel.destroy()
     return {
         "parameters": sum(parameter.numel() for parameter in engine.model.parameters()),
-        "weights": sum(weights.values()), "gradients": sum(gradients.values()),
-        "optimizer": sum(optimizer.values()), "activations": saved.peak,
-    }  # fmt: skip
+        "weights": sum(weights.values()),
+        "gradients": sum(gradients.values()),
+        "optimizer": sum(optimizer.values()),
+        "activations": saved.peak,
+    }

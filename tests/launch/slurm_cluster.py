@@ -37,22 +37,16 @@ def require_programs() -> None:
     if os.geteuid() == 0 and shutil.which("apt-get"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(
-                ["apt-get", "-qq", *arguments], env=environment, capture_output=True, check=False
-            )
+            subprocess.run(["apt-get", "-qq", *arguments], env=environment, capture_output=True, check=False)
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     assert not missing, (
         f"the tests of `nextstate submit` run a real Slurm and miss {', '.join(missing)}: as root, "
         f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
     )
-    assert os.geteuid() == 0, (
-        "the tests of `nextstate submit` start a Slurm of their own, which needs root"
-    )
+    assert os.geteuid() == 0, "the tests of `nextstate submit` start a Slurm of their own, which needs root"
 
 
-def wait_until(
-    condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS
-) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:.0f} seconds for {what}"
@@ -98,17 +92,29 @@ class SlurmCluster:
         (munge / "key").write_bytes(os.urandom(128))
         (munge / "key").chmod(0o600)
         self.daemon(
-            ["munged", "--force", f"--key-file={munge}/key", f"--socket={munge}/s", f"--seed-file={munge}/seed",
-             f"--pid-file={self.folder}/run/munged.pid", f"--log-file={self.folder}/log/munged.log",
-             "--origin=127.0.0.1", "--num-threads=2"]
-        )  # fmt: skip
+            [
+                "munged",
+                "--force",
+                f"--key-file={munge}/key",
+                f"--socket={munge}/s",
+                f"--seed-file={munge}/seed",
+                f"--pid-file={self.folder}/run/munged.pid",
+                f"--log-file={self.folder}/log/munged.log",
+                "--origin=127.0.0.1",
+                "--num-threads=2",
+            ]
+        )
 
     def write_configuration(self) -> None:
         host = socket.gethostname().split(".")[0]
         lines = SETTINGS.format(
-            folder=self.folder, host=host, port=self.first_port, first_srun_port=self.first_port + 20,
-            last_srun_port=self.first_port + 99, first_job=int(time.time()) % 60_000 * 1000 + 1,
-        ).splitlines()  # fmt: skip
+            folder=self.folder,
+            host=host,
+            port=self.first_port,
+            first_srun_port=self.first_port + 20,
+            last_srun_port=self.first_port + 99,
+            first_job=int(time.time()) % 60_000 * 1000 + 1,
+        ).splitlines()
         if socket.gethostbyname(socket.gethostname()).startswith("127."):
             lines.append("CommunicationParameters=NoInAddrAny,NoCtldInAddrAny")
         for number, node in enumerate(self.nodes, 1):
@@ -130,19 +136,8 @@ class SlurmCluster:
         command = ["slurmd", "-N", node, "-f", str(self.config)]
         if self.has_namespaces:
             hosts = shlex.quote(str(self.folder / "hosts"))
-            script = (
-                f"hostname {node} && mount --bind {hosts} /etc/hosts && exec {shlex.join(command)}"
-            )
-            command = [
-                "unshare",
-                "--uts",
-                "--mount",
-                "--propagation",
-                "private",
-                "bash",
-                "-c",
-                script,
-            ]
+            script = f"hostname {node} && mount --bind {hosts} /etc/hosts && exec {shlex.join(command)}"
+            command = ["unshare", "--uts", "--mount", "--propagation", "private", "bash", "-c", script]
         self.daemon(command)
 
     def daemon(self, command: list[str]) -> None:
@@ -151,23 +146,16 @@ class SlurmCluster:
         with log.open("ab") as stream:
             code = subprocess.run(
                 command, env=self.clean_environment(), stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, cwd="/"
-            ).returncode  # fmt: skip
+            ).returncode
         assert code == 0, f"{command[0]} did not start:\n{log.read_text()[-2000:]}"
 
     def clean_environment(self) -> dict[str, str]:
         inherited = re.compile("(SLURM|SBATCH|SRUN|SALLOC)_")
-        return {
-            name: value for name, value in os.environ.items() if not inherited.match(name)
-        } | self.environment
+        return {name: value for name, value in os.environ.items() if not inherited.match(name)} | self.environment
 
     def call(self, *arguments: str) -> str:
         answer = subprocess.run(
-            arguments,
-            env=self.clean_environment(),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+            arguments, env=self.clean_environment(), capture_output=True, text=True, timeout=60, check=False
         )
         return answer.stdout
 
@@ -183,13 +171,8 @@ class SlurmCluster:
 
     def hurry(self, job_id: str) -> None:
         """Slurm lets a job that was queued again wait for two minutes; tests do not."""
-        wait_until(
-            lambda: self.job(job_id).get("JobState") == "PENDING",
-            f"job {job_id} to be queued again",
-        )
-        time.sleep(
-            2.0
-        )  # a start within the second of the kill is refused: its credential is revoked
+        wait_until(lambda: self.job(job_id).get("JobState") == "PENDING", f"job {job_id} to be queued again")
+        time.sleep(2.0)  # a start within the second of the kill is refused: its credential is revoked
         self.call("scontrol", "update", f"jobid={job_id}", "StartTime=now")
 
     def see_through(self, job_id: str, seconds: float = 300.0) -> str:
@@ -204,11 +187,7 @@ class SlurmCluster:
 
     def wait_for_end(self, job_id: str, seconds: float = PATIENCE_SECONDS) -> str:
         """The final state."""
-        wait_until(
-            lambda: self.job(job_id).get("JobState") not in ACTIVE,
-            f"the end of job {job_id}",
-            seconds,
-        )
+        wait_until(lambda: self.job(job_id).get("JobState") not in ACTIVE, f"the end of job {job_id}", seconds)
         return self.job(job_id)["JobState"]
 
     # --- a node that loses power ----------------------------------------------------------------------------------------
@@ -225,9 +204,7 @@ class SlurmCluster:
     def kill_slurmd(self, node: str) -> None:
         """SIGKILL of a node's slurmd alone: what it started goes on. The controller is told."""
         (victim,) = [
-            process
-            for process in psutil.process_iter()
-            if self.is_on(process, node) and process.name() == "slurmd"
+            process for process in psutil.process_iter() if self.is_on(process, node) and process.name() == "slurmd"
         ]
         victim.kill()
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=slurmd killed")
@@ -243,10 +220,7 @@ class SlurmCluster:
             if environment.get("SLURMD_NODENAME") == node:
                 return True
             if name.startswith("slurmstepd"):
-                return any(
-                    opened.path == str(self.folder / "log" / f"{node}.log")
-                    for opened in process.open_files()
-                )
+                return any(opened.path == str(self.folder / "log" / f"{node}.log") for opened in process.open_files())
         return False
 
     def revive_node(self, node: str) -> None:
@@ -291,19 +265,19 @@ def end_process(pid: int) -> None:
 
 def free_ports(number: int) -> int:
     """The first of a block of 100 ports, below those that jobs of the tests and the system give out."""
-    taken = {
-        int(line.split()[1].split(":")[1], 16)
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
-    }
+    taken = {int(line.split()[1].split(":")[1], 16) for line in Path("/proc/net/tcp").read_text().splitlines()[1:]}
     blocks = list(range(10_000, 19_900, 100))
     random.Random(os.urandom(8)).shuffle(blocks)
     return next(start for start in blocks if not taken & set(range(start, start + number)))
 
 
 def can_unshare() -> bool:
-    return subprocess.run(
-        ["unshare", "--uts", "--mount", "--propagation", "private", "true"], capture_output=True
-    ).returncode == 0  # fmt: skip
+    return (
+        subprocess.run(
+            ["unshare", "--uts", "--mount", "--propagation", "private", "true"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 SETTINGS = """\

@@ -57,8 +57,6 @@ class MeetingEngine(FakeEngine):
 
 def build(config: TrainConfig) -> Job:
     options = dict(config.stage.options)
-    engine = MeetingEngine(
-        config.seed, float(options.pop("step_seconds", 0.0)), int(options.pop("crash_at", 0))
-    )
+    engine = MeetingEngine(config.seed, float(options.pop("step_seconds", 0.0)), int(options.pop("crash_at", 0)))
     assert os.environ["RANK"] == str(engine.rank)
     return Job(engine, FakeData(options, config.stage.global_batch_size), {"kind": "fake"})

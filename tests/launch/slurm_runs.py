@@ -19,9 +19,7 @@ SEARCH_PATH = [HERE / "slurm_site", HERE, HERE.parent / "training"]
 STEPS = 40
 
 
-def fake_submission(
-    run_folder: Path, *, step_seconds: float = 0.0, num_ranks: int = 2
-) -> submit.Config:
+def fake_submission(run_folder: Path, *, step_seconds: float = 0.0, num_ranks: int = 2) -> submit.Config:
     """One rank a node; a checkpoint every five steps."""
     config = submit.Config(name="test", run_folder=str(run_folder))
     config.stage.objective, config.stage.name = "vision_tokenizer", "fake"
@@ -35,9 +33,7 @@ def fake_submission(
     return config
 
 
-def real_submission(
-    run_folder: Path, packed: Path, *, step_seconds: float = 0.0, crash_at: int = 0
-) -> submit.Config:
+def real_submission(run_folder: Path, packed: Path, *, step_seconds: float = 0.0, crash_at: int = 0) -> submit.Config:
     """The tiny stage of the real engine, data parallel over two nodes."""
     config = submit.Config(name="test", run_folder=str(run_folder))
     shrink(config, packed)
@@ -52,10 +48,7 @@ def use_test_cluster(cluster: Any) -> None:
     cluster.tasks_per_node, cluster.cpus_per_task = 1, 1
     cluster.time_limit, cluster.signal_seconds = "10", 5
     cluster.network_interface = "lo"
-    cluster.environment = {
-        "PYTHONPATH": ":".join(map(str, SEARCH_PATH)),
-        "PYTHONWARNINGS": "ignore",
-    }
+    cluster.environment = {"PYTHONPATH": ":".join(map(str, SEARCH_PATH)), "PYTHONWARNINGS": "ignore"}
 
 
 def last_step(run_folder: Path, stage: str = "fake") -> int:
@@ -76,9 +69,7 @@ def wait_for_log(run_folder: Path, text: str, name: str = "fake") -> None:
     wait_until(lambda: text in log_of(run_folder, name), f"{text!r} in the log of {run_folder}")
 
 
-def assert_completed(
-    cluster: SlurmCluster, job_id: str, run_folder: Path, name: str = "fake"
-) -> None:
+def assert_completed(cluster: SlurmCluster, job_id: str, run_folder: Path, name: str = "fake") -> None:
     assert cluster.wait_for_end(job_id, 90) == "COMPLETED", log_of(run_folder, name)[-3000:]
 
 

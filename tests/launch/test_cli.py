@@ -10,21 +10,12 @@ from launch import cli
 
 
 def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return subprocess.run([sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True, check=False)
 
 
 def modules_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_the_overview_lists_every_command_without_importing_one():
@@ -60,10 +51,7 @@ def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
         (["train", "optimizer.learning_rate=1"], "did you mean stage.optimizer.learning_rate?"),
         (["train", "+surprise=1"], "unknown key 'surprise'"),
         (["train", "+model.surprise=1"], "unknown key 'model.surprise'"),
-        (
-            ["train", "stage.data.datasets.extra.pth=x"],
-            "unknown key 'stage.data.datasets.extra.pth'",
-        ),
+        (["train", "stage.data.datasets.extra.pth=x"], "unknown key 'stage.data.datasets.extra.pth'"),
         (["train", "stage.steps=many"], "stage.steps"),
         (["train", "stage=pretrain_3"], "stage=pretrain_2"),
         (["train", "name=a=b"], "quote values"),
@@ -85,9 +73,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, expected, capsys):
 
 
 def test_every_problem_of_a_configuration_is_listed_with_its_mend(capsys):
-    assert (
-        cli.main(["train", "stage.steps=-1", "model.num_query_groups=3", "parallel.tensor=1"]) == 2
-    )
+    assert cli.main(["train", "stage.steps=-1", "model.num_query_groups=3", "parallel.tensor=1"]) == 2
     message = capsys.readouterr().err
     assert "problems" in message
     assert "stage.steps" in message
@@ -106,9 +92,7 @@ def test_json_answers_are_alone_on_stdout_whatever_is_printed(tmp_path):
         "os.system('echo child'), {'answer': 1})[2]);"
         "configs.load_command = lambda name: fake; sys.exit(cli.main(['inspect', 'path=x', 'json=true']))"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert json.loads(finished.stdout) == {"answer": 1}
     assert "noise" in finished.stderr
     assert "child" in finished.stderr
@@ -125,9 +109,7 @@ def test_a_defect_shows_its_traceback_and_exits_with_1():
         "configs.load_command = lambda name: types.SimpleNamespace(Config=real.Config, run=lambda config: 1 / 0);"
         "sys.exit(cli.main(['inspect', 'path=x']))"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert "ZeroDivisionError" in finished.stderr
 
@@ -143,15 +125,7 @@ def test_a_full_disk_is_the_users_to_mend(monkeypatch, capsys):
 
 def test_multirun_runs_each_combination_in_its_own_folder(tmp_path):
     """`curriculum dry_run=true` is the cheapest command with a run folder."""
-    command = [
-        "curriculum",
-        "-m",
-        f"run_folder={tmp_path}",
-        "dry_run=true",
-        "until=corpora",
-        "name=a,b",
-        "json=true",
-    ]
+    command = ["curriculum", "-m", f"run_folder={tmp_path}", "dry_run=true", "until=corpora", "name=a,b", "json=true"]
     finished = nextstate(*command)
     assert finished.returncode == 0, finished.stderr
     jobs = json.loads(finished.stdout)["jobs"]

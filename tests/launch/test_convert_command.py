@@ -33,8 +33,9 @@ def fresh(tmp_path, capsys) -> str:
 
 
 def test_there_and_back_with_certificates(fresh, tmp_path, capsys):
-    out = answer(capsys, "convert", "to_hf", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=emu35",
-                 "num_tokens=32")  # fmt: skip
+    out = answer(
+        capsys, "convert", "to_hf", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=emu35", "num_tokens=32"
+    )
     assert out["layout"] == "emu35"
     assert out["parity"]["passed"] is True
     assert out["parity"]["mode"] == "logits"
@@ -43,38 +44,23 @@ def test_there_and_back_with_certificates(fresh, tmp_path, capsys):
     kept = json.loads((tmp_path / "hf" / "parity.json").read_text())
     assert kept["passed"] is True
     assert not (tmp_path / "fresh" / "parity.json").exists()
-    answer(
-        capsys,
-        "convert",
-        "from_hf",
-        f"source={tmp_path / 'hf'}",
-        f"target={tmp_path / 'back'}",
-        "verify=none",
-    )
-    first, second = (
-        load_file(tmp_path / name / "rank_00000.safetensors") for name in ("fresh", "back")
-    )
+    answer(capsys, "convert", "from_hf", f"source={tmp_path / 'hf'}", f"target={tmp_path / 'back'}", "verify=none")
+    first, second = (load_file(tmp_path / name / "rank_00000.safetensors") for name in ("fresh", "back"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    found = answer(capsys, "convert", "verify", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=emu35",
-                   "verify=keys")  # fmt: skip
+    found = answer(
+        capsys, "convert", "verify", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=emu35", "verify=keys"
+    )
     assert found["parity"]["passed"] is True
 
 
 def test_verify_names_what_differs(fresh, tmp_path, capsys):
-    answer(
-        capsys,
-        "convert",
-        "to_hf",
-        f"source={fresh}",
-        f"target={tmp_path / 'hf'}",
-        "layout=qwen3",
-        "verify=none",
-    )
+    answer(capsys, "convert", "to_hf", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=qwen3", "verify=none")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][5, 6] += 1
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
-    text = refusal(capsys, "convert", "verify", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=qwen3",
-                   "verify=keys")  # fmt: skip
+    text = refusal(
+        capsys, "convert", "verify", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=qwen3", "verify=keys"
+    )
     assert "different: model.layers.1.mlp.down_proj.weight" in text
 
 
@@ -85,21 +71,12 @@ def test_verify_names_what_differs(fresh, tmp_path, capsys):
         (["convert", "to_hff", "target=x"], "unknown action 'to_hff'"),
         (["convert", "to_hf", "layout=emu36"], "target: is required"),
         (["convert", "to_hf", "layout=emu36", "source=x", "target=y"], "unknown layout 'emu36'"),
-        (
-            ["convert", "to_hf", "layout=emu35", "source=no/such", "target=y"],
-            "no complete checkpoint",
-        ),
+        (["convert", "to_hf", "layout=emu35", "source=no/such", "target=y"], "no complete checkpoint"),
         (["convert", "from_hf", "layout=qwen3", "source=no/such", "target=y"], "no such file"),
         (["convert", "from_hf", "layout=ibq", "source=no/such", "target=y"], "no such file"),
         (["convert", "init", "target=y"], "model=toy"),
-        (
-            ["convert", "reshard", "source=no/such", "target=y", "tensor=0"],
-            "tensor: must be positive",
-        ),
-        (
-            ["convert", "surgery", "source=no/such", "target=y", "model=toy", "surgery.rows=zeros"],
-            "surgery.rows",
-        ),
+        (["convert", "reshard", "source=no/such", "target=y", "tensor=0"], "tensor: must be positive"),
+        (["convert", "surgery", "source=no/such", "target=y", "model=toy", "surgery.rows=zeros"], "surgery.rows"),
         (["inspect", "checkpoint=no/such"], "no such file"),
     ],
 )
@@ -116,43 +93,18 @@ def test_conversion_needs_neither_torch_nor_megatron(fresh, tmp_path):
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     for action in (["reshard", "tensor=2"], ["to_hf", "layout=emu35"]):
-        call = [
-            "convert",
-            *action,
-            f"source={fresh}",
-            f"target={tmp_path / action[0]}",
-            "verify=none",
-        ]
+        call = ["convert", *action, f"source={fresh}", f"target={tmp_path / action[0]}", "verify=none"]
         subprocess.run([sys.executable, "-c", code, *call], check=True, capture_output=True)
 
 
 def test_inspect_shows_a_published_checkpoint_and_its_mismatches(fresh, tmp_path, capsys):
-    answer(
-        capsys,
-        "convert",
-        "to_hf",
-        f"source={fresh}",
-        f"target={tmp_path / 'hf'}",
-        "layout=qwen3",
-        "verify=none",
-    )
+    answer(capsys, "convert", "to_hf", f"source={fresh}", f"target={tmp_path / 'hf'}", "layout=qwen3", "verify=none")
     found = answer(capsys, "inspect", str(tmp_path / "hf"))
-    assert (found["layout"], found["num_tensors"], found["dtypes"]) == (
-        "qwen3",
-        25,
-        {"float32": 25},
-    )
+    assert (found["layout"], found["num_tensors"], found["dtypes"]) == ("qwen3", 25, {"float32": 25})
     assert found["tied"] is False
     same = answer(capsys, "inspect", f"checkpoint={tmp_path / 'hf'}", *TOY)
     assert same["mismatches"] == []
-    other = answer(
-        capsys,
-        "inspect",
-        f"checkpoint={tmp_path / 'hf'}",
-        *TOY,
-        "model.head_dim=64",
-        "model.num_layers=3",
-    )
+    other = answer(capsys, "inspect", f"checkpoint={tmp_path / 'hf'}", *TOY, "model.head_dim=64", "model.num_layers=3")
     text = "\n".join(other["mismatches"])
     assert "model.head_dim=32" in text
     assert "11 missing" in text
@@ -166,17 +118,20 @@ def test_a_text_tokenizer_goes_along_and_comes_back(tmp_path, capsys):
 
     from data_pipeline.tokenizers import load_text_tokenizer, train_sentencepiece
 
-    lines = [
-        f"a {c} {s} at row {i} 中文 {i * 7}"
-        for i in range(60)
-        for c in ("red", "blue")
-        for s in ("disc", "box")
-    ]
+    lines = [f"a {c} {s} at row {i} 中文 {i * 7}" for i in range(60) for c in ("red", "blue") for s in ("disc", "box")]
     ours = train_sentencepiece(lines, tmp_path / "text", 280)
     sizes = [*TOY, "model.vocabulary.text_size=280"]
     answer(capsys, "convert", "init", *sizes, f"target={tmp_path / 'fresh'}")
-    answer(capsys, "convert", "to_hf", f"source={tmp_path / 'fresh'}", f"target={tmp_path / 'hf'}", "layout=emu35",
-           f"text_tokenizer={tmp_path / 'text'}", "verify=none")  # fmt: skip
+    answer(
+        capsys,
+        "convert",
+        "to_hf",
+        f"source={tmp_path / 'fresh'}",
+        f"target={tmp_path / 'hf'}",
+        "layout=emu35",
+        f"text_tokenizer={tmp_path / 'text'}",
+        "verify=none",
+    )
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     samples = [*lines[:20], "  two  spaces ", "é☃ 😀\n\ttab", "64*64", "", "中文字 row", "x" * 50]
     for text in samples:
@@ -187,20 +142,18 @@ def test_a_text_tokenizer_goes_along_and_comes_back(tmp_path, capsys):
     assert theirs.bos_token_id == 281
     assert theirs.convert_tokens_to_ids("<|visual token 000003|>") == 280 + 32 + 3
     assert len(theirs) == 280 + 32 + 512
-    answer(
-        capsys,
-        "convert",
-        "from_hf",
-        f"source={tmp_path / 'hf'}",
-        f"target={tmp_path / 'back'}",
-        "verify=none",
-    )
+    answer(capsys, "convert", "from_hf", f"source={tmp_path / 'hf'}", f"target={tmp_path / 'back'}", "verify=none")
     again = load_text_tokenizer(tmp_path / "back" / "text_tokenizer")
     assert again.fingerprint == ours.fingerprint
     assert "280 text ids" not in refusal(
-        capsys, "convert", "to_hf", f"source={tmp_path / 'fresh'}", f"target={tmp_path / 'x'}", "layout=emu35",
+        capsys,
+        "convert",
+        "to_hf",
+        f"source={tmp_path / 'fresh'}",
+        f"target={tmp_path / 'x'}",
+        "layout=emu35",
         f"text_tokenizer={tmp_path / 'nothing'}",
-    )  # fmt: skip
+    )
 
 
 def test_tiktoken_ranks_become_a_tokenizer_with_the_same_ids(tmp_path):
@@ -222,22 +175,7 @@ def test_tiktoken_ranks_become_a_tokenizer_with_the_same_ids(tmp_path):
     ours = load_text_tokenizer(tmp_path / "emu3.tiktoken")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     generator = np.random.default_rng(0)
-    pieces = [
-        "the",
-        " red",
-        "circle",
-        " blue",
-        "cirzz",
-        "ing",
-        " 64*64",
-        "\n",
-        "  ",
-        "中文",
-        "é",
-        "e\u0301",
-        "'s",
-        ".",
-    ]
+    pieces = ["the", " red", "circle", " blue", "cirzz", "ing", " 64*64", "\n", "  ", "中文", "é", "e\u0301", "'s", "."]
     for _ in range(200):
         text = "".join(generator.choice(pieces, 6))
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text

@@ -12,15 +12,7 @@ import pytest
 
 from launch.batch import split_calls
 from launch.commands import curriculum as command
-from launch.curriculum import (
-    Curriculum,
-    CurriculumConfig,
-    EntryConfig,
-    command_line,
-    measure,
-    ordered,
-    run_curriculum,
-)
+from launch.curriculum import Curriculum, CurriculumConfig, EntryConfig, command_line, measure, ordered, run_curriculum
 from launch.subprocesses import run_supervised
 from model.errors import UserError
 
@@ -46,10 +38,7 @@ def make(tmp_path, monkeypatch):
         entries = {}
         for name, text, needs in zip("abc", texts, ([], ["a"], ["b"]), strict=True):
             entries[name] = EntryConfig(
-                module="writer_module",
-                overrides=[str(run / name), text],
-                needs=needs,
-                outputs=[name],
+                module="writer_module", overrides=[str(run / name), text], needs=needs, outputs=[name]
             )
         config = CurriculumConfig(name="test", run_folder=str(run), entries=entries, **options)
         config.validate()
@@ -111,9 +100,7 @@ def test_force_until_and_dry_run(make, capsys):
 
 def test_a_failing_entry_stops_the_curriculum_with_its_code_and_message(make, capsys):
     config = make()
-    config.entries["b"] = EntryConfig(
-        command="report", overrides=["run_folder=no/such"], needs=["a"], outputs=["b"]
-    )
+    config.entries["b"] = EntryConfig(command="report", overrides=["run_folder=no/such"], needs=["a"], outputs=["b"])
     answer = run_curriculum(config)
     assert (answer["exit_code"], answer["stopped_at"]) == (2, "b")
     assert "no such run folder" in capsys.readouterr().err
@@ -129,10 +116,7 @@ def test_an_entry_that_writes_nothing_is_a_failure(make, capsys):
 
 
 def test_needs_decide_the_order_and_circles_are_refused():
-    entries = {
-        name: EntryConfig(module="m", needs=needs)
-        for name, needs in {"c": ["b"], "a": [], "b": ["a"]}.items()
-    }
+    entries = {name: EntryConfig(module="m", needs=needs) for name, needs in {"c": ["b"], "a": [], "b": ["a"]}.items()}
     assert ordered(entries) == ["a", "b", "c"]
     entries["a"].needs = ["c"]
     with pytest.raises(UserError, match="circle"):
@@ -187,9 +171,7 @@ def sleeping(tmp_path):
         "sys.exit(run_curriculum(c).get('exit_code', 0))"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
     wait_for(started.exists)
     yield process, run
     if process.poll() is None:
@@ -206,9 +188,7 @@ def test_signals_reach_the_entry_and_exit_code_3_comes_back(sleeping):
     process, run = sleeping
     process.send_signal(signal.SIGUSR1)
     assert process.wait() == 3
-    assert (
-        json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["state"] == "stopped"
-    )
+    assert json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["state"] == "stopped"
 
 
 def test_cancel_ends_the_running_entry_and_logs_show_its_end(sleeping):
@@ -220,17 +200,13 @@ def test_cancel_ends_the_running_entry_and_logs_show_its_end(sleeping):
     assert process.wait() == 143
     config.action = "logs"
     with pytest.raises(UserError, match="nothing has been logged"):
-        command.run(
-            CurriculumConfig(run_folder=str(run / "no"), entries={"sleep": entry}, action="logs")
-        )
+        command.run(CurriculumConfig(run_folder=str(run / "no"), entries={"sleep": entry}, action="logs"))
     assert "sleep.log" in command.render(command.run(config))
 
 
 def test_kill_9_of_the_curriculum_ends_its_entry_and_frees_the_lock(sleeping):
     process, run = sleeping
-    config = CurriculumConfig(
-        run_folder=str(run), entries={"x": EntryConfig(module="m", outputs=["x"])}, dry_run=True
-    )
+    config = CurriculumConfig(run_folder=str(run), entries={"x": EntryConfig(module="m", outputs=["x"])}, dry_run=True)
     with pytest.raises(UserError, match="another curriculum is running"):
         run_curriculum(config)
     child = int(json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["process"][0])
@@ -271,10 +247,7 @@ def test_an_entry_with_each_is_several_calls_in_one_process(tmp_path, capsys):
     config = CurriculumConfig(run_folder=str(tmp_path), entries={"reports": entry})
     assert run_curriculum(config)["ran"] == ["reports"]
     assert run_curriculum(config)["ran"] == []
-    assert split_calls(["a=1", "--call", "b=2", "--call", "c=3"]) == [
-        ["a=1", "b=2"],
-        ["a=1", "c=3"],
-    ]
+    assert split_calls(["a=1", "--call", "b=2", "--call", "c=3"]) == [["a=1", "b=2"], ["a=1", "c=3"]]
     assert split_calls(["a=1"]) == [["a=1"]]
 
 

@@ -16,13 +16,26 @@ from launch.jobs import JobFolder
 
 STEPS = 10
 TRAIN = [
-    "model=toy", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.dropout=0.1",
-    "model.num_attention_heads=2", "model.num_query_groups=2", "model.head_dim=16", "model.vocabulary.text_size=310",
-    "stage=vision_tokenizer", f"stage.steps={STEPS}", "stage.sequence_length=64", "stage.global_batch_size=4",
-    "stage.micro_batch_size=1", "stage.objective=next_token", "stage.optimizer.warmup_steps=0", "parallel.data=2",
-    "checkpoint.every_steps=3", "logging.wandb_mode=disabled",
-
-]  # fmt: skip
+    "model=toy",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.dropout=0.1",
+    "model.num_attention_heads=2",
+    "model.num_query_groups=2",
+    "model.head_dim=16",
+    "model.vocabulary.text_size=310",
+    "stage=vision_tokenizer",
+    f"stage.steps={STEPS}",
+    "stage.sequence_length=64",
+    "stage.global_batch_size=4",
+    "stage.micro_batch_size=1",
+    "stage.objective=next_token",
+    "stage.optimizer.warmup_steps=0",
+    "parallel.data=2",
+    "checkpoint.every_steps=3",
+    "logging.wandb_mode=disabled",
+]
 
 
 def small_curriculum(run: Path) -> CurriculumConfig:
@@ -32,24 +45,33 @@ def small_curriculum(run: Path) -> CurriculumConfig:
     def stage(name: str) -> EntryConfig:
         data = f"stage.data.datasets.general.path={run}/packed"
         return EntryConfig(
-            command="train",
-            overrides=[*TRAIN, *own, f"stage.name={name}", data],
-            needs=["pack"],
-            outputs=[name],
+            command="train", overrides=[*TRAIN, *own, f"stage.name={name}", data], needs=["pack"], outputs=[name]
         )
 
     entries = {
         "corpus": EntryConfig(module="slurm_corpus", overrides=[f"{run}/corpus"], outputs=["corpus"]),
         "text_tokenizer": EntryConfig(
-            command="train", needs=["corpus"], outputs=["text_tokenizer"],
-            overrides=[*own, "stage=toy_text_tokenizer", f"stage.options.corpora=['{run}/corpus/*.tar']", "stage.options.size=310"],
+            command="train",
+            needs=["corpus"],
+            outputs=["text_tokenizer"],
+            overrides=[
+                *own,
+                "stage=toy_text_tokenizer",
+                f"stage.options.corpora=['{run}/corpus/*.tar']",
+                "stage.options.size=310",
+            ],
         ),
         "tokenize": EntryConfig(
-            command="tokenize", needs=["text_tokenizer"], outputs=["tokens"], shares=2,
+            command="tokenize",
+            needs=["text_tokenizer"],
+            outputs=["tokens"],
+            shares=2,
             overrides=[f"input={run}/corpus/*.tar", f"target={run}/tokens", f"text_tokenizer={run}/text_tokenizer"],
         ),
         "pack": EntryConfig(
-            command="pack", needs=["tokenize"], outputs=["packed"],
+            command="pack",
+            needs=["tokenize"],
+            outputs=["packed"],
             overrides=[f"tokens.text={run}/tokens", f"target={run}/packed", "sequence_length=64"],
         ),
         "one": stage("one"),
@@ -57,7 +79,7 @@ def small_curriculum(run: Path) -> CurriculumConfig:
         "report": EntryConfig(
             command="report", needs=["one", "two"], overrides=[f"run_folder={run}"], outputs=["report.json"]
         ),
-    }  # fmt: skip
+    }
     config = CurriculumConfig(name="small", run_folder=str(run), entries=entries)
     use_test_cluster(config.cluster)
     config.cluster.environment[STEP_SECONDS] = "1.0"  # time for a signal in the middle
@@ -88,18 +110,12 @@ def finished(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> C
     assert curriculum.run(config)["submitted"] == {}  # everything is queued already
     job_id = job_of(config, "two")
     wait_until(lambda: last_step(run, "two") >= 4 or "failed" in states(config).values(), "step 4")
-    assert "failed" not in states(config).values(), {
-        name: log_of(run, name)[-1500:] for name in config.entries
-    }
+    assert "failed" not in states(config).values(), {name: log_of(run, name)[-1500:] for name in config.entries}
     slurm.call("scancel", "--signal=USR1", job_id)
     wait_for_log(run, "asks to be queued again", "two")
     slurm.hurry(job_id)
     last = job_of(config, "report")
-    wait_until(
-        lambda: slurm.job(last)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"),
-        "the chain's end",
-        120,
-    )
+    wait_until(lambda: slurm.job(last)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the chain's end", 120)
     return config
 
 

@@ -39,10 +39,7 @@ def test_a_folder_that_cannot_be_written_is_a_finding(monkeypatch, tmp_path):
         raise OSError("read-only file system")
 
     monkeypatch.setattr(doctor_cluster.tempfile, "NamedTemporaryFile", refuse)
-    for found in (
-        doctor_cluster.storage_speed(tmp_path),
-        doctor_cluster.clock_against_storage(tmp_path),
-    ):
+    for found in (doctor_cluster.storage_speed(tmp_path), doctor_cluster.clock_against_storage(tmp_path)):
         assert (found.ok, found.detail) == (False, "read-only file system")
         assert "run_folder" in found.cure
 

@@ -83,12 +83,16 @@ def test_a_checkpoint_is_read_from_its_manifest(tmp_path, capsys):
     folder = tmp_path / "sft" / "checkpoints"
     for step in (10, 20):
         manifest = {
-            "kind": "transformer", "step": step, "keys": {
-                "model/a": {"global_shape": [3, 4]}, "model/b": {"global_shape": []},
+            "kind": "transformer",
+            "step": step,
+            "keys": {
+                "model/a": {"global_shape": [3, 4]},
+                "model/b": {"global_shape": []},
                 "optimizer/exp_avg/a": {"global_shape": [3, 4]},
             },
-            "files": {"rank_00000.safetensors": {"bytes": 100, "checksum": "x"}}, "layout": {"tensor": 2},
-        }  # fmt: skip
+            "files": {"rank_00000.safetensors": {"bytes": 100, "checksum": "x"}},
+            "layout": {"tensor": 2},
+        }
         path = folder / f"step_{step:08d}"
         path.mkdir(parents=True)
         (path / "manifest.json").write_text(json.dumps(manifest))

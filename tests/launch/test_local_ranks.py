@@ -98,13 +98,15 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")
     read_end, write_end = os.pipe()
     environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY), PARENT_VARIABLE: str(read_end),
+        "PYTHONPATH": str(REPOSITORY),
+        PARENT_VARIABLE: str(read_end),
         REPORT_VARIABLE: str(tmp_path / "report.json"),
-    }  # fmt: skip
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.worker", "--config", tmp_path / "config.yaml"],
-        env=environment, pass_fds=(read_end,),
-    )  # fmt: skip
+        env=environment,
+        pass_fds=(read_end,),
+    )
     os.close(read_end)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)

@@ -78,12 +78,7 @@ def test_masks_are_counted_as_the_engine_cuts_rows():
         for rank in range(context):
             positions = torch.zeros(rows * length // context, dtype=torch.int64)
             packed = pack_documents(
-                bounds,
-                positions,
-                head_dim=8,
-                rope_theta=1e4,
-                context_rank=rank,
-                context_size=context,
+                bounds, positions, head_dim=8, rope_theta=1e4, context_rank=rank, context_size=context
             )
             masks = [one.mask.numel() for one in packed.batches if one.mask is not None]
             largest = max(largest, sum(masks))
@@ -96,15 +91,7 @@ def test_masks_are_counted_as_the_engine_cuts_rows():
 
 def test_every_violated_divisibility_is_named(shape):
     found = " / ".join(violations(Layout(3, 5, 1, 9), shape, BATCH))
-    for part in (
-        "heads (64)",
-        "groups (8)",
-        "ffn_hidden_size",
-        "vocabulary",
-        "layers (64)",
-        "sequence length",
-        "448",
-    ):
+    for part in ("heads (64)", "groups (8)", "ffn_hidden_size", "vocabulary", "layers (64)", "sequence length", "448"):
         assert part in found
     assert violations(Layout(0, 1), shape, BATCH) == ["tensor must be positive, got 0"]
     assert violations(Layout(8, 1, 2, 64), shape, BATCH) == []
@@ -112,15 +99,15 @@ def test_every_violated_divisibility_is_named(shape):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    tensor=st.sampled_from([1, 2, 3, 4, 8, 16]), pipeline=st.sampled_from([1, 2, 3, 8, 64]),
-    context=st.sampled_from([1, 2, 3, 4]), data=st.sampled_from([1, 2, 7, 10, 64]),
+    tensor=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    pipeline=st.sampled_from([1, 2, 3, 8, 64]),
+    context=st.sampled_from([1, 2, 3, 4]),
+    data=st.sampled_from([1, 2, 7, 10, 64]),
     rows=st.sampled_from([1, 2, 3, 8]),
-)  # fmt: skip
+)
 def test_legality_is_what_training_accepts(config, shape, tensor, pipeline, context, data, rows):
     """The oracle is the validation that `nextstate train` runs before it starts."""
-    parallel = replace(
-        config.parallel, tensor=tensor, pipeline=pipeline, context=context, data=data
-    )
+    parallel = replace(config.parallel, tensor=tensor, pipeline=pipeline, context=context, data=data)
     stage = replace(config.stage, micro_batch_size=rows)
     stage.data.datasets = {"one": DatasetEntry("somewhere")}
     from training.config import TrainConfig
@@ -172,11 +159,7 @@ def test_recomputation_and_splitting_need_less_memory(shape):
         return peak_memory(shape, replace(Layout(8, 2, 1, 32), **changes), BATCH)[1]
 
     plain = needed()
-    assert (
-        needed(recompute="full").activations
-        < needed(recompute="selective").activations
-        < plain.activations
-    )
+    assert needed(recompute="full").activations < needed(recompute="selective").activations < plain.activations
     assert needed(tensor=4).weights > plain.weights
     assert needed(data=64).optimizer < plain.optimizer
     assert needed(sequence_parallel=False).activations > plain.activations
@@ -188,10 +171,7 @@ def test_recomputation_and_splitting_need_less_memory(shape):
 
 def test_a_pipeline_waits_and_a_wider_one_waits_longer(shape):
     machine = Machine(find_device("h100"), ClusterConfig())
-    steps = [
-        StepModel(shape, Layout(8, pipeline, 1, 16), BATCH, machine).step()
-        for pipeline in (1, 2, 8)
-    ]
+    steps = [StepModel(shape, Layout(8, pipeline, 1, 16), BATCH, machine).step() for pipeline in (1, 2, 8)]
     assert steps[0].bubble == 0
     assert steps[0].matrices > steps[1].matrices > steps[2].matrices
     assert steps[2].bubble / steps[2].total > steps[1].bubble / steps[1].total > 0
@@ -201,9 +181,7 @@ def test_collectives_are_as_slow_as_their_slowest_link():
     machine = Machine(find_device("h100"), ClusterConfig())
     inside = machine.collective_seconds(1e9, 8, 1)
     assert machine.collective_seconds(1e9, 1, 1) == 0
-    assert (
-        machine.collective_seconds(1e9, 64, 8) > 5 * machine.collective_seconds(1e9, 16, 1) > inside
-    )
+    assert machine.collective_seconds(1e9, 64, 8) > 5 * machine.collective_seconds(1e9, 16, 1) > inside
 
 
 def test_published_runs_are_predicted_by_one_set_of_efficiencies():
@@ -212,12 +190,8 @@ def test_published_runs_are_predicted_by_one_set_of_efficiencies():
     assert found["mean_absolute_error"] <= 0.12
     assert found["worst_error"] <= 0.25
     for run in published_runs():
-        assert run.batch.global_batch_size % (run.layout.data * run.layout.micro_batch) == 0, (
-            run.name
-        )
-        assert (
-            run.shape.num_layers % run.layout.pipeline == 0 or "405B" in run.name
-        )  # 126 layers on 8 stages
+        assert run.batch.global_batch_size % (run.layout.data * run.layout.micro_batch) == 0, run.name
+        assert run.shape.num_layers % run.layout.pipeline == 0 or "405B" in run.name  # 126 layers on 8 stages
 
 
 def test_the_table_in_the_docs_is_what_the_command_prints(capsys):
@@ -235,22 +209,27 @@ def test_answer_for_the_published_stage_on_1024_accelerators(capsys):
     assert code == 0
     best = answer["best"]
     keys = {
-        "tensor", "pipeline", "context", "data", "micro_batch", "recompute", "memory_bytes", "step_seconds",
-        "tokens_per_second", "mfu", "accelerator_hours",
-    }  # fmt: skip
+        "tensor",
+        "pipeline",
+        "context",
+        "data",
+        "micro_batch",
+        "recompute",
+        "memory_bytes",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "accelerator_hours",
+    }
     assert keys <= best.keys()
     assert len(answer["ranked"]) == 10
     assert keys <= answer["ranked"][0].keys()
-    assert [one["step_seconds"] for one in answer["ranked"]] == sorted(
-        one["step_seconds"] for one in answer["ranked"]
-    )
+    assert [one["step_seconds"] for one in answer["ranked"]] == sorted(one["step_seconds"] for one in answer["ranked"])
     assert best["tensor"] * best["pipeline"] * best["context"] * best["data"] <= 1024
     assert best["memory_bytes"] <= answer["assumptions"]["usable_memory_bytes"]
     assert answer["batch"]["tokens"] == 448 * 32_768
     assert best["tokens_per_second"] * best["step_seconds"] == pytest.approx(448 * 32_768, rel=1e-3)
-    assert best["accelerator_hours"] == pytest.approx(
-        best["step_seconds"] * 700_000 / 3600 * 1024, rel=1e-3
-    )
+    assert best["accelerator_hours"] == pytest.approx(best["step_seconds"] * 700_000 / 3600 * 1024, rel=1e-3)
     flops = answer["assumptions"]["flops_per_token"] * best["tokens_per_second"]
     assert best["mfu"] == pytest.approx(flops / 1024 / 989.4e12, rel=1e-2)
     assert sum(value for key, value in best["step"].items() if key != "total") == pytest.approx(
@@ -270,10 +249,7 @@ def test_planning_imports_no_torch():
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (
-            ["parallel.tensor=3"],
-            ["tensor 3 does not divide", "heads (64)", "nearest", "parallel.tensor=4"],
-        ),
+        (["parallel.tensor=3"], ["tensor 3 does not divide", "heads (64)", "nearest", "parallel.tensor=4"]),
         (["cluster.device=h1000"], ["unknown device", "cluster.device=h100", *DEVICES]),
         (
             ["cluster.num_accelerators=4"],
@@ -290,10 +266,7 @@ def test_planning_imports_no_torch():
         (["attention_flops=half"], ["attention_flops"]),
         (["check=nothing"], ["check"]),
         (["stage=toy_vision_tokenizer"], ["vision_tokenizer"]),
-        (
-            ["simulate=true", "cluster.num_accelerators=24", "parallel.data=64"],
-            ["cannot run", "24"],
-        ),
+        (["simulate=true", "cluster.num_accelerators=24", "parallel.data=64"], ["cannot run", "24"]),
         (["cluster=h1000"], ["cluster", "h100"]),
     ],
 )
@@ -337,11 +310,7 @@ def test_the_34b_model_on_7168_ranks(config):
     answer = dry_run(*BASE, "cluster.num_accelerators=7168")
     assert answer["world_size"] == 7168
     assert answer["parts_built"] * answer["ranks_of_each_part"] == 7168
-    assert (
-        answer["parameters"]
-        == answer["published_parameters"]
-        == count_parameters(config.model)["total"]
-    )
+    assert answer["parameters"] == answer["published_parameters"] == count_parameters(config.model)["total"]
     shape, layout = ModelShape.of(config.model), Layout(8, 1, 2, 448)
     assert answer["weights_bytes_by_stage"] == [2 * stage_parameters(shape, layout, 0)]
     groups = answer["collectives_of_one_step"]["stage_0"]
@@ -349,27 +318,23 @@ def test_the_34b_model_on_7168_ranks(config):
     # again for the gradients of the matrices. Twice more each around embedding and logits (see below).
     local = 32_768 // 2 * 5120 * 2
     assert groups["tensor"]["all_gather"] == {"count": 64 * 6 + 3, "bytes": (64 * 6 + 3) * local}
-    assert groups["tensor"]["reduce_scatter"] == {
-        "count": 64 * 4 + 2,
-        "bytes": (64 * 4 + 2) * local,
-    }
+    assert groups["tensor"]["reduce_scatter"] == {"count": 64 * 4 + 2, "bytes": (64 * 4 + 2) * local}
     keys = 32_768 * 128 * 2  # one group's keys on a tensor rank, or values
     assert groups["context"]["all_gather"] == {"count": 128, "bytes": 128 * keys}
     parameters = stage_parameters(shape, layout, 0)
-    assert groups["data and context"]["reduce_scatter"]["bytes"] == pytest.approx(
-        4 * parameters, rel=1e-5
-    )
-    assert groups["data and context"]["all_gather"]["bytes"] == pytest.approx(
-        2 * parameters, rel=1e-5
-    )
+    assert groups["data and context"]["reduce_scatter"]["bytes"] == pytest.approx(4 * parameters, rel=1e-5)
+    assert groups["data and context"]["all_gather"]["bytes"] == pytest.approx(2 * parameters, rel=1e-5)
 
 
 def test_a_pipeline_sends_what_is_planned():
     answer = dry_run(
-        "model=toy", "stage=toy_pretrain_2", "parallel.pipeline=2", "stage.global_batch_size=8",
+        "model=toy",
+        "stage=toy_pretrain_2",
+        "parallel.pipeline=2",
+        "stage.global_batch_size=8",
         "stage.sequence_length=512",
         "cluster.num_accelerators=4",
-    )  # fmt: skip
+    )
     assert answer["world_size"] == 4
     size = 512 * 128 * 4  # one row of hidden states in float32
     for stage in ("stage_0", "stage_1"):

@@ -13,9 +13,14 @@ from model.vocabulary import VocabularyConfig
 from training.config import ParallelConfig, StageConfig, TrainConfig
 
 MODEL = ModelConfig(
-    num_layers=4, hidden_size=160, ffn_hidden_size=448, num_attention_heads=8, num_query_groups=2, head_dim=16,
+    num_layers=4,
+    hidden_size=160,
+    ffn_hidden_size=448,
+    num_attention_heads=8,
+    num_query_groups=2,
+    head_dim=16,
     vocabulary=VocabularyConfig(text_size=900, reserved_size=16, visual_size=100, pad_multiple=64),
-)  # fmt: skip
+)
 LAYOUTS = {
     "one rank": Layout(micro_batch=2),
     "tensor 2": Layout(tensor=2, micro_batch=2),
@@ -30,12 +35,8 @@ ROWS, LENGTH = 4, 256
 
 
 def configuration(layout: Layout) -> TrainConfig:
-    stage = StageConfig(
-        sequence_length=LENGTH, global_batch_size=ROWS, micro_batch_size=layout.micro_batch
-    )
-    parallel = ParallelConfig(
-        layout.tensor, layout.pipeline, layout.context, layout.data, recompute=layout.recompute
-    )
+    stage = StageConfig(sequence_length=LENGTH, global_batch_size=ROWS, micro_batch_size=layout.micro_batch)
+    parallel = ParallelConfig(layout.tensor, layout.pipeline, layout.context, layout.data, recompute=layout.recompute)
     return TrainConfig(model=MODEL, stage=stage, parallel=parallel)
 
 
@@ -47,9 +48,7 @@ def test_memory_of_every_rank_is_predicted(name, pool):
     per_stage = layout.world_size // layout.pipeline
     for rank, found in enumerate(measured):
         stage = rank // per_stage
-        plan = stage_memory(
-            ModelShape.of(MODEL), layout, batch, stage, moves_rows=layout.context > 1
-        )
+        plan = stage_memory(ModelShape.of(MODEL), layout, batch, stage, moves_rows=layout.context > 1)
         assert found["parameters"] * 4 == plan.weights
         assert found["weights"] == pytest.approx(plan.weights, rel=0.01)  # padded for sharding
         assert found["gradients"] == pytest.approx(plan.gradients, rel=0.02)
@@ -68,7 +67,5 @@ def layer_again(layout: Layout, batch: Batch, stage: int) -> float:
     hidden = layout.local_tokens(batch) * MODEL.hidden_size * 4
     gone = hidden  # its input is kept already
     if stage == layout.pipeline - 1:
-        gone += 3 * hidden + 16 * layout.local_tokens(
-            batch
-        )  # around the final norm; labels and losses
+        gone += 3 * hidden + 16 * layout.local_tokens(batch)  # around the final norm; labels and losses
     return layer_activation_bytes(ModelShape.of(MODEL), plain, batch, moves_rows=False) - gone

@@ -33,27 +33,10 @@ def test_fine_tuning_reads_the_published_tokens():
 
 
 def test_published_mixtures():
-    first = {
-        name: entry.weight
-        for name, entry in train_config("stage=pretrain_1").stage.data.datasets.items()
-    }
-    second = {
-        name: entry.weight
-        for name, entry in train_config("stage=pretrain_2").stage.data.datasets.items()
-    }
-    assert first == {
-        "text": 0.20,
-        "image_text": 0.20,
-        "video_text": 0.05,
-        "video_interleaved": 0.55,
-    }
-    assert second == {
-        "text": 0.18,
-        "image_text": 0.16,
-        "video_text": 0.08,
-        "x2i": 0.03,
-        "video_interleaved": 0.55,
-    }
+    first = {name: entry.weight for name, entry in train_config("stage=pretrain_1").stage.data.datasets.items()}
+    second = {name: entry.weight for name, entry in train_config("stage=pretrain_2").stage.data.datasets.items()}
+    assert first == {"text": 0.20, "image_text": 0.20, "video_text": 0.05, "video_interleaved": 0.55}
+    assert second == {"text": 0.18, "image_text": 0.16, "video_text": 0.08, "x2i": 0.03, "video_interleaved": 0.55}
     tasks = train_config("stage=sft_1").stage.data.datasets
     assert sum(entry.weight for entry in tasks.values()) == pytest.approx(150.1)
 
@@ -75,37 +58,22 @@ def test_published_hyper_parameters(stage, layout, learning_rate, visual):
     assert config.stage.loss_weights.visual == visual
     if stage.startswith("pretrain"):
         optimizer = config.stage.optimizer
-        assert (optimizer.warmup_steps, optimizer.weight_decay, optimizer.gradient_clip) == (
-            700,
-            0.1,
-            5.0,
-        )
+        assert (optimizer.warmup_steps, optimizer.weight_decay, optimizer.gradient_clip) == (700, 0.1, 5.0)
 
 
 def test_toy_stages_inherit_and_form_a_chain():
     first, second, third = (
-        train_config(f"stage=toy_{name}", "run_folder=R", model="toy")
-        for name in ("pretrain_1", "pretrain_2", "sft")
+        train_config(f"stage=toy_{name}", "run_folder=R", model="toy") for name in ("pretrain_1", "pretrain_2", "sft")
     )
-    assert [config.stage.name for config in (first, second, third)] == [
-        "pretrain_1",
-        "pretrain_2",
-        "sft",
-    ]
-    assert [config.stage.initialize_from for config in (first, second, third)] == [
-        None,
-        "R/pretrain_1",
-        "R/pretrain_2",
-    ]
+    assert [config.stage.name for config in (first, second, third)] == ["pretrain_1", "pretrain_2", "sft"]
+    assert [config.stage.initialize_from for config in (first, second, third)] == [None, "R/pretrain_1", "R/pretrain_2"]
     assert (first.parallel.tensor, second.parallel.pipeline, third.parallel.data) == (2, 2, 2)
     assert all(config.parallel.world_size == 2 for config in (first, second, third))
     assert second.stage.data.datasets["x2i"].path == "R/packed/pretrain_2/x2i"
 
 
 def test_a_folder_may_be_given_where_other_commands_have_a_group_of_that_name():
-    config = compose_config(
-        "generate", ["checkpoint=c", "prompt=p", "vision_tokenizer=runs/a/vision_tokenizer"]
-    )
+    config = compose_config("generate", ["checkpoint=c", "prompt=p", "vision_tokenizer=runs/a/vision_tokenizer"])
     assert config.vision_tokenizer == "runs/a/vision_tokenizer"
     options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small").stage.options
     assert options["model"]["ch"] == 16

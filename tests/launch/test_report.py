@@ -21,10 +21,7 @@ def write(path: Path, content: object) -> None:
 
 @pytest.fixture
 def run_folder(tmp_path):
-    entries = {
-        name: {"state": "done", "wall_seconds": 5.0, "peak_memory_bytes": 7}
-        for name in ("pretrain_1", "sft")
-    }
+    entries = {name: {"state": "done", "wall_seconds": 5.0, "peak_memory_bytes": 7} for name in ("pretrain_1", "sft")}
     write(
         tmp_path / "curriculum.json",
         {"name": "small", "wall_seconds": 10.0, "peak_memory_bytes": 7, "entries": entries},
@@ -33,9 +30,19 @@ def run_folder(tmp_path):
     write(tmp_path / "vision_tokenizer" / "summary.json", tokenizer)
     for index, name in enumerate(("sft", "pretrain_1")):
         summary = {
-            "name": name, "tensor": 1 + index, "pipeline": 1, "context": 1, "data": 1, "steps": 2, "tokens": 64,
-            "loss_first": 4.0, "loss_last": 2.0, "wall_seconds": 5.0, "peak_memory_bytes": 7, "checkpoint": "x",
-        }  # fmt: skip
+            "name": name,
+            "tensor": 1 + index,
+            "pipeline": 1,
+            "context": 1,
+            "data": 1,
+            "steps": 2,
+            "tokens": 64,
+            "loss_first": 4.0,
+            "loss_last": 2.0,
+            "wall_seconds": 5.0,
+            "peak_memory_bytes": 7,
+            "checkpoint": "x",
+        }
         write(tmp_path / name / "summary.json", summary)
         lines = [
             {
@@ -53,10 +60,7 @@ def run_folder(tmp_path):
             "b": {"path": "q", "weight": 3.0},
             "left_out": {"path": "r", "weight": 0.0},
         }
-        write(
-            tmp_path / name / "config.yaml",
-            yaml.safe_dump({"stage": {"data": {"datasets": datasets}}}),
-        )
+        write(tmp_path / name / "config.yaml", yaml.safe_dump({"stage": {"data": {"datasets": datasets}}}))
     packed = {
         "kind": "packed",
         "num_rows": 2,
@@ -66,13 +70,15 @@ def run_folder(tmp_path):
     }
     write(tmp_path / "packed" / "sft" / "a" / "000000.json", packed)
     write(
-        tmp_path / "packed" / "sft" / "a" / "dataset.json",
-        {"kind": "packed_dataset", "sources": {"s": 150, "t": 40}},
+        tmp_path / "packed" / "sft" / "a" / "dataset.json", {"kind": "packed_dataset", "sources": {"s": 150, "t": 40}}
     )
     tokens = {
-        "kind": "tokens", "num_documents": 3, "num_tokens": 50,
-        "counts_by_class": {"text": 50}, "quarantined": {"corrupt_image": 1},
-    }  # fmt: skip
+        "kind": "tokens",
+        "num_documents": 3,
+        "num_tokens": 50,
+        "counts_by_class": {"text": 50},
+        "quarantined": {"corrupt_image": 1},
+    }
     write(tmp_path / "tokens" / "48" / "a" / "000000.json", tokens)
     samples = [
         {
@@ -85,20 +91,9 @@ def run_folder(tmp_path):
     ]
     tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
     tasks["real_video_reconstruction"] = {"count": 5}
-    figures = {
-        "t2i_accuracy": 0.9,
-        "reconstruction_accuracy": 0.99,
-        "next_state_accuracy": 0.8,
-        "edit_accuracy": 0.7,
-    }
-    write(
-        tmp_path / "evaluation" / "final.json",
-        {"metrics": figures, "tasks": tasks, "samples": samples},
-    )
-    write(
-        tmp_path / "evaluation" / "untrained.json",
-        {"metrics": {"t2i_accuracy": 0.05}},
-    )
+    figures = {"t2i_accuracy": 0.9, "reconstruction_accuracy": 0.99, "next_state_accuracy": 0.8, "edit_accuracy": 0.7}
+    write(tmp_path / "evaluation" / "final.json", {"metrics": figures, "tasks": tasks, "samples": samples})
+    write(tmp_path / "evaluation" / "untrained.json", {"metrics": {"t2i_accuracy": 0.05}})
     (tmp_path / "evaluation" / "samples").mkdir()
     Image.new("RGB", (4, 4), "red").save(tmp_path / "evaluation" / "samples" / "one.png")
     return tmp_path
@@ -127,9 +122,13 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
     }
     assert wanted <= set(report["stages"][0])
     assert report["metrics"] == {
-        "reconstruction_accuracy": 0.99, "t2i_accuracy_untrained": 0.05, "t2i_accuracy": 0.9,
-        "next_state_accuracy": 0.8, "edit_accuracy": 0.7, "num_prompts": 200,
-    }  # fmt: skip
+        "reconstruction_accuracy": 0.99,
+        "t2i_accuracy_untrained": 0.05,
+        "t2i_accuracy": 0.9,
+        "next_state_accuracy": 0.8,
+        "edit_accuracy": 0.7,
+        "num_prompts": 200,
+    }
     assert report["tokens"][0]["quarantined"] == {"corrupt_image": 1}
 
 
@@ -153,9 +152,7 @@ class Outside(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.references += [
-            value for name, value in attributes if name in ("src", "href") and value
-        ]
+        self.references += [value for name, value in attributes if name in ("src", "href") and value]
 
 
 def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
@@ -195,11 +192,5 @@ def test_charts_place_points_inside_the_picture():
     assert x0 < x1
     assert y1 < y0  # upwards is a smaller y
     assert "nothing recorded" in line_chart({}, x_label="", y_label="")
-    assert [nice_ceiling(value) for value in (0.03, 1.0, 2.2, 6.0, 0.0)] == [
-        0.05,
-        1.0,
-        2.5,
-        10.0,
-        1.0,
-    ]
+    assert [nice_ceiling(value) for value in (0.03, 1.0, 2.2, 6.0, 0.0)] == [0.05, 1.0, 2.5, 10.0, 1.0]
     assert share_bars([("a", 0.5, 0.25)]).count("<rect") == 1

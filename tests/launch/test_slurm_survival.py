@@ -14,13 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from slurm_cluster import SlurmCluster, wait_until
-from slurm_runs import (
-    assert_same_weights,
-    last_step,
-    log_of,
-    real_submission,
-    wait_for_step,
-)
+from slurm_runs import assert_same_weights, last_step, log_of, real_submission, wait_for_step
 from tiny_stage import write_packed
 
 from launch.commands import submit
@@ -32,9 +26,7 @@ STEP_SECONDS = 0.25
 OWN_NODES = {"lost node": "node05,node06", "killed slurmd": "node07,node08"}
 
 
-def submit_and(
-    slurm: SlurmCluster, folder: Path, packed: Path, interrupt: Callable[..., None], changes: dict
-) -> Path:
+def submit_and(slurm: SlurmCluster, folder: Path, packed: Path, interrupt: Callable[..., None], changes: dict) -> Path:
     cluster = {"exclude": ",".join(OWN_NODES.values())} | changes
     step_seconds = cluster.pop("step_seconds", STEP_SECONDS)
     config = real_submission(folder, packed, step_seconds=step_seconds)
@@ -53,11 +45,7 @@ def send_usr1(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
 
 def reach_time_limit(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
     """Slurm looks at the limits twice a minute; the signal comes 63 to 91 seconds after the start."""
-    wait_until(
-        lambda: "asks to be queued again" in log_of(folder, STAGE),
-        "the signal before the time limit",
-        180,
-    )
+    wait_until(lambda: "asks to be queued again" in log_of(folder, STAGE), "the signal before the time limit", 180)
 
 
 def requeue(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
@@ -82,9 +70,10 @@ def lose_slurmd(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
 def kill_rank(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
     wait_for_step(folder, 7, STAGE)
     ranks = [
-        process for process in psutil.process_iter()
+        process
+        for process in psutil.process_iter()
         if "launch.task" in (line := command_line(process)) and str(folder) in line and "srun" not in line
-    ]  # fmt: skip
+    ]
     assert len(ranks) == 2
     random.choice(ranks).kill()
 
@@ -121,14 +110,10 @@ def runs(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[
     everything = INTERRUPTIONS | {"unbroken": (leave_alone, {"step_seconds": 0.0})}
     with ThreadPoolExecutor(len(everything) + 1) as pool:
         futures = {
-            name: pool.submit(
-                submit_and, slurm, tmp_path_factory.mktemp("run"), packed, interrupt, changes
-            )
+            name: pool.submit(submit_and, slurm, tmp_path_factory.mktemp("run"), packed, interrupt, changes)
             for name, (interrupt, changes) in everything.items()
         }
-        return futures | {
-            "crashing": pool.submit(submit_crashing, slurm, tmp_path_factory.mktemp("run"), packed)
-        }
+        return futures | {"crashing": pool.submit(submit_crashing, slurm, tmp_path_factory.mktemp("run"), packed)}
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +142,7 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(runs, unbroken, name):
     assert_same_weights(unbroken / STAGE, folder / STAGE)
     assert JobFolder(folder, STAGE).num_restarts() >= 1
     steps = [
-        line.split('"step": ')[1].split(",")[0]
-        for line in (folder / STAGE / "metrics.jsonl").read_text().splitlines()
+        line.split('"step": ')[1].split(",")[0] for line in (folder / STAGE / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == [str(step) for step in range(1, last_step(folder, STAGE) + 1)]
 

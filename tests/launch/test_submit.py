@@ -37,18 +37,15 @@ def test_a_dry_run_prints_the_script_alone_and_imports_nothing_heavy(tmp_path):
         "heavy = {'torch', 'megatron', 'transformers', 'datatrove', 'wandb'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    arguments = [
-        "submit",
-        "dry_run=true",
-        "cluster=slurm",
-        "stage=pretrain_1",
-        "model=toy",
-        "name=outside",
-    ]
+    arguments = ["submit", "dry_run=true", "cluster=slurm", "stage=pretrain_1", "model=toy", "name=outside"]
     answer = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
         env={"PYTHONPATH": str(snapshot.ROOT), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith("#!/bin/bash\n")
     check_syntax(answer.stdout)
@@ -67,24 +64,58 @@ def test_what_a_dry_run_shows_a_submission_refuses(tmp_path):
 def test_every_setting_of_a_profile_reaches_the_script(tmp_path):
     config = fake_submission(tmp_path, num_ranks=16)
     cluster = config.cluster = ClusterConfig(
-        partition="long", account="team", qos="high", constraint="h100&ib", reservation="r", exclude="n[1-2]",
-        time_limit="1-12", signal_seconds=120, requeue=False, cpus_per_task=6, memory="0", gres="gpu:h100",
-        options={"mail-type": "END"}, modules=["cuda/12.8"], environment={"NCCL_DEBUG": "WARN"},
-        network_interface="ib0", infiniband_devices="mlx5_0", container="pyxis", container_image="/images/a b.sqsh",
-        container_mounts=["/data:/data"], python="/opt/python",
-    )  # fmt: skip
+        partition="long",
+        account="team",
+        qos="high",
+        constraint="h100&ib",
+        reservation="r",
+        exclude="n[1-2]",
+        time_limit="1-12",
+        signal_seconds=120,
+        requeue=False,
+        cpus_per_task=6,
+        memory="0",
+        gres="gpu:h100",
+        options={"mail-type": "END"},
+        modules=["cuda/12.8"],
+        environment={"NCCL_DEBUG": "WARN"},
+        network_interface="ib0",
+        infiniband_devices="mlx5_0",
+        container="pyxis",
+        container_image="/images/a b.sqsh",
+        container_mounts=["/data:/data"],
+        python="/opt/python",
+    )
     script = script_of(config)
     check_syntax(script)
     for line in (
-        "--partition=long", "--account=team", "--qos=high", "--constraint='h100&ib'", "--reservation=r",
-        "--exclude='n[1-2]'", "--time=1-12", "--signal=USR1@120", "--no-requeue", "--cpus-per-task=6", "--mem=0",
-        "--gres=gpu:h100:8", "--mail-type=END", "--nodes=2", "--ntasks-per-node=8", "--exclusive",
-    ):  # fmt: skip
+        "--partition=long",
+        "--account=team",
+        "--qos=high",
+        "--constraint='h100&ib'",
+        "--reservation=r",
+        "--exclude='n[1-2]'",
+        "--time=1-12",
+        "--signal=USR1@120",
+        "--no-requeue",
+        "--cpus-per-task=6",
+        "--mem=0",
+        "--gres=gpu:h100:8",
+        "--mail-type=END",
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--exclusive",
+    ):
         assert f"#SBATCH {line}\n" in script
     for line in (
-        "module load cuda/12.8", "export NCCL_DEBUG=WARN", "export NCCL_SOCKET_IFNAME=ib0", "export NCCL_IB_HCA=mlx5_0",
-        "export OMP_NUM_THREADS=6", "python=/opt/python", "--container-image='/images/a b.sqsh'",
-    ):  # fmt: skip
+        "module load cuda/12.8",
+        "export NCCL_DEBUG=WARN",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "export NCCL_IB_HCA=mlx5_0",
+        "export OMP_NUM_THREADS=6",
+        "python=/opt/python",
+        "--container-image='/images/a b.sqsh'",
+    ):
         assert line in script
     assert f"--container-mounts=/data:/data,{Path.cwd()}:{Path.cwd()}" in script
     cluster.container, cluster.container_image = "apptainer", "a.sif"
@@ -99,21 +130,10 @@ def test_nothing_in_a_name_becomes_a_command(tmp_path, monkeypatch):
     script = script_of(config)
     check_syntax(script)
     until_the_call = script[: script.index("# The ranks meet")].replace("cd --", "true --")
-    show = (
-        'module() { echo "module $2"; }\n'
-        + until_the_call
-        + 'echo "$job_folder"; echo "$X"; echo "${call[4]}"\n'
-    )
-    told = subprocess.run(
-        ["bash"], input=show, text=True, capture_output=True, check=True, cwd=tmp_path
-    )
+    show = 'module() { echo "module $2"; }\n' + until_the_call + 'echo "$job_folder"; echo "$X"; echo "${call[4]}"\n'
+    told = subprocess.run(["bash"], input=show, text=True, capture_output=True, check=True, cwd=tmp_path)
     folder = tmp_path / NASTY / "jobs" / "fake"
-    assert told.stdout.splitlines() == [
-        f"module {NASTY}",
-        str(folder),
-        NASTY,
-        f"{folder}/config.yaml",
-    ]
+    assert told.stdout.splitlines() == [f"module {NASTY}", str(folder), NASTY, f"{folder}/config.yaml"]
     assert not list(tmp_path.rglob("pwned"))
     (line,) = [line for line in script.splitlines() if "--partition" in line]
     assert shlex.split(line.removeprefix("#SBATCH ")) == [f"--partition={NASTY}"]
@@ -121,21 +141,20 @@ def test_nothing_in_a_name_becomes_a_command(tmp_path, monkeypatch):
 
 def test_control_characters_and_other_mistakes_are_all_named():
     cluster = ClusterConfig(
-        kind="pbs", partition="a\n#SBATCH --x", time_limit="soon", signal_seconds=0, max_restarts=-1,
-        environment={"A B": "c"}, options={"--x": "y"}, container="docker", container_mounts=["/data"],
-    )  # fmt: skip
+        kind="pbs",
+        partition="a\n#SBATCH --x",
+        time_limit="soon",
+        signal_seconds=0,
+        max_restarts=-1,
+        environment={"A B": "c"},
+        options={"--x": "y"},
+        container="docker",
+        container_mounts=["/data"],
+    )
     problems = Problems()
     cluster.validate(problems)
     text = "\n".join(problems.found)
-    for key in (
-        "kind",
-        "time_limit",
-        "signal_seconds",
-        "max_restarts",
-        "environment",
-        "options",
-        "container_mounts",
-    ):
+    for key in ("kind", "time_limit", "signal_seconds", "max_restarts", "environment", "options", "container_mounts"):
         assert f"cluster.{key}: " in text
     assert "control character" in text
     assert len(problems.found) == 10
@@ -153,16 +172,11 @@ def test_arrays_need_a_command_that_can_be_divided(tmp_path):
     with pytest.raises(UserError, match="2 problems"):
         config.validate()
     tokenize = command.Config(run_folder=str(tmp_path), command="tokenize", shares=4)
-    tokenize.arguments, tokenize.cluster.array_limit = (
-        ["input=x/*.tar", "target=t", "text_tokenizer=t"],
-        2,
-    )
+    tokenize.arguments, tokenize.cluster.array_limit = (["input=x/*.tar", "target=t", "text_tokenizer=t"], 2)
     script = script_of(tokenize)
     assert "#SBATCH --array=0-3%2" in script
     assert 'num_tasks=4 "task=$SLURM_ARRAY_TASK_ID"' in script
-    calls = command.Config(
-        run_folder=str(tmp_path), command="report", calls={"a": ["run_folder=a"], "b": []}
-    )
+    calls = command.Config(run_folder=str(tmp_path), command="report", calls={"a": ["run_folder=a"], "b": []})
     assert "  0) call=(-P -m launch.cli report run_folder=a) ;;" in script_of(calls)
     with pytest.raises(UserError, match="there is no command"):
         script_of(command.Config(command="tokenise"))
@@ -178,12 +192,7 @@ def test_the_snapshot_is_the_code_and_is_made_once(tmp_path):
 
 
 def test_srun_tells_each_task_its_rank():
-    environment = {
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "1",
-        "SLURM_NTASKS": "9",
-        "SLURM_STEP_NUM_TASKS": "4",
-    }
+    environment = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "4"}
     assert rank_variables(environment) == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
     assert rank_variables({}) == {}
 
@@ -235,16 +244,7 @@ def test_this_machine_is_a_cluster_too(tmp_path, capfd):
 
 def test_the_words_of_the_command_line(tmp_path, capsys):
     assert (
-        cli.main(
-            [
-                "submit",
-                "dry_run=true",
-                "cluster=slurm",
-                "cluster.partition=main",
-                f"run_folder='{tmp_path}'",
-            ]
-        )
-        == 0
+        cli.main(["submit", "dry_run=true", "cluster=slurm", "cluster.partition=main", f"run_folder='{tmp_path}'"]) == 0
     )
     assert "#SBATCH --partition=main" in capsys.readouterr().out
 

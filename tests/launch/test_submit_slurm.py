@@ -65,9 +65,7 @@ def test_of_two_submissions_at_once_one_wins(slurm, tmp_path):
 
     def attempt() -> None:
         try:
-            outcomes.append(
-                "submitted" if submit.run(waiting(tmp_path))["submitted"] else "found it queued"
-            )
+            outcomes.append("submitted" if submit.run(waiting(tmp_path))["submitted"] else "found it queued")
         except UserError as error:
             outcomes.append(error.what)
 
@@ -78,11 +76,7 @@ def test_of_two_submissions_at_once_one_wins(slurm, tmp_path):
     for thread in threads:
         thread.join()
     assert outcomes.count("submitted") == 1
-    assert set(outcomes) <= {
-        "submitted",
-        "found it queued",
-        "another submission is at work in this run folder",
-    }
+    assert set(outcomes) <= {"submitted", "found it queued", "another submission is at work in this run folder"}
     assert jobs_in_queue(slurm) - before == {record_of(tmp_path).job_id}
     slurm.call("scancel", record_of(tmp_path).job_id)
 
@@ -115,9 +109,7 @@ def test_refusals_are_shown_with_a_cure(slurm, tmp_path):
     for changes in ({"cpus_per_task": 1000}, {"constraint": "no_such_feature"}):
         config = fake_submission(tmp_path)
         vars(config.cluster).update(changes)
-        with pytest.raises(
-            UserError, match=r"(?s)Slurm refused.*(processors requested|feature).*cluster\."
-        ):
+        with pytest.raises(UserError, match=r"(?s)Slurm refused.*(processors requested|feature).*cluster\."):
             submit.run(config)
     assert not (tmp_path / "jobs" / "fake" / "job.json").exists()
 
@@ -145,18 +137,14 @@ def test_the_shell_command_answers_with_the_job_id(slurm, tmp_path):
         "cluster.tasks_per_node=1",
         "+cluster.options.begin=now+1hour",
     ]
-    arguments = [
-        "submit",
-        "cluster=slurm",
-        "stage=toy_text_tokenizer",
-        f"run_folder={tmp_path}",
-        "json=true",
-        *options,
-    ]
+    arguments = ["submit", "cluster=slurm", "stage=toy_text_tokenizer", f"run_folder={tmp_path}", "json=true", *options]
     answer = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "launch.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
         env=os.environ | {"PYTHONPATH": str(snapshot.ROOT)},
-    )  # fmt: skip
+    )
     assert answer.returncode == 0, answer.stderr
     told = json.loads(answer.stdout)
     assert slurm.job(told["job_id"])["JobState"] == "PENDING"
@@ -175,10 +163,7 @@ def chain(tmp_path, slurm) -> CurriculumConfig:
     (tmp_path / "chain_step.py").write_text(STEP)
     entries = {
         name: EntryConfig(
-            module="chain_step",
-            overrides=[str(run / name / "made")],
-            needs=needs,
-            outputs=[f"{name}/made"],
+            module="chain_step", overrides=[str(run / name / "made")], needs=needs, outputs=[f"{name}/made"]
         )
         for name, needs in {"a": [], "b": ["a"], "c": ["b"]}.items()
     }
@@ -270,26 +255,37 @@ def test_resume_needs_a_beginning(chain):
 def test_a_sweep_ends_with_a_table_and_a_plot(slurm, tmp_path, capsys):
     cluster = fake_submission(tmp_path).cluster
     arguments = [
-        "submit", "-m", "cluster=slurm", f"run_folder={tmp_path}", "stage.objective=vision_tokenizer", "stage.name=fake",
-        "stage.steps=6", "stage.optimizer.learning_rate=0.01,0.02", "stage.optimizer.warmup_steps=0",
-        "stage.global_batch_size=4", "parallel.tensor=1", "logging.wandb_mode=disabled", "cluster.gres=''",
-        "cluster.exclusive=false", "cluster.tasks_per_node=1", "cluster.time_limit='10'", "cluster.network_interface=lo",
-        f"cluster.environment.PYTHONPATH='{cluster.environment['PYTHONPATH']}'", "json=true",
-    ]  # fmt: skip
+        "submit",
+        "-m",
+        "cluster=slurm",
+        f"run_folder={tmp_path}",
+        "stage.objective=vision_tokenizer",
+        "stage.name=fake",
+        "stage.steps=6",
+        "stage.optimizer.learning_rate=0.01,0.02",
+        "stage.optimizer.warmup_steps=0",
+        "stage.global_batch_size=4",
+        "parallel.tensor=1",
+        "logging.wandb_mode=disabled",
+        "cluster.gres=''",
+        "cluster.exclusive=false",
+        "cluster.tasks_per_node=1",
+        "cluster.time_limit='10'",
+        "cluster.network_interface=lo",
+        f"cluster.environment.PYTHONPATH='{cluster.environment['PYTHONPATH']}'",
+        "json=true",
+    ]
     assert cli.main(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     assert [len(job["job_ids"]) for job in answer["jobs"]] == [1, 1]
-    assert {row["state"] for row in answer["sweep"]} <= {
-        "not begun",
-        "unfinished",
-        "done",
-    }  # jobs are quick
+    assert {row["state"] for row in answer["sweep"]} <= {"not begun", "unfinished", "done"}  # jobs are quick
     assert slurm.wait_for_end(answer["summary_job_id"]) == "COMPLETED"
     page = Path(answer["page"])
     rows = json.loads(page.with_suffix(".json").read_text())["rows"]
     assert sorted(row["overrides"] for row in rows) == [
-        ["stage.optimizer.learning_rate=0.01"], ["stage.optimizer.learning_rate=0.02"],
-    ]  # fmt: skip
+        ["stage.optimizer.learning_rate=0.01"],
+        ["stage.optimizer.learning_rate=0.02"],
+    ]
     assert [row["state"] for row in rows] == ["done"] * 2
     assert rows[0]["loss"] <= rows[1]["loss"]
     assert page.read_text().count("<polyline") == 3  # two runs, and their losses by learning rate

@@ -39,9 +39,7 @@ class TableDecoder:
     def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
         read = [[*row, token] for row, token in zip(self.rows, ids.tolist(), strict=True)]
         moves = [True] * len(read) if advances is None else advances.tolist()
-        self.rows = [
-            new if move else old for new, old, move in zip(read, self.rows, moves, strict=True)
-        ]
+        self.rows = [new if move else old for new, old, move in zip(read, self.rows, moves, strict=True)]
         return self._logits(self.rows)
 
     def _logits(self, rows: list[list[int]]) -> torch.Tensor:
@@ -52,25 +50,15 @@ def grammar(**options) -> ImageGrammar:
     return ImageGrammar(VOCABULARY, DIGITS, STAR, GrammarOptions(max_side=3, **options))
 
 
-def one_by_one(
-    rules: ImageGrammar, prompt: list[int], limit: int, unconditional=None, scale: float = 1.0
-) -> list[int]:
+def one_by_one(rules: ImageGrammar, prompt: list[int], limit: int, unconditional=None, scale: float = 1.0) -> list[int]:
     """Greedy generation in the plainest way. The unconditional stream reads image tokens only."""
     sequence, free = list(prompt), list(unconditional or [])
     state = rules.start([prompt])
     for _ in range(limit):
         mask = rules.mask(state)[0].numpy()
-        scores = (
-            torch.tensor(table_logits(sequence))
-            .masked_fill(~torch.tensor(mask), -torch.inf)
-            .log_softmax(0)
-        )
+        scores = torch.tensor(table_logits(sequence)).masked_fill(~torch.tensor(mask), -torch.inf).log_softmax(0)
         if unconditional is not None and mask[VOCABULARY.visual_start]:
-            without = (
-                torch.tensor(table_logits(free))
-                .masked_fill(~torch.tensor(mask), -torch.inf)
-                .log_softmax(0)
-            )
+            without = torch.tensor(table_logits(free)).masked_fill(~torch.tensor(mask), -torch.inf).log_softmax(0)
             scores = (without + scale * (scores - without)).nan_to_num(-torch.inf)
         token = int(scores.argmax())
         inside = token == VOCABULARY.boi or int(state.phase) in range(1, 8)
@@ -85,38 +73,27 @@ def one_by_one(
 def test_greedy_equals_one_by_one() -> None:
     for seed_prompt in range(12):
         prompts = [[seed_prompt, *prompt] for prompt in PROMPTS]
-        found = ARGenerator(TableDecoder(), grammar(), max_batch_size=3).generate(
-            prompts, GREEDY, seed=0
-        )
+        found = ARGenerator(TableDecoder(), grammar(), max_batch_size=3).generate(prompts, GREEDY, seed=0)
         assert found == [one_by_one(grammar(), prompt, 40) for prompt in prompts]
 
 
 def test_guided_greedy_equals_one_by_one() -> None:
-    sampling = SamplingConfig(
-        PhaseSampling(0.0), PhaseSampling(0.0), guidance_scale=3.0, max_new_tokens=40
-    )
+    sampling = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), guidance_scale=3.0, max_new_tokens=40)
     changed = 0
     for seed_prompt in range(8):
         prompts = [[seed_prompt, *prompt] for prompt in PROMPTS]
         free = [[19]] * len(prompts)
         generator = ARGenerator(TableDecoder(), grammar(), max_batch_size=3)
-        found = [
-            g.ids.tolist()
-            for g in generator.sample(prompts, sampling, 0, unconditional_prompts=free)
-        ]
+        found = [g.ids.tolist() for g in generator.sample(prompts, sampling, 0, unconditional_prompts=free)]
         assert found == [one_by_one(grammar(), prompt, 40, [19], 3.0) for prompt in prompts]
         changed += found != [one_by_one(grammar(), prompt, 40) for prompt in prompts]
     assert changed > 0
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    sampling = SamplingConfig(
-        PhaseSampling(0.8, top_k=9), PhaseSampling(1.0, top_p=0.9), max_new_tokens=40
-    )
+    sampling = SamplingConfig(PhaseSampling(0.8, top_k=9), PhaseSampling(1.0, top_p=0.9), max_new_tokens=40)
     whole = ARGenerator(TableDecoder(), grammar()).sample(PROMPTS, sampling, seed=5)
-    small = ARGenerator(TableDecoder(), grammar(), max_batch_size=1).sample(
-        PROMPTS, sampling, seed=5
-    )
+    small = ARGenerator(TableDecoder(), grammar(), max_batch_size=1).sample(PROMPTS, sampling, seed=5)
     order = [3, 1, 0]
     other = ARGenerator(TableDecoder(), grammar()).sample(
         [PROMPTS[i] for i in order], sampling, seed=5, prompt_indices=order
@@ -132,13 +109,9 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 def test_log_probs_match_a_replay_of_the_sequence() -> None:
     sampling = SamplingConfig(PhaseSampling(0.7, top_k=5), PhaseSampling(1.0), max_new_tokens=40)
     rules = grammar()
-    for prompt, found in zip(
-        PROMPTS, ARGenerator(TableDecoder(), rules).sample(PROMPTS, sampling, 1), strict=True
-    ):
+    for prompt, found in zip(PROMPTS, ARGenerator(TableDecoder(), rules).sample(PROMPTS, sampling, 1), strict=True):
         state, sequence = rules.start([prompt]), list(prompt)
-        for token, log_prob, sampled in zip(
-            found.ids.tolist(), found.log_probs, found.sampled, strict=True
-        ):
+        for token, log_prob, sampled in zip(found.ids.tolist(), found.log_probs, found.sampled, strict=True):
             mask = rules.mask(state)[0]
             visual = bool(mask[VOCABULARY.visual_start])
             logits = torch.tensor(table_logits(sequence)) / (1.0 if visual else 0.7)
@@ -152,9 +125,7 @@ def test_log_probs_match_a_replay_of_the_sequence() -> None:
 def test_length_limit_and_early_stop() -> None:
     sampling = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=5)
     rules = grammar(begin_with_image=True, stop_after_images=1)
-    short, enough = ARGenerator(TableDecoder(), rules).sample(
-        [[1], [2]], sampling, 0, [(3, 3), (1, 1)]
-    )
+    short, enough = ARGenerator(TableDecoder(), rules).sample([[1], [2]], sampling, 0, [(3, 3), (1, 1)])
     assert len(short.ids) == 5
     assert not short.finished
     sampling.max_new_tokens = 100
@@ -162,8 +133,6 @@ def test_length_limit_and_early_stop() -> None:
     assert [len(g.ids) for g in both] == [5 + 9 + 2 + 1, 7]
     assert all(g.finished for g in both)
     assert (
-        both[0].ids[:5].tolist()
-        == short.ids.tolist()
-        == [VOCABULARY.boi, DIGITS[3], STAR, DIGITS[3], VOCABULARY.img]
+        both[0].ids[:5].tolist() == short.ids.tolist() == [VOCABULARY.boi, DIGITS[3], STAR, DIGITS[3], VOCABULARY.img]
     )
     assert enough.ids.tolist()[:5] == both[1].ids.tolist()[:5]

@@ -17,9 +17,15 @@ from model.vocabulary import Vocabulary, VocabularyConfig
 
 DIGITS, STAR = list(range(3, 13)), 13
 CONFIG = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, head_dim=8,
-    init_std=0.2, vocabulary=VocabularyConfig(text_size=20, visual_size=40, pad_multiple=64),
-)  # fmt: skip
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    init_std=0.2,
+    vocabulary=VocabularyConfig(text_size=20, visual_size=40, pad_multiple=64),
+)
 VOCABULARY = Vocabulary.from_config(CONFIG.vocabulary)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [12, 1, 14, 15, 16]]
 GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=30)
@@ -55,9 +61,7 @@ def full_logits(model: torch.nn.Module, sequences: list[list[int]]) -> list[torc
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])
     bounds = np.cumsum([0, *lengths])
-    packed = pack_documents(
-        bounds, positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta
-    )
+    packed = pack_documents(bounds, positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta)
     tokens = torch.tensor([[token for sequence in sequences for token in sequence]])
     logits = model(tokens, positions[None], None, packed_seq_params=packed)
     return list(logits[0].float().split(lengths))
@@ -126,18 +130,14 @@ def test_cached_batch_equals_full_forward(model: torch.nn.Module, begin_with_ima
 
 def test_guided_batch_equals_full_forward(model: torch.nn.Module) -> None:
     grammar = rules()
-    sampling = SamplingConfig(
-        PhaseSampling(0.0), PhaseSampling(0.0), guidance_scale=2.5, max_new_tokens=60
-    )
+    sampling = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), guidance_scale=2.5, max_new_tokens=60)
     # Prompts that end inside an image, and one where text comes first.
     image = [VOCABULARY.boi, DIGITS[2], STAR, DIGITS[3], VOCABULARY.img]
     prompts = [*([*prompt, *image] for prompt in PROMPTS[:2]), PROMPTS[2]]
     free = [[17, 18, *image], [19, *image], [17, 17, 17]]
     found = [
         generation.ids.tolist()
-        for generation in generator(model, grammar).sample(
-            prompts, sampling, 0, unconditional_prompts=free
-        )
+        for generation in generator(model, grammar).sample(prompts, sampling, 0, unconditional_prompts=free)
     ]
     expected = expected_log_probs(model, grammar, prompts, found, free, 2.5)
     assert greedy_of(expected) == found

@@ -10,13 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import (
-    PackedAttention,
-    _pieces,
-    context_token_ids,
-    pack_documents,
-    rotary_tables,
-)
+from model.attention import PackedAttention, _pieces, context_token_ids, pack_documents, rotary_tables
 
 HEADS, GROUPS, WIDTH, THETA = 4, 2, 8, 10_000.0
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -27,11 +21,7 @@ def attention() -> PackedAttention:
     from megatron.core.transformer import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1,
-        hidden_size=32,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        attention_dropout=0.0,
+        num_layers=1, hidden_size=32, num_attention_heads=HEADS, num_query_groups=GROUPS, attention_dropout=0.0
     )
     return PackedAttention(config, 1, None, "self")
 
@@ -44,16 +34,12 @@ def rotate(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 
-def dense(
-    query: Any, key: Any, value: Any, lengths: list[int], positions: torch.Tensor
-) -> torch.Tensor:
+def dense(query: Any, key: Any, value: Any, lengths: list[int], positions: torch.Tensor) -> torch.Tensor:
     query, key = rotate(query.double(), positions), rotate(key.double(), positions)
     key = key.repeat_interleave(HEADS // GROUPS, dim=1)
     value = value.double().repeat_interleave(HEADS // GROUPS, dim=1)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    seen = (document[:, None] == document[None]) & torch.ones(
-        len(document), len(document)
-    ).tril().bool()
+    seen = (document[:, None] == document[None]) & torch.ones(len(document), len(document)).tril().bool()
     scores = torch.einsum("qhd,khd->hqk", query, key) / WIDTH**0.5
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, value).reshape(len(document), -1)
@@ -61,14 +47,11 @@ def dense(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.booleans())
-def test_documents_agree_with_a_dense_mask(
-    attention: PackedAttention, lengths: list[int], shifted: bool
-) -> None:
+def test_documents_agree_with_a_dense_mask(attention: PackedAttention, lengths: list[int], shifted: bool) -> None:
     total = sum(lengths)
     generator = torch.Generator().manual_seed(total)
     query, key, value = (
-        torch.randn(total, n, WIDTH, generator=generator, requires_grad=True)
-        for n in (HEADS, GROUPS, GROUPS)
+        torch.randn(total, n, WIDTH, generator=generator, requires_grad=True) for n in (HEADS, GROUPS, GROUPS)
     )
     positions = torch.cat([torch.arange(n) for n in lengths]) + (17 if shifted else 0)
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
@@ -84,9 +67,7 @@ def test_documents_agree_with_a_dense_mask(
 
 
 def test_rows_of_one_length_are_not_moved() -> None:
-    packed = pack_documents(
-        np.array([0, 16, 32]), torch.arange(32) % 16, head_dim=WIDTH, rope_theta=THETA
-    )
+    packed = pack_documents(np.array([0, 16, 32]), torch.arange(32) % 16, head_dim=WIDTH, rope_theta=THETA)
     assert packed.moves is None
     assert len(packed.batches) == 1
 
@@ -95,10 +76,7 @@ def test_few_calls_serve_many_documents() -> None:
     lengths = np.random.default_rng(0).integers(20, 80, 150)
     total = int(lengths.sum())
     packed = pack_documents(
-        np.concatenate(([0], np.cumsum(lengths))),
-        torch.zeros(total, dtype=torch.int64),
-        head_dim=8,
-        rope_theta=THETA,
+        np.concatenate(([0], np.cumsum(lengths))), torch.zeros(total, dtype=torch.int64), head_dim=8, rope_theta=THETA
     )
     assert len(packed.batches) <= 8
     assert sum(batch.num_spans * batch.query_length for batch in packed.batches) < 1.25 * total
@@ -106,18 +84,14 @@ def test_few_calls_serve_many_documents() -> None:
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.sampled_from([1, 2, 4]))
 @settings(max_examples=60, deadline=None)
-def test_context_ranks_see_each_query_with_all_keys_before_it(
-    lengths: list[int], context_size: int
-) -> None:
+def test_context_ranks_see_each_query_with_all_keys_before_it(lengths: list[int], context_size: int) -> None:
     padding = -sum(lengths) % (2 * context_size)
     bounds = np.concatenate(([0], np.cumsum(lengths + ([padding] if padding else []))))
     total = int(bounds[-1])
     seen_tokens = []
     for rank in range(context_size):
         held = context_token_ids(total, rank, context_size)
-        for (start, length), (key_start, key_length) in zip(
-            *_pieces(bounds, held, context_size), strict=True
-        ):
+        for (start, length), (key_start, key_length) in zip(*_pieces(bounds, held, context_size), strict=True):
             tokens = held[start : start + length]
             span_start = bounds[np.searchsorted(bounds, tokens[0], side="right") - 1]
             assert np.array_equal(tokens, np.arange(tokens[0], tokens[0] + length))

@@ -27,15 +27,11 @@ def write_tiled(folder, name, tensor, row_cuts, column_cuts, num_files=2):
             piece_name = f"{name}@{row},{column}"
             piece = tensor[row:row_end, column:column_end].contiguous()
             files.setdefault(file, {})[piece_name] = piece
-            pieces.append({
-                "file": file, "name": piece_name, "offset": [row, column], "shape": list(piece.shape),
-            })  # fmt: skip
+            pieces.append({"file": file, "name": piece_name, "offset": [row, column], "shape": list(piece.shape)})
     for file, tensors in files.items():
         save_file(tensors, folder / file)
     entry = {"global_shape": list(tensor.shape), "dtype": "float32", "pieces": pieces}
-    (folder / "manifest.json").write_text(
-        json.dumps({"format_version": 1, "step": 7, "keys": {name: entry}})
-    )
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 7, "keys": {name: entry}}))
 
 
 @settings(max_examples=30, deadline=None)
@@ -43,15 +39,11 @@ def write_tiled(folder, name, tensor, row_cuts, column_cuts, num_files=2):
 def test_any_rectangle_out_of_any_tiling(tmp_path_factory, data):
     rows, columns = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
     tensor = torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns)
-    cuts = [data.draw(st.lists(st.integers(1, size - 1), max_size=3)) if size > 1 else []
-            for size in (rows, columns)]  # fmt: skip
+    cuts = [data.draw(st.lists(st.integers(1, size - 1), max_size=3)) if size > 1 else [] for size in (rows, columns)]
     folder = tmp_path_factory.mktemp("tiled")
     write_tiled(folder, "model/weight", tensor, *cuts)
     row, column = data.draw(st.integers(0, rows)), data.draw(st.integers(0, columns))
-    height, width = (
-        data.draw(st.integers(0, rows - row)),
-        data.draw(st.integers(0, columns - column)),
-    )
+    height, width = (data.draw(st.integers(0, rows - row)), data.draw(st.integers(0, columns - column)))
     with CheckpointReader(folder) as reader:
         part = reader.read("model/weight", (row, column), (height, width))
         assert torch.equal(part, tensor[row : row + height, column : column + width])

@@ -11,10 +11,19 @@ from model.vocabulary import VocabularyConfig
 
 def emu35_34b() -> ModelConfig:
     return ModelConfig(
-        name="emu35_34b", num_layers=64, hidden_size=5120, ffn_hidden_size=25600, num_attention_heads=64,
-        num_query_groups=8, head_dim=128, rope_theta=1_000_000.0, max_sequence_length=32_768, dropout=0.1,
-        dtype="bfloat16", vocabulary=VocabularyConfig(preset="emu35", pad_multiple=1024),
-    )  # fmt: skip
+        name="emu35_34b",
+        num_layers=64,
+        hidden_size=5120,
+        ffn_hidden_size=25600,
+        num_attention_heads=64,
+        num_query_groups=8,
+        head_dim=128,
+        rope_theta=1_000_000.0,
+        max_sequence_length=32_768,
+        dropout=0.1,
+        dtype="bfloat16",
+        vocabulary=VocabularyConfig(preset="emu35", pad_multiple=1024),
+    )
 
 
 def test_the_published_counts() -> None:
@@ -50,9 +59,7 @@ def test_the_published_model_is_built_with_exactly_these_parameters() -> None:
 def test_the_toy_model_is_counted_exactly() -> None:
     from model.transformer import build_model
 
-    built = sum(
-        parameter.numel() for parameter in build_model(ModelConfig(), device="meta").parameters()
-    )
+    built = sum(parameter.numel() for parameter in build_model(ModelConfig(), device="meta").parameters())
     assert built == count_parameters(ModelConfig(), padded=True)["total"]
 
 

@@ -29,12 +29,17 @@ from model.vocabulary import Vocabulary, VocabularyConfig
 from training.checkpoint import find_damage
 
 SMALL = ModelConfig(
-    num_layers=4, hidden_size=24, ffn_hidden_size=40, num_attention_heads=8, num_query_groups=4, head_dim=6,
+    num_layers=4,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=6,
     vocabulary=VocabularyConfig(text_size=60, visual_size=9, pad_multiple=16),
-)  # fmt: skip
+)
 IBQ_SMALL = VisionTokenizerConfig(
     ch=32, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[8], resolution=16, z_channels=8, embed_dim=8, n_embed=32
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +74,19 @@ def qwen3(path: Path, **changes) -> transformers.Qwen3ForCausalLM:
     sizes = Vocabulary.from_config(SMALL.vocabulary)
     config = transformers.Qwen3Config(
         **{
-            "vocab_size": sizes.size, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
-            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 6, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "tie_word_embeddings": False,
+            "vocab_size": sizes.size,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 6,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+            "tie_word_embeddings": False,
         }
         | changes
-    )  # fmt: skip
+    )
     model = transformers.Qwen3ForCausalLM(config)
     for parameter in model.parameters():  # norms too: ones would hide a swap
         torch.nn.init.normal_(parameter)
@@ -133,17 +145,13 @@ def test_every_layout_gives_the_same_bits_back(fresh, tmp_path, tensor, pipeline
     split, one_file = Options(tensor=tensor, pipeline=pipeline), Options()
     actions.reshard(fresh, tmp_path / "split", split)
     assert len(list((tmp_path / "split").glob("rank_*"))) == tensor * pipeline
-    actions.to_published(
-        tmp_path / "split", tmp_path / "emu35", "emu35", Options(shard_bytes=20_000)
-    )
+    actions.to_published(tmp_path / "split", tmp_path / "emu35", "emu35", Options(shard_bytes=20_000))
     actions.from_published(tmp_path / "emu35", tmp_path / "back", None, None, split)
     actions.reshard(tmp_path / "back", tmp_path / "whole", one_file)
     for name in ("split", "back", "whole"):
         assert find_damage(tmp_path / name) == ""
         assert_same(weights(fresh), weights(tmp_path / name))
-    first, second = (
-        json.loads((folder / "manifest.json").read_text()) for folder in (fresh, tmp_path / "whole")
-    )
+    first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (fresh, tmp_path / "whole"))
     assert first["files"] == second["files"]
 
 
@@ -168,20 +176,19 @@ def test_optimizer_state_moves_with_its_weights(fresh, tmp_path):
     key = "model/decoder.layers.0.mlp.linear_fc2.weight"
     moment = torch.randn(24, 40)
     name = key.replace("model/", "optimizer/exp_avg/")
-    parts = {"a": ((0, 0), moment[:7]), "b": ((7, 0), moment[7:8, :13]), "c": ((7, 13), moment[7:8, 13:]),
-             "d": ((8, 0), moment[8:])}  # fmt: skip
+    parts = {
+        "a": ((0, 0), moment[:7]),
+        "b": ((7, 0), moment[7:8, :13]),
+        "c": ((7, 13), moment[7:8, 13:]),
+        "d": ((8, 0), moment[8:]),
+    }
     folder = tmp_path / "trained"
     folder.mkdir()
     os.link(fresh / "rank_00000.safetensors", folder / "rank_00000.safetensors")
     tensors = {part: value.contiguous() for part, (_, value) in parts.items()}
     save_file(tensors | {"step": torch.tensor([5])}, folder / "optimizer.safetensors")
     pieces = [
-        {
-            "file": "optimizer.safetensors",
-            "name": part,
-            "offset": list(offset),
-            "shape": list(value.shape),
-        }
+        {"file": "optimizer.safetensors", "name": part, "offset": list(offset), "shape": list(value.shape)}
         for part, (offset, value) in parts.items()
     ]
     step = {"file": "optimizer.safetensors", "name": "step", "offset": [0], "shape": [1]}
@@ -195,19 +202,15 @@ def test_optimizer_state_moves_with_its_weights(fresh, tmp_path):
     assert_same(weights(folder), found)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"head_dim": 8, "num_key_value_heads": 2}, {"num_key_value_heads": 8}]
-)
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 8, "num_key_value_heads": 2}, {"num_key_value_heads": 8}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_qwen3_comes_back_bit_by_bit(tmp_path, changes, dtype):
     model = qwen3(tmp_path / "qwen3", dtype=str(dtype).removeprefix("torch."), **changes)
     model.to(dtype).save_pretrained(tmp_path / "qwen3")
     config = dataclasses.replace(
         SMALL, head_dim=changes.get("head_dim", 6), num_query_groups=changes.get("num_key_value_heads", 4)
-    )  # fmt: skip
-    actions.from_published(
-        tmp_path / "qwen3", tmp_path / "ours", config, "qwen3", Options(tensor=2)
     )
+    actions.from_published(tmp_path / "qwen3", tmp_path / "ours", config, "qwen3", Options(tensor=2))
     actions.to_published(tmp_path / "ours", tmp_path / "back", "qwen3", Options(shard_bytes=10_000))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(again) is transformers.Qwen3ForCausalLM
@@ -275,10 +278,7 @@ def test_padding_rows_are_deterministic_without_a_record(fresh, export, tmp_path
     actions.from_published(tmp_path / "plain", tmp_path / "a", SMALL, "emu35", Options(seed=3))
     assert_same(weights(fresh), weights(tmp_path / "a"))  # the seed of the fresh weights
     actions.from_published(tmp_path / "plain", tmp_path / "b", SMALL, "emu35", Options(seed=4))
-    first, second = (
-        weights(fresh)["model/output_layer.weight"],
-        weights(tmp_path / "b")["model/output_layer.weight"],
-    )
+    first, second = (weights(fresh)["model/output_layer.weight"], weights(tmp_path / "b")["model/output_layer.weight"])
     assert torch.equal(first[:101], second[:101])
     assert not torch.equal(first[101:], second[101:])
 
@@ -286,10 +286,16 @@ def test_padding_rows_are_deterministic_without_a_record(fresh, export, tmp_path
 def test_emu3_has_no_head_norms(fresh, tmp_path):
     torch.manual_seed(0)
     config = transformers.Emu3TextConfig(
-        vocab_size=101, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, rms_norm_eps=1e-6, pad_token_id=0,
+        vocab_size=101,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-6,
+        pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )  # fmt: skip
+    )
     model = transformers.Emu3ForCausalLM(config)
     model.save_pretrained(tmp_path / "emu3")
     ours = dataclasses.replace(SMALL, hidden_size=48)
@@ -311,14 +317,14 @@ def test_emu3_refuses_to_drop_head_norms_that_do_something(tmp_path):
 
 def test_a_cast_rounds_to_nearest_even_as_torch_does():
     torch.manual_seed(0)
-    special = torch.tensor(
-        [0.0, -0.0, float("inf"), float("nan"), 3.4e38, 1e-40, 1.00390625, 1.01171875]
-    )
+    special = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 3.4e38, 1e-40, 1.00390625, 1.01171875])
     values = torch.cat([torch.randn(5000) * 10.0 ** torch.randint(-30, 30, (5000,)), special])
     for source, target in (
-        (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
         (torch.float64, torch.float32),
-    ):  # fmt: skip
+    ):
         given_values = values.to(source)
         rows = given_values.view(torch.uint8).numpy().reshape(1, -1)
         found = cast_rows(rows, str(source)[6:], str(target)[6:])
@@ -364,14 +370,7 @@ def test_ibq_goes_out_as_released_and_comes_back(tmp_path):
     assert_same(dict(model.state_dict()), state)
     model.load_state_dict(state, strict=True)
     released = OmegaConf.load(tmp_path / "back" / "config.yaml")
-    assert set(released) == {
-        "ddconfig",
-        "n_embed",
-        "embed_dim",
-        "beta",
-        "cosine_similarity",
-        "use_entropy_loss",
-    }
+    assert set(released) == {"ddconfig", "n_embed", "embed_dim", "beta", "cosine_similarity", "use_entropy_loss"}
     assert released.ddconfig.double_z is False
     (tmp_path / "back" / "nextstate" / "record.json").unlink()
     vision.from_published(tmp_path / "back", tmp_path / "again", None, Options())

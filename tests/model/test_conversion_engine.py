@@ -13,9 +13,14 @@ from training.config import StageConfig, TrainConfig
 from training.engines.megatron import MegatronEngine
 
 MODEL = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, head_dim=8,
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=8,
     vocabulary=VocabularyConfig(text_size=60, visual_size=9, pad_multiple=16),
-)  # fmt: skip
+)
 
 
 def test_the_engines_own_checkpoint_survives_every_step(tmp_path):
@@ -27,11 +32,7 @@ def test_the_engines_own_checkpoint_survives_every_step(tmp_path):
             if shard.key != "optimizer/step":
                 shard.tensor.fill_(0.5 + number)
         store = CheckpointStore(tmp_path, engine, 1, lambda phase: None)
-        metadata = {
-            "kind": "transformer",
-            "step": 7,
-            "model": vars(MODEL) | {"vocabulary": vars(MODEL.vocabulary)},
-        }
+        metadata = {"kind": "transformer", "step": 7, "model": vars(MODEL) | {"vocabulary": vars(MODEL.vocabulary)}}
         written = store.save(7, metadata, "config: none\n")
         actions.reshard(written, tmp_path / "split", Options(tensor=2, pipeline=2))
         before = {

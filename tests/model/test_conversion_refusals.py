@@ -23,9 +23,14 @@ from model.errors import UserError
 from model.vocabulary import VocabularyConfig
 
 CONFIG = ModelConfig(
-    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, head_dim=4,
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=24,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=4,
     vocabulary=VocabularyConfig(text_size=40, visual_size=9, pad_multiple=16),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +52,7 @@ def change(export: Path, **fields) -> None:
     (export / "config.json").write_text(json.dumps(values))
 
 
-def refused(
-    export: Path, target: Path, options: Options | None = None, config: ModelConfig | None = CONFIG
-) -> str:
+def refused(export: Path, target: Path, options: Options | None = None, config: ModelConfig | None = CONFIG) -> str:
     with pytest.raises(UserError) as caught:
         actions.from_published(export, target, config, "qwen3", options or Options())
     assert not target.exists()
@@ -83,9 +86,7 @@ def test_float16_needs_an_explicit_cast(export, tmp_path):
     tensors = load_file(export / "model.safetensors")
     save_file({name: one.half() for name, one in tensors.items()}, export / "model.safetensors")
     assert "dtype=" in refused(export, tmp_path / "ours")
-    outcome = actions.from_published(
-        export, tmp_path / "ours", CONFIG, None, Options(dtype="float32")
-    )
+    outcome = actions.from_published(export, tmp_path / "ours", CONFIG, None, Options(dtype="float32"))
     assert outcome.config.dtype == "float32"
 
 
@@ -164,9 +165,7 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize(
-    "how", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
-)
+@pytest.mark.parametrize("how", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_code_in_a_pickle_is_refused_and_never_run(tmp_path, how):
     folder = tmp_path / "foreign"
     folder.mkdir()
@@ -183,9 +182,7 @@ def test_a_torch_file_of_tensors_is_read(export, fresh, tmp_path):
     torch.save(load_file(export / "model.safetensors"), export / "pytorch_model.bin")
     (export / "model.safetensors").unlink()
     actions.from_published(export, tmp_path / "ours", CONFIG, None, Options())
-    first, second = (
-        load_file(one / "rank_00000.safetensors") for one in (fresh, tmp_path / "ours")
-    )
+    first, second = (load_file(one / "rank_00000.safetensors") for one in (fresh, tmp_path / "ours"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -200,10 +197,7 @@ def test_a_destination_that_exists_is_left_alone(export, tmp_path):
 def test_a_newer_checkpoint_and_one_of_another_kind_are_refused(fresh, tmp_path):
     shutil.copytree(fresh, tmp_path / "newer")
     manifest = json.loads((fresh / "manifest.json").read_text())
-    for fields, expected in (
-        ({"format_version": 2}, "format_version 2"),
-        ({"kind": "vision_tokenizer"}, "layout=ibq"),
-    ):
+    for fields, expected in (({"format_version": 2}, "format_version 2"), ({"kind": "vision_tokenizer"}, "layout=ibq")):
         (tmp_path / "newer" / "manifest.json").write_text(json.dumps(manifest | fields))
         with pytest.raises(UserError, match=expected):
             actions.to_published(tmp_path / "newer", tmp_path / "out", "emu35", Options())
@@ -260,10 +254,7 @@ def test_bytes_that_read_back_differently_are_not_published(export, tmp_path, mo
 
 
 def test_two_conversions_of_one_target_do_not_mix(export, tmp_path):
-    with (
-        writer._locked(tmp_path / ".ours.converting"),
-        pytest.raises(UserError, match="another process"),
-    ):
+    with writer._locked(tmp_path / ".ours.converting"), pytest.raises(UserError, match="another process"):
         actions.from_published(export, tmp_path / "ours", CONFIG, None, Options())
 
 
@@ -284,26 +275,17 @@ actions.to_published(Path(source), Path(target), layout, actions.Options(shard_b
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()
-    }
+    return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
 
 
 def test_killed_at_any_moment_it_goes_on_to_identical_output(fresh, tmp_path):
     code = [sys.executable, "-c", SLOW, str(fresh)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    subprocess.run(
-        [*code, str(tmp_path / "whole"), "emu35"],
-        check=True,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
+    subprocess.run([*code, str(tmp_path / "whole"), "emu35"], check=True, env=environment, stdout=subprocess.DEVNULL)
     expected = contents(tmp_path / "whole")
     generator, target, num_killed = np.random.default_rng(0), tmp_path / "killed", 0
     for _ in range(10):
-        process = subprocess.Popen(
-            [*code, str(target), "emu35"], env=environment, stdout=subprocess.PIPE
-        )
+        process = subprocess.Popen([*code, str(target), "emu35"], env=environment, stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(float(generator.uniform(0.0, 0.12)))
         process.send_signal(signal.SIGKILL)
@@ -318,9 +300,7 @@ def test_killed_at_any_moment_it_goes_on_to_identical_output(fresh, tmp_path):
         with open(journal, "ab") as file:
             file.write(b"[99, [1")  # half a line
     shutil.rmtree(target, ignore_errors=True)
-    actions_done = subprocess.run(
-        [*code, str(target), "emu35"], env=environment, capture_output=True, text=True
-    )
+    actions_done = subprocess.run([*code, str(target), "emu35"], env=environment, capture_output=True, text=True)
     assert actions_done.returncode == 0, actions_done.stderr
     assert contents(target) == expected
     assert not list(tmp_path.glob(".*converting"))
@@ -346,20 +326,13 @@ def codebook(tmp_path) -> Path:
 @pytest.mark.parametrize("rows", ["normal", "mean", "codebook"])
 def test_surgery_copies_text_rows_and_makes_the_rest(tmp_path, codebook, rows):
     """A text model of 60 ids; ours has 40 text ids, then special, visual and padding rows."""
-    text = ModelConfig(
-        **{
-            **vars(CONFIG),
-            "vocabulary": VocabularyConfig(text_size=20, visual_size=8, pad_multiple=4),
-        }
-    )
+    text = ModelConfig(**{**vars(CONFIG), "vocabulary": VocabularyConfig(text_size=20, visual_size=8, pad_multiple=4)})
     actions.initialize(tmp_path / "text", text, Options(seed=5))
     actions.to_published(tmp_path / "text", tmp_path / "qwen3", "qwen3", Options())
     before = load_file(tmp_path / "qwen3" / "model.safetensors")
     chosen = SurgeryOptions(rows=rows, codebook=str(codebook), noise=0.25)
     for name in ("a", "b"):
-        surgery.operate(
-            tmp_path / "qwen3", tmp_path / name, CONFIG, "qwen3", Options(seed=7), chosen
-        )
+        surgery.operate(tmp_path / "qwen3", tmp_path / name, CONFIG, "qwen3", Options(seed=7), chosen)
     after, again = (load_file(tmp_path / name / "rank_00000.safetensors") for name in ("a", "b"))
     assert all(torch.equal(after[name], again[name]) for name in after)
     for theirs, ours in (
@@ -373,11 +346,7 @@ def test_surgery_copies_text_rows_and_makes_the_rest(tmp_path, codebook, rows):
         assert 0.2 < float(new.std() / before[theirs][:40].std()) < 2.5
         assert len(torch.unique(after[ours], dim=0)) == 96
     record = json.loads((tmp_path / "a" / "manifest.json").read_text())["conversion"]
-    assert (record["copied_rows"], record["new_special_rows"], record["new_visual_rows"]) == (
-        40,
-        32,
-        9,
-    )
+    assert (record["copied_rows"], record["new_special_rows"], record["new_visual_rows"]) == (40, 32, 9)
     assert (record["padding_rows"], record["rows"], record["seed"]) == (15, rows, 7)
 
 
@@ -392,16 +361,12 @@ def test_new_rows_have_mean_and_covariance_of_the_text_rows():
     info = TensorInfo((rows, 6), "float32")
     source = rows_from("text", "table", info, lambda start, stop: values[start:stop], rows)
     target = TensorInfo((40_000, 6), "float32")
-    make = surgery.new_rows(
-        "table", target, source, "table", rows, CONFIG, 0, SurgeryOptions(), None
-    )
+    make = surgery.new_rows("table", target, source, "table", rows, CONFIG, 0, SurgeryOptions(), None)
     new = rows_from("new", "table", target, make, surgery.NEW_ROWS)
     made = surgery.read_floats(new, "table", 0, 40_000)
     np.testing.assert_allclose(made.mean(0), values.mean(0), atol=0.15)
     np.testing.assert_allclose(np.cov(made.T), np.cov(values.T), atol=0.6)
-    np.testing.assert_array_equal(
-        surgery.read_floats(new, "table", 5_000, 7_010), made[5_000:7_010]
-    )
+    np.testing.assert_array_equal(surgery.read_floats(new, "table", 5_000, 7_010), made[5_000:7_010])
 
 
 def test_surgery_refuses_a_codebook_of_another_size(tmp_path, export):

@@ -18,18 +18,11 @@ def test_every_device_name_of_the_installed_megatron_has_a_rule() -> None:
     for path in sources:
         for line, name in cpu_backend.unknown_device_names(path.read_text()):
             unknown.setdefault(name, f"{path}:{line}")
-    assert not unknown, (
-        f"megatron-core has device names without a rule in model/cpu_backend.py: {unknown}"
-    )
+    assert not unknown, f"megatron-core has device names without a rule in model/cpu_backend.py: {unknown}"
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "x = torch.cuda.new_thing()",
-        "f(torch.cuda.memory.new_thing)",
-        "kind = 'torch.cuda.new_thing'",
-    ],
+    "source", ["x = torch.cuda.new_thing()", "f(torch.cuda.memory.new_thing)", "kind = 'torch.cuda.new_thing'"]
 )
 def test_a_new_device_name_is_reported(source: str) -> None:
     assert list(cpu_backend.unknown_device_names(source)) != []
@@ -39,10 +32,7 @@ def test_a_new_device_name_is_reported(source: str) -> None:
     ("source", "expected"),
     [
         ("torch.zeros(1, device='cuda')", "torch.zeros(1, device='cpu')"),
-        (
-            "torch.zeros(1, device=torch.cuda.current_device())",
-            "torch.zeros(1, device=torch.get_default_device())",
-        ),
+        ("torch.zeros(1, device=torch.cuda.current_device())", "torch.zeros(1, device=torch.get_default_device())"),
         ("f'{torch.cuda.current_device()}'", "f'{torch.get_default_device()}'"),
         ("x.cuda(non_blocking=True)", "x.cpu()"),
         ("x.is_cuda", "x.is_cpu"),

@@ -43,14 +43,16 @@ def test_parameters_by_class_are_those_of_the_weights() -> None:
     weights = transformers_model(config).state_dict()
 
     def count(*words: str) -> int:
-        return sum(
-            math.prod(w.shape) for n, w in weights.items() if any(word in n for word in words)
-        )
+        return sum(math.prod(w.shape) for n, w in weights.items() if any(word in n for word in words))
 
     assert count_parameters(config) == {
-        "embeddings": count("embed_tokens", "lm_head"), "attention": count("_proj.weight") - count("mlp."),
-        "mlp": count("mlp."), "norms": count("norm"), "layers": count("layers.", "model.norm"), "total": count(""),
-    }  # fmt: skip
+        "embeddings": count("embed_tokens", "lm_head"),
+        "attention": count("_proj.weight") - count("mlp."),
+        "mlp": count("mlp."),
+        "norms": count("norm"),
+        "layers": count("layers.", "model.norm"),
+        "total": count(""),
+    }
 
 
 def test_inspect_shows_flops_with_their_convention() -> None:

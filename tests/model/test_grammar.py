@@ -17,9 +17,19 @@ DIGITS = list(range(3, 13))
 STAR = 13
 VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=20, visual_size=7, pad_multiple=16))
 LETTERS = {
-    "boi": "B", "eoi": "E", "img": "I", "eol": "L", "eof": "F", "ess": "S", "eos": "X", "pad": "P", "boc": "t",
-    "eoc": "t", "bog": "t", "eog": "t",
-}  # fmt: skip
+    "boi": "B",
+    "eoi": "E",
+    "img": "I",
+    "eol": "L",
+    "eof": "F",
+    "ess": "S",
+    "eos": "X",
+    "pad": "P",
+    "boc": "t",
+    "eoc": "t",
+    "bog": "t",
+    "eog": "t",
+}
 
 
 def make(**options) -> ImageGrammar:
@@ -76,9 +86,7 @@ def image_tokens(height: int, width: int, emu3: bool = False, code: int = 0) -> 
     return [v.boi, *header, v.img, *(body + [v.eof] if emu3 else body[:-1]), v.eoi]
 
 
-def walk(
-    grammar: ImageGrammar, rng: np.random.Generator, rows: int, steps: int, **start
-) -> list[list[int]]:
+def walk(grammar: ImageGrammar, rng: np.random.Generator, rows: int, steps: int, **start) -> list[list[int]]:
     """Random allowed tokens; image starts and ends are made likelier than uniform so that walks hold images."""
     state = grammar.start([[VOCABULARY.bos]] * rows, **start)
     sequences: list[list[int]] = [[] for _ in range(rows)]
@@ -102,20 +110,14 @@ def walk(
         state = grammar.advance(state, torch.from_numpy(ids))
         if bool(state.done.all()):
             break
-    return [
-        sequence
-        for sequence, finished in zip(sequences, state.done.tolist(), strict=True)
-        if finished
-    ]
+    return [sequence for sequence, finished in zip(sequences, state.done.tolist(), strict=True) if finished]
 
 
 def accepts(grammar: ImageGrammar, tokens: list[int], grids=None) -> GrammarState:
     """The state after `tokens`, each of which must be allowed."""
     state = grammar.start([[VOCABULARY.bos]], grids)
     for index, token in enumerate(tokens):
-        assert grammar.mask(state)[0, token], (
-            f"token {index} ({letter(token)}) refused in {Phase(int(state.phase))}"
-        )
+        assert grammar.mask(state)[0, token], f"token {index} ({letter(token)}) refused in {Phase(int(state.phase))}"
         state = grammar.advance(state, torch.tensor([token]))
     return state
 
@@ -137,8 +139,7 @@ def test_random_walks_parse(emu3: bool) -> None:
     emu3=st.booleans(),
     parts=st.lists(
         st.one_of(
-            st.lists(st.integers(0, 19), min_size=1, max_size=4),
-            st.tuples(st.integers(1, 13), st.integers(1, 13)),
+            st.lists(st.integers(0, 19), min_size=1, max_size=4), st.tuples(st.integers(1, 13), st.integers(1, 13))
         ),
         max_size=4,
     ),
@@ -166,8 +167,11 @@ def test_one_wrong_token_is_refused_everywhere_in_an_image() -> None:
     for token in tokens:
         allowed = {letter(i) for i in np.flatnonzero(grammar.mask(state)[0].numpy())}
         expected = {
-            Phase.TEXT: set("t0123456789*BXS"), Phase.CODES: {"V"}, Phase.ROW_END: {"L"}, Phase.IMAGE_END: {"E"},
-        }.get(Phase(int(state.phase)))  # fmt: skip
+            Phase.TEXT: set("t0123456789*BXS"),
+            Phase.CODES: {"V"},
+            Phase.ROW_END: {"L"},
+            Phase.IMAGE_END: {"E"},
+        }.get(Phase(int(state.phase)))
         assert expected is None or allowed == expected
         assert letter(token) in allowed
         state = grammar.advance(state, torch.tensor([token]))
@@ -180,9 +184,7 @@ def test_header_never_starts_with_zero_nor_exceeds_three_digits() -> None:
     seen = []
     for token in [VOCABULARY.boi, DIGITS[1], DIGITS[0], DIGITS[2]]:
         state = grammar.advance(state, torch.tensor([token]))
-        seen.append(
-            "".join(sorted(letter(i) for i in np.flatnonzero(grammar.mask(state)[0].numpy())))
-        )
+        seen.append("".join(sorted(letter(i) for i in np.flatnonzero(grammar.mask(state)[0].numpy()))))
     assert seen == ["123456789", "*0123456789", "*0123456789", "*"]
 
 

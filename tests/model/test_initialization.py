@@ -17,19 +17,13 @@ SHAPE = (97, 8)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    start=st.integers(0, 96),
-    length=st.integers(1, 97),
-    block_elements=st.sampled_from([8, 80, 1 << 24]),
-)
+@given(start=st.integers(0, 96), length=st.integers(1, 97), block_elements=st.sampled_from([8, 80, 1 << 24]))
 def test_any_slice_is_the_slice_of_the_whole(start: int, length: int, block_elements: int) -> None:
     stop = min(start + length, 97)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(initialization, "_BLOCK_ELEMENTS", block_elements)
         whole = initial_rows("some.weight", SHAPE, 0.02, 5, 0, 97)
-        assert torch.equal(
-            initial_rows("some.weight", SHAPE, 0.02, 5, start, stop), whole[start:stop]
-        )
+        assert torch.equal(initial_rows("some.weight", SHAPE, 0.02, 5, start, stop), whole[start:stop])
 
 
 def test_seed_and_name_decide() -> None:
@@ -56,7 +50,5 @@ def test_the_model_has_the_documented_deviations() -> None:
         assert standard_deviation(logical[name].name, config) == expected
         assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
         assert parameter.mean().item() == pytest.approx(0.0, abs=expected / 20), name
-        whole = initial_rows(
-            logical[name].name, tuple(parameter.shape), expected, 3, 0, parameter.shape[0]
-        )
+        whole = initial_rows(logical[name].name, tuple(parameter.shape), expected, 3, 0, parameter.shape[0])
         assert torch.equal(parameter.detach(), whole), name

@@ -10,9 +10,7 @@ from model.loss import sum_losses, token_losses
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 pytestmark = pytest.mark.usefixtures("single_process")
-VOCABULARY = Vocabulary.from_config(
-    VocabularyConfig(text_size=30, reserved_size=16, visual_size=20, pad_multiple=32)
-)
+VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=30, reserved_size=16, visual_size=20, pad_multiple=32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,12 +44,8 @@ def test_sums_by_class_and_source_count_labels_with_weight_only() -> None:
     sums = sum_losses(losses, weights, classes, sources, 4)
     assert sums.weighted.item() == pytest.approx(sum((losses * weights).tolist()), rel=1e-6)
     for kind in range(3):
-        expected = sum(
-            losses[i].item() for i in range(200) if weights[i] > 0 and classes[i] == kind
-        )
+        expected = sum(losses[i].item() for i in range(200) if weights[i] > 0 and classes[i] == kind)
         assert sums.by_class[kind].item() == pytest.approx(expected, rel=1e-6)
     for source in range(4):
-        expected = sum(
-            losses[i].item() for i in range(200) if weights[i] > 0 and sources[i] == source
-        )
+        expected = sum(losses[i].item() for i in range(200) if weights[i] > 0 and sources[i] == source)
         assert sums.by_source[source].item() == pytest.approx(expected, rel=1e-6)

@@ -82,11 +82,7 @@ def test_a_model_too_large_is_compared_by_tensors(tmp_path: Path, monkeypatch: A
     ours, theirs = write_pair(tmp_path)
     monkeypatch.setattr(parity, "WORKING_BYTES", 1 << 60)
     certificate = certify(ours, theirs, "qwen3")
-    assert (certificate["passed"], certificate["mode"], certificate["logits"]) == (
-        True,
-        "keys",
-        None,
-    )
+    assert (certificate["passed"], certificate["mode"], certificate["logits"]) == (True, "keys", None)
     assert "only the tensors were compared" in certificate["message"]
     assert certify(ours, theirs, "qwen3", mode="keys")["message"] == ""
     assert "another function" in certify(ours, theirs, "emu3")["message"]

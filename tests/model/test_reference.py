@@ -54,9 +54,7 @@ class ModelReader:
         for name, logical in logical_parameters(model).items():
             whole = torch.empty(logical.global_shape)
             for block in logical.blocks:
-                place = tuple(
-                    slice(o, o + n) for o, n in zip(block.global_offset, block.shape, strict=True)
-                )
+                place = tuple(slice(o, o + n) for o, n in zip(block.global_offset, block.shape, strict=True))
                 whole[place] = block.of(parameters[name]).detach()
             self.tensors[f"model/{logical.name}"] = whole
 
@@ -79,15 +77,11 @@ def test_the_trained_model_agrees_with_the_reference(shape: tuple) -> None:
     lengths = [7, 1, 40, 19]
     tokens = torch.randint(0, NUM_IDS, (sum(lengths),))
     positions = torch.cat([torch.arange(length) for length in lengths])
-    packed = pack_documents(
-        np.cumsum([0, *lengths]), positions, head_dim=config.head_dim, rope_theta=config.rope_theta
-    )
+    packed = pack_documents(np.cumsum([0, *lengths]), positions, head_dim=config.head_dim, rope_theta=config.rope_theta)
     with torch.no_grad():
         got = model(tokens[None], None, None, packed_seq_params=packed)[0, :, :NUM_IDS]
     weight = reference.weights_of_checkpoint(ModelReader(model), config)
-    expected = reference.logits(
-        weight, reference.Sizes.from_config(config), tokens, lengths, torch.float64
-    )
+    expected = reference.logits(weight, reference.Sizes.from_config(config), tokens, lengths, torch.float64)
     assert expected.shape == (sum(lengths), NUM_IDS)
     assert (got - expected).abs().max() <= 1e-4
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
@@ -100,13 +94,18 @@ DIGITS, STAR = list(range(3, 13)), 13
 @settings(max_examples=150, deadline=None)
 @given(
     st.builds(
-        dict, max_images=st.sampled_from([None, 0, 1, 2]), stop_after_images=st.sampled_from([None, 1, 2]),
-        begin_with_image=st.booleans(), repeat_grid=st.booleans(), max_side=st.sampled_from([3, 12, 120]),
-        max_image_tokens=st.sampled_from([5, 30, 144]), emu3_format=st.booleans(),
+        dict,
+        max_images=st.sampled_from([None, 0, 1, 2]),
+        stop_after_images=st.sampled_from([None, 1, 2]),
+        begin_with_image=st.booleans(),
+        repeat_grid=st.booleans(),
+        max_side=st.sampled_from([3, 12, 120]),
+        max_image_tokens=st.sampled_from([5, 30, 144]),
+        emu3_format=st.booleans(),
     ),
     st.sampled_from([None, (1, 3), (2, 2), (12, 1), (1, 10)]),
     st.integers(0, 2**32),
-)  # fmt: skip
+)
 def test_the_grammar_allows_what_the_reference_allows(options: dict, grid: Any, seed: int) -> None:
     grammar = ImageGrammar(SMALL, DIGITS, STAR, GrammarOptions(**options))
     rules = reference.ImageRules(**options)

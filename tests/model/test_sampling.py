@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 
 from model.errors import Problems
 from model.generation.grammar import GrammarOptions, ImageGrammar
-from model.generation.sampling import (
-    allowed_log_probs,
-    choose,
-    draw,
-    guide,
-    next_tokens,
-    truncate,
-    uniform_numbers,
-)
+from model.generation.sampling import allowed_log_probs, choose, draw, guide, next_tokens, truncate, uniform_numbers
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -30,18 +22,14 @@ def test_uniform_numbers_depend_on_their_coordinates_only() -> None:
     whole = uniform_numbers(7, np.array([0, 5, 9]), 64)
     assert np.array_equal(uniform_numbers(7, np.array([9, 0]), 32), whole[[2, 0], :32])
     assert not np.array_equal(uniform_numbers(8, np.array([0]), 64)[0], whole[0])
-    assert np.array_equal(
-        uniform_numbers(-1, np.array([3]), 4), uniform_numbers(2**64 - 1, np.array([3]), 4)
-    )
+    assert np.array_equal(uniform_numbers(-1, np.array([3]), 4), uniform_numbers(2**64 - 1, np.array([3]), 4))
 
 
 def test_uniform_numbers_are_uniform_and_uncorrelated() -> None:
     numbers = uniform_numbers(1, np.arange(400), 250)
     counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
     expected = numbers.size / 20
-    assert (
-        (counts - expected) ** 2 / expected
-    ).sum() < 45  # chi-squared, 19 degrees: P(> 45) < 0.001
+    assert ((counts - expected) ** 2 / expected).sum() < 45  # chi-squared, 19 degrees: P(> 45) < 0.001
     for shifted in (numbers[1:] * numbers[:-1], numbers[:, 1:] * numbers[:, :-1]):
         assert abs(shifted.mean() - 0.25) < 0.005
     seeds = np.stack([uniform_numbers(seed, np.array([0]), 1)[0] for seed in range(2000)])
@@ -67,12 +55,12 @@ def test_draw_at_the_ends_of_the_interval() -> None:
 
 @settings(deadline=None, max_examples=80)
 @given(
-    seed=st.integers(0, 10_000), top_k=st.integers(0, 12), top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 10_000),
+    top_k=st.integers(0, 12),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
     allowed_share=st.floats(0.1, 1.0),
-)  # fmt: skip
-def test_truncation_keeps_what_a_plain_loop_keeps(
-    seed: int, top_k: int, top_p: float, allowed_share: float
-) -> None:
+)
+def test_truncation_keeps_what_a_plain_loop_keeps(seed: int, top_k: int, top_p: float, allowed_share: float) -> None:
     rng = np.random.default_rng(seed)
     logits = torch.tensor(rng.normal(size=(1, 10)) * 2)
     allowed = torch.tensor(rng.random((1, 10)) < allowed_share)
@@ -94,14 +82,10 @@ def test_log_probs_are_those_of_the_allowed_ids() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     allowed = torch.tensor([[True, False, True, False]])
     weights = torch.tensor([1.0, 3.0]).div(0.5).exp()
-    ids, log_probs = choose(
-        logits, allowed, PhaseSampling(temperature=0.5), torch.tensor([0.999], dtype=torch.float64)
-    )
+    ids, log_probs = choose(logits, allowed, PhaseSampling(temperature=0.5), torch.tensor([0.999], dtype=torch.float64))
     assert ids.tolist() == [2]
     torch.testing.assert_close(log_probs[0], (weights[1] / weights.sum()).log())
-    ids, log_probs = choose(
-        logits, allowed, PhaseSampling(temperature=0.0), torch.zeros(1, dtype=torch.float64)
-    )
+    ids, log_probs = choose(logits, allowed, PhaseSampling(temperature=0.0), torch.zeros(1, dtype=torch.float64))
     assert ids.tolist() == [2]
     torch.testing.assert_close(log_probs[0], torch.log_softmax(torch.tensor([1.0, 3.0]), 0)[1])
 
@@ -129,26 +113,25 @@ def test_guidance_touches_visual_tokens_only() -> None:
     assert plain.ids.tolist() == [4, VOCABULARY.visual_start + 1]
     assert guided.ids[0] == plain.ids[0]
     assert guided.log_probs[0] == plain.log_probs[0]
-    assert (
-        guided.ids[1] == VOCABULARY.visual_start
-    )  # the favourite of the unconditional stream is pushed down
+    assert guided.ids[1] == VOCABULARY.visual_start  # the favourite of the unconditional stream is pushed down
     assert guided.log_probs[1] != plain.log_probs[1]
 
 
 def test_forced_tokens_have_no_log_prob() -> None:
     grammar = ImageGrammar(VOCABULARY, DIGITS, STAR, GrammarOptions(begin_with_image=True))
     choice = next_tokens(
-        torch.randn(2, VOCABULARY.padded_size), grammar.start([[1], [1]]), grammar, SamplingConfig(),
+        torch.randn(2, VOCABULARY.padded_size),
+        grammar.start([[1], [1]]),
+        grammar,
+        SamplingConfig(),
         torch.zeros(2, dtype=torch.float64),
-    )  # fmt: skip
+    )
     assert choice.ids.tolist() == [VOCABULARY.boi] * 2
     assert choice.log_probs.tolist() == [0.0, 0.0]
     assert choice.sampled.tolist() == [False, False]
 
 
-@pytest.mark.parametrize(
-    "bad", [PhaseSampling(-1.0), PhaseSampling(top_k=-1), PhaseSampling(top_p=0.0)]
-)
+@pytest.mark.parametrize("bad", [PhaseSampling(-1.0), PhaseSampling(top_k=-1), PhaseSampling(top_p=0.0)])
 def test_bad_settings_are_named(bad: PhaseSampling) -> None:
     problems = Problems()
     SamplingConfig(text=bad).validate(problems)

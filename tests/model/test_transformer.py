@@ -17,10 +17,16 @@ pytestmark = pytest.mark.usefixtures("single_process")
 
 # head_dim is not hidden_size / num_attention_heads, as in the published model.
 CONFIG = ModelConfig(
-    num_layers=2, hidden_size=48, ffn_hidden_size=80, num_attention_heads=4, num_query_groups=2, head_dim=32,
-    rope_theta=1_000_000.0, init_std=0.2,
+    num_layers=2,
+    hidden_size=48,
+    ffn_hidden_size=80,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=32,
+    rope_theta=1_000_000.0,
+    init_std=0.2,
     vocabulary=VocabularyConfig(text_size=70, reserved_size=16, visual_size=42, pad_multiple=64),
-)  # fmt: skip
+)
 NUM_IDS = 128
 
 
@@ -33,9 +39,7 @@ def model() -> Any:
 def logits_of(model: Any, tokens: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     positions = torch.cat([torch.arange(n) for n in lengths])
     cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
-    packed = pack_documents(
-        cu_seqlens, positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta
-    )
+    packed = pack_documents(cu_seqlens, positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta)
     return model(tokens[None], None, None, packed_seq_params=packed)[0]
 
 
@@ -51,9 +55,7 @@ def qwen3_weights(model: Any) -> dict[str, torch.Tensor]:
     per_group = CONFIG.num_attention_heads // groups
     for layer in range(CONFIG.num_layers):
         here, there = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        fused = ours[here + "self_attention.linear_qkv.weight"].view(
-            groups, (per_group + 2) * width, -1
-        )
+        fused = ours[here + "self_attention.linear_qkv.weight"].view(groups, (per_group + 2) * width, -1)
         query, key, value = fused.split([per_group * width, width, width], dim=1)
         theirs[there + "self_attn.q_proj.weight"] = query.reshape(-1, CONFIG.hidden_size)
         theirs[there + "self_attn.k_proj.weight"] = key.reshape(-1, CONFIG.hidden_size)
@@ -78,11 +80,17 @@ def test_logits_agree_with_transformers_qwen3() -> None:
         if "norm" in name:  # ones would hide a norm applied in the wrong place
             parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter))
     config = Qwen3Config(
-        vocab_size=model.vocab_size, hidden_size=CONFIG.hidden_size, intermediate_size=CONFIG.ffn_hidden_size,
-        num_hidden_layers=CONFIG.num_layers, num_attention_heads=CONFIG.num_attention_heads,
-        num_key_value_heads=CONFIG.num_query_groups, head_dim=CONFIG.head_dim, rms_norm_eps=CONFIG.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta}, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=model.vocab_size,
+        hidden_size=CONFIG.hidden_size,
+        intermediate_size=CONFIG.ffn_hidden_size,
+        num_hidden_layers=CONFIG.num_layers,
+        num_attention_heads=CONFIG.num_attention_heads,
+        num_key_value_heads=CONFIG.num_query_groups,
+        head_dim=CONFIG.head_dim,
+        rms_norm_eps=CONFIG.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
+        tie_word_embeddings=False,
+    )
     reference = Qwen3ForCausalLM(config).eval()
     reference.load_state_dict(qwen3_weights(model))
     tokens = torch.randint(0, NUM_IDS, (200,))
@@ -105,9 +113,7 @@ def test_decoding_step_by_step_agrees_with_the_full_forward(model: Any) -> None:
     cache = allocate_cache(model, 1, 60)
     steps = [decoder_forward(model, tokens[None, :20], torch.arange(20)[None], cache)]
     for position in range(20, 60):
-        steps.append(
-            decoder_forward(model, tokens[None, [position]], torch.tensor([[position]]), cache)
-        )
+        steps.append(decoder_forward(model, tokens[None, [position]], torch.tensor([[position]]), cache))
     logits = torch.cat(steps, dim=1)[0]
     assert bool((logits[:, NUM_IDS:] == float("-inf")).all())
     assert (logits[:, :NUM_IDS] - full).abs().max() <= 1e-5
@@ -122,8 +128,7 @@ def test_sequences_of_different_length_decode_together(model: Any) -> None:
     assert logits.shape[1] == 1
     for step in range(6):
         expected = [
-            logits_of(model, rows[row, : lengths[row] + step], [int(lengths[row]) + step])[-1]
-            for row in range(3)
+            logits_of(model, rows[row, : lengths[row] + step], [int(lengths[row]) + step])[-1] for row in range(3)
         ]
         difference = logits[:, 0, :NUM_IDS] - torch.stack(expected)[:, :NUM_IDS]
         assert difference.abs().max() <= 1e-5, step

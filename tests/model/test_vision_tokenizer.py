@@ -15,21 +15,23 @@ from model.vision_tokenizer import load_vision_tokenizer
 from model.vision_tokenizer.config import VisionTokenizerConfig, ibq_emu35
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, initialize_weights
-from model.vision_tokenizer.losses import (
-    LossWeightsConfig,
-    entropy_terms,
-    pixel_weights,
-    tokenizer_loss,
-)
+from model.vision_tokenizer.losses import LossWeightsConfig, entropy_terms, pixel_weights, tokenizer_loss
 from model.vision_tokenizer.quantizer import IndexBackpropagationQuantizer
 from model.vision_tokenizer.wrapper import VisionTokenizer, fingerprint_of
 
 
 def tiny_config(**changes):
     values = {
-        "ch": 8, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [6], "resolution": 48,
-        "z_channels": 8, "embed_dim": 8, "n_embed": 32, "norm_groups": 4,
-    }  # fmt: skip
+        "ch": 8,
+        "ch_mult": [1, 1, 2, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [6],
+        "resolution": 48,
+        "z_channels": 8,
+        "embed_dim": 8,
+        "n_embed": 32,
+        "norm_groups": 4,
+    }
     return VisionTokenizerConfig(**(values | changes))
 
 
@@ -82,11 +84,16 @@ def test_published_keys_and_shapes(published):
         "post_quant_conv.bias": (256,),
     }
     assert {name: shapes.get(name) for name in expected} == expected
-    absent = ("encoder.down.4.downsample.conv.weight", "decoder.up.0.upsample.conv.weight",
-              "encoder.down.3.attn.0.q.weight", "encoder.down.0.block.0.nin_shortcut.weight")  # fmt: skip
+    absent = (
+        "encoder.down.4.downsample.conv.weight",
+        "decoder.up.0.upsample.conv.weight",
+        "encoder.down.3.attn.0.q.weight",
+        "encoder.down.0.block.0.nin_shortcut.weight",
+    )
     assert not set(absent) & shapes.keys()
-    assert all(name.split(".")[0] in
-               ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv") for name in shapes)  # fmt: skip
+    assert all(
+        name.split(".")[0] in ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv") for name in shapes
+    )
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -171,9 +178,12 @@ def test_wrapper_round_trip_shapes(sides):
 
 def test_local_configuration_sees_only_nearby_pixels():
     model = tiny_model(
-        norm_scope="pixel", padding_mode="replicate", mid_attention=False, attn_resolutions=[],
+        norm_scope="pixel",
+        padding_mode="replicate",
+        mid_attention=False,
+        attn_resolutions=[],
         encoder_kernel_sizes=[3, 3, 1, 1],
-    )  # fmt: skip
+    )
     images = torch.randn(1, 3, 48, 48)
     changed = images.clone()
     changed[:, :, 32:, 32:] = 0.0
@@ -204,14 +214,25 @@ def save_checkpoint(folder, model, /, **changes):
     save_file(tensors, folder / "rank_00000.safetensors")
     keys = {
         name: {
-            "global_shape": list(tensor.shape), "dtype": "float32",
-            "pieces": [{"file": "rank_00000.safetensors", "name": name, "offset": [0] * tensor.dim(),
-                        "shape": list(tensor.shape)}],
-        } for name, tensor in tensors.items()
-    }  # fmt: skip
+            "global_shape": list(tensor.shape),
+            "dtype": "float32",
+            "pieces": [
+                {
+                    "file": "rank_00000.safetensors",
+                    "name": name,
+                    "offset": [0] * tensor.dim(),
+                    "shape": list(tensor.shape),
+                }
+            ],
+        }
+        for name, tensor in tensors.items()
+    }
     manifest = {
-        "format_version": 1, "kind": "vision_tokenizer", "model": dataclasses.asdict(model.config), "keys": keys,
-    }  # fmt: skip
+        "format_version": 1,
+        "kind": "vision_tokenizer",
+        "model": dataclasses.asdict(model.config),
+        "keys": keys,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
@@ -230,9 +251,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     save_checkpoint(tmp_path, model, kind="transformer")
     with pytest.raises(UserError, match="not a vision tokenizer"):
         load_vision_tokenizer(tmp_path)
-    save_checkpoint(
-        tmp_path, model, model=dataclasses.asdict(tiny_config(n_embed=33, num_res_blocks=2))
-    )
+    save_checkpoint(tmp_path, model, model=dataclasses.asdict(tiny_config(n_embed=33, num_res_blocks=2)))
     with pytest.raises(UserError) as caught:
         load_vision_tokenizer(tmp_path)
     assert "quantize.embedding.weight: (32, 8) instead of (33, 8)" in str(caught.value)
@@ -249,9 +268,19 @@ def test_validation_collects_all_problems():
 
 def test_a_patch_local_code_depends_on_its_own_patch_only():
     config = VisionTokenizerConfig(
-        ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[], resolution=8, z_channels=4, embed_dim=4,
-        n_embed=16, norm_groups=2, norm_scope="pixel", mid_attention=False, patch_local_encoder=True,
-    )  # fmt: skip
+        ch=8,
+        ch_mult=[1, 2],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        resolution=8,
+        z_channels=4,
+        embed_dim=4,
+        n_embed=16,
+        norm_groups=2,
+        norm_scope="pixel",
+        mid_attention=False,
+        patch_local_encoder=True,
+    )
     torch.manual_seed(0)
     model = IBQ(config)
     images = torch.rand(2, 3, 6, 8) * 2 - 1

@@ -56,10 +56,7 @@ def test_the_discriminator_has_the_published_structure_and_patch() -> None:
     images = torch.rand(1, 3, 128, 128, requires_grad=True)
     model(images)[0, 0, 7, 7].backward()
     seen = images.grad.abs().sum((0, 1)).nonzero()  # type: ignore[union-attr]
-    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [
-        70,
-        70,
-    ]  # the 70 x 70 PatchGAN
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]  # the 70 x 70 PatchGAN
 
 
 class SmallFeatures(nn.Module):
@@ -114,8 +111,12 @@ def test_vgg16_has_torchvisions_keys_and_five_maps() -> None:
     with torch.device("meta"):
         maps = network(torch.zeros(1, 3, 64, 64))
     assert [tuple(one.shape[1:]) for one in maps] == [
-        (64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4),
-    ]  # fmt: skip
+        (64, 64, 64),
+        (128, 32, 32),
+        (256, 16, 16),
+        (512, 8, 8),
+        (512, 4, 4),
+    ]
 
 
 class Teacher(nn.Module):

@@ -19,9 +19,16 @@ LOCAL = {"norm_scope": "pixel", "mid_attention": False, "attn_resolutions": []}
 
 def make(**changes) -> IBQ:
     values = {
-        "ch": 8, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 64,
-        "z_channels": 8, "embed_dim": 8, "n_embed": 64, "norm_groups": 4,
-    }  # fmt: skip
+        "ch": 8,
+        "ch_mult": [1, 1, 2],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "resolution": 64,
+        "z_channels": 8,
+        "embed_dim": 8,
+        "n_embed": 64,
+        "norm_groups": 4,
+    }
     model = IBQ(VisionTokenizerConfig(**(values | changes)))
     initialize_weights(model, 3)
     return model.double().eval()
@@ -39,17 +46,14 @@ def test_spans_cover_a_side_once(length: int, tile: int, margin: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"padding_mode": "replicate"}, {"encoder_kernel_sizes": [3, 3, 1]}, {"num_res_blocks": 2}],
+    "changes", [{}, {"padding_mode": "replicate"}, {"encoder_kernel_sizes": [3, 3, 1]}, {"num_res_blocks": 2}]
 )
 def test_tiles_of_a_local_network_are_exactly_the_whole(changes: dict) -> None:
     torch.manual_seed(0)
     model = make(**LOCAL, **changes)
     margin = exact_margin(model.config)
     assert margin is not None
-    images = (
-        torch.rand(1, 3, 4 * (3 * margin + 3), 4 * (2 * margin + 9), dtype=torch.float64) * 2 - 1
-    )
+    images = torch.rand(1, 3, 4 * (3 * margin + 3), 4 * (2 * margin + 9), dtype=torch.float64) * 2 - 1
     whole = model.encode(images)
     assert torch.equal(encode_tiled(model, images, tile=margin), whole)
     torch.testing.assert_close(decode_tiled(model, whole, tile=margin), model.decode(whole))
@@ -94,9 +98,7 @@ def test_the_tokenizer_tiles_large_images_by_itself() -> None:
     model = make(**LOCAL).float()
     margin = exact_margin(model.config)
     assert margin is not None
-    images = np.random.default_rng(0).integers(
-        0, 256, (2, 4 * 3 * margin, 4 * 24, 3), dtype=np.uint8
-    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 4 * 3 * margin, 4 * 24, 3), dtype=np.uint8)
     whole = VisionTokenizer(model, "x")
     tiled = VisionTokenizer(model, "x", whole_side=4 * margin)
     codes = whole.encode(images)

@@ -89,9 +89,7 @@ class FakeEngine:
 
     def optimizer_shards(self) -> list[Shard]:
         shards = self._shards("optimizer/momentum", self.momentum)
-        return shards + (
-            [Shard("optimizer/step", self.num_updates, (), ())] if self.rank == 0 else []
-        )
+        return shards + ([Shard("optimizer/step", self.num_updates, (), ())] if self.rank == 0 else [])
 
     def load_model(self, reader: ShardReader) -> None:
         self.weight = reader.read("model/weight", (0, 0), SHAPE)
@@ -132,9 +130,7 @@ class FakeData:
 
     def batch(self, first_sample: int) -> Sequence[Any]:
         self.requested.append(first_sample)
-        inputs = torch.randn(
-            (self.batch_size, SHAPE[0]), generator=torch.Generator().manual_seed(first_sample)
-        )
+        inputs = torch.randn((self.batch_size, SHAPE[0]), generator=torch.Generator().manual_seed(first_sample))
         scale = float("nan") if first_sample in self.bad else 1.0
         return [(inputs, 1e6 if first_sample in self.spiking else scale)]
 

@@ -13,9 +13,7 @@ from pathlib import Path
 def small_disk(folder: Path, num_kib: int) -> Iterator[Path]:
     """A real file system of `num_kib` where mounting is allowed, else a limit on the size of each file."""
     folder.mkdir()
-    answer = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", folder], capture_output=True
-    )
+    answer = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", folder], capture_output=True)
     if answer.returncode == 0:
         try:
             yield folder

@@ -15,12 +15,7 @@ from small_disk import small_disk
 
 from model.checkpoint_format import CheckpointReader, list_checkpoints
 from model.errors import UserError
-from training.checkpoint import (
-    CheckpointFailed,
-    CheckpointStore,
-    find_damage,
-    resolve_initial,
-)
+from training.checkpoint import CheckpointFailed, CheckpointStore, find_damage, resolve_initial
 
 
 def nothing(_phase: str) -> None:
@@ -120,8 +115,7 @@ def damage_manifest_value(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [damage_truncate, damage_flip, damage_remove, damage_manifest_syntax, damage_manifest_value],
+    "damage", [damage_truncate, damage_flip, damage_remove, damage_manifest_syntax, damage_manifest_value]
 )
 def test_damaged_newest_is_passed_over(tmp_path, damage):
     store = make_store(tmp_path, FakeEngine())
@@ -139,14 +133,10 @@ def test_damaged_newest_is_passed_over(tmp_path, damage):
 def test_damage_seen_by_one_rank_is_known_to_all(tmp_path):
     on_ranks(2, lambda rank, engine: save(make_store(tmp_path, engine), 5))
     on_ranks(2, lambda rank, engine: save(make_store(tmp_path, engine), 10))
-    content = bytearray(
-        (tmp_path / "checkpoints/step_00000010/rank_00001.safetensors").read_bytes()
-    )
+    content = bytearray((tmp_path / "checkpoints/step_00000010/rank_00001.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "checkpoints/step_00000010/rank_00001.safetensors").write_bytes(content)
-    found = on_ranks(
-        2, lambda rank, engine: make_store(tmp_path, engine).find_usable(lambda *damage: None)
-    )
+    found = on_ranks(2, lambda rank, engine: make_store(tmp_path, engine).find_usable(lambda *damage: None))
     assert [folder.name for folder in found] == ["step_00000005"] * 2
 
 
@@ -164,14 +154,9 @@ def test_prune_keeps_the_newest_and_clears_leftovers(tmp_path):
         save(store, step)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000004", "step_00000003"]
     shutil.copytree(store.folder / "step_00000004", store.folder / ".tmp-step_00000005")
-    (
-        store.folder / "step_00000002"
-    ).mkdir()  # its manifest was removed, then the process was killed
+    (store.folder / "step_00000002").mkdir()  # its manifest was removed, then the process was killed
     save(make_store(tmp_path, FakeEngine(), keep=2), 5)
-    assert sorted(path.name for path in store.folder.iterdir()) == [
-        "step_00000004",
-        "step_00000005",
-    ]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000004", "step_00000005"]
 
 
 def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path):
@@ -180,9 +165,7 @@ def test_one_rank_that_cannot_write_fails_all_and_leaves_nothing(tmp_path):
     def write(rank, engine):
         store = make_store(tmp_path, engine)
         if rank == 1:
-            store._write_own_files = lambda temporary: (_ for _ in ()).throw(
-                OSError(28, "No space")
-            )
+            store._write_own_files = lambda temporary: (_ for _ in ()).throw(OSError(28, "No space"))
         save(store, 10)
 
     results = on_ranks(2, write)
@@ -228,6 +211,4 @@ def test_reader_sees_the_pieces(tmp_path):
     folder = on_ranks(2, lambda rank, engine: save(make_store(tmp_path, engine), 5))[0]
     with CheckpointReader(folder) as reader:
         assert reader.global_shape("model/weight") == (8, 4)
-        assert torch.equal(
-            reader.read("model/weight", (3, 1), (2, 2)), FakeEngine(7).weight[3:5, 1:3]
-        )
+        assert torch.equal(reader.read("model/weight", (3, 1), (2, 2)), FakeEngine(7).weight[3:5, 1:3])

@@ -24,9 +24,7 @@ def test_shards_of_all_ranges_cover_the_logical_tensor_once(
     rows: int, columns: int, halves: bool, cuts: list[int], column_parts: int
 ) -> None:
     """Two tensor ranks (by rows, or by columns), a fused pair of halves or not, data ranks cut anywhere."""
-    whole = torch.arange(rows * 2 * (2 if halves else 1) * columns * column_parts).view(
-        -1, columns * column_parts
-    )
+    whole = torch.arange(rows * 2 * (2 if halves else 1) * columns * column_parts).view(-1, columns * column_parts)
     shape = tuple(whole.shape)
     rebuilt, count = torch.full(shape, -1), torch.zeros(shape, dtype=torch.int)
     for rank in range(2 if column_parts == 1 else column_parts):
@@ -39,19 +37,13 @@ def test_shards_of_all_ranges_cover_the_logical_tensor_once(
             )
         else:
             blocks = (Block((0, 0), (rank * rows, 0), (rows, columns)),)
-        place = [
-            tuple(slice(o, o + n) for o, n in zip(b.global_offset, b.shape, strict=True))
-            for b in blocks
-        ]
+        place = [tuple(slice(o, o + n) for o, n in zip(b.global_offset, b.shape, strict=True)) for b in blocks]
         local = torch.cat([whole[where] for where in place]).contiguous().view(-1)
         parameter = LogicalParameter("name", shape, blocks, True)
         bounds = sorted({0, local.numel(), *(min(cut, local.numel()) for cut in cuts)})
         for start, stop in itertools.pairwise(bounds):
             for shard in shards_of("key", parameter, local[start:stop], start):
-                where = tuple(
-                    slice(o, o + n)
-                    for o, n in zip(shard.global_offset, shard.tensor.shape, strict=True)
-                )
+                where = tuple(slice(o, o + n) for o, n in zip(shard.global_offset, shard.tensor.shape, strict=True))
                 rebuilt[where] = shard.tensor
                 count[where] += 1
     assert bool((count == 1).all())

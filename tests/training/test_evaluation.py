@@ -45,11 +45,7 @@ class GrayModel:
         self.calls: list[tuple[int, int]] = []
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingConfig,
-        seed: int = 0,
-        first_index: int = 0,
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:
         self.calls.append((len(prompts), first_index))
         return [self.answer(prompt) for prompt in prompts]
@@ -60,9 +56,7 @@ class GrayModel:
         tokens, log_probs = np.zeros(1, np.int64), np.zeros(1, np.float32)
         return Output("words", [image], ["words", image], tokens, log_probs, True)
 
-    def reconstruct(
-        self, images: Sequence[np.ndarray], image_size: tuple[int, int]
-    ) -> list[np.ndarray]:
+    def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]:
         self.calls.append((len(images), -1))
         return list(images)
 
@@ -82,9 +76,7 @@ def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Pat
         "rebuilt": load_task(tasks_module, {"format": "reconstruction", "num_prompts": 3}),
         "empty": load_task(tasks_module, {"num_prompts": 0}),
     }
-    results = evaluate(
-        model, tasks, SamplingConfig(), batch_size=3, samples_folder=tmp_path / "samples", num_samples=2
-    )  # fmt: skip
+    results = evaluate(model, tasks, SamplingConfig(), batch_size=3, samples_folder=tmp_path / "samples", num_samples=2)
     assert results["drawn"]["accuracy"] == pytest.approx(5 / 7)
     assert [results[name]["count"] for name in tasks] == [7, 4, 3, 0]
     assert results["continued"]["accuracy"] == results["rebuilt"]["accuracy"] == 1.0
@@ -104,9 +96,11 @@ def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Pat
 def test_wilson_interval_against_published_values() -> None:
     # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
     for (right, count), expected in {
-        (81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611),
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
         (1, 29): (0.0061, 0.1718),
-    }.items():  # fmt: skip
+    }.items():
         assert wilson_interval(right / count, count) == pytest.approx(expected, abs=5e-5)
     assert wilson_interval(1.0, 10)[1] == pytest.approx(1.0)
 
@@ -131,23 +125,19 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return seen
 
 
-def test_evaluate_command(
-    tasks_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_command(tasks_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = loads(monkeypatch)
     tasks = {"drawn": {"path": tasks_module, "num_prompts": 10}, "few": {"path": tasks_module}}
     config = evaluate_command.Config(
         checkpoint="sft", run_folder=str(tmp_path), out="evaluation/x.json", tasks=tasks, untrained=True
-    )  # fmt: skip
+    )
     answer = evaluate_command.run(config)
     assert seen.checkpoint == tmp_path / "sft"
     assert seen.untrained is True
     assert json.loads((tmp_path / "evaluation/x.json").read_text()) == answer
     assert answer["metrics"] == {"drawn": 0.5, "few": pytest.approx(5 / 7)}
     assert answer["num_prompts"] == 7
-    assert all(
-        (tmp_path / "evaluation" / name).is_file() for name in answer["samples"][0]["images"]
-    )
+    assert all((tmp_path / "evaluation" / name).is_file() for name in answer["samples"][0]["images"])
     assert "drawn: 0.500" in evaluate_command.render(answer)
 
 
@@ -163,24 +153,18 @@ def test_evaluate_command_lists_all_problems() -> None:
 
 def test_generate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = loads(monkeypatch)
-    config = generate_command.Config(
-        checkpoint="somewhere", prompt="3", image_size=8, num=2, out=str(tmp_path / "out")
-    )
+    config = generate_command.Config(checkpoint="somewhere", prompt="3", image_size=8, num=2, out=str(tmp_path / "out"))
     answer = generate_command.run(config)
     assert [entry["pictures"] for entry in answer["answers"]] == [["000_0_0.png"], ["000_1_0.png"]]
     assert np.asarray(Image.open(tmp_path / "out" / "000_1_0.png"))[0, 0, 0] == 3
     assert json.loads((tmp_path / "out" / "generated.json").read_text()) == answer
     assert "000_1_0.png" in generate_command.render(answer)
     Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "source.png")
-    (tmp_path / "edits.jsonl").write_text(
-        '{"text": "1", "images": ["source.png"]}\n\n{"text": "2"}\n'
-    )
+    (tmp_path / "edits.jsonl").write_text('{"text": "1", "images": ["source.png"]}\n\n{"text": "2"}\n')
     config = generate_command.Config(
         checkpoint="somewhere", prompts_file=str(tmp_path / "edits.jsonl"), format="x2i", out=str(tmp_path / "b")
-    )  # fmt: skip
-    prompts = [
-        generate_command.make_prompt(config, q) for q in generate_command.read_questions(config)
-    ]
+    )
+    prompts = [generate_command.make_prompt(config, q) for q in generate_command.read_questions(config)]
     assert [(prompt.text, len(prompt.images)) for prompt in prompts] == [("1", 1), ("2", 0)]
     assert prompts[0].images[0][0, 0, 0] == 9
     assert len(generate_command.run(config)["answers"]) == 2
@@ -201,9 +185,7 @@ def test_generate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"prompt": "a", "images": ["broken.jsonl"]}, "source picture cannot be read"),
     ],
 )
-def test_generate_command_refuses(
-    values: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate_command_refuses(values: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     loads(monkeypatch)
     Path("broken.jsonl").write_text("{text")
@@ -215,9 +197,10 @@ def test_generate_command_refuses(
 def test_a_reconstruction_never_asks_the_decoder() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     task = SimpleNamespace(
-        name="r", prompts=lambda: [EvaluationPrompt("reconstruction", images=[image])],
+        name="r",
+        prompts=lambda: [EvaluationPrompt("reconstruction", images=[image])],
         judge=lambda prompt, images, text: 0.25,
-    )  # fmt: skip
+    )
     model = GrayModel()
     assert evaluate(model, {"r": task}, SamplingConfig())["r"]["accuracy"] == 0.25
     assert model.calls == [(1, -1)]

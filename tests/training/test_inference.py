@@ -93,18 +93,18 @@ def codes_of(image: np.ndarray) -> Picture:
     return Picture(GrayTokenizer().encode(image[None])[0])
 
 
-def make_model(
-    documents: Sequence[np.ndarray], tokenizer: SentencePieceTokenizer, **options: Any
-) -> InferenceModel:
+def make_model(documents: Sequence[np.ndarray], tokenizer: SentencePieceTokenizer, **options: Any) -> InferenceModel:
     return InferenceModel(
-        PlaybackDecoder(documents), VOCABULARY, tokenizer, GrayTokenizer(), max_sequence_length=2048,
+        PlaybackDecoder(documents),
+        VOCABULARY,
+        tokenizer,
+        GrayTokenizer(),
+        max_sequence_length=2048,
         options=InferenceOptions(**options),
-    )  # fmt: skip
+    )
 
 
-def test_answers_to_prompts_of_every_format_come_from_training_documents(
-    tokenizer: SentencePieceTokenizer,
-) -> None:
+def test_answers_to_prompts_of_every_format_come_from_training_documents(tokenizer: SentencePieceTokenizer) -> None:
     builder = DocumentBuilder(VOCABULARY, tokenizer)
     scene, target, first, second = (picture(seed) for seed in range(4))
     source = np.full_like(scene, 120)  # flat, so that resizing changes nothing
@@ -129,9 +129,7 @@ def test_answers_to_prompts_of_every_format_come_from_training_documents(
         assert len(answer.tokens) == len(answer.log_probs)
 
 
-def test_interleaved_answers_hold_text_and_several_pictures(
-    tokenizer: SentencePieceTokenizer,
-) -> None:
+def test_interleaved_answers_hold_text_and_several_pictures(tokenizer: SentencePieceTokenizer) -> None:
     builder = DocumentBuilder(VOCABULARY, tokenizer)
     first, second, third = (picture(seed) for seed in range(3))
     story = [codes_of(first), Text("it moves"), codes_of(second), Text(" right"), codes_of(third)]
@@ -140,15 +138,16 @@ def test_interleaved_answers_hold_text_and_several_pictures(
     model = make_model([document.tokens], tokenizer, max_images=2)
     (answer,) = model.generate([prompt], GREEDY)
     assert [part if isinstance(part, str) else "picture" for part in answer.parts] == [
-        "it moves", "picture", " right", "picture",
-    ]  # fmt: skip
+        "it moves",
+        "picture",
+        " right",
+        "picture",
+    ]
     assert answer.text == "it moves right"
     assert np.array_equal(answer.images[1], third)
 
 
-def test_interleaved_prompts_as_chat_go_on_with_the_answer(
-    tokenizer: SentencePieceTokenizer,
-) -> None:
+def test_interleaved_prompts_as_chat_go_on_with_the_answer(tokenizer: SentencePieceTokenizer) -> None:
     """The first frames are the question; what follows them is the answer so far, as in training documents."""
     builder = DocumentBuilder(VOCABULARY, tokenizer)
     first, second, third = (picture(seed) for seed in range(3))
@@ -159,9 +158,7 @@ def test_interleaved_prompts_as_chat_go_on_with_the_answer(
         (["look", first, "it moves"], second),
         (["look", first, "it moves", second, " right"], third),
     ):
-        (answer,) = model.generate(
-            [Prompt("interleaved", parts=parts, image_size=(16, 24))], GREEDY
-        )
+        (answer,) = model.generate([Prompt("interleaved", parts=parts, image_size=(16, 24))], GREEDY)
         assert np.array_equal(answer.images[0], expected)
 
 
@@ -202,9 +199,7 @@ def test_reconstruction_needs_no_decoder(tokenizer: SentencePieceTokenizer) -> N
         (Prompt("t2i", "a red " * 3000, image_size=(16, 24)), "longer than the model"),
     ],
 )
-def test_bad_prompts_are_the_users(
-    tokenizer: SentencePieceTokenizer, prompt: Prompt, message: str
-) -> None:
+def test_bad_prompts_are_the_users(tokenizer: SentencePieceTokenizer, prompt: Prompt, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_model([np.array([1])], tokenizer).generate([prompt], GREEDY)
 
@@ -212,9 +207,15 @@ def test_bad_prompts_are_the_users(
 # Checkpoints
 
 MODEL_CONFIG = ModelConfig(
-    num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=1, head_dim=16,
-    init_std=0.3, vocabulary=VOCABULARY_CONFIG,
-)  # fmt: skip
+    num_layers=1,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=2,
+    num_query_groups=1,
+    head_dim=16,
+    init_std=0.3,
+    vocabulary=VOCABULARY_CONFIG,
+)
 
 
 @pytest.fixture
@@ -253,17 +254,18 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, metadata: dict[str, A
         keys[f"model/{logical.name}"] = entry
     for rank, tensors in enumerate(files):
         save_file(tensors, folder / f"{rank}.safetensors")
-    (folder / "manifest.json").write_text(
-        json.dumps({"format_version": 1, "keys": keys} | metadata)
-    )
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "keys": keys} | metadata))
     return folder
 
 
 @pytest.fixture
 def checkpoint(
-    tokenizer_folder: Path, tokenizer: SentencePieceTokenizer, real_model: torch.nn.Module,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> Path:  # fmt: skip
+    tokenizer_folder: Path,
+    tokenizer: SentencePieceTokenizer,
+    real_model: torch.nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     run = tmp_path / "run"
     at_folder = {run / "vision_tokenizer": GrayTokenizer()}
     monkeypatch.setattr("training.inference_loading.load_vision", at_folder.__getitem__)
@@ -292,9 +294,7 @@ def test_loaded_model_answers_like_the_one_that_was_saved(
 
     prompts = [Prompt("t2i", text, image_size=(16, 16)) for text in TEXTS[:3]]
     loaded = InferenceModel.load(checkpoint).generate(prompts, GREEDY)
-    saved = InferenceModel(
-        CachedDecoder(real_model), VOCABULARY, tokenizer, GrayTokenizer(), max_sequence_length=2048
-    )
+    saved = InferenceModel(CachedDecoder(real_model), VOCABULARY, tokenizer, GrayTokenizer(), max_sequence_length=2048)
     for found, expected in zip(loaded, saved.generate(prompts, GREEDY), strict=True):
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.log_probs.tolist() == expected.log_probs.tolist()

@@ -19,8 +19,10 @@ def play(folder: Path, seed: int, mode: str) -> dict:
     answer = subprocess.run(
         [sys.executable, HERE / "kill_host.py", folder, str(seed), mode],
         env=os.environ | {"PYTHONPATH": f"{HERE.parent.parent}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert answer.returncode == 0, answer.stderr[-3000:]
     return json.loads(answer.stdout)
 
@@ -39,8 +41,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     for key, value in left.items():
         assert torch.equal(value, right[key]), key
     strip = lambda path: [  # noqa: E731
-        {**json.loads(line), "step_seconds": 0}
-        for line in (path / "metrics.jsonl").read_text().splitlines()
+        {**json.loads(line), "step_seconds": 0} for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
     assert strip(one) == strip(other)
     leftovers = [path.name for path in (other / "checkpoints").iterdir() if path.name[0] == "."]

@@ -94,9 +94,7 @@ def test_summary_and_files(tmp_path):
     assert Path(summary["checkpoint"]) == latest_checkpoint(config.stage_folder)
     assert json.loads((config.stage_folder / "summary.json").read_text()) == summary
     assert "versions" in (config.stage_folder / "config.yaml").read_text()
-    assert [event["event"] for event in events(config)] == ["start"] + ["checkpoint"] * 4 + [
-        "finished"
-    ]
+    assert [event["event"] for event in events(config)] == ["start"] + ["checkpoint"] * 4 + ["finished"]
     rates = [line["learning_rate"] for line in lines]
     assert rates == [learning_rate(config.stage.optimizer, step, 20) for step in range(1, 21)]
 
@@ -202,12 +200,7 @@ def test_spikes_are_skipped(tmp_path, fake_engine):
 
 
 def test_roll_back_leaves_out_the_data_since_the_checkpoint(tmp_path, fake_engine):
-    bad = [
-        28,
-        32,
-        36,
-        40,
-    ]  # steps 8 to 11; the checkpoint before them is that of step 5 (samples < 20)
+    bad = [28, 32, 36, 40]  # steps 8 to 11; the checkpoint before them is that of step 5 (samples < 20)
     config = fake_config(tmp_path, bad_samples=bad)
     config.checkpoint.every_steps = 7
     summary = run_stage(config)
@@ -240,10 +233,7 @@ def test_no_checkpoint_to_go_back_to(tmp_path):
 @pytest.mark.parametrize("step", [8, 10, 13, 16])
 def test_resume_around_a_roll_back_is_bitwise(tmp_path, monkeypatch, step):
     options = {"bad_samples": [32, 36, 40, 44]}
-    unbroken, broken = (
-        fake_config(tmp_path / "one", **options),
-        fake_config(tmp_path / "two", **options),
-    )
+    unbroken, broken = (fake_config(tmp_path / "one", **options), fake_config(tmp_path / "two", **options))
     run_stage(unbroken)
     assert len(events(unbroken, "roll_back")) == 1
     interrupt_at(monkeypatch, broken, step)
@@ -339,9 +329,10 @@ def test_full_disk_goes_on_until_the_last_checkpoint(tmp_path, monkeypatch, caps
         grown = {"large": torch.zeros(400_000, dtype=torch.uint8)}
         with monkeypatch.context() as patch:
             patch.setattr(
-                FakeEngine, "random_state",
+                FakeEngine,
+                "random_state",
                 lambda engine: original(engine) | (grown if int(engine.num_updates) > 5 else {}),
-            )  # fmt: skip
+            )
             with pytest.raises(UserError, match="step 20 cannot be written"):
                 run_stage(config)
         assert [event["step"] for event in events(config, "checkpoint_failed")] == [10, 15, 20]

@@ -10,9 +10,7 @@ from training.schedule import learning_rate
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_warm_up_peak_and_end(schedule: str) -> None:
-    config = OptimizerConfig(
-        learning_rate=1.0, min_learning_rate=0.1, schedule=schedule, warmup_steps=10
-    )
+    config = OptimizerConfig(learning_rate=1.0, min_learning_rate=0.1, schedule=schedule, warmup_steps=10)
     rates = [learning_rate(config, step, 110) for step in range(1, 111)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == 1.0

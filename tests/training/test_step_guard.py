@@ -47,9 +47,7 @@ def test_spikes_are_measured_against_the_median_of_applied_steps():
         assert machine.judge(1.0, 1.0).verdict is Verdict.APPLY
     assert machine.judge(1.0, 2.0).verdict is Verdict.APPLY
     assert machine.judge(1.0, 10.5).verdict is Verdict.SKIP
-    assert (
-        machine.judge(1.0, 10.5).verdict is Verdict.SKIP
-    )  # the skipped one did not move the median
+    assert machine.judge(1.0, 10.5).verdict is Verdict.SKIP  # the skipped one did not move the median
     assert machine.judge(1.0, 9.5).verdict is Verdict.APPLY
     off = guard(spike_factor=0.0)
     assert all(off.judge(1.0, norm).verdict is Verdict.APPLY for norm in [1.0] * 30 + [1e9])

@@ -40,10 +40,17 @@ def test_every_problem_is_told_with_its_fix():
         config.validate()
     message = str(caught.value)
     for key in (
-        "stage.steps", "stage.name", "stage.optimizer.schedule", "stage.optimizer.min_learning_rate",
-        "stage.data.datasets.two.path", "stage.data.datasets.two.weight", "parallel.tensor", "checkpoint.keep",
-        "logging.wandb_mode", "reliability.spike_factor",
-    ):  # fmt: skip
+        "stage.steps",
+        "stage.name",
+        "stage.optimizer.schedule",
+        "stage.optimizer.min_learning_rate",
+        "stage.data.datasets.two.path",
+        "stage.data.datasets.two.weight",
+        "parallel.tensor",
+        "checkpoint.keep",
+        "logging.wandb_mode",
+        "reliability.spike_factor",
+    ):
         assert f". {key}: " in message, key
     lines = message.splitlines()[1:]
     assert all("(fix: " in line for line in lines), message
@@ -125,9 +132,7 @@ def test_the_fingerprint_sees_what_decides_the_weights():
 def config_classes(cls=TrainConfig) -> set[type]:
     found = {cls}
     for field in dataclasses.fields(cls):
-        default = (
-            field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-        )
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
         if dataclasses.is_dataclass(default):
             found |= config_classes(type(default))
     return found | ({DatasetEntry} if cls is TrainConfig else set())
@@ -156,6 +161,4 @@ def test_every_key_is_read_by_somebody():
 
 
 # Loss weights go to the loader as a dict of all classes; the command line reads `json` of every command's config.
-READ_AS_A_WHOLE = {
-    "LossWeights.text", "LossWeights.visual", "LossWeights.structure", "TrainConfig.json",
-}  # fmt: skip
+READ_AS_A_WHOLE = {"LossWeights.text", "LossWeights.visual", "LossWeights.structure", "TrainConfig.json"}

@@ -19,10 +19,21 @@ from training.objectives.image_data import busiest_crops, squares
 from training.objectives.vision_tokenizer import build, measure, parse_options
 
 MODEL = {
-    "ch": 8, "ch_mult": [1, 1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 48,
-    "z_channels": 8, "embed_dim": 8, "n_embed": 32, "norm_groups": 4, "cosine_similarity": True,
-    "logit_scale": 10.0, "mid_attention": False, "norm_scope": "pixel", "padding_mode": "replicate",
-}  # fmt: skip
+    "ch": 8,
+    "ch_mult": [1, 1, 1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "resolution": 48,
+    "z_channels": 8,
+    "embed_dim": 8,
+    "n_embed": 32,
+    "norm_groups": 4,
+    "cosine_similarity": True,
+    "logit_scale": 10.0,
+    "mid_attention": False,
+    "norm_scope": "pixel",
+    "padding_mode": "replicate",
+}
 
 
 def png(seed, height=48, width=48):
@@ -54,9 +65,10 @@ def corpora(tmp_path_factory):
     edits = []
     for index in range(4):
         edits += [
-            (f"{index}.instruction.txt", b"move it"), (f"{index}.source_0.png", png(100 + index, 40, 80)),
+            (f"{index}.instruction.txt", b"move it"),
+            (f"{index}.source_0.png", png(100 + index, 40, 80)),
             (f"{index}.target.png", png(200 + index, 40, 80)),
-        ]  # fmt: skip
+        ]
     write_tar(folder / "edits.tar", edits)
     return folder
 
@@ -69,18 +81,16 @@ def make_config(corpora, tmp_path, **options):
         },
         "views": [{"area": 2304, "share": 1.0}, {"area": 2304, "share": 1.0, "crop": 16, "crops_per_image": 2}],
         "num_held_back": 6,
-    }  # fmt: skip
-    values = {
-        "model": MODEL,
-        "data": data,
-        "continuous_steps": 2,
-        "average_decay": 0.9,
-        "num_threads": 1,
     }
+    values = {"model": MODEL, "data": data, "continuous_steps": 2, "average_decay": 0.9, "num_threads": 1}
     stage = StageConfig(
-        name="vision_tokenizer", objective="vision_tokenizer", steps=6, global_batch_size=4, micro_batch_size=4,
+        name="vision_tokenizer",
+        objective="vision_tokenizer",
+        steps=6,
+        global_batch_size=4,
+        micro_batch_size=4,
         options=values | options,
-    )  # fmt: skip
+    )
     return TrainConfig(run_folder=str(tmp_path), seed=5, stage=stage)
 
 
@@ -139,9 +149,7 @@ def test_saved_tokenizer_loads_and_matches(corpora, tmp_path):
     CheckpointStore(stage_folder, job.engine, 2, lambda phase: None).save(4, job.metadata, "")
     tokenizer = load_vision_tokenizer(stage_folder)
     assert (tokenizer.factor, tokenizer.codebook_size) == (8, 32)
-    codes = tokenizer.encode(
-        np.stack([image for image in job.data.held_back if image.shape[0] == 48])
-    )
+    codes = tokenizer.encode(np.stack([image for image in job.data.held_back if image.shape[0] == 48]))
     metrics = job.engine.final_metrics()
     assert 0 < metrics["codebook_use"] <= 1
     assert np.unique(codes).size <= metrics["num_codes_used"]
@@ -152,13 +160,7 @@ def test_training_lowers_the_loss_and_reports(corpora, tmp_path):
     losses = run_steps(job, 0, 30)
     assert np.mean(losses[10:15]) < 0.7 * losses[0]
     result = job.engine.forward_backward(job.data.batch(0))
-    assert {
-        "psnr_db",
-        "codes_used",
-        "loss_l1",
-        "loss_l2",
-        "loss_quantization",
-    } <= result.extra.keys()
+    assert {"psnr_db", "codes_used", "loss_l1", "loss_l2", "loss_quantization"} <= result.extra.keys()
     assert np.isfinite(result.gradient_norm)
 
 
@@ -185,10 +187,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_missing_and_empty_corpora_are_refused(corpora, tmp_path):
-    for path, message in (
-        (tmp_path / "no_*.tar", "no shards"),
-        (tmp_path / "text.tar", "no usable images"),
-    ):
+    for path, message in ((tmp_path / "no_*.tar", "no shards"), (tmp_path / "text.tar", "no usable images")):
         write_tar(tmp_path / "text.tar", [("0.txt", b"words")])
         with pytest.raises(UserError, match=message):
             build(make_config(corpora, tmp_path, data={"corpora": {"a": {"path": str(path)}}}))

@@ -51,17 +51,9 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
             entries += [(f"{key}.txt", b"a box"), (f"{key}.png", png(10 * shard + index))]
         write_tar(folder / f"scenes_{shard}.tar", entries)
     pictures = {"a": b"not a picture", "b": png(77), "c": png(78)}
-    entries = [
-        (f"{k}.{e}", d)
-        for k, png_bytes in pictures.items()
-        for e, d in (("png", png_bytes), ("txt", b"x"))
-    ]
+    entries = [(f"{k}.{e}", d) for k, png_bytes in pictures.items() for e, d in (("png", png_bytes), ("txt", b"x"))]
     write_tar(folder / "scenes.tar", entries)
-    edits = [
-        (f"{i}.{part}.png", png(100 + i, 40, 80))
-        for i in range(4)
-        for part in ("source_0", "target")
-    ]
+    edits = [(f"{i}.{part}.png", png(100 + i, 40, 80)) for i in range(4) for part in ("source_0", "target")]
     edits += [(f"{i}.instruction.txt", b"move it") for i in range(4)]
     write_tar(folder / "edits.tar", sorted(edits))
     return folder
@@ -75,7 +67,7 @@ def all_terms(tmp_path: Path, start_step: int = 1) -> dict[str, Any]:
         "perceptual": {"weight": 0.5, "backbone": f"{__name__}.Maps", "weights": weights},
         "adversarial": {"weight": 0.1, "start_step": start_step, "channels": 4, "num_layers": 2},
         "distillation": {"weight": 0.3, "teacher": f"{__name__}.Features", "weights": weights, "level": 2},
-    }  # fmt: skip
+    }
 
 
 def streamed(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -85,16 +77,13 @@ def streamed(folder: Path, **changes: Any) -> dict[str, Any]:
             "edits": {"path": str(folder / "edits.tar")},
         },
         "views": [{"area": 2304}, {"area": 2304, "crop": 16, "crops_per_image": 2}],
-        "num_held_back": 6, "streaming": True,
-    } | changes  # fmt: skip
+        "num_held_back": 6,
+        "streaming": True,
+    } | changes
 
 
 def test_resume_is_bitwise_with_every_term(corpora: Path, tmp_path: Path) -> None:
-    options = {
-        "terms": all_terms(tmp_path, 2),
-        "data": streamed(corpora),
-        "losses": {"entropy": 0.05},
-    }
+    options = {"terms": all_terms(tmp_path, 2), "data": streamed(corpora), "losses": {"entropy": 0.05}}
     config = make_config(corpora, tmp_path, **options)
     whole = build(config)
     losses = run_steps(whole, 0, 6)
@@ -118,9 +107,7 @@ def test_resume_is_bitwise_with_every_term(corpora: Path, tmp_path: Path) -> Non
     assert "optimizer/weights/terms.distillation.projection.weight" in expected
 
 
-def test_the_adversary_joins_at_its_step_and_both_sides_learn(
-    corpora: Path, tmp_path: Path
-) -> None:
+def test_the_adversary_joins_at_its_step_and_both_sides_learn(corpora: Path, tmp_path: Path) -> None:
     job = build(make_config(corpora, tmp_path, terms=all_terms(tmp_path, 2), continuous_steps=0))
     adversary = job.engine.adversary
     before = {name: value.clone() for name, value in adversary.model.state_dict().items()}
@@ -131,11 +118,7 @@ def test_the_adversary_joins_at_its_step_and_both_sides_learn(
             assert not names
             assert all(parameter.grad is None for parameter in adversary.model.parameters())
         else:
-            assert names == {
-                "loss_adversarial",
-                "loss_discriminator",
-                "discriminator_gradient_norm",
-            }
+            assert names == {"loss_adversarial", "loss_discriminator", "discriminator_gradient_norm"}
             assert result.extra["loss_adaptive_weight"] > 0
         assert {"loss_perceptual", "loss_distillation"} <= result.extra.keys()
         job.engine.optimizer_step(1e-3)
@@ -147,9 +130,7 @@ def test_the_adversary_joins_at_its_step_and_both_sides_learn(
 
 
 def test_a_broken_discriminator_refuses_the_step(corpora: Path, tmp_path: Path) -> None:
-    job = build(
-        make_config(corpora, tmp_path, terms={"adversarial": {"weight": 1e-30, "channels": 4}})
-    )
+    job = build(make_config(corpora, tmp_path, terms={"adversarial": {"weight": 1e-30, "channels": 4}}))
     with torch.no_grad():
         job.engine.adversary.model.main[0].weight.fill_(float("inf"))
     result = job.engine.forward_backward(job.data.batch(0))
@@ -160,10 +141,7 @@ def test_each_term_moves_the_gradient_as_its_weight_says(corpora: Path, tmp_path
     """The gradient of the loss is that of its terms: doubling one weight adds that term's gradient once more."""
 
     def gradient(**weights: float) -> torch.Tensor:
-        terms = {
-            name: values | {"weight": weights.get(name, 0.0)}
-            for name, values in all_terms(tmp_path).items()
-        }
+        terms = {name: values | {"weight": weights.get(name, 0.0)} for name, values in all_terms(tmp_path).items()}
         job = build(make_config(corpora, tmp_path, terms=terms, continuous_steps=0))
         job.engine.forward_backward(job.data.batch(0))
         return torch.cat([p.grad.flatten().clone() for p in job.engine.model.parameters()])
@@ -193,10 +171,7 @@ def test_streamed_batches_are_a_pure_function_whatever_is_cached(corpora: Path) 
     assert others[0].cached_bytes == 0
     assert 0 < others[1].cached_bytes <= 30_000
     assert source(seed=4).fingerprint != first.fingerprint
-    assert any(
-        not np.array_equal(a, b)
-        for a, b in zip(first.batch(0), source(seed=4).batch(0), strict=False)
-    )
+    assert any(not np.array_equal(a, b) for a, b in zip(first.batch(0), source(seed=4).batch(0), strict=False))
 
 
 def test_held_back_images_are_never_trained_on_and_bad_ones_are_counted(corpora: Path) -> None:
@@ -205,12 +180,7 @@ def test_held_back_images_are_never_trained_on_and_bad_ones_are_counted(corpora:
     held_back = {image.tobytes() for image in source.held_back}
     # A quarter of the small corpus at most; one picture of each sample.
     assert len(source.held_back) in (3, 4)
-    seen = {
-        image.tobytes()
-        for start in range(0, 640, 32)
-        for images in source.batch(start)
-        for image in images
-    }
+    seen = {image.tobytes() for start in range(0, 640, 32) for images in source.batch(start) for image in images}
     assert not seen & held_back
     # 24 + 2 readable scenes of their own pixels, 3 edits of one picture each: all are reached.
     assert len(seen) == 26 + 4 - len(held_back)
@@ -218,9 +188,7 @@ def test_held_back_images_are_never_trained_on_and_bad_ones_are_counted(corpora:
 
 
 @pytest.mark.parametrize("cut", [8192, 8800])  # between members; within one
-def test_truncated_shards_keep_what_comes_before_the_damage(
-    cut: int, corpora: Path, tmp_path: Path
-) -> None:
+def test_truncated_shards_keep_what_comes_before_the_damage(cut: int, corpora: Path, tmp_path: Path) -> None:
     content = (corpora / "scenes_0.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(content[:cut])
     data = streamed(corpora, corpora={"a": {"path": str(tmp_path / "cut.tar")}})
@@ -232,9 +200,13 @@ def test_truncated_shards_keep_what_comes_before_the_damage(
 
 
 @pytest.mark.parametrize(
-    ("entries", "message"), [([("0.txt", b"words")], "no usable images"), (None, "no shards"),
-                             ([(f"{i}.png", b"?") for i in range(9)], "almost no usable")],
-)  # fmt: skip
+    ("entries", "message"),
+    [
+        ([("0.txt", b"words")], "no usable images"),
+        (None, "no shards"),
+        ([(f"{i}.png", b"?") for i in range(9)], "almost no usable"),
+    ],
+)
 def test_corpora_without_images_are_the_users(entries: Any, message: str, tmp_path: Path) -> None:
     if entries:
         write_tar(tmp_path / "a.tar", entries)
@@ -264,27 +236,34 @@ def test_stacks_are_bounded() -> None:
     assert [len(stack) for stack in stack_by_size(images, 2)] == [2, 2, 1, 2]
 
 
-def test_the_published_stage_composes_and_a_small_one_runs(
-    corpora: Path, tmp_path: Path, capfd: Any
-) -> None:
-    config = compose_config(
-        "train", ["stage=vision_tokenizer", "stage.options.data.corpora.a.path=x"]
-    )
+def test_the_published_stage_composes_and_a_small_one_runs(corpora: Path, tmp_path: Path, capfd: Any) -> None:
+    config = compose_config("train", ["stage=vision_tokenizer", "stage.options.data.corpora.a.path=x"])
     options = parse_options(config.stage.options)
     assert options.model == ibq_emu35()
-    assert (options.model.factor, options.model.n_embed, options.model.num_res_blocks) == (
-        16,
-        131_072,
-        4,
-    )
+    assert (options.model.factor, options.model.n_embed, options.model.num_res_blocks) == (16, 131_072, 4)
     assert (config.stage.steps, config.stage.optimizer.beta2) == (500_000, 0.9)
-    assert cli.main([
-        "train", "stage=vision_tokenizer", "vision_tokenizer=ibq_small", f"run_folder={tmp_path}",
-        f"stage.options.data.corpora.a.path={corpora}/scenes*.tar", "stage.steps=2", "stage.global_batch_size=2",
-        "stage.optimizer.warmup_steps=0", "stage.micro_batch_size=2", "stage.options.num_threads=1",
-        "stage.options.data.views=[{area: 4096}]", "stage.options.terms.adversarial.start_step=1",
-        "stage.options.min_codebook_use=0", "logging.wandb_mode=disabled", "json=true",
-    ]) == 0  # fmt: skip
+    assert (
+        cli.main(
+            [
+                "train",
+                "stage=vision_tokenizer",
+                "vision_tokenizer=ibq_small",
+                f"run_folder={tmp_path}",
+                f"stage.options.data.corpora.a.path={corpora}/scenes*.tar",
+                "stage.steps=2",
+                "stage.global_batch_size=2",
+                "stage.optimizer.warmup_steps=0",
+                "stage.micro_batch_size=2",
+                "stage.options.num_threads=1",
+                "stage.options.data.views=[{area: 4096}]",
+                "stage.options.terms.adversarial.start_step=1",
+                "stage.options.min_codebook_use=0",
+                "logging.wandb_mode=disabled",
+                "json=true",
+            ]
+        )
+        == 0
+    )
     summary = json.loads(capfd.readouterr().out)
     assert summary["steps"] == 2
     assert summary["psnr_db"] > 0

@@ -26,9 +26,11 @@ def test_a_hang_is_named_and_every_rank_leaves_its_stacks(tmp_path, capfd):
     ended = [threading.Event(), threading.Event()]
     beats = [Heartbeat(tmp_path, rank) for rank in range(2)]
     dogs = [
-        Watchdog(beat, EventLog(tmp_path, beat.rank), 2, 0.4, end_process=lambda code, rank=beat.rank: ended[rank].set())
+        Watchdog(
+            beat, EventLog(tmp_path, beat.rank), 2, 0.4, end_process=lambda code, rank=beat.rank: ended[rank].set()
+        )
         for beat in beats
-    ]  # fmt: skip
+    ]
     beats[0].enter("agree on stopping", 7)
     beats[1].enter("wait for data", 6)
     with dogs[0], dogs[1]:
@@ -36,11 +38,7 @@ def test_a_hang_is_named_and_every_rank_leaves_its_stacks(tmp_path, capfd):
     for rank in range(2):
         assert "test_a_hang_is_named" in (tmp_path / f"stacks_rank_{rank}.txt").read_text()
     hang = read_json_lines(tmp_path / "events.jsonl")[0]
-    assert (hang["event"], hang["rank_behind"], hang["phase_behind"]) == (
-        "hang",
-        1,
-        "wait for data",
-    )
+    assert (hang["event"], hang["rank_behind"], hang["phase_behind"]) == ("hang", 1, "wait for data")
     assert "rank behind all others is 1 in phase 'wait for data'" in capfd.readouterr().err
     json.dumps(hang)
 

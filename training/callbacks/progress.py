@@ -33,11 +33,7 @@ class ProgressLine(Callback):
         self._seconds += record.step_seconds
         is_last = record.step >= total
         now = time.monotonic()
-        if (
-            not self._is_terminal
-            and not is_last
-            and now - self._last_line_at < SECONDS_BETWEEN_LINES
-        ):
+        if not self._is_terminal and not is_last and now - self._last_line_at < SECONDS_BETWEEN_LINES:
             return
         self._last_line_at = now
         left = (total - record.step) * self._seconds / self._num_steps

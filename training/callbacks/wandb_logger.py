@@ -53,11 +53,15 @@ class WandbLogger(Callback):
 
         self.run_id = self.run_id or secrets.token_hex(4)
         self._wandb_run = wandb.init(
-            project=self.config.wandb_project, id=self.run_id, resume="allow",
-            name=f"{run.config.name}/{run.config.stage.name}", dir=str(self.stage_folder),
-            mode=cast(Any, self.config.wandb_mode), config=run.config.to_dict(),
+            project=self.config.wandb_project,
+            id=self.run_id,
+            resume="allow",
+            name=f"{run.config.name}/{run.config.stage.name}",
+            dir=str(self.stage_folder),
+            mode=cast(Any, self.config.wandb_mode),
+            config=run.config.to_dict(),
             settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+        )
         # After a rollback steps come twice: a metric of our own is the axis, wandb's counter only goes up.
         self._wandb_run.define_metric("step")
         self._wandb_run.define_metric("*", step_metric="step")

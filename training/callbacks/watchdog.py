@@ -48,10 +48,13 @@ class Heartbeat:
     def write(self) -> None:
         """Publish `rank_XXXXX.json`: {rank, step, phase, seconds_in_phase, time, peak_memory_bytes}."""
         beat = {
-            "rank": self.rank, "step": self.step, "phase": self.phase,
-            "seconds_in_phase": self.seconds_in_phase(), "time": time.time(),
+            "rank": self.rank,
+            "step": self.step,
+            "phase": self.phase,
+            "seconds_in_phase": self.seconds_in_phase(),
+            "time": time.time(),
             "peak_memory_bytes": peak_memory_bytes(),
-        }  # fmt: skip
+        }
         path = self.folder / f"rank_{self.rank:05d}.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(beat))
@@ -60,9 +63,7 @@ class Heartbeat:
 
 def read_heartbeats(stage_folder: Path, world_size: int) -> list[dict[str, Any]]:
     """The last heartbeat of each rank of the present run; ranks without one are left out."""
-    paths = [
-        stage_folder / HEARTBEATS_FOLDER / f"rank_{rank:05d}.json" for rank in range(world_size)
-    ]
+    paths = [stage_folder / HEARTBEATS_FOLDER / f"rank_{rank:05d}.json" for rank in range(world_size)]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
@@ -75,16 +76,16 @@ class Watchdog:
     """
 
     def __init__(
-        self, heartbeat: Heartbeat, events: EventLog, world_size: int, timeout_seconds: float,
+        self,
+        heartbeat: Heartbeat,
+        events: EventLog,
+        world_size: int,
+        timeout_seconds: float,
         end_process: Callable[[int], Any] = os._exit,
-    ):  # fmt: skip
+    ):
         self.heartbeat, self.events, self.world_size = heartbeat, events, world_size
         self.timeout_seconds = timeout_seconds  # 0: heartbeats only
-        self.tick_seconds = (
-            min(LONGEST_TICK_SECONDS, timeout_seconds / 4)
-            if timeout_seconds
-            else LONGEST_TICK_SECONDS
-        )
+        self.tick_seconds = min(LONGEST_TICK_SECONDS, timeout_seconds / 4) if timeout_seconds else LONGEST_TICK_SECONDS
         self.stage_folder = heartbeat.folder.parent
         self.stacks_path = self.stage_folder / f"stacks_rank_{heartbeat.rank}.txt"
         self._end_process = end_process
@@ -129,9 +130,7 @@ class Watchdog:
         elif self._another_rank_hangs():
             faulthandler.dump_traceback(file=stacks, all_threads=True)
         else:
-            faulthandler.dump_traceback_later(
-                self.timeout_seconds + 2 * self.tick_seconds, exit=True, file=stacks
-            )
+            faulthandler.dump_traceback_later(self.timeout_seconds + 2 * self.tick_seconds, exit=True, file=stacks)
 
     def _another_rank_hangs(self) -> bool:
         marker = self.heartbeat.folder / HANG_MARKER
@@ -145,10 +144,14 @@ class Watchdog:
         # Ranks that wait for another one are ahead of it: the one that is behind is the one to look at.
         behind = min(beats, key=lambda beat: (beat["step"], -beat["seconds_in_phase"]))
         self.events.record(
-            "hang", step=heartbeat.step, phase=heartbeat.phase,
-            seconds=round(heartbeat.seconds_in_phase(), 3), rank_behind=behind["rank"],
-            phase_behind=behind["phase"], stacks=self.stacks_path.name,
-        )  # fmt: skip
+            "hang",
+            step=heartbeat.step,
+            phase=heartbeat.phase,
+            seconds=round(heartbeat.seconds_in_phase(), 3),
+            rank_behind=behind["rank"],
+            phase_behind=behind["phase"],
+            stacks=self.stacks_path.name,
+        )
         tell(
             f"rank {heartbeat.rank} made no progress for {heartbeat.seconds_in_phase():.0f} seconds in phase "
             f"{heartbeat.phase!r} of step {heartbeat.step + 1}; the rank behind all others is "

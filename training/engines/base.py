@@ -38,16 +38,12 @@ class StepResult:
 
     loss: float  # weighted sum of losses / total weight of the global batch
     gradient_norm: float  # global, before clipping
-    loss_by_class: dict[str, float] = field(
-        default_factory=dict
-    )  # unweighted mean per class of token
+    loss_by_class: dict[str, float] = field(default_factory=dict)  # unweighted mean per class of token
     loss_by_source: dict[str, float] = field(default_factory=dict)
     tokens_by_class: dict[str, int] = field(default_factory=dict)  # labels with loss
     tokens_by_source: dict[str, int] = field(default_factory=dict)
     num_tokens: int = 0  # all positions of the global batch, padding included
-    extra: dict[str, float] = field(
-        default_factory=dict
-    )  # figures of the objective: psnr_db, codes_used, ...
+    extra: dict[str, float] = field(default_factory=dict)  # figures of the objective: psnr_db, codes_used, ...
 
 
 class Engine(Protocol):

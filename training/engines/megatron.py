@@ -15,11 +15,7 @@ from model import cpu_backend
 cpu_backend.install()
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
@@ -35,13 +31,7 @@ from training.config import TrainConfig  # noqa: E402
 from training.engines.base import Shard, ShardReader, StepResult  # noqa: E402
 from training.engines.micro_step import MicroStep, StepTotals  # noqa: E402
 from training.engines.shards import read_into, shards_of  # noqa: E402
-from training.optimizer import (  # noqa: E402
-    build_optimizer,
-    get_step,
-    optimized_parts,
-    set_learning_rate,
-    set_step,
-)
+from training.optimizer import build_optimizer, get_step, optimized_parts, set_learning_rate, set_step  # noqa: E402
 
 
 class MegatronEngine:
@@ -63,9 +53,12 @@ class MegatronEngine:
         layout = config.parallel
         if not parallel.is_initialized():
             parallel.initialize(
-                tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context, init_method=init_method,
+                tensor=layout.tensor,
+                pipeline=layout.pipeline,
+                context=layout.context,
+                init_method=init_method,
                 timeout_seconds=timeout_seconds,
-            )  # fmt: skip
+            )
         self.config = config
         self.source_names = list(source_names)
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
@@ -89,14 +82,12 @@ class MegatronEngine:
         if self.device.type == "cuda":
             self.model.cuda()
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_grad_reduce=False,
+            grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer, overlap_grad_reduce=False
         )
         self.wrapped = DistributedDataParallel(self.model.config, ddp_config, self.model)
         # The loss is normalised before the forward pass, so gradients need no division by a number of tokens.
-        self.model.config.finalize_model_grads_func = lambda models, _tokens=None, **options: (
-            finalize_model_grads(models, None, **options)
+        self.model.config.finalize_model_grads_func = lambda models, _tokens=None, **options: finalize_model_grads(
+            models, None, **options
         )
         self.optimizer = build_optimizer(
             self.config.stage.optimizer, self.wrapped, distributed=layout.distributed_optimizer
@@ -149,18 +140,14 @@ class MegatronEngine:
         for name, parameter in self.model.named_parameters():
             if self._owns(name):
                 logical = self.logical[name]
-                shards += shards_of(
-                    f"model/{logical.name}", logical, parameter.detach().view(-1), 0
-                )
+                shards += shards_of(f"model/{logical.name}", logical, parameter.detach().view(-1), 0)
         return shards
 
     def optimizer_shards(self) -> list[Shard]:
         """Moments, and master weights where the model's own are not float32, and the count of steps."""
         shards = []
         if self.rank == 0:
-            shards.append(
-                Shard("optimizer/step", torch.tensor([get_step(self.optimizer)]), (1,), (0,))
-            )
+            shards.append(Shard("optimizer/step", torch.tensor([get_step(self.optimizer)]), (1,), (0,)))
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         if not self.config.parallel.distributed_optimizer and replica != 0:
             return shards
@@ -174,9 +161,7 @@ class MegatronEngine:
         """(kind, local parameter name, flat tensor, first element) of all that this rank's optimizer holds."""
         found = []
         for name, part in optimized_parts(self.optimizer, self.model).items():
-            found += [
-                (kind, name, moment.view(-1), part.start) for kind, moment in part.moments.items()
-            ]
+            found += [(kind, name, moment.view(-1), part.start) for kind, moment in part.moments.items()]
             if self.config.model.dtype != "float32":
                 found.append(("master", name, part.main.view(-1), part.start))
         return found
@@ -190,9 +175,12 @@ class MegatronEngine:
             if key not in known or tuple(reader.global_shape(key)) != logical.global_shape:
                 found = str(tuple(reader.global_shape(key))) if key in known else "no such key"
                 raise UserError(
-                    "the checkpoint does not fit this model", where=key, expected=str(logical.global_shape), got=found,
+                    "the checkpoint does not fit this model",
+                    where=key,
+                    expected=str(logical.global_shape),
+                    got=found,
                     fix="train with the model configuration that the checkpoint was written with",
-                )  # fmt: skip
+                )
             read_into(reader, key, logical, parameter.detach().view(-1), 0)
         self.optimizer.reload_model_params()
 
@@ -224,11 +212,16 @@ class MegatronEngine:
     def describe(self) -> dict[str, Any]:
         layout = self.config.parallel
         return {
-            "engine": "megatron", "tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context,
-            "data": self.data_parallel_size, "sequence": bool(self.model.config.sequence_parallel),
-            "distributed_optimizer": layout.distributed_optimizer, "recompute": layout.recompute,
+            "engine": "megatron",
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "context": layout.context,
+            "data": self.data_parallel_size,
+            "sequence": bool(self.model.config.sequence_parallel),
+            "distributed_optimizer": layout.distributed_optimizer,
+            "recompute": layout.recompute,
             "num_parameters": count_parameters(self.config.model)["total"],
-        }  # fmt: skip
+        }
 
     def final_metrics(self) -> dict[str, float]:
         return {}
@@ -251,15 +244,18 @@ def _check_layout(config: TrainConfig) -> None:
     layout, stage = config.parallel, config.stage
     padded = Vocabulary.from_config(config.model.vocabulary).padded_size
     problems.check(
-        padded % layout.tensor == 0, "parallel.tensor", f"{layout.tensor} does not divide the padded vocabulary ({padded})",
+        padded % layout.tensor == 0,
+        "parallel.tensor",
+        f"{layout.tensor} does not divide the padded vocabulary ({padded})",
         f"model.vocabulary.pad_multiple={128 * layout.tensor}",
-    )  # fmt: skip
+    )
     tokens, parts = stage.micro_batch_size * stage.sequence_length, layout.context * layout.tensor
     parts *= 2 if layout.context > 1 else 1  # each context rank takes two chunks
     problems.check(
-        tokens % parts == 0, "stage.micro_batch_size",
+        tokens % parts == 0,
+        "stage.micro_batch_size",
         f"its {tokens} tokens are not a multiple of {parts} (tensor * context, twice with context > 1)",
-    )  # fmt: skip
+    )
     problems.raise_if_any()
 
 
@@ -267,9 +263,11 @@ def _check_world(config: TrainConfig, world_size: int) -> None:
     expected = config.parallel.world_size
     if world_size != expected:
         raise UserError(
-            "the number of processes is not that of the layout", expected=str(expected), got=str(world_size),
+            "the number of processes is not that of the layout",
+            expected=str(expected),
+            got=str(world_size),
             fix="start tensor * pipeline * context * data processes",
-        )  # fmt: skip
+        )
 
 
 def _seed_everything(seed: int) -> None:

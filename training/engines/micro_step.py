@@ -42,29 +42,21 @@ class StepTotals:
         for batch in micro_batches:
             counted = batch.loss_weights > 0
             totals.weight += float(batch.loss_weights.sum(dtype=np.float64))
-            totals.tokens_by_class += np.bincount(
-                batch.loss_classes[counted], minlength=len(TokenClass)
-            )
+            totals.tokens_by_class += np.bincount(batch.loss_classes[counted], minlength=len(TokenClass))
             sources = np.bincount(batch.sources[counted], minlength=num_sources)
-            assert len(sources) == num_sources, (
-                "a micro-batch names a source that the engine was not told of"
-            )
+            assert len(sources) == num_sources, "a micro-batch names a source that the engine was not told of"
             totals.tokens_by_source += sources
             totals.num_tokens += batch.tokens.size
         return totals
 
     def reduced(self, device: torch.device) -> StepTotals:
         """Summed over data-parallel ranks: one small collective."""
-        flat = np.concatenate(
-            ([self.weight, self.num_tokens], self.tokens_by_class, self.tokens_by_source)
-        )
+        flat = np.concatenate(([self.weight, self.num_tokens], self.tokens_by_class, self.tokens_by_source))
         values = torch.from_numpy(flat).to(device)
         distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
         summed = values.cpu().numpy()
         classes = len(self.tokens_by_class)
-        return StepTotals(
-            float(summed[0]), summed[2 : 2 + classes], summed[2 + classes :], int(summed[1])
-        )
+        return StepTotals(float(summed[0]), summed[2 : 2 + classes], summed[2 + classes :], int(summed[1]))
 
 
 @dataclass
@@ -89,9 +81,7 @@ class MicroStep:
         self.vocabulary = Vocabulary.from_config(config.vocabulary)
         self.loss_scale = 1.0 / totals.weight if totals.weight > 0 else 0.0
         self.num_sources = len(totals.tokens_by_source)
-        self.sums = torch.zeros(
-            1 + len(TokenClass) + self.num_sources, dtype=torch.float64, device=device
-        )
+        self.sums = torch.zeros(1 + len(TokenClass) + self.num_sources, dtype=torch.float64, device=device)
 
     def prepare(self, batch: MicroBatch) -> StageInput:
         context_rank = parallel_state.get_context_parallel_rank()
@@ -105,10 +95,14 @@ class MicroStep:
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
         documents = pack_documents(
-            batch.cu_seqlens, flat(batch.position_ids, torch.int64), head_dim=self.config.head_dim,
-            rope_theta=self.config.rope_theta, dtype=DTYPES[self.config.dtype], context_rank=context_rank,
+            batch.cu_seqlens,
+            flat(batch.position_ids, torch.int64),
+            head_dim=self.config.head_dim,
+            rope_theta=self.config.rope_theta,
+            dtype=DTYPES[self.config.dtype],
+            context_rank=context_rank,
             context_size=context_size,
-        )  # fmt: skip
+        )
         return StageInput(
             tokens=flat(batch.tokens, torch.int64)[None],
             labels=flat(batch.labels, torch.int64)[None],
@@ -124,18 +118,12 @@ class MicroStep:
         output = model(stage_input.tokens, None, None, packed_seq_params=stage_input.documents)
         return output, partial(self._loss, stage_input)
 
-    def _loss(
-        self, stage_input: StageInput, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def _loss(self, stage_input: StageInput, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         losses = token_losses(logits, stage_input.labels, self.vocabulary).view(-1)
-        sums = sum_losses(
-            losses, stage_input.weights, stage_input.classes, stage_input.sources, self.num_sources
-        )
+        sums = sum_losses(losses, stage_input.weights, stage_input.classes, stage_input.sources, self.num_sources)
         self.sums += sums.flat()
         loss = torch.dot(losses, stage_input.weights) * self.loss_scale
-        no_tokens = torch.zeros(
-            [], dtype=torch.int, device=self.device
-        )  # normalisation is in loss_scale
+        no_tokens = torch.zeros([], dtype=torch.int, device=self.device)  # normalisation is in loss_scale
         return loss, no_tokens, None
 
     def result(self, gradient_norm: float, source_names: Sequence[str]) -> StepResult:
@@ -143,9 +131,7 @@ class MicroStep:
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             self.sums.zero_()
         distributed.all_reduce(self.sums)
-        weighted, by_class, by_source = self.sums.cpu().split(
-            [1, len(TokenClass), self.num_sources]
-        )
+        weighted, by_class, by_source = self.sums.cpu().split([1, len(TokenClass), self.num_sources])
         class_names = [kind.name.lower() for kind in TokenClass]
         totals = self.totals
         return StepResult(

@@ -53,29 +53,20 @@ def _block_pieces(block: Block, start: int, stop: int) -> Iterator[Piece]:
 
 def pieces(parameter: LogicalParameter, start: int, stop: int) -> list[Piece]:
     """Rectangles that make up elements [start, stop) of this rank's flattened part of `parameter`."""
-    assert len(parameter.global_shape) <= 2, (
-        f"{parameter.name}: parameters have one or two dimensions"
-    )
+    assert len(parameter.global_shape) <= 2, f"{parameter.name}: parameters have one or two dimensions"
     return [piece for block in parameter.blocks for piece in _block_pieces(block, start, stop)]
 
 
 def shards_of(key: str, parameter: LogicalParameter, flat: torch.Tensor, start: int) -> list[Shard]:
     """Shards of a flat tensor that holds elements [start, start + n) of the local parameter. Views, no copies."""
     return [
-        Shard(
-            key,
-            flat[p.start - start : p.stop - start].view(p.shape),
-            parameter.global_shape,
-            p.global_offset,
-        )
+        Shard(key, flat[p.start - start : p.stop - start].view(p.shape), parameter.global_shape, p.global_offset)
         for p in pieces(parameter, start, start + flat.numel())
     ]
 
 
 @torch.no_grad()
-def read_into(
-    reader: ShardReader, key: str, parameter: LogicalParameter, flat: torch.Tensor, start: int
-) -> None:
+def read_into(reader: ShardReader, key: str, parameter: LogicalParameter, flat: torch.Tensor, start: int) -> None:
     """Fill a flat tensor that holds elements [start, start + n) of the local parameter."""
     for shard in shards_of(key, parameter, flat, start):
         shard.tensor.copy_(reader.read(key, shard.global_offset, shard.tensor.shape))

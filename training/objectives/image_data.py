@@ -32,9 +32,7 @@ class ImageCorpus:
     path: str = ""  # glob of tar shards
     weight: float = 1.0  # share of the training images
     max_images: int = 4000  # kept in memory; without streaming
-    random_squares: int = (
-        0  # take this many random squares of each picture instead of the whole of it
-    )
+    random_squares: int = 0  # take this many random squares of each picture instead of the whole of it
 
 
 @dataclass
@@ -43,9 +41,7 @@ class View:
 
     area: int = 48 * 48  # pixels; sides are multiples of the factor, the aspect is kept
     share: float = 1.0  # of the steps
-    crop: int = (
-        0  # side of the squares cut out of an image, on a grid of this step; 0: the whole image
-    )
+    crop: int = 0  # side of the squares cut out of an image, on a grid of this step; 0: the whole image
     crops_per_image: int = 1  # the squares with the largest spread of values
 
 
@@ -54,9 +50,7 @@ class ImageDataOptions:
     corpora: dict[str, ImageCorpus] = field(default_factory=dict)
     views: list[View] = field(default_factory=lambda: [View()])
     keyframe_seconds: float = 1.0
-    num_held_back: int = (
-        64  # images, over all corpora, never trained on: the stage's figures come from them
-    )
+    num_held_back: int = 64  # images, over all corpora, never trained on: the stage's figures come from them
     streaming: bool = False  # read images when they are needed instead of holding all in memory
     cache_bytes: int = 1 << 30  # streaming: of decoded images that are kept
     num_readers: int = 4  # streaming: threads that read and decode
@@ -68,20 +62,18 @@ class ImageDataOptions:
         problems.check(self.num_held_back > 0, f"{key}.num_held_back", "must be positive")
         for name, corpus in self.corpora.items():
             problems.check(corpus.weight > 0, f"{key}.corpora.{name}.weight", "must be positive")
-            problems.check(
-                corpus.max_images > 1, f"{key}.corpora.{name}.max_images", "must be above one"
-            )
+            problems.check(corpus.max_images > 1, f"{key}.corpora.{name}.max_images", "must be above one")
         problems.check(bool(self.views), f"{key}.views", "no view given")
         for index, view in enumerate(self.views):
             where = f"{key}.views.{index}"
-            problems.check(
-                view.area >= factor**2, f"{where}.area", f"must be at least {factor} squared"
-            )
+            problems.check(view.area >= factor**2, f"{where}.area", f"must be at least {factor} squared")
             problems.check(view.share > 0, f"{where}.share", "must be positive")
             problems.check(
-                view.crop >= 0 and view.crop % factor == 0, f"{where}.crop",
-                f"must be a multiple of {factor}", f"{where}.crop={factor}",
-            )  # fmt: skip
+                view.crop >= 0 and view.crop % factor == 0,
+                f"{where}.crop",
+                f"must be a multiple of {factor}",
+                f"{where}.crop={factor}",
+            )
             problems.check(view.crops_per_image > 0, f"{where}.crops_per_image", "must be positive")
 
 
@@ -89,12 +81,7 @@ class ImageSource:
     """Batches of images, as a pure function of (seed, first sample). A `training.engines.base.DataSource`."""
 
     def __init__(
-        self,
-        options: ImageDataOptions,
-        factor: int,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
+        self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int, micro_batch_size: int
     ):
         self.options, self.factor, self.seed = options, factor, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -113,16 +100,16 @@ class ImageSource:
         self._corpus_shares = normalized([corpus.weight for corpus in options.corpora.values()])
         self._view_shares = normalized([view.share for view in options.views])
 
-    def _load(
-        self, corpus_index: int, name: str, corpus: ImageCorpus, digest: hashlib.blake2b
-    ) -> None:
+    def _load(self, corpus_index: int, name: str, corpus: ImageCorpus, digest: hashlib.blake2b) -> None:
         rng = np.random.default_rng((self.seed, HELD_BACK_STREAM, corpus_index))
         pictures = list(self._read_pictures(corpus, rng))
         if len(pictures) < 2:
             raise UserError(
-                "a corpus of the vision tokenizer has no usable images", where=f"{name}: {corpus.path}",
-                expected="at least 2", got=f"{len(pictures)}, bad: {dict(self.num_bad)}",
-            )  # fmt: skip
+                "a corpus of the vision tokenizer has no usable images",
+                where=f"{name}: {corpus.path}",
+                expected="at least 2",
+                got=f"{len(pictures)}, bad: {dict(self.num_bad)}",
+            )
         num_held_back = self.options.num_held_back // len(self.source_names)
         num_held_back = max(1, min(num_held_back, len(pictures) // 4))
         held_back = set(rng.permutation(len(pictures))[:num_held_back].tolist())
@@ -141,9 +128,7 @@ class ImageSource:
         paths = sorted(glob.glob(corpus.path, recursive=True))
         if not paths:
             raise UserError(
-                "no shards found for the vision tokenizer",
-                where=corpus.path,
-                expected="a glob of tar files",
+                "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
             )
         num_left = corpus.max_images
         for path in paths:
@@ -167,23 +152,17 @@ class ImageSource:
         view_index = int(rng.choice(len(self._view_shares), p=self._view_shares))
         view = self.options.views[view_index]
         chosen: list[np.ndarray] = []
-        for corpus_index in rng.choice(
-            len(self._corpus_shares), size=self.global_batch_size, p=self._corpus_shares
-        ):
+        for corpus_index in rng.choice(len(self._corpus_shares), size=self.global_batch_size, p=self._corpus_shares):
             images = self.images[view.area][corpus_index]
             image = images[int(rng.integers(len(images)))]
-            chosen += (
-                busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
-            )
+            chosen += busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
         return stack_by_size(chosen, images_at_once(view, self.micro_batch_size))
 
     def close(self) -> None:
         """Nothing is held open."""
 
 
-def sample_pictures(
-    parts: dict[str, bytes], options: ImageDataOptions, num_bad: Counter[str]
-) -> list[np.ndarray]:
+def sample_pictures(parts: dict[str, bytes], options: ImageDataOptions, num_bad: Counter[str]) -> list[np.ndarray]:
     """Pictures and key frames of a sample, uint8 [H, W, 3]; unreadable parts are counted in `num_bad`."""
     pictures = []
     for extension, data in parts.items():
@@ -239,7 +218,5 @@ def stack_by_size(images: list[np.ndarray], limit: int) -> list[np.ndarray]:
     for image in images:
         groups.setdefault(image.shape, []).append(image)
     return [
-        np.stack(group[start : start + limit])
-        for group in groups.values()
-        for start in range(0, len(group), limit)
+        np.stack(group[start : start + limit]) for group in groups.values() for start in range(0, len(group), limit)
     ]

@@ -51,7 +51,7 @@ class CorpusIndex:
         if not self.paths:
             raise UserError(
                 "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
-            )  # fmt: skip
+            )
         members: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         num_members = 0
@@ -71,9 +71,11 @@ class CorpusIndex:
         self.starts = np.concatenate([*starts, [num_members]])  # of each sample, and the end
         if len(self) < 2:
             raise UserError(
-                "a corpus of the vision tokenizer has no usable images", where=f"{name}: {corpus.path}",
-                expected="at least 2 samples with pictures", got=f"{len(self)}, bad: {dict(num_bad)}",
-            )  # fmt: skip
+                "a corpus of the vision tokenizer has no usable images",
+                where=f"{name}: {corpus.path}",
+                expected="at least 2 samples with pictures",
+                got=f"{len(self)}, bad: {dict(num_bad)}",
+            )
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -86,9 +88,7 @@ class CorpusIndex:
             path = self.paths[member["shard"]]
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                data = read_exactly(
-                    descriptor, int(member["size"]), int(member["offset"]), str(path)
-                )
+                data = read_exactly(descriptor, int(member["size"]), int(member["offset"]), str(path))
             finally:
                 os.close(descriptor)
             found[f"{number}.{KINDS[member['kind']]}"] = data
@@ -120,29 +120,20 @@ class StreamingImageSource:
     """Batches of images, as a pure function of (seed, first sample). A `training.engines.base.DataSource`."""
 
     def __init__(
-        self,
-        options: ImageDataOptions,
-        factor: int,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
+        self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int, micro_batch_size: int
     ):
         self.options, self.factor, self.seed = options, factor, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason; a sample counts each time it is read
-        self.corpora = [
-            CorpusIndex(name, corpus, self.num_bad) for name, corpus in options.corpora.items()
-        ]
+        self.corpora = [CorpusIndex(name, corpus, self.num_bad) for name, corpus in options.corpora.items()]
         self._corpus_shares = normalized([corpus.weight for corpus in options.corpora.values()])
         self._view_shares = normalized([view.share for view in options.views])
         self._cache: OrderedDict[tuple[int, int], list[np.ndarray]] = OrderedDict()
         self.cached_bytes = 0
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(options.num_readers, "images")
-        self._held_back_samples = [
-            self._choose_held_back(index) for index in range(len(self.corpora))
-        ]
+        self._held_back_samples = [self._choose_held_back(index) for index in range(len(self.corpora))]
         area = options.views[0].area
         self.held_back = [
             self._resize(picture, area)
@@ -179,9 +170,7 @@ class StreamingImageSource:
         chosen: list[np.ndarray] = []
         for picture in pictures:
             image = self._resize(picture, view.area)
-            chosen += (
-                busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
-            )
+            chosen += busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
         return stack_by_size(chosen, images_at_once(view, self.micro_batch_size))
 
     def _draw(self, corpus: int, seed: int) -> np.ndarray:
@@ -198,8 +187,9 @@ class StreamingImageSource:
                 return next(squares(picture, min(1, options.random_squares), rng))
         raise UserError(
             "a corpus of the vision tokenizer has almost no usable images",
-            where=self.options.corpora[self.source_names[corpus]].path, got=f"bad: {dict(self.num_bad)}",
-        )  # fmt: skip
+            where=self.options.corpora[self.source_names[corpus]].path,
+            got=f"bad: {dict(self.num_bad)}",
+        )
 
     def _pictures(self, corpus: int, sample: int) -> list[np.ndarray]:
         key = (corpus, sample)

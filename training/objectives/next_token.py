@@ -62,8 +62,4 @@ def describe_model(config: TrainConfig, vocabulary: Vocabulary) -> dict[str, Any
         manifest = read_dataset_manifest(entry.path)
         for name, known in tokenizers.items():
             tokenizers[name] = known or manifest.get(name)
-    return {
-        "kind": CHECKPOINT_KIND,
-        "model": asdict(config.model),
-        "vocabulary": vocabulary.describe(),
-    } | tokenizers
+    return {"kind": CHECKPOINT_KIND, "model": asdict(config.model), "vocabulary": vocabulary.describe()} | tokenizers

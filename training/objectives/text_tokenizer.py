@@ -46,20 +46,19 @@ class TextTokenizerOptions:
         problems = Problems()
         known = [entry.name for entry in fields(cls)]
         for name in options:
-            problems.check(
-                name in known, f"stage.options.{name}", "unknown key", f"one of {', '.join(known)}"
-            )
+            problems.check(name in known, f"stage.options.{name}", "unknown key", f"one of {', '.join(known)}")
         problems.raise_if_any()
         chosen = cls(**options)
         problems.check(
-            bool(chosen.corpora), "stage.options.corpora", "is required",
+            bool(chosen.corpora),
+            "stage.options.corpora",
+            "is required",
             "stage.options.corpora=['runs/demo/corpora/*/*.tar']",
-        )  # fmt: skip
+        )
         problems.check(chosen.size > 300, "stage.options.size", "must exceed 300 (256 are bytes)")
         problems.check(
-            0.9 <= chosen.character_coverage <= 1.0, "stage.options.character_coverage",
-            "must be in [0.9, 1]",
-        )  # fmt: skip
+            0.9 <= chosen.character_coverage <= 1.0, "stage.options.character_coverage", "must be in [0.9, 1]"
+        )
         problems.check(chosen.max_bytes > 0, "stage.options.max_bytes", "must be positive")
         problems.raise_if_any()
         return chosen
@@ -86,15 +85,23 @@ def fit(config: TrainConfig) -> dict[str, Any]:
     if not skipped:
         counted = CountedTexts(training_texts(options, shards), options.max_bytes)
         train_sentencepiece(
-            counted, target, options.size, seed=config.seed,
-            character_coverage=options.character_coverage, inputs=inputs,
-        )  # fmt: skip
+            counted,
+            target,
+            options.size,
+            seed=config.seed,
+            character_coverage=options.character_coverage,
+            inputs=inputs,
+        )
         num_bytes = counted.num_bytes
     return {
-        "name": config.stage.name, "size": options.size, "text_bytes": num_bytes,
-        "num_shards": len(shards), "skipped": skipped, "folder": str(target),
+        "name": config.stage.name,
+        "size": options.size,
+        "text_bytes": num_bytes,
+        "num_shards": len(shards),
+        "skipped": skipped,
+        "folder": str(target),
         "wall_seconds": time.monotonic() - started,
-    }  # fmt: skip
+    }
 
 
 def find_shards(patterns: Iterable[str]) -> list[Path]:
@@ -103,9 +110,11 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
         found = glob.glob(pattern, recursive=True)
         if not found:
             raise UserError(
-                "no input shards", where=f"stage.options.corpora: {pattern}",
-                expected="webdataset .tar files", fix="check the path",
-            )  # fmt: skip
+                "no input shards",
+                where=f"stage.options.corpora: {pattern}",
+                expected="webdataset .tar files",
+                fix="check the path",
+            )
         shards.update(map(Path, found))
     return sorted(shards)
 

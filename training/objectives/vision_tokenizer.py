@@ -22,18 +22,9 @@ from torch import nn
 from model.errors import Problems, UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
-from model.vision_tokenizer.initialization import (
-    codes_from_latents,
-    flat_latents,
-    initialize_weights,
-)
+from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
 from model.vision_tokenizer.losses import LossWeightsConfig, psnr_db
-from model.vision_tokenizer.wrapper import (
-    CHECKPOINT_KIND,
-    MODEL_PREFIX,
-    load_weights,
-    to_model_range,
-)
+from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, MODEL_PREFIX, load_weights, to_model_range
 from training.config import OptimizerConfig, TrainConfig
 from training.engines.base import Shard, ShardReader, StepResult
 from training.objectives.image_data import ImageDataOptions, ImageSource
@@ -56,45 +47,31 @@ class VisionTokenizerOptions:
     losses: LossWeightsConfig = field(default_factory=LossWeightsConfig)
     terms: TermsConfig = field(default_factory=TermsConfig)
     data: ImageDataOptions = field(default_factory=ImageDataOptions)
-    continuous_steps: int = (
-        0  # first steps without the quantizer; then the codes start from latents
-    )
+    continuous_steps: int = 0  # first steps without the quantizer; then the codes start from latents
     average_decay: float = 0.0  # of the moving average of the weights; 0: none is kept
     num_threads: int = 1  # of torch; small models gain nothing from more
-    min_codebook_use: float = (
-        0.01  # share of codes used on the held-back images, below which the stage fails
-    )
+    min_codebook_use: float = 0.01  # share of codes used on the held-back images, below which the stage fails
 
     def validate(self) -> None:
         problems = Problems()
         self.model.validate(problems, "stage.options.model")
         self.terms.validate(problems, "stage.options.terms", len(self.model.ch_mult))
         self.data.validate(problems, "stage.options.data", self.model.factor)
-        problems.check(
-            self.continuous_steps >= 0, "stage.options.continuous_steps", "must not be negative"
-        )
-        problems.check(
-            0 <= self.average_decay < 1, "stage.options.average_decay", "must be in [0, 1)"
-        )
+        problems.check(self.continuous_steps >= 0, "stage.options.continuous_steps", "must not be negative")
+        problems.check(0 <= self.average_decay < 1, "stage.options.average_decay", "must be in [0, 1)")
         problems.check(self.num_threads > 0, "stage.options.num_threads", "must be positive")
-        problems.check(
-            0 <= self.min_codebook_use <= 1, "stage.options.min_codebook_use", "must be in [0, 1]"
-        )
+        problems.check(0 <= self.min_codebook_use <= 1, "stage.options.min_codebook_use", "must be in [0, 1]")
         problems.raise_if_any()
 
 
 def parse_options(values: dict[str, Any]) -> VisionTokenizerOptions:
     """The typed options out of `stage.options`; unknown keys and wrong types are refused."""
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(VisionTokenizerOptions), OmegaConf.create(values)
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(VisionTokenizerOptions), OmegaConf.create(values))
         options = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(
-            "stage.options does not fit the objective vision_tokenizer",
-            where="stage.options",
-            got=str(error),
+            "stage.options does not fit the objective vision_tokenizer", where="stage.options", got=str(error)
         ) from None
     assert isinstance(options, VisionTokenizerOptions)
     options.validate()
@@ -108,18 +85,14 @@ def build(config: TrainConfig) -> Job:
     options = parse_options(config.stage.options)
     if config.parallel.world_size != 1:
         raise UserError(
-            "the vision tokenizer trains on one process", where="parallel",
-            got=f"{config.parallel.world_size} ranks", fix="parallel.data=1",
-        )  # fmt: skip
+            "the vision tokenizer trains on one process",
+            where="parallel",
+            got=f"{config.parallel.world_size} ranks",
+            fix="parallel.data=1",
+        )
     stage = config.stage
     make = StreamingImageSource if options.data.streaming else ImageSource
-    data = make(
-        options.data,
-        options.model.factor,
-        config.seed,
-        stage.global_batch_size,
-        stage.micro_batch_size,
-    )
+    data = make(options.data, options.model.factor, config.seed, stage.global_batch_size, stage.micro_batch_size)
     engine = VisionTokenizerEngine(options, stage.optimizer, config.seed, data)
     return Job(engine, data, {"kind": CHECKPOINT_KIND, "model": asdict(options.model)})
 
@@ -185,9 +158,7 @@ class VisionTokenizerEngine:
         reported = self._gradient_norm
         if self.playing is not None:
             terms["discriminator_gradient_norm"] = self.playing.gradient_norm()
-            if not math.isfinite(
-                terms["discriminator_gradient_norm"]
-            ):  # the step must not be applied
+            if not math.isfinite(terms["discriminator_gradient_norm"]):  # the step must not be applied
                 reported = terms["discriminator_gradient_norm"]
         num_codes = sum(codes.numel() for codes in used)
         if used:
@@ -195,9 +166,7 @@ class VisionTokenizerEngine:
         loss = terms.pop("loss")
         return StepResult(loss, reported, num_tokens=num_codes, extra=terms)
 
-    def _backward(
-        self, images: np.ndarray, share: float, used: list[torch.Tensor]
-    ) -> dict[str, float]:
+    def _backward(self, images: np.ndarray, share: float, used: list[torch.Tensor]) -> dict[str, float]:
         """Add the gradients of one array of images, weighted by `share`; the values of the loss's terms."""
         pixels = to_model_range(images).to(self.device)
         latents, quantized = self.model.latents(pixels), None
@@ -207,17 +176,12 @@ class VisionTokenizerEngine:
             latents = quantized.values
         elif self.options.model.cosine_similarity:
             latents = F.normalize(latents, dim=1)
-        loss, reconstructions, terms = self.terms(
-            self.model, pixels, latents, quantized, self.playing
-        )
+        loss, reconstructions, terms = self.terms(self.model, pixels, latents, quantized, self.playing)
         (share * loss).backward()
         values = {f"loss_{name}": term.item() for name, term in terms.items()}
         if self.playing is not None:
             values["loss_discriminator"] = self.playing.backward(pixels, reconstructions, share)
-        return values | {
-            "loss": loss.item(),
-            "psnr_db": psnr_db(pixels, reconstructions.detach()).item(),
-        }
+        return values | {"loss": loss.item(), "psnr_db": psnr_db(pixels, reconstructions.detach()).item()}
 
     @torch.no_grad()
     def _start_codes(self) -> None:
@@ -227,9 +191,7 @@ class VisionTokenizerEngine:
             for index in range(CALIBRATION_BATCHES)
             for images in self.data.batch(index * self.data.global_batch_size)
         ]
-        codes = codes_from_latents(
-            torch.cat(latents), self.options.model.n_embed, KMEANS_ROUNDS, self.seed
-        )
+        codes = codes_from_latents(torch.cat(latents), self.options.model.n_embed, KMEANS_ROUNDS, self.seed)
         self.model.quantize.embedding.weight.copy_(codes)
 
     def optimizer_step(self, learning_rate: float) -> None:
@@ -245,13 +207,9 @@ class VisionTokenizerEngine:
         self.num_updates += 1
         if self.average is not None:
             # The average starts late enough to forget the first weights.
-            decay = min(
-                self.options.average_decay, (1 + self.num_updates) / (10 + self.num_updates)
-            )
+            decay = min(self.options.average_decay, (1 + self.num_updates) / (10 + self.num_updates))
             with torch.no_grad():
-                for mean, value in zip(
-                    self.average.parameters(), self.model.parameters(), strict=True
-                ):
+                for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     mean.lerp_(value, 1 - decay)
 
     def discard_gradients(self) -> None:
@@ -294,9 +252,7 @@ class VisionTokenizerEngine:
 
     def random_state(self) -> dict[str, torch.Tensor]:
         state = {"torch": torch.get_rng_state()}
-        return state | (
-            {"accelerator": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
-        )
+        return state | ({"accelerator": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
 
     def load_random_state(self, state: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(state["torch"])
@@ -305,19 +261,11 @@ class VisionTokenizerEngine:
 
     def describe(self) -> dict[str, Any]:
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return {
-            "tensor": 1,
-            "pipeline": 1,
-            "context": 1,
-            "data": 1,
-            "num_parameters": num_parameters,
-        }
+        return {"tensor": 1, "pipeline": 1, "context": 1, "data": 1, "num_parameters": num_parameters}
 
     def final_metrics(self) -> dict[str, float]:
         """Figures on the held-back images, for the stage's summary. Raises `UserError` when the codes collapsed."""
-        return measure(
-            self.average or self.model, self.data.held_back, self.options.min_codebook_use
-        )
+        return measure(self.average or self.model, self.data.held_back, self.options.min_codebook_use)
 
     def any_rank(self, flag: bool) -> bool:
         return flag
@@ -355,11 +303,10 @@ def measure(model: IBQ, images: Sequence[np.ndarray], min_codebook_use: float) -
     share = len(used) / model.config.n_embed
     if share < min_codebook_use:
         raise UserError(
-            "the vision tokenizer's codebook has collapsed", where="stage.options.min_codebook_use",
+            "the vision tokenizer's codebook has collapsed",
+            where="stage.options.min_codebook_use",
             expected=f"at least {min_codebook_use:.2%} of {model.config.n_embed} codes used",
             got=f"{len(used)} codes on {len(images)} held-back images",
             fix="stage.options.continuous_steps=200, more steps, or model.cosine_similarity=true",
-        )  # fmt: skip
-    return {
-        "psnr_db": float(np.mean(psnr)), "codebook_use": share, "num_codes_used": float(len(used)),
-    }  # fmt: skip
+        )
+    return {"psnr_db": float(np.mean(psnr)), "codebook_use": share, "num_codes_used": float(len(used))}

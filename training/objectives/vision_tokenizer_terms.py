@@ -19,12 +19,7 @@ from model.vision_tokenizer.discriminator import (
 )
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.losses import LossWeightsConfig, tokenizer_loss
-from model.vision_tokenizer.perceptual import (
-    Distillation,
-    DistillationConfig,
-    PerceptualConfig,
-    PerceptualLoss,
-)
+from model.vision_tokenizer.perceptual import Distillation, DistillationConfig, PerceptualConfig, PerceptualLoss
 from model.vision_tokenizer.quantizer import Quantized
 from training.config import OptimizerConfig
 
@@ -48,9 +43,7 @@ class TermsConfig:
 class Adversary:
     """The discriminator and its optimizer. Its state is part of the optimizer's in a checkpoint."""
 
-    def __init__(
-        self, config: AdversarialConfig, optimizer: OptimizerConfig, seed: int, device: torch.device
-    ):
+    def __init__(self, config: AdversarialConfig, optimizer: OptimizerConfig, seed: int, device: torch.device):
         self.config, self.gradient_clip = config, optimizer.gradient_clip
         self.model = PatchDiscriminator(config)
         initialize_discriminator(self.model, seed + 1)
@@ -94,13 +87,7 @@ class Adversary:
 class Terms(nn.Module):
     """The loss of a `TermsConfig`. Its trainable parameters (the distillation's projection) join the tokenizer's."""
 
-    def __init__(
-        self,
-        config: TermsConfig,
-        weights: LossWeightsConfig,
-        model: VisionTokenizerConfig,
-        seed: int,
-    ):
+    def __init__(self, config: TermsConfig, weights: LossWeightsConfig, model: VisionTokenizerConfig, seed: int):
         super().__init__()
         self.config, self.weights = config, weights
         self.perceptual: PerceptualLoss | None = None
@@ -115,9 +102,13 @@ class Terms(nn.Module):
             self.distillation = Distillation.load(config.distillation, width, seed + 2, key)
 
     def forward(
-        self, model: IBQ, images: torch.Tensor, values: torch.Tensor, quantized: Quantized | None,
+        self,
+        model: IBQ,
+        images: torch.Tensor,
+        values: torch.Tensor,
+        quantized: Quantized | None,
         adversary: Adversary | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """(loss, reconstructions, terms unweighted) of images [B, 3, H, W] and the latents that are decoded."""
         reconstructions, features = model.reconstruct_with_features(values)
         extra = {}
@@ -144,9 +135,8 @@ def adam(model: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:
     """An optimizer whose state is there from the start, so that a checkpoint of any step has the same keys."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=0.0, betas=(options.beta1, options.beta2), eps=options.epsilon,
-        weight_decay=options.weight_decay,
-    )  # fmt: skip
+        parameters, lr=0.0, betas=(options.beta1, options.beta2), eps=options.epsilon, weight_decay=options.weight_decay
+    )
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros(()),
@@ -160,6 +150,7 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
     """The optimizer's state by `kind/parameter`."""
     return {
         f"{kind}/{name}": value
-        for name, parameter in model.named_parameters() if parameter.requires_grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
         for kind, value in optimizer.state[parameter].items()
-    }  # fmt: skip
+    }

@@ -25,7 +25,7 @@ import numpy as np
 
 from model.config import ModelConfig, count_parameters
 from model.conversion.actions import PREFIX, Options, to_checkpoint
-from model.conversion.layouts import OUR_RULES, mapped_tensors
+from model.conversion.mappings import OUR_RULES, mapped_tensors
 from model.conversion.plan import Segment, Target
 from model.conversion.record import model_metadata
 from model.conversion.sources import MadeSource

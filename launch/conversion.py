@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.checkpoint_manifest import latest_checkpoint, read_manifest
+from model.checkpoint.manifest import latest_checkpoint, read_manifest
 from model.config import ModelConfig, count_parameters
 from model.conversion import actions, surgery, vision
 from model.conversion.actions import Options, Outcome
 from model.conversion.compare import compare
 from model.conversion.hugging_face import model_config
-from model.conversion.layouts import VISION_LAYOUT
+from model.conversion.mappings import VISION_LAYOUT
 from model.conversion.record import RECORD_FOLDER, write_json
 from model.conversion.writer import Result, Written
 from model.errors import UserError

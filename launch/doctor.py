@@ -140,7 +140,7 @@ def try_megatron() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        from model.cpu_backend import install
+        from model.parallel.cpu_backend import install
 
         install()
     import megatron.core as core

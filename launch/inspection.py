@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint_manifest import read_manifest
+from model.checkpoint.manifest import read_manifest
 from model.config import FLOP_CONVENTION, ModelConfig, count_flops, count_parameters
 from model.errors import UserError
 from model.vocabulary import Vocabulary

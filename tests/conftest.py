@@ -28,10 +28,10 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPool]:
 @pytest.fixture(scope="module")
 def single_process() -> Iterator[None]:
     """A layout of one process in the test's own process, for tests that build a model."""
-    from model import parallel
+    from model.parallel import groups
 
     with tempfile.TemporaryDirectory() as folder:
-        parallel.initialize(rank=0, world_size=1, init_method=f"file://{folder}/store")
-        parallel.seed_random_streams(1234)
+        groups.initialize(rank=0, world_size=1, init_method=f"file://{folder}/store")
+        groups.seed_random_streams(1234)
         yield
-        parallel.destroy()
+        groups.destroy()

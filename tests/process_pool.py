@@ -25,14 +25,14 @@ def _run_job(job: dict[str, Any], rank: int) -> Any:
             sys.path.append(entry)
     import torch.distributed as distributed
 
-    from model import parallel
+    from model.parallel import groups
 
     distributed.init_process_group("gloo", init_method=job["store"], rank=rank, world_size=job["world_size"])
     try:
         function = getattr(importlib.import_module(job["module"]), job["function"])
         return function(*job["arguments"], **job["options"])
     finally:
-        parallel.destroy()
+        groups.destroy()
 
 
 def _worker(connection: Connection, rank: int) -> None:

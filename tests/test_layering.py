@@ -58,8 +58,8 @@ def test_the_check_of_arrows_can_fail():
     tree = ast.parse("def f():\n    from training import loop\n    import examples.shapes_world\n")
     assert violations("model", imported_modules(tree)) == ["examples.shapes_world", "training.loop"]
     assert violations("launch", imported_modules(tree)) == ["examples.shapes_world"]
-    tree = ast.parse("from model.transformer import build_model\nfrom model.errors import UserError")
-    assert violations("data_pipeline", imported_modules(tree)) == ["model.transformer.build_model"]
+    tree = ast.parse("from model.backbone.transformer import build_model\nfrom model.errors import UserError")
+    assert violations("data_pipeline", imported_modules(tree)) == ["model.backbone.transformer.build_model"]
 
 
 def test_functions_and_files_stay_small():

@@ -1,6 +1,6 @@
 """Checkpoints as transactions: written aside, published by one rename, verified before they are trusted.
 
-The format is described in `model/checkpoint_format.py`. Every rank writes the tensors it owns to its own file;
+The format is described in `model/checkpoint/reader.py`. Every rank writes the tensors it owns to its own file;
 nothing is gathered on one rank. The ranks agree through `Engine.any_rank` only, so a rank that could not write never
 leaves the others waiting.
 """
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from model.checkpoint_format import (
+from model.checkpoint.reader import (
     CHECKPOINTS_FOLDER,
     FORMAT_VERSION,
     MANIFEST_NAME,

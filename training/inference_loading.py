@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.tokenizers import TextTokenizer, load_text_tokenizer
-from model.checkpoint_format import CheckpointReader, latest_checkpoint
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.errors import UserError
 from model.vocabulary import VocabularyConfig
@@ -120,13 +120,13 @@ def load_vision(folder: Path) -> VisionTokenizer:
 
 def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None) -> Any:
     """A `CachedDecoder` with the checkpoint's weights, or with fresh ones drawn from `seed`."""
-    from model import parallel
+    from model.backbone.transformer import build_model
     from model.generation.decoder import CachedDecoder
-    from model.layout import load_weights
-    from model.transformer import build_model
+    from model.parallel import groups
+    from model.parallel.sharding import load_weights
 
-    if not parallel.is_initialized():
-        parallel.initialize(rank=0, world_size=1)
+    if not groups.is_initialized():
+        groups.initialize(rank=0, world_size=1)
     model = build_model(config, seed=seed)
     if seed is None:
         load_weights(model, reader)

@@ -226,7 +226,7 @@ def resume(run: Run) -> bool:
 
 
 def _load(run: Run, folder: Path) -> None:
-    from model.checkpoint_format import read_manifest
+    from model.checkpoint.reader import read_manifest
 
     check_compatible(run, read_manifest(folder), folder)
     manifest = run.store.load(folder).manifest

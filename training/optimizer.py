@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 cpu_backend.install()
 

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 cpu_backend.install()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-from model import parallel  # noqa: E402
-from model.attention import context_token_ids, pack_documents  # noqa: E402
-from model.checkpoint_format import CheckpointReader  # noqa: E402
+from model.backbone.packed_attention import context_token_ids, pack_documents  # noqa: E402
+from model.backbone.token_losses import token_losses  # noqa: E402
+from model.backbone.transformer import DTYPES, build_model  # noqa: E402
+from model.checkpoint.reader import CheckpointReader  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
-from model.layout import load_weights  # noqa: E402
-from model.loss import token_losses  # noqa: E402
-from model.transformer import DTYPES, build_model  # noqa: E402
+from model.parallel import groups  # noqa: E402
+from model.parallel.sharding import load_weights  # noqa: E402
 from model.vocabulary import Vocabulary  # noqa: E402
 from training.config import ParallelConfig  # noqa: E402
 from training.objectives.next_token import RENDEZVOUS_VARIABLE  # noqa: E402
@@ -59,11 +59,11 @@ class Scorer:
     """This rank's part of the model. A layout that is already initialised is used as it is."""
 
     def __init__(self, reader: CheckpointReader, config: ModelConfig, layout: ParallelConfig):
-        self._opened_layout = not parallel.is_initialized()
+        self._opened_layout = not groups.is_initialized()
         if self._opened_layout:
             rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
             alone = {} if layout.world_size > 1 else {"rank": 0, "world_size": 1}
-            parallel.initialize(
+            groups.initialize(
                 tensor=layout.tensor,
                 pipeline=layout.pipeline,
                 context=layout.context,
@@ -87,7 +87,7 @@ class Scorer:
 
     def close(self) -> None:
         if self._opened_layout:
-            parallel.destroy()
+            groups.destroy()
 
     @torch.inference_mode()
     def run(self, documents: Documents, tokens_per_batch: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -81,7 +81,7 @@ class Documents:
 
 def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
     """The checkpoint's folder, its model and the documents. Everything that can be refused is refused here."""
-    from model.checkpoint_format import latest_checkpoint, read_manifest
+    from model.checkpoint.reader import latest_checkpoint, read_manifest
     from training.inference_loading import check_kind, model_config
 
     folder = latest_checkpoint(config.checkpoint)

@@ -178,7 +178,7 @@ def prepare(run: Run) -> None:
 
 def load_weights(engine: Engine, source: Path) -> None:
     """Weights of another stage or checkpoint folder, whatever layout wrote them; the optimizer stays fresh."""
-    from model.checkpoint_format import CheckpointReader
+    from model.checkpoint.reader import CheckpointReader
     from training.checkpoint import resolve_initial
 
     with CheckpointReader(resolve_initial(source)) as reader:
@@ -187,7 +187,7 @@ def load_weights(engine: Engine, source: Path) -> None:
 
 def summarize(run: Run) -> dict[str, Any]:
     """The stage's figures, of its whole life over all restarts; memory is summed over the ranks."""
-    from model.checkpoint_format import step_folder_name
+    from model.checkpoint.reader import step_folder_name
     from training.callbacks.watchdog import read_heartbeats
     from training.metrics import first_and_last_loss
 

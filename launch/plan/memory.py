@@ -1,6 +1,6 @@
 """Bytes of memory on each pipeline stage, as our engine allocates them.
 
-The counts of saved activations are those of `model.transformer` with its own layer specification in float32 or with
+The counts of saved activations are those of `model.backbone.transformer` with its own layer specification in float32 or with
 fused norms; `tests/launch/test_plan_memory.py` holds them against what real runs keep.
 """
 

@@ -1,7 +1,7 @@
 """A dry run at the real world size: every distinct rank's part on the meta device, one step's collectives.
 
 The process group is torch's fake one: it has as many ranks as the real run, and this process takes the place of one
-after the other. The model is built by `model.transformer`, the step is the engine's own forward step under
+after the other. The model is built by `model.backbone.transformer`, the step is the engine's own forward step under
 megatron-core's schedule; only numbers and collectives are missing.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 cpu_backend.install()
 
@@ -31,11 +31,11 @@ from launch.plan.collectives import by_group, recorded  # noqa: E402
 from launch.plan.layout import Batch, Layout  # noqa: E402
 from launch.plan.memory import stage_parameters  # noqa: E402
 from launch.plan.shape import ModelShape  # noqa: E402
-from model import parallel  # noqa: E402
+from model.backbone.token_losses import token_losses  # noqa: E402
+from model.backbone.transformer import build_model  # noqa: E402
 from model.config import ModelConfig, count_parameters  # noqa: E402
-from model.layout import logical_parameters  # noqa: E402
-from model.loss import token_losses  # noqa: E402
-from model.transformer import build_model  # noqa: E402
+from model.parallel import groups  # noqa: E402
+from model.parallel.sharding import logical_parameters  # noqa: E402
 from model.vocabulary import TokenClass  # noqa: E402
 from training.engines.micro_step import MicroStep, StageInput, StepTotals  # noqa: E402
 
@@ -89,11 +89,11 @@ def acting_as(layout: Layout, stage: int, tensor_rank: int = 0) -> Iterator[None
         "fake", store=FakeStore(), rank=stage * replicas + tensor_rank, world_size=layout.world_size
     )
     try:
-        parallel.initialize(tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context)
-        parallel.seed_random_streams(0)
+        groups.initialize(tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context)
+        groups.seed_random_streams(0)
         yield
     finally:
-        parallel.destroy()
+        groups.destroy()
 
 
 def build_part(config: ModelConfig, layout: Layout) -> Any:

@@ -17,8 +17,8 @@ import numpy as np
 from model.config import ModelConfig
 from model.conversion import hugging_face
 from model.conversion.checks import check_tensors
-from model.conversion.layouts import OUR_RULES, VOCABULARY, Layout, Mapped, find_layout, mapped_tensors
-from model.conversion.made import fresh_weights, ones
+from model.conversion.generated_tensors import fresh_weights, ones
+from model.conversion.mappings import OUR_RULES, VOCABULARY, Layout, Mapped, find_layout, mapped_tensors
 from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards, whole_piece
 from model.conversion.record import (
     CARRIED,

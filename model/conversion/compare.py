@@ -11,7 +11,7 @@ import numpy as np
 from model.conversion import vision
 from model.conversion.actions import EMBEDDING, HEAD, PREFIX, check_model, config_of, identify
 from model.conversion.actions import Options as ActionOptions
-from model.conversion.layouts import VISION_LAYOUT, find_layout, mapped_tensors
+from model.conversion.mappings import VISION_LAYOUT, find_layout, mapped_tensors
 from model.conversion.plan import Segment, Target
 from model.conversion.sources import CheckpointSource, open_foreign
 from model.conversion.tensors import TensorInfo, TensorSource

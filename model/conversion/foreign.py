@@ -10,7 +10,7 @@ from model.config import ModelConfig
 from model.conversion import hugging_face
 from model.conversion.actions import HEAD, Options, expected_tensors
 from model.conversion.checks import check_tensors
-from model.conversion.layouts import LAYOUTS, VISION_LAYOUT
+from model.conversion.mappings import LAYOUTS, VISION_LAYOUT
 from model.conversion.sources import TORCH_SUFFIXES, open_foreign, safetensors_paths
 from model.conversion.tensors import TensorInfo
 from model.errors import Problems, UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.conversion.layouts import LAYOUTS, Layout
+from model.conversion.mappings import LAYOUTS, Layout
 from model.errors import Problems, UserError
 from model.vocabulary import EMU35_VISUAL_SIZE, EMU35_VISUAL_START, Vocabulary, VocabularyConfig
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model import reference
-from model.checkpoint_format import CheckpointReader, latest_checkpoint
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig, count_parameters
 from model.conversion.hugging_face import model_config, read_config
 from model.conversion.sources import open_foreign
@@ -201,14 +201,14 @@ def _their_logits(theirs: _Foreign, tokens: torch.Tensor) -> tuple[torch.Tensor,
 @torch.no_grad()
 def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] over the real ids of the model that trains, in this process alone."""
-    from model import cpu_backend, parallel
-    from model.attention import pack_documents
-    from model.layout import load_weights
-    from model.transformer import build_model
+    from model.backbone.packed_attention import pack_documents
+    from model.backbone.transformer import build_model
+    from model.parallel import cpu_backend, groups
+    from model.parallel.sharding import load_weights
 
-    opened = not parallel.is_initialized()
+    opened = not groups.is_initialized()
     if opened:
-        parallel.initialize(rank=0, world_size=1)
+        groups.initialize(rank=0, world_size=1)
     try:
         model = build_model(replace(config, dtype="float32"), sequence_parallel=False).eval()
         load_weights(model, reader)
@@ -224,7 +224,7 @@ def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Ten
         return logits[:, : Vocabulary.from_config(config.vocabulary).size].float().cpu()
     finally:
         if opened:
-            parallel.destroy()
+            groups.destroy()
 
 
 def _write(path: Path, certificate: dict[str, Any]) -> None:

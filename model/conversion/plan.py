@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from model.conversion.layouts import Rule
+from model.conversion.mappings import Rule
 from model.conversion.safetensors_file import FileLayout, lay_out_file
 from model.conversion.tensors import TensorInfo, TensorSource
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint_manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_checksum
+from model.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_checksum
 from model.config import ModelConfig, count_parameters
 from model.conversion.plan import Target
 from model.conversion.sources import INDEX_NAME

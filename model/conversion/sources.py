@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from model.checkpoint_manifest import latest_checkpoint, read_manifest
+from model.checkpoint.manifest import latest_checkpoint, read_manifest
 from model.conversion.safetensors_file import SafetensorsFile
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError

@@ -29,8 +29,8 @@ from model.conversion.actions import (
     to_checkpoint,
 )
 from model.conversion.checks import check_tensors
-from model.conversion.layouts import VOCABULARY, Layout, mapped_tensors
-from model.conversion.made import rows_from
+from model.conversion.generated_tensors import rows_from
+from model.conversion.mappings import VOCABULARY, Layout, mapped_tensors
 from model.conversion.plan import Segment, Target
 from model.conversion.record import model_metadata
 from model.conversion.sources import CheckpointSource, open_foreign
@@ -177,7 +177,7 @@ def new_rows(
     codebook: np.ndarray | None,
 ) -> Rows:
     """Rows of one table by the chosen method; special and padding rows of `codebook` are those of `mean`."""
-    from model.initialization import initial_rows
+    from model.parallel.initialization import initial_rows
 
     vocabulary = Vocabulary.from_config(config.vocabulary)
     std = surgery.std if surgery.std is not None else config.init_std

@@ -15,7 +15,7 @@ import numpy as np
 
 from model.conversion.actions import PREFIX, Options, our_weights
 from model.conversion.checks import check_tensors
-from model.conversion.layouts import VISION_LAYOUT
+from model.conversion.mappings import VISION_LAYOUT
 from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards
 from model.conversion.record import read_record, write_manifest, write_record
 from model.conversion.safetensors_file import SafetensorsFile

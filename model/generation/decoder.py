@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from model.generation.cache import KeyValueCache
-from model.transformer import GPTModel, allocate_cache, decoder_forward
+from model.backbone.key_value_cache import KeyValueCache
+from model.backbone.transformer import GPTModel, allocate_cache, decoder_forward
 
 
 class CachedDecoder:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint_format import CheckpointReader, latest_checkpoint
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.errors import UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ

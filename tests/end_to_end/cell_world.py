@@ -30,7 +30,7 @@ from examples.shapes_world.world import (
     make_scene,
     random_scene,
 )
-from model.checkpoint_format import CheckpointReader, latest_checkpoint
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.evaluation import EvaluationPrompt

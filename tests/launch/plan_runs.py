@@ -78,7 +78,7 @@ def storages(tensors: Any) -> dict[int, int]:
 
 def measure(config: TrainConfig) -> dict[str, int]:
     """Bytes of one rank: weights, gradients, optimizer, and what a step keeps between forward and backward."""
-    from model import parallel
+    from model.parallel import groups
     from training.engines.megatron import MegatronEngine
 
     engine = MegatronEngine(config, source_names=("only",))
@@ -98,7 +98,7 @@ def measure(config: TrainConfig) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, unpack):
         engine.forward_backward(batches)
     engine.optimizer_step(1e-3)
-    parallel.destroy()
+    groups.destroy()
     return {
         "parameters": sum(parameter.numel() for parameter in engine.model.parameters()),
         "weights": sum(weights.values()),

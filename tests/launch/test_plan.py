@@ -69,7 +69,7 @@ def test_flops_are_counted_product_by_product():
 
 
 def test_masks_are_counted_as_the_engine_cuts_rows():
-    from model.attention import pack_documents
+    from model.backbone.packed_attention import pack_documents
 
     torch = pytest.importorskip("torch")
     for context, rows, length in ((2, 1, 64), (4, 1, 128), (2, 2, 64), (2, 4, 32)):

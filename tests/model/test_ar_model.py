@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from model import parallel
 from model.config import ModelConfig
 from model.generation.ar import ARGenerator
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.settings import PhaseSampling, SamplingConfig
+from model.parallel import groups
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 DIGITS, STAR = list(range(3, 13)), 13
@@ -33,14 +33,14 @@ GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=3
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[torch.nn.Module]:
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
 
-    started_here = not parallel.is_initialized()
+    started_here = not groups.is_initialized()
     if started_here:
-        parallel.initialize(rank=0, world_size=1)
+        groups.initialize(rank=0, world_size=1)
     yield build_model(CONFIG, seed=3).eval()
     if started_here:
-        parallel.destroy()
+        groups.destroy()
 
 
 def rules(**options) -> ImageGrammar:
@@ -56,7 +56,7 @@ def generator(model: torch.nn.Module, grammar: ImageGrammar, batch_size: int = 8
 @torch.no_grad()
 def full_logits(model: torch.nn.Module, sequences: list[list[int]]) -> list[torch.Tensor]:
     """Logits [n, padded vocabulary] of whole sequences by the forward pass of training, all in one row."""
-    from model.attention import pack_documents
+    from model.backbone.packed_attention import pack_documents
 
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.attention import PackedAttention, _pieces, context_token_ids, pack_documents, rotary_tables
+from model.backbone.packed_attention import PackedAttention, _pieces, context_token_ids, pack_documents, rotary_tables
 
 HEADS, GROUPS, WIDTH, THETA = 4, 2, 8, 10_000.0
 pytestmark = pytest.mark.usefixtures("single_process")

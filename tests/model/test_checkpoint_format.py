@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.checkpoint_format import CheckpointReader, latest_checkpoint, list_checkpoints
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 
 

@@ -41,7 +41,7 @@ def test_the_published_counts() -> None:
 
 @pytest.mark.usefixtures("single_process")
 def test_the_published_model_is_built_with_exactly_these_parameters() -> None:
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
 
     model = build_model(emu35_34b(), device="meta")
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -57,7 +57,7 @@ def test_the_published_model_is_built_with_exactly_these_parameters() -> None:
 
 @pytest.mark.usefixtures("single_process")
 def test_the_toy_model_is_counted_exactly() -> None:
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
 
     built = sum(parameter.numel() for parameter in build_model(ModelConfig(), device="meta").parameters())
     assert built == count_parameters(ModelConfig(), padded=True)["total"]

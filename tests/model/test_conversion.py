@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint_format import CheckpointReader
+from model.checkpoint.reader import CheckpointReader
 from model.config import ModelConfig
 from model.conversion import actions, vision
 from model.conversion.actions import Options
 from model.conversion.checksums import join_crc32
 from model.conversion.compare import compare
-from model.conversion.layouts import LAYOUTS, OUR_RULES, mapped_tensors
+from model.conversion.mappings import LAYOUTS, OUR_RULES, mapped_tensors
 from model.conversion.tensors import cast_rows
 from model.errors import UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
@@ -95,16 +95,16 @@ def qwen3(path: Path, **changes) -> transformers.Qwen3ForCausalLM:
 
 
 def test_the_tables_name_the_parameters_of_the_model():
-    from model import parallel
-    from model.layout import logical_parameters
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
+    from model.parallel import groups
+    from model.parallel.sharding import logical_parameters
 
-    parallel.initialize(rank=0, world_size=1)
+    groups.initialize(rank=0, world_size=1)
     try:
         built = logical_parameters(build_model(SMALL, device="meta"))
         expected = {one.name: one.global_shape for one in built.values()}
     finally:
-        parallel.destroy()
+        groups.destroy()
     assert {one.ours: one.our_shape for one in mapped_tensors(OUR_RULES, SMALL)} == expected
 
 
@@ -120,12 +120,12 @@ def test_every_row_of_a_table_moves_once_in_both_directions(name):
 
 
 def test_fresh_weights_are_those_that_training_starts_from(fresh):
-    from model import parallel
-    from model.layout import load_weights, logical_parameters
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
+    from model.parallel import groups
+    from model.parallel.sharding import load_weights, logical_parameters
 
     assert find_damage(fresh) == ""
-    parallel.initialize(rank=0, world_size=1)
+    groups.initialize(rank=0, world_size=1)
     try:
         drawn, loaded = build_model(SMALL, seed=3), build_model(SMALL)
         with CheckpointReader(fresh) as reader:
@@ -135,7 +135,7 @@ def test_fresh_weights_are_those_that_training_starts_from(fresh):
         for name, parameter in drawn.named_parameters():
             assert torch.equal(parameter, others[name]), name
     finally:
-        parallel.destroy()
+        groups.destroy()
 
 
 @pytest.mark.parametrize(

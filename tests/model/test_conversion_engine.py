@@ -2,11 +2,11 @@
 
 import torch
 
-from model import parallel
-from model.checkpoint_format import CheckpointReader
+from model.checkpoint.reader import CheckpointReader
 from model.config import ModelConfig
 from model.conversion import actions
 from model.conversion.actions import Options
+from model.parallel import groups
 from model.vocabulary import VocabularyConfig
 from training.checkpoint import CheckpointStore
 from training.config import StageConfig, TrainConfig
@@ -25,7 +25,7 @@ MODEL = ModelConfig(
 
 def test_the_engines_own_checkpoint_survives_every_step(tmp_path):
     config = TrainConfig(model=MODEL, stage=StageConfig(sequence_length=64))
-    parallel.initialize(rank=0, world_size=1)
+    groups.initialize(rank=0, world_size=1)
     engine = MegatronEngine(config)
     try:
         for number, shard in enumerate(engine.optimizer_shards()):

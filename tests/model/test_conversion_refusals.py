@@ -355,7 +355,7 @@ def test_new_rows_have_mean_and_covariance_of_the_text_rows():
     mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).numpy()
     values = (np.random.default_rng(0).normal(size=(rows, 6)) @ mixing + 3).astype(np.float32)
 
-    from model.conversion.made import rows_from
+    from model.conversion.generated_tensors import rows_from
     from model.conversion.tensors import TensorInfo
 
     info = TensorInfo((rows, 6), "float32")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 
 def test_every_device_name_of_the_installed_megatron_has_a_rule() -> None:
@@ -18,7 +18,7 @@ def test_every_device_name_of_the_installed_megatron_has_a_rule() -> None:
     for path in sources:
         for line, name in cpu_backend.unknown_device_names(path.read_text()):
             unknown.setdefault(name, f"{path}:{line}")
-    assert not unknown, f"megatron-core has device names without a rule in model/cpu_backend.py: {unknown}"
+    assert not unknown, f"megatron-core has device names without a rule in model/parallel/cpu_backend.py: {unknown}"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_nothing_is_installed_beside_an_accelerator(monkeypatch: pytest.MonkeyPa
 def test_random_streams_are_forked_and_restored() -> None:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from model import parallel
+    from model.parallel import groups
 
-    parallel.seed_random_streams(7)
+    groups.seed_random_streams(7)
     tracker = get_cuda_rng_tracker()
     outside = torch.get_rng_state()
     with tracker.fork():
@@ -75,6 +75,6 @@ def test_random_streams_are_forked_and_restored() -> None:
     with tracker.fork():
         second = torch.rand(4)
     assert not torch.equal(first, second), "the stream goes on where it was left"
-    parallel.seed_random_streams(7)
+    groups.seed_random_streams(7)
     with tracker.fork():
         assert torch.equal(torch.rand(4), first)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import initialization
 from model.config import ModelConfig
-from model.initialization import initial_rows, standard_deviation
+from model.parallel import initialization
+from model.parallel.initialization import initial_rows, standard_deviation
 
 SHAPE = (97, 8)
 
@@ -35,8 +35,8 @@ def test_seed_and_name_decide() -> None:
 
 @pytest.mark.usefixtures("single_process")
 def test_the_model_has_the_documented_deviations() -> None:
-    from model.layout import logical_parameters
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
+    from model.parallel.sharding import logical_parameters
 
     config = ModelConfig(num_layers=2, init_std=0.05)
     model = build_model(config, seed=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from model.loss import sum_losses, token_losses
+from model.backbone.token_losses import sum_losses, token_losses
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from qwen3_checkpoints import NUM_IDS, config_of, transformers_model
 
 from model import reference
-from model.attention import pack_documents
+from model.backbone.packed_attention import pack_documents
+from model.backbone.transformer import build_model
 from model.generation.grammar import GrammarOptions, ImageGrammar
-from model.layout import logical_parameters
-from model.transformer import build_model
+from model.parallel.sharding import logical_parameters
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 SHAPES = [(48, 4, 2, 32, 1e6), (32, 4, 4, 8, 1e4), (24, 6, 1, 10, 5e5), (40, 2, 2, 4, 1e6)]

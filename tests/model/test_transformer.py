@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import pack_documents
+from model.backbone.packed_attention import pack_documents
+from model.backbone.transformer import allocate_cache, build_model, decoder_forward
 from model.config import ModelConfig
-from model.transformer import allocate_cache, build_model, decoder_forward
 from model.vocabulary import VocabularyConfig
 
 pytestmark = pytest.mark.usefixtures("single_process")

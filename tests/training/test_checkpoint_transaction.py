@@ -13,7 +13,7 @@ import torch
 from fake_objective import FakeCluster, FakeEngine
 from small_disk import small_disk
 
-from model.checkpoint_format import CheckpointReader, list_checkpoints
+from model.checkpoint.reader import CheckpointReader, list_checkpoints
 from model.errors import UserError
 from training.checkpoint import CheckpointFailed, CheckpointStore, find_damage, resolve_initial
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.layout import Block, LogicalParameter
+from model.parallel.sharding import Block, LogicalParameter
 from training.engines.shards import shards_of
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from data_pipeline.document import DocumentBuilder, Picture, Text
 from data_pipeline.tokenizers import SentencePieceTokenizer, train_sentencepiece
-from model import parallel
 from model.config import ModelConfig
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
+from model.parallel import groups
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.inference import InferenceModel, split_parts
 from training.inference_prompts import InferenceOptions, Prompt
@@ -220,19 +220,19 @@ MODEL_CONFIG = ModelConfig(
 
 @pytest.fixture
 def real_model() -> Iterator[torch.nn.Module]:
-    from model.transformer import build_model
+    from model.backbone.transformer import build_model
 
-    started_here = not parallel.is_initialized()
+    started_here = not groups.is_initialized()
     if started_here:
-        parallel.initialize(rank=0, world_size=1)
+        groups.initialize(rank=0, world_size=1)
     yield build_model(MODEL_CONFIG, seed=5).eval()
     if started_here:
-        parallel.destroy()
+        groups.destroy()
 
 
 def write_checkpoint(folder: Path, model: torch.nn.Module, metadata: dict[str, Any]) -> Path:
     """As two ranks would write it: each block of a parameter in two halves, in two files."""
-    from model.layout import logical_parameters
+    from model.parallel.sharding import logical_parameters
 
     folder.mkdir(parents=True)
     files: list[dict[str, torch.Tensor]] = [{}, {}]

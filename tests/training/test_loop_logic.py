@@ -15,7 +15,7 @@ import torch
 from fake_objective import FakeEngine, fake_config
 from small_disk import small_disk
 
-from model.checkpoint_format import CheckpointReader, latest_checkpoint, list_checkpoints
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 from training import stage
 from training.files import read_json_lines

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoint_format import CheckpointReader
+from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer
 from training.checkpoint import CheckpointStore

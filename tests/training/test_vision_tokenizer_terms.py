@@ -15,7 +15,7 @@ from torch import nn
 
 from launch import cli
 from launch.configs import compose_config
-from model.checkpoint_format import CheckpointReader
+from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer
 from model.vision_tokenizer.config import ibq_emu35

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 cpu_backend.install()
 
@@ -21,11 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
 from data_pipeline.batch import MicroBatch  # noqa: E402
-from model import parallel  # noqa: E402
+from model.backbone.transformer import build_model  # noqa: E402
 from model.config import count_parameters  # noqa: E402
 from model.errors import Problems, UserError  # noqa: E402
-from model.layout import logical_parameters  # noqa: E402
-from model.transformer import build_model  # noqa: E402
+from model.parallel import groups  # noqa: E402
+from model.parallel.sharding import logical_parameters  # noqa: E402
 from model.vocabulary import Vocabulary  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.engines.base import Shard, ShardReader, StepResult  # noqa: E402
@@ -38,7 +38,7 @@ class MegatronEngine:
     """Trains the transformer of a `TrainConfig`; see `Engine` for what each method promises.
 
     Every rank of the layout makes one. `source_names` names the indices in `MicroBatch.sources`. `init_method` is
-    torch's rendezvous (see `model.parallel.initialize`). A layout that is already initialised is used as it is.
+    torch's rendezvous (see `model.parallel.groups.initialize`). A layout that is already initialised is used as it is.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class MegatronEngine:
     ):
         _check_layout(config)
         layout = config.parallel
-        if not parallel.is_initialized():
-            parallel.initialize(
+        if not groups.is_initialized():
+            groups.initialize(
                 tensor=layout.tensor,
                 pipeline=layout.pipeline,
                 context=layout.context,
@@ -235,7 +235,7 @@ class MegatronEngine:
         distributed.barrier()
 
     def close(self) -> None:
-        parallel.destroy()
+        groups.destroy()
 
 
 def _check_layout(config: TrainConfig) -> None:
@@ -273,4 +273,4 @@ def _check_world(config: TrainConfig, world_size: int) -> None:
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # libraries that draw from numpy's global generator
-    parallel.seed_random_streams(seed)
+    groups.seed_random_streams(seed)

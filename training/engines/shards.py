@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.layout import Block, LogicalParameter
+from model.parallel.sharding import Block, LogicalParameter
 from training.engines.base import Shard, ShardReader
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 cpu_backend.install()
 
@@ -23,7 +23,7 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 
-from model.generation.cache import KeyValueCache  # noqa: E402
+from model.backbone.key_value_cache import KeyValueCache  # noqa: E402
 
 # Lengths are rounded up to steps of this ratio, so that a few batched calls serve all spans.
 _LENGTH_RATIO = 1.25

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.checkpoint_manifest import (
+from model.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
     FORMAT_VERSION,
     MANIFEST_NAME,

@@ -17,7 +17,7 @@ import torch
 from model.config import ModelConfig
 
 if TYPE_CHECKING:  # importing it imports megatron-core, which conversion does without
-    from model.layout import Block, LogicalParameter
+    from model.parallel.sharding import Block, LogicalParameter
 
 _BLOCK_ELEMENTS = 1 << 24  # of one generator; part of the definition: changing it changes every initial weight
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
@@ -65,7 +65,7 @@ def _initial_block(parameter: LogicalParameter, block: Block, std: float | None,
 @torch.no_grad()
 def initialize(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
     """Give every parameter of this rank its part of the logical initial weights."""
-    from model.layout import logical_parameters
+    from model.parallel.sharding import logical_parameters
 
     parameters = dict(model.named_parameters())
     for local_name, logical in logical_parameters(model).items():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from model.config import ModelConfig
-from model.conversion.layouts import OUR_RULES, Mapped, mapped_tensors
+from model.conversion.mappings import OUR_RULES, Mapped, mapped_tensors
 from model.conversion.sources import MadeSource
 from model.conversion.tensors import TensorInfo, cast_rows
 
@@ -20,7 +20,7 @@ def float_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def fresh_weights(config: ModelConfig, seed: int) -> MadeSource:
     """Every logical parameter under our name, as training would draw it from (seed, name)."""
-    from model.initialization import initial_rows, rows_of_a_block, standard_deviation
+    from model.parallel.initialization import initial_rows, rows_of_a_block, standard_deviation
 
     tensors = {mapped.ours: TensorInfo(mapped.our_shape, config.dtype) for mapped in mapped_tensors(OUR_RULES, config)}
 

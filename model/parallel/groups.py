@@ -6,8 +6,8 @@ import os
 import tempfile
 from datetime import timedelta
 
-from model import cpu_backend
 from model.errors import UserError
+from model.parallel import cpu_backend
 
 
 def backend_name() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-from model import cpu_backend
+from model.parallel import cpu_backend
 
 cpu_backend.install()
 
@@ -25,11 +25,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
-from model.attention import CachedSequences, PackedAttention, rotary_tables  # noqa: E402
+from model.backbone.key_value_cache import KeyValueCache  # noqa: E402
+from model.backbone.packed_attention import CachedSequences, PackedAttention, rotary_tables  # noqa: E402
 from model.config import ModelConfig  # noqa: E402
-from model.generation.cache import KeyValueCache  # noqa: E402
-from model.initialization import initialize  # noqa: E402
-from model.layout import mark_split_parameters  # noqa: E402
+from model.parallel.initialization import initialize  # noqa: E402
+from model.parallel.sharding import mark_split_parameters  # noqa: E402
 from model.vocabulary import Vocabulary  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,7 +55,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 def megatron_config(
     config: ModelConfig, *, sequence_parallel: bool = True, recompute: str = "none"
 ) -> TransformerConfig:
-    """megatron-core's configuration of this model in the layout that is initialised (see `model.parallel`)."""
+    """megatron-core's configuration of this model in the layout that is initialised (see `model.parallel.groups`)."""
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     dtype = DTYPES[config.dtype]
     on_cpu = not cpu_backend.has_accelerator()
@@ -83,7 +83,7 @@ def megatron_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
-        perform_initialization=False,  # see model.initialization
+        perform_initialization=False,  # see model.parallel.initialization
         # The loss is normalised by the total weight of the global batch: gradients are summed, never averaged.
         calculate_per_token_loss=True,
         batch_p2p_comm=not on_cpu,
@@ -123,10 +123,10 @@ def build_model(
     post_process: bool = True,
     device: torch.device | str | None = None,
 ) -> GPTModel:
-    """This rank's part of the model in the layout that `model.parallel.initialize` has set.
+    """This rank's part of the model in the layout that `model.parallel.groups.initialize` has set.
 
     `pre_process` / `post_process`: with embedding / with final norm and output layer (first and last pipeline stage).
-    `recompute` names one of `RECOMPUTE`. `seed` fills the weights (see `model.initialization`); without it they are undefined, to be loaded. `device="meta"`
+    `recompute` names one of `RECOMPUTE`. `seed` fills the weights (see `model.parallel.initialization`); without it they are undefined, to be loaded. `device="meta"`
     gives shapes only. Forward takes tokens [1, T] and `PackedDocuments`, and returns logits [1, T, V / tensor]
     (hidden states on stages without `post_process`).
     """

@@ -1,6 +1,6 @@
 """The folder side of the checkpoint format: which folders are checkpoints and what their manifests say. No torch.
 
-The format itself is described in `model/checkpoint_format.py`.
+The format itself is described in `model/checkpoint/reader.py`.
 """
 
 from __future__ import annotations

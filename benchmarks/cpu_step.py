@@ -34,7 +34,7 @@ ROW_TOKENS = 512
 
 def synthetic_batch(num_rows: int, seed: int) -> Any:
     """A micro-batch of full rows with 8 to 15 documents each."""
-    from data_pipeline.batch import MicroBatch
+    from data_pipeline.loading.batch import MicroBatch
 
     rng = np.random.default_rng(seed)
     bounds = [0]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.best_fit import BestFitPacker, Piece, Row
+from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
 
 Document = tuple[int, bool]  # length, may be cut
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.loader import PackedDataSource
-from data_pipeline.pack import PackConfig, pack
-from data_pipeline.packed_files import PackedDataset
-from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
-from data_pipeline.store import TokenFileReader, TokenFileWriter
+from data_pipeline.loading.loader import PackedDataSource
+from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.storage.packed_files import PackedDataset
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.storage.token_files import TokenFileReader, TokenFileWriter
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary.from_config(VocabularyConfig(preset="emu35", pad_multiple=1024))

@@ -20,17 +20,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_write_bytes, encode_json, read_json
-from data_pipeline.document import Document, DocumentBuilder, Part, Picture, Text
+from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture, Text
+from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
+from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
-from data_pipeline.image import ImageConfig
-from data_pipeline.layout import FORMATS, DocumentLayout, LayoutConfig
-from data_pipeline.prepare import Pixels, PreparedSample, SamplePreparer
-from data_pipeline.segments import count_classes
 from data_pipeline.sources import BadSample, SampleError, read_shard
-from data_pipeline.store import TokenFileWriter
-from data_pipeline.token_format import checksum_file, suffixed
-from data_pipeline.tokenizers import TextTokenizer
+from data_pipeline.sources.image import ImageConfig
+from data_pipeline.sources.prepare import Pixels, PreparedSample, SamplePreparer
+from data_pipeline.storage.atomic import atomic_write_bytes, encode_json, read_json
+from data_pipeline.storage.format import checksum_file, suffixed
+from data_pipeline.storage.segments import count_classes
+from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary

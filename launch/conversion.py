@@ -101,7 +101,7 @@ class Extras:
 
     def _export_tokenizer(self, folder: Path) -> None:
         """Its own file, the Hugging Face directory, and a copy in the record for the way back."""
-        from data_pipeline.tokenizer_export import export_text_tokenizer
+        from data_pipeline.documents.tokenizer_export import export_text_tokenizer
 
         checkpoint = latest_checkpoint(self.source)
         manifest = read_manifest(checkpoint)

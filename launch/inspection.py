@@ -174,13 +174,13 @@ def find_prefixes(path: Path) -> list[Path]:
 
 def inspect_tokens(path: Path, prefixes: list[Path], num_samples: int, tokenizer_path: Path | None) -> dict[str, Any]:
     """Counts of the manifests, and the first documents or rows decoded to readable text and image sizes."""
-    from data_pipeline.store import TokenFileReader
-    from data_pipeline.token_format import read_manifest
+    from data_pipeline.storage.format import read_manifest
+    from data_pipeline.storage.token_files import TokenFileReader
 
     manifests = [read_manifest(prefix) for prefix in prefixes]
     tokenizer = None
     if tokenizer_path:
-        from data_pipeline.tokenizers import load_text_tokenizer
+        from data_pipeline.documents.tokenizers import load_text_tokenizer
 
         tokenizer = load_text_tokenizer(tokenizer_path)
     reader = TokenFileReader(prefixes[0])
@@ -213,13 +213,13 @@ def vocabulary_of(manifest: dict[str, Any]) -> Vocabulary:
 
 def read_sample(reader: Any, index: int, vocabulary: Vocabulary, tokenizer: Any) -> str:
     """One document or row. With a text tokenizer as text, else as one item a segment."""
-    from data_pipeline.segments import Kind
+    from data_pipeline.storage.segments import Kind
 
     tokens, segments = reader.tokens(index), reader.segments(index)
     padding = sum(int(one["length"]) for one in segments if one["kind"] == Kind.PAD)
     real = tokens[: len(tokens) - padding]
     if tokenizer is not None:
-        from data_pipeline.document import describe
+        from data_pipeline.documents.builder import describe
 
         text = describe(real, vocabulary, tokenizer)
     else:
@@ -228,7 +228,7 @@ def read_sample(reader: Any, index: int, vocabulary: Vocabulary, tokenizer: Any)
 
 
 def describe_segment(segment: Any) -> str:
-    from data_pipeline.segments import Kind
+    from data_pipeline.storage.segments import Kind
 
     kind = Kind(int(segment["kind"]))
     size = f"{segment['grid_height']}*{segment['grid_width']}" if kind is Kind.IMAGE else str(segment["length"])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.pack import PackConfig, pack
-from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
-from data_pipeline.store import TokenFileWriter
+from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.storage.token_files import TokenFileWriter
 from model.vocabulary import Vocabulary
 from training.config import DatasetEntry, TrainConfig
 

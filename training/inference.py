@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.document import DocumentBuilder, Part, Picture, Text
-from data_pipeline.image import ImageConfig, smart_resize
-from data_pipeline.layout import split_context
-from data_pipeline.tokenizers import TextTokenizer, encode_grid
+from data_pipeline.documents.builder import DocumentBuilder, Part, Picture, Text
+from data_pipeline.documents.templates import split_context
+from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
+from data_pipeline.sources.image import ImageConfig, smart_resize
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Decoder, Generation, Grid
 from model.generation.grammar import GrammarOptions, ImageGrammar

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.tokenizers import TextTokenizer, load_text_tokenizer
+from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.errors import UserError

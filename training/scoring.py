@@ -185,8 +185,8 @@ def _open_array(path: Path) -> Documents:
 def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
     import numpy as np
 
-    from data_pipeline.store import TokenFileReader
-    from data_pipeline.token_format import read_manifest
+    from data_pipeline.storage.format import read_manifest
+    from data_pipeline.storage.token_files import TokenFileReader
 
     prefixes = [path.with_suffix("") for path in sorted(folder.rglob("*.idx"))]
     if not prefixes:
@@ -216,8 +216,8 @@ def _open_text(config: ScoreConfig, folder: Path, manifest: dict[str, Any], voca
     """Documents as pretraining has them: BOS, the text, EOS."""
     import numpy as np
 
-    from data_pipeline.document import DocumentBuilder
-    from data_pipeline.tokenizers import load_text_tokenizer
+    from data_pipeline.documents.builder import DocumentBuilder
+    from data_pipeline.documents.tokenizers import load_text_tokenizer
     from training.inference_loading import check_fingerprint, tokenizer_folder
 
     given = config.text_tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_pipeline.filters.basic import AspectRatio, BlankImage, MinSize, TextLength
-from data_pipeline.prepare import PreparedSample
+from data_pipeline.sources.prepare import PreparedSample
 from data_pipeline.sources.samples import SampleError
 from model.errors import Problems
 

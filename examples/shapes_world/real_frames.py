@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_pipeline.image import ImageConfig, smart_resize
 from data_pipeline.sources import Sample, read_shard
+from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from training.evaluation import EvaluationPrompt
 

@@ -137,7 +137,7 @@ def make_prompt(config: Config, question: dict[str, Any]) -> Any:
 
 def load_image(path: Path) -> Any:
     """uint8 [H, W, 3]."""
-    from data_pipeline.image import decode_image
+    from data_pipeline.sources.image import decode_image
     from data_pipeline.sources.samples import SampleError
 
     try:

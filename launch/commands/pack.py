@@ -23,7 +23,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Pack; returns target, fill, num_rows, num_tokens, num_real_tokens, sources, counts_by_class, quarantined."""
-    from data_pipeline.pack import PackConfig, pack
+    from data_pipeline.packing.pack import PackConfig, pack
 
     if not config.target:
         raise UserError("no target folder is given", fix="target=FOLDER")

@@ -26,7 +26,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
-from data_pipeline.batch import MicroBatch  # noqa: E402
+from data_pipeline.loading.batch import MicroBatch  # noqa: E402
 from launch.plan.collectives import by_group, recorded  # noqa: E402
 from launch.plan.layout import Batch, Layout  # noqa: E402
 from launch.plan.memory import stage_parameters  # noqa: E402

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
-from data_pipeline.store import TokenFileWriter
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.storage.token_files import TokenFileWriter
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary.from_config(VocabularyConfig(text_size=1_000_000, reserved_size=32, visual_size=1_000_000))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.document import (
+from data_pipeline.documents.builder import (
     Document,
     DocumentBuilder,
     ImageBlock,
@@ -22,10 +22,10 @@ from data_pipeline.document import (
     fraction,
     parse_image_block,
 )
-from data_pipeline.layout import DocumentLayout, LayoutConfig, split_video
-from data_pipeline.reading import StructureToken, read_items
-from data_pipeline.segments import Flag, Kind, tile_exactly
+from data_pipeline.documents.reading import StructureToken, read_items
+from data_pipeline.documents.templates import DocumentLayout, LayoutConfig, split_video
 from data_pipeline.sources import SampleError
+from data_pipeline.storage.segments import Flag, Kind, tile_exactly
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 

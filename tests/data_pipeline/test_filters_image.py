@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.document import Text
+from data_pipeline.documents.builder import Text
 from data_pipeline.filters.base import FILTERS, FilterChain, FilterConfig
-from data_pipeline.image import ImageConfig, decode_image, fit_size, smart_resize
-from data_pipeline.prepare import Pixels, PreparedSample
 from data_pipeline.sources import SampleError
+from data_pipeline.sources.image import ImageConfig, decode_image, fit_size, smart_resize
+from data_pipeline.sources.prepare import Pixels, PreparedSample
 from model.errors import Problems
 
 

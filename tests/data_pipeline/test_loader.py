@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_samples import VOCABULARY, captioned, mixed_sources, text, video, write_sources
 
-from data_pipeline.batch import MicroBatch, build_micro_batch
-from data_pipeline.loader import PackedDataSource
-from data_pipeline.mixture import Mixture
-from data_pipeline.pack import PackConfig, pack
-from data_pipeline.packed_files import PackedDataset, PackedShard
-from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.loading.batch import MicroBatch, build_micro_batch
+from data_pipeline.loading.loader import PackedDataSource
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.storage.packed_files import PackedDataset, PackedShard
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from model.errors import UserError
 from model.vocabulary import TokenClass, Vocabulary, VocabularyConfig
 

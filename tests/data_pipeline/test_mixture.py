@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.mixture import MAX_PERIOD, Mixture, quantise_weights, schedule_period
-from data_pipeline.permutation import derive_key, epoch_keys, permute
+from data_pipeline.loading.mixture import MAX_PERIOD, Mixture, quantise_weights, schedule_period
+from data_pipeline.storage.permutation import derive_key, epoch_keys, permute
 from model.errors import UserError
 
 SHARES = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 300)), min_size=2, max_size=12)

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_samples import VOCABULARY, Corpus, captioned, mixed_sources, text, video, write_sources, write_token_file
 
-from data_pipeline import pack as pack_module
-from data_pipeline.best_fit import BestFitPacker, Piece
-from data_pipeline.pack import PackConfig, pack
-from data_pipeline.packed_files import PackedDataset
-from data_pipeline.pool import Pool
-from data_pipeline.segments import Flag, Kind
-from data_pipeline.token_format import published_prefixes, read_manifest, verify_outputs
+from data_pipeline.packing import pack as pack_module
+from data_pipeline.packing.best_fit import BestFitPacker, Piece
+from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.packing.pool import Pool
+from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
+from data_pipeline.storage.packed_files import PackedDataset
+from data_pipeline.storage.segments import Flag, Kind
 from model.errors import UserError
 
 CONFIG = PackConfig(sequence_length=512, rows_per_shard=16, open_bins=8, seed=3)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import engine
-from data_pipeline.engine import ShardJob, choose_executor, group_jobs, run_tasks, task_of
+from data_pipeline import executor as engine
+from data_pipeline.executor import ShardJob, choose_executor, group_jobs, run_tasks, task_of
 from model.errors import UserError
 
 

@@ -18,15 +18,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_pipeline.document import describe
+from data_pipeline.documents.builder import describe
+from data_pipeline.documents.templates import LayoutConfig
+from data_pipeline.documents.tokenizers import SentencePieceTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.filters.base import FilterConfig
-from data_pipeline.image import ImageConfig
-from data_pipeline.layout import LayoutConfig
-from data_pipeline.segments import Flag, Kind
-from data_pipeline.store import TokenFileReader
-from data_pipeline.token_format import verify_outputs
+from data_pipeline.sources.image import ImageConfig
+from data_pipeline.storage.format import verify_outputs
+from data_pipeline.storage.segments import Flag, Kind
+from data_pipeline.storage.token_files import TokenFileReader
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig, tokenize_shard
-from data_pipeline.tokenizers import SentencePieceTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.video.keyframes import VideoConfig
 from launch.commands import tokenize as command
 from model.errors import UserError

@@ -10,13 +10,13 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data_pipeline.document import parse_image_block
-from data_pipeline.image import ImageConfig, decode_image, smart_resize
-from data_pipeline.pack import PackConfig, pack
-from data_pipeline.segments import Kind
-from data_pipeline.store import TokenFileReader
+from data_pipeline.documents.builder import parse_image_block
+from data_pipeline.documents.tokenizers import train_sentencepiece
+from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
+from data_pipeline.storage.segments import Kind
+from data_pipeline.storage.token_files import TokenFileReader
 from data_pipeline.tokenize import TokenizeConfig, tokenize_shard
-from data_pipeline.tokenizers import train_sentencepiece
 from model.vision_tokenizer import VisionTokenizer
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ

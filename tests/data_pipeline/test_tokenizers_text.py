@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tokenizers import (
+from data_pipeline.documents.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TextTokenizer,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.batch import MicroBatch
+from data_pipeline.loading.batch import MicroBatch
 from model.config import ModelConfig
 from model.vocabulary import VocabularyConfig
 from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.document import DocumentBuilder, Picture
-from data_pipeline.pack import PackConfig, pack
-from data_pipeline.segments import count_classes
-from data_pipeline.store import TokenFileWriter
-from data_pipeline.tokenizers import load_text_tokenizer, train_sentencepiece
+from data_pipeline.documents.builder import DocumentBuilder, Picture
+from data_pipeline.documents.tokenizers import load_text_tokenizer, train_sentencepiece
+from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.storage.segments import count_classes
+from data_pipeline.storage.token_files import TokenFileWriter
 from examples.shapes_world.judge import read_scene, shows
 from examples.shapes_world.world import (
     COLORS,

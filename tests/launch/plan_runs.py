@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.batch import MicroBatch
+from data_pipeline.loading.batch import MicroBatch
 from training.config import TrainConfig
 
 

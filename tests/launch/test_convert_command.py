@@ -116,7 +116,7 @@ def test_inspect_shows_a_published_checkpoint_and_its_mismatches(fresh, tmp_path
 def test_a_text_tokenizer_goes_along_and_comes_back(tmp_path, capsys):
     from transformers import AutoTokenizer
 
-    from data_pipeline.tokenizers import load_text_tokenizer, train_sentencepiece
+    from data_pipeline.documents.tokenizers import load_text_tokenizer, train_sentencepiece
 
     lines = [f"a {c} {s} at row {i} 中文 {i * 7}" for i in range(60) for c in ("red", "blue") for s in ("disc", "box")]
     ours = train_sentencepiece(lines, tmp_path / "text", 280)
@@ -161,8 +161,8 @@ def test_tiktoken_ranks_become_a_tokenizer_with_the_same_ids(tmp_path):
 
     from transformers import AutoTokenizer
 
-    from data_pipeline.tokenizer_export import export_text_tokenizer
-    from data_pipeline.tokenizers import load_text_tokenizer
+    from data_pipeline.documents.tokenizer_export import export_text_tokenizer
+    from data_pipeline.documents.tokenizers import load_text_tokenizer
     from model.vocabulary import Vocabulary, VocabularyConfig
 
     words = b" the|th|he| a|in|er|ing| re|red| red|blue| blue|bl|lu|ue|circle|ci|rc|le|cle|\xe4\xb8|\xad\xe6|cirzz|zz"

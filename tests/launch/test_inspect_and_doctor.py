@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
-from data_pipeline.store import TokenFileWriter
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.storage.token_files import TokenFileWriter
 from launch import cli, doctor
 from launch.inspection import inspect_path
 from model.errors import UserError

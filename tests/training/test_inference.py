@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data_pipeline.document import DocumentBuilder, Picture, Text
-from data_pipeline.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_pipeline.documents.builder import DocumentBuilder, Picture, Text
+from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from model.config import ModelConfig
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig

@@ -11,9 +11,9 @@ import pytest
 import torch
 from qwen3_checkpoints import NUM_IDS, config_of, transformers_model, write_checkpoint
 
-from data_pipeline.document import DocumentBuilder
-from data_pipeline.store import TokenFileWriter
-from data_pipeline.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_pipeline.documents.builder import DocumentBuilder
+from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_pipeline.storage.token_files import TokenFileWriter
 from launch import cli
 from launch.commands import score as command
 from model.errors import UserError

@@ -20,7 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 
-from data_pipeline.batch import MicroBatch  # noqa: E402
+from data_pipeline.loading.batch import MicroBatch  # noqa: E402
 from model.backbone.transformer import build_model  # noqa: E402
 from model.config import count_parameters  # noqa: E402
 from model.errors import Problems, UserError  # noqa: E402

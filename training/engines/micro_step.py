@@ -17,7 +17,7 @@ cpu_backend.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from data_pipeline.batch import MicroBatch  # noqa: E402
+from data_pipeline.loading.batch import MicroBatch  # noqa: E402
 from model.backbone.packed_attention import PackedDocuments, context_token_ids, pack_documents  # noqa: E402
 from model.backbone.token_losses import sum_losses, token_losses  # noqa: E402
 from model.backbone.transformer import DTYPES  # noqa: E402

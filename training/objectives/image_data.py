@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from data_pipeline.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources import BadSample, SampleError, read_shard
+from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from model.errors import Problems, UserError

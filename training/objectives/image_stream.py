@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.descriptors import read_exactly
-from data_pipeline.image import ImageConfig, smart_resize
+from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.sources.shards import split_name
+from data_pipeline.storage.descriptors import read_exactly
 from model.errors import UserError
 from training.objectives.image_data import (
     BATCH_STREAM,

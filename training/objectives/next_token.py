@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.loader import PackedDataSource
-from data_pipeline.packed_files import read_dataset_manifest
+from data_pipeline.loading.loader import PackedDataSource
+from data_pipeline.storage.packed_files import read_dataset_manifest
 from model.vocabulary import Vocabulary
 from training.config import DatasetEntry, TrainConfig
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.document import TASKS
+from data_pipeline.documents.builder import TASKS
+from data_pipeline.documents.tokenizers import read_description, train_sentencepiece
 from data_pipeline.sources import Sample, SampleError, read_shard
 from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
-from data_pipeline.token_format import checksum_file
-from data_pipeline.tokenizers import read_description, train_sentencepiece
+from data_pipeline.storage.format import checksum_file
 from data_pipeline.video.transcript import join_words, parse_transcript
 from model.errors import Problems, UserError
 from training.config import TrainConfig

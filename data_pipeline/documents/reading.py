@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.tokenizers import TextTokenizer
+from data_pipeline.documents.tokenizers import TextTokenizer
 from model.vocabulary import Vocabulary
 
 _GRID = re.compile(r"([1-9]\d{0,3})\*([1-9]\d{0,3})")

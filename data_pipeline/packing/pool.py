@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.best_fit import Piece
-from data_pipeline.descriptors import DescriptorCache
-from data_pipeline.segments import Flag, Kind
-from data_pipeline.store import TokenFileReader
-from data_pipeline.token_format import published_prefixes, read_manifest
+from data_pipeline.packing.best_fit import Piece
+from data_pipeline.storage.descriptors import DescriptorCache
+from data_pipeline.storage.format import published_prefixes, read_manifest
+from data_pipeline.storage.segments import Flag, Kind
+from data_pipeline.storage.token_files import TokenFileReader
 from model.errors import UserError
 
 # What token files that are packed together must agree on.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.reading import ImageBlock, MalformedImageError, describe, parse_image_block
-from data_pipeline.segments import SEGMENT_DTYPE, Flag, Kind
-from data_pipeline.tokenizers import TextTokenizer, encode_grid
+from data_pipeline.documents.reading import ImageBlock, MalformedImageError, describe, parse_image_block
+from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from model.vocabulary import Vocabulary
 
 __all__ = [

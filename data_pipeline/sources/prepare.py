@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.document import Text
-from data_pipeline.image import ImageConfig, decode_image, smart_resize
-from data_pipeline.segments import Kind
+from data_pipeline.documents.builder import Text
+from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import (
     IMAGE_EXTENSIONS,
     TRANSCRIPT_EXTENSIONS,
@@ -18,6 +17,7 @@ from data_pipeline.sources.samples import (
     is_image,
     source_images,
 )
+from data_pipeline.storage.segments import Kind
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from data_pipeline.video.transcript import interleave, parse_transcript
 

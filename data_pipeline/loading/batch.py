@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.segments import Flag, Kind, token_classes
+from data_pipeline.storage.segments import Flag, Kind, token_classes
 from model.vocabulary import TokenClass, Vocabulary
 
 

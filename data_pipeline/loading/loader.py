@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.batch import MicroBatch, build_micro_batch
-from data_pipeline.descriptors import DescriptorCache
-from data_pipeline.mixture import Mixture
-from data_pipeline.packed_files import PackedDataset
+from data_pipeline.loading.batch import MicroBatch, build_micro_batch
+from data_pipeline.loading.mixture import Mixture
+from data_pipeline.storage.descriptors import DescriptorCache
+from data_pipeline.storage.packed_files import PackedDataset
 from model.errors import Problems, UserError
 from model.vocabulary import TokenClass, Vocabulary
 

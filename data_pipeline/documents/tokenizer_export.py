@@ -10,7 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizers import _QWEN_PATTERN, MODEL_FILE, _parse_ranks, load_text_tokenizer, read_description
+from data_pipeline.documents.tokenizers import (
+    _QWEN_PATTERN,
+    MODEL_FILE,
+    _parse_ranks,
+    load_text_tokenizer,
+    read_description,
+)
 from model.errors import UserError
 from model.vocabulary import EMU35_TEXT_SIZE, Vocabulary
 

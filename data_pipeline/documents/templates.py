@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.document import Document, DocumentBuilder, Part, Picture, Text, document_id, fraction
+from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture, Text, document_id, fraction
 from data_pipeline.sources.samples import SampleError
 from model.errors import Problems
 

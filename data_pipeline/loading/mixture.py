@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.permutation import derive_key, epoch_keys, permute
+from data_pipeline.storage.permutation import derive_key, epoch_keys, permute
 from model.errors import Problems, UserError
 
 MAX_PERIOD = 65_536

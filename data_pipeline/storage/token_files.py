@@ -1,4 +1,4 @@
-"""Writer and reader of token files; the format is described in `data_pipeline.token_format`."""
+"""Writer and reader of token files; the format is described in `data_pipeline.storage.format`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_write_json, no_space_is_a_user_error, remove_stale_temporaries
-from data_pipeline.descriptors import DescriptorCache, read_exactly
-from data_pipeline.segments import SEGMENT_DTYPE, tile_exactly
-from data_pipeline.token_format import (
+from data_pipeline.storage.atomic import atomic_write_json, no_space_is_a_user_error, remove_stale_temporaries
+from data_pipeline.storage.descriptors import DescriptorCache, read_exactly
+from data_pipeline.storage.format import (
     FORMAT_VERSION,
     REWRITE,
     TOKEN_BYTES,
@@ -29,6 +28,7 @@ from data_pipeline.token_format import (
     row_crc,
     suffixed,
 )
+from data_pipeline.storage.segments import SEGMENT_DTYPE, tile_exactly
 from model.errors import UserError
 from model.files import publish, temporary_path
 

@@ -22,14 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.atomic import atomic_write_bytes, atomic_write_json, read_json, remove_stale_temporaries
-from data_pipeline.best_fit import BestFitPacker, Piece, Row
-from data_pipeline.packed_files import DATASET_NAME, read_dataset_manifest
-from data_pipeline.permutation import derive_key, permute
-from data_pipeline.pool import Pool
-from data_pipeline.segments import SEGMENT_DTYPE, Kind, count_classes
-from data_pipeline.store import TokenFileWriter
-from data_pipeline.token_format import (
+from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
+from data_pipeline.packing.pool import Pool
+from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, read_json, remove_stale_temporaries
+from data_pipeline.storage.format import (
     FORMAT_VERSION,
     TOKEN_DTYPE,
     published_prefixes,
@@ -37,6 +33,10 @@ from data_pipeline.token_format import (
     suffixed,
     verify_outputs,
 )
+from data_pipeline.storage.packed_files import DATASET_NAME, read_dataset_manifest
+from data_pipeline.storage.permutation import derive_key, permute
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind, count_classes
+from data_pipeline.storage.token_files import TokenFileWriter
 from model.errors import Problems, UserError
 
 QUARANTINE_NAME = "dataset.quarantine.jsonl"

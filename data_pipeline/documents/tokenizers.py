@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.atomic import atomic_write_bytes, atomic_write_json
+from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json
 from model.errors import UserError
 
 DESCRIPTION_FILE = "tokenizer.json"

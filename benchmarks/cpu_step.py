@@ -70,7 +70,7 @@ def measure(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     from model.config import ModelConfig
     from training.config import ParallelConfig, StageConfig, TrainConfig
-    from training.engines.megatron import MegatronEngine
+    from training.engines.megatron.engine import MegatronEngine
 
     stage = StageConfig(
         sequence_length=ROW_TOKENS, micro_batch_size=options.micro_batch, global_batch_size=options.rows

@@ -46,8 +46,8 @@ def train(config_path: Path) -> dict[str, Any]:
 
 
 def score(config_path: Path) -> dict[str, Any] | None:
-    from training.scorer import score
-    from training.scoring import load_config
+    from training.inference.scorer import score
+    from training.inference.scoring import load_config
 
     return score(load_config(config_path))
 

@@ -53,7 +53,7 @@ class ProcessPool:
         self.folder = folder
         # The server imports torch and megatron once; each worker is a fork of it.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training.engines.megatron"])
+        self.context.set_forkserver_preload(["training.engines.megatron.engine"])
         self.workers: list[tuple[Any, Connection]] = []
         self.num_jobs = 0
 

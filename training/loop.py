@@ -12,14 +12,14 @@ from typing import Any
 
 from model.errors import UserError
 from training.callbacks.base import Callback
-from training.callbacks.events import EventLog, tell
-from training.callbacks.guard import Decision, StepGuard, Verdict
-from training.callbacks.signals import StopSignals
-from training.callbacks.watchdog import Heartbeat
-from training.checkpoint import CheckpointFailed, CheckpointStore
 from training.config import TrainConfig, differences, fixed_of, results_of
 from training.engines.base import DataSource, Engine, StepResult
 from training.metrics import StepRecord
+from training.reliability.checkpoint import CheckpointFailed, CheckpointStore
+from training.reliability.events import EventLog, tell
+from training.reliability.guard import Decision, StepGuard, Verdict
+from training.reliability.signals import StopSignals
+from training.reliability.watchdog import Heartbeat
 from training.schedule import learning_rate
 
 SECONDS_BETWEEN_LOOKS = 0.2  # how soon a signal is heard while waiting for data

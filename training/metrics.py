@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.engines.base import StepResult
-from training.files import read_json_lines
+from training.reliability.json_lines import read_json_lines
 
 METRICS_NAME = "metrics.jsonl"
 NUM_LAST_STEPS = 10

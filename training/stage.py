@@ -31,12 +31,9 @@ LOCK_PATIENCE_SECONDS = 5.0  # the ranks of a run that was just killed need a mo
 EXIT_STOPPED = 3
 
 # Modules with `build(config) -> Job`, whose steps the loop runs.
-LOOPED_OBJECTIVES = {
-    "next_token": "training.objectives.next_token",
-    "vision_tokenizer": "training.objectives.vision_tokenizer",
-}
+LOOPED_OBJECTIVES = {"next_token": "training.objectives.next_token", "vision_tokenizer": "training.tokenizers.vision"}
 # Modules with `fit(config) -> dict`: done in one go, without steps.
-FITTED_OBJECTIVES = {"text_tokenizer": "training.objectives.text_tokenizer"}
+FITTED_OBJECTIVES = {"text_tokenizer": "training.tokenizers.text"}
 
 
 @dataclass
@@ -102,9 +99,9 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 def train_job(config: TrainConfig, build: Any) -> dict[str, Any]:
     """Build the job with `build(config)`, resume it, run the loop; the figures of the summary."""
-    from training.callbacks.signals import StopSignals
-    from training.callbacks.watchdog import Watchdog
     from training.loop import train
+    from training.reliability.signals import StopSignals
+    from training.reliability.watchdog import Watchdog
 
     with StopSignals() as signals:
         job: Job = build(config)
@@ -132,14 +129,14 @@ def assemble(config: TrainConfig, job: Job, signals: Any) -> Run:
     from omegaconf import OmegaConf
 
     from training.callbacks.base import Callback, in_order
-    from training.callbacks.events import EventLog
-    from training.callbacks.guard import StepGuard
     from training.callbacks.metrics_file import MetricsFile
     from training.callbacks.progress import ProgressLine
     from training.callbacks.wandb_logger import WandbLogger
-    from training.callbacks.watchdog import Heartbeat
-    from training.checkpoint import CheckpointStore
     from training.loop import Run
+    from training.reliability.checkpoint import CheckpointStore
+    from training.reliability.events import EventLog
+    from training.reliability.guard import StepGuard
+    from training.reliability.watchdog import Heartbeat
 
     folder, engine = config.stage_folder, job.engine
     events = EventLog(folder, engine.rank)
@@ -179,7 +176,7 @@ def prepare(run: Run) -> None:
 def load_weights(engine: Engine, source: Path) -> None:
     """Weights of another stage or checkpoint folder, whatever layout wrote them; the optimizer stays fresh."""
     from model.checkpoint.reader import CheckpointReader
-    from training.checkpoint import resolve_initial
+    from training.reliability.checkpoint import resolve_initial
 
     with CheckpointReader(resolve_initial(source)) as reader:
         engine.load_model(reader)
@@ -188,8 +185,8 @@ def load_weights(engine: Engine, source: Path) -> None:
 def summarize(run: Run) -> dict[str, Any]:
     """The stage's figures, of its whole life over all restarts; memory is summed over the ranks."""
     from model.checkpoint.reader import step_folder_name
-    from training.callbacks.watchdog import read_heartbeats
     from training.metrics import first_and_last_loss
+    from training.reliability.watchdog import read_heartbeats
 
     run.heartbeat.enter("summarize")
     run.heartbeat.write()

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.sources import Sample, read_shard
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
-from training.evaluation import EvaluationPrompt
+from training.inference.evaluation import EvaluationPrompt
 
 
 @dataclass

@@ -26,7 +26,7 @@ from examples.shapes_world.motion import (
     rest_scene,
 )
 from examples.shapes_world.world import caption, draw_array, random_held_out_scene, random_scene
-from training.evaluation import EvaluationPrompt
+from training.inference.evaluation import EvaluationPrompt
 
 MAX_ATTEMPTS_ALONE = 200  # draws of an unseen one-shape prompt before two shapes are taken instead
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from model.errors import Problems, UserError
 from model.generation.settings import SamplingConfig
-from training.inference_prompts import InferenceOptions
+from training.inference.prompts import InferenceOptions
 
 HELP = """Evaluate a checkpoint on tasks and keep the figures, with samples, as JSON and PNG files.
 
@@ -53,8 +53,8 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """The answer: `metrics` by task, `num_prompts` (of the task with the fewest), details by task, samples."""
-    from training.evaluation import evaluate, load_task
-    from training.inference import InferenceModel
+    from training.inference.evaluation import evaluate, load_task
+    from training.inference.model import InferenceModel
 
     config.validate()
     tasks = {

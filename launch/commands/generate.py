@@ -9,7 +9,7 @@ from typing import Any
 from launch.commands.evaluate import publish
 from model.errors import Problems, UserError
 from model.generation.settings import SamplingConfig
-from training.inference_prompts import FORMATS, InferenceOptions
+from training.inference.prompts import FORMATS, InferenceOptions
 
 HELP = """Generate pictures and text from prompts with a trained checkpoint.
 
@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
     """Writes `out/NNN_M_K.png` (prompt, answer, picture) and `out/generated.json`, which is the answer."""
     from PIL import Image
 
-    from training.inference import InferenceModel
+    from training.inference.model import InferenceModel
 
     config.validate()
     questions = read_questions(config)
@@ -124,7 +124,7 @@ def _read_object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def make_prompt(config: Config, question: dict[str, Any]) -> Any:
-    from training.inference_prompts import Prompt
+    from training.inference.prompts import Prompt
 
     images = [load_image(Path(name)) for name in question["images"]]
     size = _size(config.image_size)

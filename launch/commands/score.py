@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training.scoring import ScoreConfig, save_config
+from training.inference.scoring import ScoreConfig, save_config
 
 HELP = """Log-probability of each token of given documents under a checkpoint, in any layout of ranks.
 
@@ -26,13 +26,13 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     """The figures; the values themselves go to `out`."""
     config.validate()
     if config.parallel.world_size == 1:
-        from training.scorer import score
+        from training.inference.scorer import score
 
         answer = score(config)
         assert answer is not None, "rank 0 answers"
         return answer
     from launch.local import run_ranks
-    from training.scoring import open_inputs
+    from training.inference.scoring import open_inputs
 
     open_inputs(config)  # what is wrong is told before any rank starts
     with tempfile.TemporaryDirectory(prefix="nextstate-score-") as name:

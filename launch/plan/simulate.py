@@ -37,7 +37,7 @@ from model.config import ModelConfig, count_parameters  # noqa: E402
 from model.parallel import groups  # noqa: E402
 from model.parallel.sharding import logical_parameters  # noqa: E402
 from model.vocabulary import TokenClass  # noqa: E402
-from training.engines.micro_step import MicroStep, StageInput, StepTotals  # noqa: E402
+from training.engines.forward import MicroStep, StageInput, StepTotals  # noqa: E402
 
 
 def simulate(config: ModelConfig, layout: Layout, batch: Batch) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Implementation:
     gradient_bytes: int = 4  # in which gradients are reduced
 
 
-# Ours as it is (see training/engines/megatron.py): nothing is overlapped, gradients are reduced in float32.
+# Ours as it is (see training/engines/megatron/engine.py): nothing is overlapped, gradients are reduced in float32.
 OUR_ENGINE = Implementation()
 
 

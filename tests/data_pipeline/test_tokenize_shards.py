@@ -32,7 +32,7 @@ from launch.commands import tokenize as command
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import StageConfig, TrainConfig
-from training.objectives.text_tokenizer import fit
+from training.tokenizers.text import fit
 
 TEXTS = [
     "a red circle at top left",

@@ -86,7 +86,7 @@ def batch_of_step(step: int, data_rank: int, data_size: int, rows_at_once: int) 
 
 
 def build_engine(config: TrainConfig) -> Any:
-    from training.engines.megatron import MegatronEngine
+    from training.engines.megatron.engine import MegatronEngine
 
     return MegatronEngine(config, source_names=SOURCES)
 

@@ -33,7 +33,7 @@ from examples.shapes_world.world import (
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
-from training.evaluation import EvaluationPrompt
+from training.inference.evaluation import EvaluationPrompt
 
 CONTENTS = [None, *((shape, color) for shape in SHAPES for color in COLORS)]
 PIXELS = 48
@@ -144,9 +144,9 @@ def stage_config(folder: Path) -> Any:
 def run(folder: str, shuffled: bool) -> dict[str, float]:
     """t2i accuracy on held-out combinations after a short training; one rank with its own process group."""
     from model.generation.settings import PhaseSampling, SamplingConfig
-    from training.evaluation import evaluate
-    from training.inference import InferenceModel
-    from training.inference_loading import load_decoder
+    from training.inference.evaluation import evaluate
+    from training.inference.loading import load_decoder
+    from training.inference.model import InferenceModel
     from training.stage import run_stage
 
     root = Path(folder)

@@ -79,7 +79,7 @@ def storages(tensors: Any) -> dict[int, int]:
 def measure(config: TrainConfig) -> dict[str, int]:
     """Bytes of one rank: weights, gradients, optimizer, and what a step keeps between forward and backward."""
     from model.parallel import groups
-    from training.engines.megatron import MegatronEngine
+    from training.engines.megatron.engine import MegatronEngine
 
     engine = MegatronEngine(config, source_names=("only",))
     stage = config.stage

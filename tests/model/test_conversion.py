@@ -26,7 +26,7 @@ from model.errors import UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
 from model.vocabulary import Vocabulary, VocabularyConfig
-from training.checkpoint import find_damage
+from training.reliability.checkpoint import find_damage
 
 SMALL = ModelConfig(
     num_layers=4,

@@ -8,9 +8,9 @@ from model.conversion import actions
 from model.conversion.actions import Options
 from model.parallel import groups
 from model.vocabulary import VocabularyConfig
-from training.checkpoint import CheckpointStore
 from training.config import StageConfig, TrainConfig
-from training.engines.megatron import MegatronEngine
+from training.engines.megatron.engine import MegatronEngine
+from training.reliability.checkpoint import CheckpointStore
 
 MODEL = ModelConfig(
     num_layers=2,

@@ -21,7 +21,7 @@ import torch
 from fake_objective import fake_config
 
 from training import stage
-from training.callbacks.watchdog import Heartbeat
+from training.reliability.watchdog import Heartbeat
 
 MAX_KILLS = 12
 PHASES_NAME = "phases.txt"

@@ -15,7 +15,7 @@ from small_disk import small_disk
 
 from model.checkpoint.reader import CheckpointReader, list_checkpoints
 from model.errors import UserError
-from training.checkpoint import CheckpointFailed, CheckpointStore, find_damage, resolve_initial
+from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, find_damage, resolve_initial
 
 
 def nothing(_phase: str) -> None:

@@ -15,13 +15,13 @@ from launch.commands import evaluate as evaluate_command
 from launch.commands import generate as generate_command
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
-from training.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
-from training.inference_prompts import Output, Prompt
+from training.inference.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
+from training.inference.prompts import Output, Prompt
 
 TASKS = """
 from dataclasses import dataclass
 import numpy as np
-from training.evaluation import EvaluationPrompt
+from training.inference.evaluation import EvaluationPrompt
 
 @dataclass
 class Gray:
@@ -121,7 +121,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.checkpoint, seen.untrained = Path(checkpoint), untrained
         return seen.model
 
-    monkeypatch.setattr("training.inference.InferenceModel.load", load)
+    monkeypatch.setattr("training.inference.model.InferenceModel.load", load)
     return seen
 
 

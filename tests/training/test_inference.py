@@ -20,8 +20,8 @@ from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.parallel import groups
 from model.vocabulary import Vocabulary, VocabularyConfig
-from training.inference import InferenceModel, split_parts
-from training.inference_prompts import InferenceOptions, Prompt
+from training.inference.model import InferenceModel, split_parts
+from training.inference.prompts import InferenceOptions, Prompt
 
 TEXTS = ["a red circle at top left", "make the circle blue", "it moves right"] * 40
 TEXT_SIZE = 288
@@ -268,7 +268,7 @@ def checkpoint(
 ) -> Path:
     run = tmp_path / "run"
     at_folder = {run / "vision_tokenizer": GrayTokenizer()}
-    monkeypatch.setattr("training.inference_loading.load_vision", at_folder.__getitem__)
+    monkeypatch.setattr("training.inference.loading.load_vision", at_folder.__getitem__)
     run.mkdir()
     (run / "text_tokenizer").symlink_to(tokenizer_folder)
     metadata = {

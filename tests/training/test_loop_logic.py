@@ -18,7 +18,7 @@ from small_disk import small_disk
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 from training import stage
-from training.files import read_json_lines
+from training.reliability.json_lines import read_json_lines
 from training.schedule import learning_rate
 from training.stage import StoppedEarly, run_stage
 
@@ -350,7 +350,7 @@ def test_disk_that_is_full_from_the_start(tmp_path):
 
 
 def test_metrics_that_cannot_be_written_do_not_stop(tmp_path, monkeypatch, capsys):
-    from training.files import JsonLines
+    from training.reliability.json_lines import JsonLines
 
     config, original = fake_config(tmp_path), JsonLines.append
 

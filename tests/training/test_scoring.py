@@ -18,7 +18,7 @@ from launch import cli
 from launch.commands import score as command
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
-from training.scoring import ParallelConfig, ScoreConfig
+from training.inference.scoring import ParallelConfig, ScoreConfig
 
 SHAPES = [(48, 4, 2, 32, 1e6), (32, 4, 4, 8, 1e4), (24, 6, 2, 10, 5e5)]
 
@@ -87,7 +87,7 @@ def test_every_layout_gives_the_same_scores(
 
 
 def score_rank(config: ScoreConfig) -> Any:
-    from training.scorer import score
+    from training.inference.scorer import score
 
     return score(config)
 

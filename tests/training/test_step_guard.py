@@ -8,8 +8,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.callbacks.guard import NUM_NORMS_BEFORE_JUDGING, StepGuard, Verdict
 from training.config import ReliabilityConfig
+from training.reliability.guard import NUM_NORMS_BEFORE_JUDGING, StepGuard, Verdict
 
 
 def guard(**options) -> StepGuard:

@@ -13,10 +13,10 @@ from PIL import Image
 from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer
-from training.checkpoint import CheckpointStore
 from training.config import StageConfig, TrainConfig
-from training.objectives.image_data import busiest_crops, squares
-from training.objectives.vision_tokenizer import build, measure, parse_options
+from training.reliability.checkpoint import CheckpointStore
+from training.tokenizers.image_data import busiest_crops, squares
+from training.tokenizers.vision import build, measure, parse_options
 
 MODEL = {
     "ch": 8,

@@ -19,10 +19,10 @@ from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer
 from model.vision_tokenizer.config import ibq_emu35
-from training.checkpoint import CheckpointStore
-from training.objectives.image_data import stack_by_size
-from training.objectives.image_stream import StreamingImageSource
-from training.objectives.vision_tokenizer import build, parse_options
+from training.reliability.checkpoint import CheckpointStore
+from training.tokenizers.image_data import stack_by_size
+from training.tokenizers.image_stream import StreamingImageSource
+from training.tokenizers.vision import build, parse_options
 
 
 class Features(nn.Module):

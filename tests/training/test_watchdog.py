@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import threading
 
-from training.callbacks.events import EventLog
-from training.callbacks.watchdog import Heartbeat, Watchdog, read_heartbeats
-from training.files import read_json_lines
+from training.reliability.events import EventLog
+from training.reliability.json_lines import read_json_lines
+from training.reliability.watchdog import Heartbeat, Watchdog, read_heartbeats
 
 
 def test_heartbeat_of_each_rank(tmp_path):

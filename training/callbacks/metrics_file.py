@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.callbacks.base import Callback
-from training.callbacks.events import EventLog, tell
-from training.files import JsonLines
 from training.metrics import METRICS_NAME, StepRecord
+from training.reliability.events import EventLog, tell
+from training.reliability.json_lines import JsonLines
 
 if TYPE_CHECKING:
     from training.loop import Run

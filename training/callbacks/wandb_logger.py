@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from training.callbacks.base import Callback
-from training.callbacks.events import EventLog, tell
 from training.config import LoggingConfig
+from training.reliability.events import EventLog, tell
 
 if TYPE_CHECKING:
     from training.loop import Run

@@ -20,7 +20,7 @@ RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by launch/local.py; tor
 
 def build(config: TrainConfig) -> Job:
     """The megatron engine and this data-parallel rank's packed data."""
-    from training.engines.megatron import MegatronEngine
+    from training.engines.megatron.engine import MegatronEngine
     from training.stage import Job
 
     rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens under a checkpoint: inputs, answer and figures. `training.scorer` computes them.
+"""Log-probabilities of given tokens under a checkpoint: inputs, answer and figures. `training.inference.scorer` computes them.
 
 Importing this module is cheap.
 """
@@ -82,7 +82,7 @@ class Documents:
 def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
     """The checkpoint's folder, its model and the documents. Everything that can be refused is refused here."""
     from model.checkpoint.reader import latest_checkpoint, read_manifest
-    from training.inference_loading import check_kind, model_config
+    from training.inference.loading import check_kind, model_config
 
     folder = latest_checkpoint(config.checkpoint)
     manifest = read_manifest(folder)
@@ -218,7 +218,7 @@ def _open_text(config: ScoreConfig, folder: Path, manifest: dict[str, Any], voca
 
     from data_pipeline.documents.builder import DocumentBuilder
     from data_pipeline.documents.tokenizers import load_text_tokenizer
-    from training.inference_loading import check_fingerprint, tokenizer_folder
+    from training.inference.loading import check_fingerprint, tokenizer_folder
 
     given = config.text_tokenizer
     tokenizer = load_text_tokenizer(tokenizer_folder(manifest, folder, "text_tokenizer", given))

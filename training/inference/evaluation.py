@@ -18,7 +18,7 @@ from PIL import Image
 
 from model.errors import UserError
 from model.generation.settings import SamplingConfig
-from training.inference_prompts import Output, Prompt
+from training.inference.prompts import Output, Prompt
 
 WILSON_Z = 1.959964  # of a 95% interval
 
@@ -45,7 +45,7 @@ class EvaluationTask(Protocol):
 
 
 class EvaluationModel(Protocol):
-    """What evaluation asks of a model; `training.inference.InferenceModel` is one."""
+    """What evaluation asks of a model; `training.inference.model.InferenceModel` is one."""
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, first_index: int = 0

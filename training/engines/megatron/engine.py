@@ -29,9 +29,9 @@ from model.parallel.sharding import logical_parameters  # noqa: E402
 from model.vocabulary import Vocabulary  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.engines.base import Shard, ShardReader, StepResult  # noqa: E402
-from training.engines.micro_step import MicroStep, StepTotals  # noqa: E402
+from training.engines.forward import MicroStep, StepTotals  # noqa: E402
+from training.engines.megatron.optimizer import build_optimizer, get_step, optimized_parts, set_learning_rate, set_step  # noqa: E402
 from training.engines.shards import read_into, shards_of  # noqa: E402
-from training.optimizer import build_optimizer, get_step, optimized_parts, set_learning_rate, set_step  # noqa: E402
 
 
 class MegatronEngine:

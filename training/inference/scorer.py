@@ -29,8 +29,8 @@ from model.parallel import groups  # noqa: E402
 from model.parallel.sharding import load_weights  # noqa: E402
 from model.vocabulary import Vocabulary  # noqa: E402
 from training.config import ParallelConfig  # noqa: E402
+from training.inference.scoring import Documents, ScoreConfig, open_inputs, writing  # noqa: E402
 from training.objectives.next_token import RENDEZVOUS_VARIABLE  # noqa: E402
-from training.scoring import Documents, ScoreConfig, open_inputs, writing  # noqa: E402
 
 # Tokens whose logits exist at once: all ids of a large vocabulary take a megabyte each.
 LOGIT_ROWS = 512

@@ -19,8 +19,8 @@ from model.generation.ar import ARGenerator, Decoder, Generation, Grid
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.settings import SamplingConfig
 from model.vocabulary import Vocabulary
-from training.inference_loading import VisionTokenizer, load_checkpoint
-from training.inference_prompts import FORMATS, INTERLEAVED_TASK, InferenceOptions, Output, Prompt
+from training.inference.loading import VisionTokenizer, load_checkpoint
+from training.inference.prompts import FORMATS, INTERLEAVED_TASK, InferenceOptions, Output, Prompt
 
 ENCODER_BATCH_SIZE = 64  # pictures
 

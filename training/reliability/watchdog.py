@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from training.callbacks.events import EventLog, tell
+from training.reliability.events import EventLog, tell
 
 HEARTBEATS_FOLDER = "heartbeats"
 HANG_MARKER = "hang"

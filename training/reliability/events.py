@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.files import JsonLines
+from training.reliability.json_lines import JsonLines
 
 EVENTS_NAME = "events.jsonl"
 

@@ -25,7 +25,7 @@ from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.sources.shards import split_name
 from data_pipeline.storage.descriptors import read_exactly
 from model.errors import UserError
-from training.objectives.image_data import (
+from training.tokenizers.image_data import (
     BATCH_STREAM,
     HELD_BACK_STREAM,
     ImageCorpus,

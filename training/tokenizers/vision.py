@@ -27,9 +27,9 @@ from model.vision_tokenizer.losses import LossWeightsConfig, psnr_db
 from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, MODEL_PREFIX, load_weights, to_model_range
 from training.config import OptimizerConfig, TrainConfig
 from training.engines.base import Shard, ShardReader, StepResult
-from training.objectives.image_data import ImageDataOptions, ImageSource
-from training.objectives.image_stream import StreamingImageSource
-from training.objectives.vision_tokenizer_terms import Adversary, Terms, TermsConfig, adam, moments
+from training.tokenizers.image_data import ImageDataOptions, ImageSource
+from training.tokenizers.image_stream import StreamingImageSource
+from training.tokenizers.vision_terms import Adversary, Terms, TermsConfig, adam, moments
 
 if TYPE_CHECKING:
     from training.stage import Job

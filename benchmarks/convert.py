@@ -46,7 +46,7 @@ MODEL = ModelConfig(
 )
 PROGRAM = """
 import json, resource, sys
-from launch import cli
+from launch.command_line import cli
 code = cli.main(sys.argv[1:])
 print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=sys.stderr)
 sys.exit(code)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch.command_line import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

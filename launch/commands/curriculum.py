@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from launch.curriculum import Curriculum, CurriculumConfig, alive, run_curriculum, summary
+from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, run_curriculum, summary
 from model.errors import UserError
 from training.callbacks.progress import format_seconds
 
@@ -44,7 +44,7 @@ def run(config: CurriculumConfig) -> dict[str, Any]:
 def start(config: CurriculumConfig) -> dict[str, Any]:
     if config.cluster.kind == "local":
         return run_curriculum(config)
-    from launch.chain import run_chain
+    from launch.curriculum.chain import run_chain
 
     return run_chain(config)
 
@@ -52,8 +52,8 @@ def start(config: CurriculumConfig) -> dict[str, Any]:
 def status(config: CurriculumConfig) -> dict[str, Any]:
     if not has_jobs(config):
         return summary(Curriculum(config))
-    from launch import slurm
-    from launch.chain import read_chain, report
+    from launch.cluster import slurm
+    from launch.curriculum.chain import read_chain, report
 
     return report(read_chain(config, slurm.queue()))
 
@@ -61,7 +61,7 @@ def status(config: CurriculumConfig) -> dict[str, Any]:
 def cancel(config: CurriculumConfig) -> dict[str, Any]:
     """On this machine: the running entry gets SIGTERM, saves, and the curriculum ends with it."""
     if has_jobs(config):
-        from launch.chain import cancel_chain
+        from launch.curriculum.chain import cancel_chain
 
         return cancel_chain(config)
     curriculum = Curriculum(config)
@@ -81,7 +81,7 @@ def has_jobs(config: CurriculumConfig) -> bool:
 
 
 def logs(config: CurriculumConfig) -> dict[str, Any]:
-    from launch.jobs import JobFolder
+    from launch.cluster.job_folders import JobFolder
 
     folder = Path(config.run_folder)
     names = [config.entry] if config.entry else Curriculum(config).order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launch.commands import curriculum
-from launch.curriculum import CurriculumConfig
+from launch.curriculum.entries import CurriculumConfig
 
 HELP = """Run the whole curriculum at toy size on this machine: raw media to a trained model, images and a report.
 

@@ -33,7 +33,7 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    from launch.doctor import examine, report
+    from launch.doctor.machine import examine, report
 
     answer = report(examine(Path(config.run_folder), config.collective_seconds))
     return answer if answer["ok"] else answer | {"exit_code": 2}

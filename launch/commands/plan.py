@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
 from model.errors import Problems
 from training.config import RECOMPUTE, TrainConfig
 

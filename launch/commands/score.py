@@ -31,7 +31,7 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         answer = score(config)
         assert answer is not None, "rank 0 answers"
         return answer
-    from launch.local import run_ranks
+    from launch.local.ranks import run_ranks
     from training.inference.scoring import open_inputs
 
     open_inputs(config)  # what is wrong is told before any rank starts

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
 from model.errors import Problems, UserError
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from launch.submit import Work
+    from launch.cluster.submission import Work
 
 HELP = """Submit one stage to a cluster: configuration, batch script, job id.
 
@@ -67,7 +67,7 @@ class Config(TrainConfig):
 
 
 def run(config: Config) -> dict[str, Any]:
-    from launch import submit
+    from launch.cluster import submission as submit
     from training.stage import finished_summary
 
     work = work_of(config)
@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def work_of(config: Config) -> Work:
-    from launch.submit import command_work, training_work
+    from launch.cluster.submission import command_work, training_work
 
     if config.command == "train":
         own = {one.name: getattr(config, one.name) for one in fields(TrainConfig)}

@@ -29,6 +29,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
         return summary
     if "RANK" in os.environ:
         return run_stage(config)
-    from launch.local import run_local
+    from launch.local.ranks import run_local
 
     return run_local(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
 from launch.plan.devices import find_device
 from launch.plan.layout import Batch, Layout, largest_data
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESERVED_SHARE

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
 from launch.plan.devices import find_device
 from launch.plan.layout import Batch, Layout
 from launch.plan.shape import ModelShape

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
 from launch.plan.devices import Device
 from launch.plan.layout import Batch, Layout, candidates, nearest, violations
 from launch.plan.memory import StageMemory, peak_memory, usable_bytes

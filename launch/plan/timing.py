@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
 from launch.plan.devices import Device
 from launch.plan.layout import Batch, Layout
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_parameters

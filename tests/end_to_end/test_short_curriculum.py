@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launch.configs import compose_config
-from launch.curriculum import CurriculumConfig, run_curriculum
+from launch.composition.compose import compose_config
+from launch.curriculum.entries import CurriculumConfig, run_curriculum
 
 # Added to the overrides of each entry: the same path, next to no work.
 SMALL = {

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.slurm import ACTIVE
+from launch.cluster.slurm import ACTIVE
 
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")

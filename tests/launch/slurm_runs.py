@@ -11,8 +11,8 @@ from slow_stage import CRASH_AT, STEP_SECONDS
 from slurm_cluster import SlurmCluster, wait_until
 from tiny_stage import shrink
 
+from launch.cluster.job_folders import JobFolder
 from launch.commands import submit
-from launch.jobs import JobFolder
 
 HERE = Path(__file__).resolve().parent
 SEARCH_PATH = [HERE / "slurm_site", HERE, HERE.parent / "training"]

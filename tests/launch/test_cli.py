@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from launch import cli
+from launch.command_line import cli
 
 
 def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.command_line.cli", *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def modules_after(statement: str) -> set[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch import cli
+from launch.command_line import cli
 
 TOY = ["model=toy", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48"]
 

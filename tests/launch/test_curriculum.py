@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.batch import split_calls
+from launch.command_line.calls import split_calls
 from launch.commands import curriculum as command
-from launch.curriculum import Curriculum, CurriculumConfig, EntryConfig, command_line, measure, ordered, run_curriculum
-from launch.subprocesses import run_supervised
+from launch.curriculum.entries import (
+    Curriculum,
+    CurriculumConfig,
+    EntryConfig,
+    command_line,
+    measure,
+    ordered,
+    run_curriculum,
+)
+from launch.local.subprocesses import run_supervised
 from model.errors import UserError
 
 WRITER = """
@@ -166,7 +174,7 @@ def sleeping(tmp_path):
     run.mkdir()
     entry = {"module": "sleeper", "overrides": [str(started)], "outputs": ["started"]}
     script = (
-        "import sys; from launch.curriculum import *; "
+        "import sys; from launch.curriculum.entries import *; "
         f"c = CurriculumConfig(run_folder={str(run)!r}, entries={{'sleep': EntryConfig(**{entry!r})}});"
         "sys.exit(run_curriculum(c).get('exit_code', 0))"
     )
@@ -243,7 +251,7 @@ def test_an_entry_with_each_is_several_calls_in_one_process(tmp_path, capsys):
         (tmp_path / name).mkdir()
     entry = EntryConfig(command="report", each=each, outputs=["one/report.json", "two/report.json"])
     line = command_line(entry)
-    assert line[2:] == ["launch.batch", "report", "--call", *each["one"], "--call", *each["two"]]
+    assert line[2:] == ["launch.command_line.calls", "report", "--call", *each["one"], "--call", *each["two"]]
     config = CurriculumConfig(run_folder=str(tmp_path), entries={"reports": entry})
     assert run_curriculum(config)["ran"] == ["reports"]
     assert run_curriculum(config)["ran"] == []

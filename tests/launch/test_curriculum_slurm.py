@@ -10,9 +10,9 @@ from slow_stage import STEP_SECONDS
 from slurm_cluster import SlurmCluster, wait_until
 from slurm_runs import assert_same_weights, last_step, log_of, use_test_cluster, wait_for_log
 
+from launch.cluster.job_folders import JobFolder
 from launch.commands import curriculum
-from launch.curriculum import CurriculumConfig, EntryConfig
-from launch.jobs import JobFolder
+from launch.curriculum.entries import CurriculumConfig, EntryConfig
 
 STEPS = 10
 TRAIN = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launch import doctor_cluster
 from launch.commands import doctor
+from launch.doctor import cluster as doctor_cluster
 from model.errors import UserError
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.storage.token_files import TokenFileWriter
-from launch import cli, doctor
+from launch.command_line import cli
+from launch.doctor import machine as doctor
 from launch.inspection import inspect_path
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from launch.commands import train
-from launch.local import Worker, judge_exits, run_local
-from launch.worker import PARENT_VARIABLE, REPORT_VARIABLE
+from launch.local.ranks import Worker, judge_exits, run_local
+from launch.local.worker import PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
 from training.config import TrainConfig
 from training.stage import StoppedEarly
@@ -103,7 +103,7 @@ def test_a_worker_ends_with_its_parent(tmp_path):
         REPORT_VARIABLE: str(tmp_path / "report.json"),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.worker", "--config", tmp_path / "config.yaml"],
+        [sys.executable, "-m", "launch.local.worker", "--config", tmp_path / "config.yaml"],
         env=environment,
         pass_fds=(read_end,),
     )

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import cli, configs
-from launch.cluster import ClusterConfig
+from launch.cluster.profile import ClusterConfig
+from launch.command_line import cli
+from launch.composition import compose as configs
 from launch.plan.devices import DEVICES, find_device
 from launch.plan.layout import Batch, Layout, candidates, divisors, nearest, violations
 from launch.plan.memory import mask_elements, peak_memory, stage_memory, stage_parameters
@@ -300,7 +301,7 @@ def test_shorter_documents_cost_less(capsys):
 
 def dry_run(*overrides: str) -> dict:
     """In a process of its own: it makes and unmakes process groups."""
-    command = [sys.executable, "-m", "launch.cli", "plan", "simulate=true", "json=true", *overrides]
+    command = [sys.executable, "-m", "launch.command_line.cli", "plan", "simulate=true", "json=true", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

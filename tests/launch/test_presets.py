@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.configs import compose_config
+from launch.composition.compose import compose_config
 from launch.inspection import inspect_model
 
 

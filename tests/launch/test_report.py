@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch import cli
+from launch.command_line import cli
 from launch.report.charts import line_chart, nice_ceiling, share_bars
 from launch.report.collect import MAX_CURVE_POINTS, collect, curve
 

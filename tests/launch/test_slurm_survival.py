@@ -17,8 +17,8 @@ from slurm_cluster import SlurmCluster, wait_until
 from slurm_runs import assert_same_weights, last_step, log_of, real_submission, wait_for_step
 from tiny_stage import write_packed
 
+from launch.cluster.job_folders import JobFolder
 from launch.commands import submit
-from launch.jobs import JobFolder
 
 STAGE = "tiny"
 STEP_SECONDS = 0.25
@@ -72,7 +72,7 @@ def kill_rank(slurm: SlurmCluster, job_id: str, folder: Path) -> None:
     ranks = [
         process
         for process in psutil.process_iter()
-        if "launch.task" in (line := command_line(process)) and str(folder) in line and "srun" not in line
+        if "launch.cluster.rank" in (line := command_line(process)) and str(folder) in line and "srun" not in line
     ]
     assert len(ranks) == 2
     random.choice(ranks).kill()

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from slurm_runs import fake_submission
 
-from launch import cli, jobs, snapshot, submit
-from launch.cluster import ClusterConfig
+from launch.cluster import job_folders as jobs
+from launch.cluster import snapshot
+from launch.cluster import submission as submit
+from launch.cluster.profile import ClusterConfig
+from launch.cluster.rank import rank_variables
+from launch.command_line import cli
 from launch.commands import submit as command
-from launch.sweep import losses_by_value
-from launch.task import rank_variables
+from launch.report.sweep import losses_by_value
 from model.errors import Problems, UserError
 
 NASTY = """a'b "c" $(touch pwned) `touch pwned` %j; touch pwned #"""
@@ -177,7 +180,7 @@ def test_arrays_need_a_command_that_can_be_divided(tmp_path):
     assert "#SBATCH --array=0-3%2" in script
     assert 'num_tasks=4 "task=$SLURM_ARRAY_TASK_ID"' in script
     calls = command.Config(run_folder=str(tmp_path), command="report", calls={"a": ["run_folder=a"], "b": []})
-    assert "  0) call=(-P -m launch.cli report run_folder=a) ;;" in script_of(calls)
+    assert "  0) call=(-P -m launch.command_line.cli report run_folder=a) ;;" in script_of(calls)
     with pytest.raises(UserError, match="there is no command"):
         script_of(command.Config(command="tokenise"))
 

@@ -13,10 +13,12 @@ import pytest
 from slurm_cluster import SlurmCluster
 from slurm_runs import SEARCH_PATH, fake_submission, log_of, use_test_cluster
 
-from launch import cli, doctor_cluster, snapshot
+from launch.cluster import snapshot
+from launch.cluster.job_folders import JobFolder
+from launch.command_line import cli
 from launch.commands import curriculum, submit
-from launch.curriculum import CurriculumConfig, EntryConfig
-from launch.jobs import JobFolder
+from launch.curriculum.entries import CurriculumConfig, EntryConfig
+from launch.doctor import cluster as doctor_cluster
 from model.errors import UserError
 
 # A snippet that a chain's entries run: writes its file, unless the file FAIL stands beside it.
@@ -139,7 +141,7 @@ def test_the_shell_command_answers_with_the_job_id(slurm, tmp_path):
     ]
     arguments = ["submit", "cluster=slurm", "stage=toy_text_tokenizer", f"run_folder={tmp_path}", "json=true", *options]
     answer = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments],
+        [sys.executable, "-m", "launch.command_line.cli", *arguments],
         capture_output=True,
         text=True,
         check=False,

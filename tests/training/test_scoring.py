@@ -14,7 +14,7 @@ from qwen3_checkpoints import NUM_IDS, config_of, transformers_model, write_chec
 from data_pipeline.documents.builder import DocumentBuilder
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from data_pipeline.storage.token_files import TokenFileWriter
-from launch import cli
+from launch.command_line import cli
 from launch.commands import score as command
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig

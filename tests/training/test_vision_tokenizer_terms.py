@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from test_vision_tokenizer_stage import MODEL, make_config, png, run_steps, weights_of, write_tar
 from torch import nn
 
-from launch import cli
-from launch.configs import compose_config
+from launch.command_line import cli
+from launch.composition.compose import compose_config
 from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training.stage import Job
 
 CHECKPOINT_KIND = "transformer"
-RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by launch/local.py; torchrun has its own
+RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by launch/local/ranks.py; torchrun has its own
 
 
 def build(config: TrainConfig) -> Job:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.findings import Finding, gibibytes
+from launch.doctor.findings import Finding, gibibytes
 from model.errors import UserError
 
 STORAGE_BYTES = 64 * 2**20
@@ -64,7 +64,7 @@ def slurm_findings() -> list[Finding]:
     if shutil.which("sbatch") is None:
         cure = "needed on a cluster only: log in to a submit host"
         return [Finding("slurm", False, "no sbatch on PATH", cure)]
-    from launch import slurm
+    from launch.cluster import slurm
 
     try:
         answer = slurm.run_tool(["sinfo", "--noheader", "--format=%R %a %D %T"])
@@ -177,7 +177,7 @@ def collectives(seconds: float) -> Finding:
         cure = "the loopback interface must be up; GLOO_SOCKET_IFNAME=lo, or NCCL_DEBUG=INFO tells more"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        command = [sys.executable, "-m", "launch.collective_test", str(Path(name) / "store"), str(seconds)]
+        command = [sys.executable, "-m", "launch.doctor.collective_test", str(Path(name) / "store"), str(seconds)]
         try:
             answer = subprocess.run(
                 command,

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch import configs
+from launch.composition import compose as configs
 
 KEY_WIDTH, VALUE_WIDTH = 40, 22
 

@@ -1,4 +1,4 @@
-"""What a sweep found: a table and the loss curves, from what its runs left. `python -m launch.sweep FOLDER` writes it.
+"""What a sweep found: a table and the loss curves, from what its runs left. `python -m launch.report.sweep FOLDER` writes it.
 
 `FOLDER/sweep.json` says which runs there are. The page may be made at any time; runs that have not begun are empty.
 """
@@ -15,9 +15,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launch.configs import compose_tree
-from launch.progress import all_lines, stage_progress
+from launch.composition.compose import compose_tree
 from launch.report.charts import Series, line_chart
+from launch.report.progress import all_lines, stage_progress
 from model.errors import UserError
 from model.files import replace_file
 

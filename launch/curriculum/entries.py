@@ -22,10 +22,10 @@ from typing import Any
 
 import psutil
 
-from launch.batch import CALL
-from launch.cluster import ClusterConfig
-from launch.progress import stage_progress
-from launch.subprocesses import run_supervised
+from launch.cluster.profile import ClusterConfig
+from launch.command_line.calls import CALL
+from launch.local.subprocesses import run_supervised
+from launch.report.progress import stage_progress
 from model.errors import Problems, UserError
 from model.files import replace_file
 
@@ -220,7 +220,7 @@ def resolved_calls(entry: EntryConfig) -> list[Any]:
         return []
     from omegaconf import OmegaConf
 
-    from launch.configs import compose_tree
+    from launch.composition.compose import compose_tree
 
     calls = [entry.overrides + own for own in entry.each.values()] or [entry.overrides]
     return [OmegaConf.to_container(compose_tree(entry.command, call)) for call in calls]
@@ -350,9 +350,9 @@ def module_call(entry: EntryConfig) -> list[str]:
     if entry.module:
         return [entry.module, *entry.overrides]
     if not entry.each:
-        return ["launch.cli", entry.command, *entry.overrides]
+        return ["launch.command_line.cli", entry.command, *entry.overrides]
     calls = [text for own in entry.each.values() for text in (CALL, *own)]
-    return ["launch.batch", entry.command, *entry.overrides, *calls]
+    return ["launch.command_line.calls", entry.command, *entry.overrides, *calls]
 
 
 def supersede(folder: Path, name: str, outputs: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""One task of a job: `python -m launch.task --config resolved.yaml`. Under srun it is one rank, else it starts all."""
+"""One task of a job: `python -m launch.cluster.rank --config resolved.yaml`. Under srun it is one rank, else it starts all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             run_stage(config)
         else:
-            from launch.local import run_local
+            from launch.local.ranks import run_local
 
             run_local(config)
     except SystemExit as stopped:

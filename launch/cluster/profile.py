@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.scheduling import Scheduling
+from launch.cluster.scheduling import Scheduling
 from model.errors import Problems
 
 

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import jobs, slurm
-from launch.batch_script import SHARE
-from launch.configs import compose_config
-from launch.curriculum import (
+from launch.cluster import job_folders as jobs
+from launch.cluster import slurm
+from launch.cluster.batch_script import SHARE
+from launch.cluster.job_folders import JobFolder, JobRecord, job_state
+from launch.cluster.submission import PYTHON_MODULE, Work, check_run_folder, dry_run, enqueue, recover
+from launch.composition.compose import compose_config
+from launch.curriculum.entries import (
     Curriculum,
     CurriculumConfig,
     EntryConfig,
@@ -26,8 +29,6 @@ from launch.curriculum import (
     new_result,
     supersede,
 )
-from launch.jobs import JobFolder, JobRecord, job_state
-from launch.submit import PYTHON_MODULE, Work, check_run_folder, dry_run, enqueue, recover
 from model.errors import UserError
 
 
@@ -178,7 +179,7 @@ def entry_work(curriculum: Curriculum, name: str) -> Work:
 def entry_calls(entry: EntryConfig) -> list[list[str]]:
     """Arguments of the interpreter, for each task of a job array when the calls are parallel."""
     if entry.parallel_calls:
-        groups = [["launch.cli", entry.command, *entry.overrides, *own] for own in entry.each.values()]
+        groups = [["launch.command_line.cli", entry.command, *entry.overrides, *own] for own in entry.each.values()]
     else:
         module, *rest = module_call(entry)
         share = [f"num_tasks={entry.shares}", SHARE] if entry.shares > 1 else []

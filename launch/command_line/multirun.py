@@ -10,7 +10,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import OmegaConf
 
-from launch import configs
+from launch.composition import compose as configs
 
 
 def plan_jobs(command: str, overrides: list[str]) -> list[list[str]]:
@@ -45,7 +45,7 @@ def run_all(command: str, jobs: list[list[str]], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(answer, ensure_ascii=False))
     elif "sweep" in answer:
-        from launch import sweep
+        from launch.report import sweep
 
         print(f"{sweep.table(answer['sweep'])}\npage: {answer['page']}")
     return max((int(result["exit_code"]) for result in results), default=0)
@@ -53,13 +53,13 @@ def run_all(command: str, jobs: list[list[str]], *, as_json: bool) -> int:
 
 def finish_sweep(command: str, jobs: list[list[str]], results: list[dict[str, Any]]) -> dict[str, Any]:
     """The table of what there is now. Where jobs are still queued, another one is to write it after them."""
-    from launch import sweep
+    from launch.report import sweep
 
     folder = sweep.record_sweep(command, jobs)
     waiting = [job_id for result in results for job_id in result.get("job_ids", [])]
     answer: dict[str, Any] = {"page": str(folder / sweep.PAGE_NAME)}
     if waiting:
-        from launch.submit import submit_summary
+        from launch.cluster.submission import submit_summary
 
         config = configs.compose_config(command, jobs[0])
         answer["summary_job_id"] = submit_summary(folder, config.name, config.cluster, waiting)
@@ -82,7 +82,7 @@ def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any
 
 def run_job(command: str, index: int, overrides: list[str], as_json: bool) -> dict[str, Any]:
     print(f"job {index}: nextstate {command} {' '.join(overrides)}", file=sys.stderr, flush=True)
-    arguments = [sys.executable, "-m", "launch.cli", command, *overrides]
+    arguments = [sys.executable, "-m", "launch.command_line.cli", command, *overrides]
     finished = subprocess.run(arguments, stdout=subprocess.PIPE if as_json else None, check=False)
     result: dict[str, Any] = {"job": index, "overrides": overrides, "exit_code": finished.returncode}
     if as_json:

@@ -1,4 +1,4 @@
-"""`python -m launch.batch COMMAND key=value ... --call key=value ... --call ...`: one command several times in one process.
+"""`python -m launch.command_line.calls COMMAND key=value ... --call key=value ... --call ...`: one command several times in one process.
 
 Each `--call` starts a call with the common overrides and its own. The imports are paid once; the first call that does
 not end well ends the batch with its exit code.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from launch import cli
+from launch.command_line import cli
 
 CALL = "--call"
 

@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.cluster import ClusterConfig
-from launch.scheduling import DIRECTIVES
+from launch.cluster.profile import ClusterConfig
+from launch.cluster.scheduling import DIRECTIVES
 
 ENDED_NAME = "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
 ATTEMPTS_NAME = "attempts"  # one line a start of the ranks

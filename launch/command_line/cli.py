@@ -135,17 +135,17 @@ def read_call(arguments: list[str]) -> Call:
 
 
 def execute(call: Call) -> int:
-    from launch import configs
+    from launch.composition import compose as configs
 
     module = configs.load_command(call.command)
     place_words(call, getattr(module, "POSITIONAL", None))
     if call.help:
-        from launch.help import command_help
+        from launch.command_line.help import command_help
 
         print(command_help(call.command, call.overrides))
         return 0
     if call.multirun:
-        from launch.multirun import plan_jobs, run_all
+        from launch.command_line.multirun import plan_jobs, run_all
 
         jobs = plan_jobs(call.command, call.overrides)
         if not call.show_config:

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from launch.doctor_cluster import examine_cluster
-from launch.findings import Finding, gibibytes
+from launch.doctor.cluster import examine_cluster
+from launch.doctor.findings import Finding, gibibytes
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 2**30

@@ -1,4 +1,4 @@
-"""One rank of a local run: `python -m launch.worker --task TASK --config FILE`, started by `launch/local.py`."""
+"""One rank of a local run: `python -m launch.local.worker --task TASK --config FILE`, started by `launch/local/ranks.py`."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from launch.batch_script import ATTEMPTS_NAME, ENDED_NAME, LOG_NAME, PROGRESS_NAME
-from launch.slurm import QueuedJob, remembered_state
+from launch.cluster.batch_script import ATTEMPTS_NAME, ENDED_NAME, LOG_NAME, PROGRESS_NAME
+from launch.cluster.slurm import QueuedJob, remembered_state
 from model.errors import UserError
 from model.files import replace_file
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.worker import ANSWER_NAME, PARENT_VARIABLE, REPORT_VARIABLE
+from launch.local.worker import ANSWER_NAME, PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
 from training.config import TrainConfig, save_yaml
 from training.objectives.next_token import RENDEZVOUS_VARIABLE
@@ -97,7 +97,7 @@ class Supervisor:
         log = open(log_path, "ab") if log_path else None  # noqa: SIM115 (closed below)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "launch.worker", "--task", self.task, "--config", str(config_path)],
+                [sys.executable, "-m", "launch.local.worker", "--task", self.task, "--config", str(config_path)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log or 2,
@@ -139,7 +139,7 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
 
 
 def run_ranks(task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int) -> dict[str, Any]:
-    """Run a task of `launch.worker` in one process a rank, and return what rank 0 answers. Raises as `run_local`."""
+    """Run a task of `launch.local.worker` in one process a rank, and return what rank 0 answers. Raises as `run_local`."""
     supervisor = Supervisor(task, config_path, folder, log_folder, world_size)
     codes = supervisor.wait()
     judge_exits(supervisor.workers, codes, supervisor.signals_sent)

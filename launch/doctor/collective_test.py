@@ -1,4 +1,4 @@
-"""`python -m launch.collective_test STORE SECONDS`: all-reduces between local processes; one JSON object on stdout."""
+"""`python -m launch.doctor.collective_test STORE SECONDS`: all-reduces between local processes; one JSON object on stdout."""
 
 from __future__ import annotations
 

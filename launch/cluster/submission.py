@@ -15,13 +15,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launch import slurm
-from launch.batch_script import SHARE, BatchJob, render
-from launch.cli import command_summaries
-from launch.cluster import ClusterConfig
-from launch.configs import compose_tree
-from launch.jobs import CODE_FOLDER, CONFIG_NAME, JobFolder, JobRecord, find_lost, job_state, locked
-from launch.snapshot import snapshot
+from launch.cluster import slurm
+from launch.cluster.batch_script import SHARE, BatchJob, render
+from launch.cluster.job_folders import CODE_FOLDER, CONFIG_NAME, JobFolder, JobRecord, find_lost, job_state, locked
+from launch.cluster.profile import ClusterConfig
+from launch.cluster.snapshot import snapshot
+from launch.command_line.cli import command_summaries
+from launch.composition.compose import compose_tree
 from model.errors import UserError
 from model.files import replace_file
 from training.config import TrainConfig, differences, fixed_of, load_yaml, save_yaml
@@ -83,7 +83,7 @@ def command_work(
         shares=shares,
         num_accelerators=num_accelerators,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-        calls=[[*PYTHON_MODULE, "launch.cli", command, *group] for group in groups],
+        calls=[[*PYTHON_MODULE, "launch.command_line.cli", command, *group] for group in groups],
     )
 
 
@@ -121,7 +121,7 @@ def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) 
             expected=f"a multiple of {per_node}, or fewer than {per_node}",
             fix="change parallel.data or cluster.tasks_per_node",
         )
-    job.calls = [[*PYTHON_MODULE, "launch.task", "--config", str(folder.path / CONFIG_NAME)]]
+    job.calls = [[*PYTHON_MODULE, "launch.cluster.rank", "--config", str(folder.path / CONFIG_NAME)]]
     job.num_tasks, job.tasks_per_node = world_size, min(per_node, world_size)
     job.num_accelerators_per_node = job.tasks_per_node
     job.checkpoints = (config.stage_folder / "checkpoints").absolute()
@@ -230,7 +230,7 @@ def submit_summary(folder: Path, name: str, cluster: ClusterConfig, after: list[
             title=f"{name}/sweep",
             run_folder=folder,
             fingerprint=" ".join(after),
-            calls=[[*PYTHON_MODULE, "launch.sweep", str(folder)]],
+            calls=[[*PYTHON_MODULE, "launch.report.sweep", str(folder)]],
             outputs=[folder / "summary.html"],
         )
         return enqueue(work, cluster, job_folder, after, before, whatever_happens=True).job_id
@@ -238,7 +238,7 @@ def submit_summary(folder: Path, name: str, cluster: ClusterConfig, after: list[
 
 def run_here(work: Work, cluster: ClusterConfig) -> dict[str, Any]:
     """The same script, started on this machine; signals reach it, and its exit code comes back."""
-    from launch.subprocesses import run_supervised
+    from launch.local.subprocesses import run_supervised
 
     with locked(work.run_folder):
         folder = JobFolder(work.run_folder, work.name)

@@ -22,7 +22,7 @@ from typing import Any
 
 from model.errors import UserError
 
-COMMAND_FOLDER = Path(__file__).resolve().parent / "commands"
+COMMAND_FOLDER = Path(__file__).resolve().parents[1] / "commands"
 
 
 @dataclass

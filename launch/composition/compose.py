@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from model.errors import UserError
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "conf"
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 
 
 def load_command(name: str) -> types.ModuleType:

@@ -16,28 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
-
-from data_pipeline.loading.batch import MicroBatch  # noqa: E402
-from launch.plan.collectives import by_group, recorded  # noqa: E402
-from launch.plan.layout import Batch, Layout  # noqa: E402
-from launch.plan.memory import stage_parameters  # noqa: E402
-from launch.plan.shape import ModelShape  # noqa: E402
-from model.backbone.token_losses import token_losses  # noqa: E402
-from model.backbone.transformer import build_model  # noqa: E402
-from model.config import ModelConfig, count_parameters  # noqa: E402
-from model.parallel import groups  # noqa: E402
-from model.parallel.sharding import logical_parameters  # noqa: E402
-from model.vocabulary import TokenClass  # noqa: E402
-from training.engines.forward import MicroStep, StageInput, StepTotals  # noqa: E402
+from data_pipeline.loading.batch import MicroBatch
+from launch.plan.collectives import by_group, recorded
+from launch.plan.layout import Batch, Layout
+from launch.plan.memory import stage_parameters
+from launch.plan.shape import ModelShape
+from model.backbone.token_losses import token_losses
+from model.backbone.transformer import build_model
+from model.config import ModelConfig, count_parameters
+from model.parallel import groups
+from model.parallel.megatron import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+    get_forward_backward_func,
+    parallel_state,
+)
+from model.parallel.sharding import logical_parameters
+from model.vocabulary import TokenClass
+from training.engines.forward import MicroStep, StageInput, StepTotals
 
 
 def simulate(config: ModelConfig, layout: Layout, batch: Batch) -> dict[str, Any]:

@@ -15,15 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-
-from model.backbone.key_value_cache import KeyValueCache  # noqa: E402
+from model.backbone.key_value_cache import KeyValueCache
+from model.parallel.megatron import MegatronModule, PackedSeqParams, gather_from_sequence_parallel_region
 
 # Lengths are rounded up to steps of this ratio, so that a few batched calls serve all spans.
 _LENGTH_RATIO = 1.25

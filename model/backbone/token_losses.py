@@ -7,14 +7,8 @@ from typing import Any
 
 import torch
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
-
-from model.vocabulary import TokenClass, Vocabulary  # noqa: E402
+from model.parallel.megatron import parallel_state, vocab_parallel_cross_entropy
+from model.vocabulary import TokenClass, Vocabulary
 
 
 class _MaskColumns(torch.autograd.Function):

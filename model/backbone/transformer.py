@@ -10,27 +10,24 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
+from model.backbone.key_value_cache import KeyValueCache
+from model.backbone.packed_attention import CachedSequences, PackedAttention, rotary_tables
+from model.config import ModelConfig
 from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from model.parallel.initialization import initialize
+from model.parallel.megatron import (
+    GPTModel,
+    ModuleSpec,
+    TransformerBlockSubmodules,
+    TransformerConfig,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_num_layers_to_build,
+    parallel_state,
+    set_model_to_sequence_parallel,
 )
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
-from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
-
-from model.backbone.key_value_cache import KeyValueCache  # noqa: E402
-from model.backbone.packed_attention import CachedSequences, PackedAttention, rotary_tables  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
-from model.parallel.initialization import initialize  # noqa: E402
-from model.parallel.sharding import mark_split_parameters  # noqa: E402
-from model.vocabulary import Vocabulary  # noqa: E402
+from model.parallel.sharding import mark_split_parameters
+from model.vocabulary import Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

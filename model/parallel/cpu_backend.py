@@ -4,8 +4,8 @@ megatron-core names the device "cuda" literally in some hundred places. `install
 `megatron.core` that compiles its sources with those names replaced, so that the very engine which trains on GPUs also
 runs on a CPU over gloo. The hook works on the syntax tree and does nothing where an accelerator is present.
 
-Call `install()` before the first import of `megatron.core`, in every process: the modules of this project that need
-megatron do it at their top.
+`model/parallel/megatron.py` calls `install()` before the first import of `megatron.core`; everything else of this
+project gets megatron's names from there.
 
 `REWRITTEN` and `HARMLESS` list every device name found in megatron-core 0.16; `unknown_device_names` finds others and
 a test runs it over the installed sources, so that a new release cannot bring a device name unnoticed.

@@ -30,9 +30,9 @@ def initialize(
     torch's ("file:///path" or "env://"); a single process needs none. A torch process group that is already there is
     used as it is. Raises `UserError` when the layout does not divide the number of ranks.
     """
-    cpu_backend.install()
     import torch.distributed as distributed
-    from megatron.core import parallel_state
+
+    from model.parallel.megatron import parallel_state
 
     if not distributed.is_initialized():
         _join(rank, world_size, init_method, timeout_seconds)
@@ -76,17 +76,16 @@ def _join(rank: int | None, world_size: int | None, init_method: str | None, tim
 
 
 def is_initialized() -> bool:
-    cpu_backend.install()
-    from megatron.core import parallel_state
+    from model.parallel.megatron import parallel_state
 
     return parallel_state.model_parallel_is_initialized()
 
 
 def destroy() -> None:
     """Forget the layout and leave the process group. Does nothing where there is none."""
-    cpu_backend.install()
     import torch.distributed as distributed
-    from megatron.core import parallel_state
+
+    from model.parallel.megatron import parallel_state
 
     parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
@@ -95,10 +94,9 @@ def destroy() -> None:
 
 def seed_random_streams(seed: int) -> None:
     """Seed dropout: one stream per tensor-parallel rank inside split regions, one shared by them outside."""
-    cpu_backend.install()
     import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from model.parallel.megatron import model_parallel_cuda_manual_seed, parallel_state
 
     # Stages and replicas draw different masks; tensor-parallel ranks must agree outside their split regions.
     stage = parallel_state.get_pipeline_model_parallel_rank()

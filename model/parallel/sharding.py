@@ -8,14 +8,8 @@ from typing import Any
 
 import torch
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
-
-from model.errors import UserError  # noqa: E402
+from model.errors import UserError
+from model.parallel.megatron import ShardedTensor, ShardedTensorFactory, parallel_state
 
 
 @dataclass(frozen=True)

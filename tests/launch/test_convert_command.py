@@ -89,7 +89,7 @@ def test_mistakes_are_refused(arguments, expected, capsys, tmp_path, monkeypatch
 def test_conversion_needs_neither_torch_nor_megatron(fresh, tmp_path):
     """Of a checkpoint that exists: reshard and to_hf are copies of bytes."""
     code = (
-        "import sys; from launch import cli; cli.main(sys.argv[1:]);"
+        "import sys; from launch.command_line import cli; cli.main(sys.argv[1:]);"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     for action in (["reshard", "tensor=2"], ["to_hf", "layout=emu35"]):

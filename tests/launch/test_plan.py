@@ -241,7 +241,7 @@ def test_answer_for_the_published_stage_on_1024_accelerators(capsys):
 
 def test_planning_imports_no_torch():
     script = (
-        "import sys; from launch import cli; assert cli.main(['plan', 'cluster.num_accelerators=64', 'json=true']) == 0; "
+        "import sys; from launch.command_line import cli; assert cli.main(['plan', 'cluster.num_accelerators=64', 'json=true']) == 0; "
         "assert not {'torch', 'megatron', 'numpy.linalg.lapack_lite'} & set(sys.modules) - {'numpy.linalg.lapack_lite'}"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

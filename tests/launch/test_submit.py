@@ -36,7 +36,7 @@ def check_syntax(script: str) -> None:
 
 def test_a_dry_run_prints_the_script_alone_and_imports_nothing_heavy(tmp_path):
     code = (
-        "import sys; from launch import cli; code = cli.main(sys.argv[1:]);"
+        "import sys; from launch.command_line import cli; code = cli.main(sys.argv[1:]);"
         "heavy = {'torch', 'megatron', 'transformers', 'datatrove', 'wandb'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )

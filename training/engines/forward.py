@@ -11,19 +11,14 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-
-from data_pipeline.loading.batch import MicroBatch  # noqa: E402
-from model.backbone.packed_attention import PackedDocuments, context_token_ids, pack_documents  # noqa: E402
-from model.backbone.token_losses import sum_losses, token_losses  # noqa: E402
-from model.backbone.transformer import DTYPES  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
-from model.vocabulary import TokenClass, Vocabulary  # noqa: E402
-from training.engines.base import StepResult  # noqa: E402
+from data_pipeline.loading.batch import MicroBatch
+from model.backbone.packed_attention import PackedDocuments, context_token_ids, pack_documents
+from model.backbone.token_losses import sum_losses, token_losses
+from model.backbone.transformer import DTYPES
+from model.config import ModelConfig
+from model.parallel.megatron import parallel_state
+from model.vocabulary import TokenClass, Vocabulary
+from training.engines.base import StepResult
 
 
 @dataclass

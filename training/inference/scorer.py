@@ -13,24 +13,18 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-
-from model.backbone.packed_attention import context_token_ids, pack_documents  # noqa: E402
-from model.backbone.token_losses import token_losses  # noqa: E402
-from model.backbone.transformer import DTYPES, build_model  # noqa: E402
-from model.checkpoint.reader import CheckpointReader  # noqa: E402
-from model.config import ModelConfig  # noqa: E402
-from model.parallel import groups  # noqa: E402
-from model.parallel.sharding import load_weights  # noqa: E402
-from model.vocabulary import Vocabulary  # noqa: E402
-from training.config import ParallelConfig  # noqa: E402
-from training.inference.scoring import Documents, ScoreConfig, open_inputs, writing  # noqa: E402
-from training.objectives.next_token import RENDEZVOUS_VARIABLE  # noqa: E402
+from model.backbone.packed_attention import context_token_ids, pack_documents
+from model.backbone.token_losses import token_losses
+from model.backbone.transformer import DTYPES, build_model
+from model.checkpoint.reader import CheckpointReader
+from model.config import ModelConfig
+from model.parallel import cpu_backend, groups
+from model.parallel.megatron import get_forward_backward_func, parallel_state
+from model.parallel.sharding import load_weights
+from model.vocabulary import Vocabulary
+from training.config import ParallelConfig
+from training.inference.scoring import Documents, ScoreConfig, open_inputs, writing
+from training.objectives.next_token import RENDEZVOUS_VARIABLE
 
 # Tokens whose logits exist at once: all ids of a large vocabulary take a megabyte each.
 LOGIT_ROWS = 512

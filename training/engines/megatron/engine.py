@@ -10,28 +10,27 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
-
-from data_pipeline.loading.batch import MicroBatch  # noqa: E402
-from model.backbone.transformer import build_model  # noqa: E402
-from model.config import count_parameters  # noqa: E402
-from model.errors import Problems, UserError  # noqa: E402
-from model.parallel import groups  # noqa: E402
-from model.parallel.sharding import logical_parameters  # noqa: E402
-from model.vocabulary import Vocabulary  # noqa: E402
-from training.config import TrainConfig  # noqa: E402
-from training.engines.base import Shard, ShardReader, StepResult  # noqa: E402
-from training.engines.forward import MicroStep, StepTotals  # noqa: E402
-from training.engines.megatron.optimizer import build_optimizer, get_step, optimized_parts, set_learning_rate, set_step  # noqa: E402
-from training.engines.shards import read_into, shards_of  # noqa: E402
+from data_pipeline.loading.batch import MicroBatch
+from model.backbone.transformer import build_model
+from model.config import count_parameters
+from model.errors import Problems, UserError
+from model.parallel import cpu_backend, groups
+from model.parallel.megatron import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    clip_grad_by_total_norm_fp32,
+    finalize_model_grads,
+    get_cuda_rng_tracker,
+    get_forward_backward_func,
+    parallel_state,
+)
+from model.parallel.sharding import logical_parameters
+from model.vocabulary import Vocabulary
+from training.config import TrainConfig
+from training.engines.base import Shard, ShardReader, StepResult
+from training.engines.forward import MicroStep, StepTotals
+from training.engines.megatron.optimizer import build_optimizer, get_step, optimized_parts, set_learning_rate, set_step
+from training.engines.shards import read_into, shards_of
 
 
 class MegatronEngine:

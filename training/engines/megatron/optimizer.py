@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 
-from model.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
-from megatron.core.optimizer.optimizer import MegatronOptimizer  # noqa: E402
-
-from training.config import OptimizerConfig  # noqa: E402
+from model.parallel.megatron import (
+    DistributedOptimizer,
+    MegatronOptimizer,
+    MegatronOptimizerConfig,
+    get_megatron_optimizer,
+)
+from training.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -116,16 +116,26 @@ class ReliabilityConfig:
 
 
 @dataclass
+class CallbackEntry:
+    """A callback of the user's own: a `training.callbacks.base.Callback`, made with `options` as arguments."""
+
+    path: str = ""  # package.module.Class
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class TrainConfig:
     name: str = "default"
     run_folder: str = "runs/default"  # the stage writes below run_folder/stage.name
     seed: int = 1234
+    engine: str | None = None  # megatron | package.module.Class; null: the objective's own
     model: ModelConfig = field(default_factory=ModelConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
+    callbacks: dict[str, CallbackEntry] = field(default_factory=dict)  # the user's own, by any name
     json: bool = False  # print one JSON object on stdout at the end
 
     @property
@@ -248,7 +258,7 @@ def _validate_stage(config: TrainConfig, problems: Problems) -> None:
         "stage.name=pretrain_1",
     )
     problems.check(
-        stage.objective in OBJECTIVES,
+        stage.objective in OBJECTIVES or "." in stage.objective,
         "stage.objective",
         f"unknown value {stage.objective!r}",
         f"stage.objective={'|'.join(OBJECTIVES)}",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,9 @@ from typing import Any
 from model.errors import UserError
 from training.callbacks.base import Callback
 from training.config import TrainConfig, differences, fixed_of, results_of
-from training.engines.base import DataSource, Engine, StepResult
+from training.contracts.job import Job
+from training.contracts.objective import StepResult
+from training.contracts.run_view import LoopState
 from training.metrics import StepRecord
 from training.reliability.checkpoint import CheckpointFailed, CheckpointStore
 from training.reliability.events import EventLog, tell
@@ -22,28 +21,13 @@ from training.reliability.signals import StopSignals
 from training.reliability.watchdog import Heartbeat
 from training.schedule import learning_rate
 
-SECONDS_BETWEEN_LOOKS = 0.2  # how soon a signal is heard while waiting for data
-
-
-@dataclass
-class TrainState:
-    """Where a run is. All of it is in each checkpoint."""
-
-    step: int = 0  # steps done, applied or skipped
-    next_sample: int = 0  # first sample of the next global batch
-    num_tokens: int = 0  # positions of all batches so far
-    num_skipped_steps: int = 0
-    skipped_windows: list[list[int]] = field(default_factory=list)  # [first, end) samples, by rollbacks
-    wall_seconds: float = 0.0  # in the loop, restarts included
-
 
 @dataclass
 class Run:
     """All that takes part in one run of the loop; what callbacks are shown."""
 
     config: TrainConfig
-    engine: Engine
-    data: DataSource
+    job: Job
     store: CheckpointStore
     guard: StepGuard
     callbacks: list[Callback]  # in order
@@ -51,8 +35,7 @@ class Run:
     events: EventLog
     heartbeat: Heartbeat
     config_yaml: str = ""  # goes into each checkpoint folder
-    metadata: dict[str, Any] = field(default_factory=dict)  # the objective's share of the manifest
-    state: TrainState = field(default_factory=TrainState)
+    state: LoopState = field(default_factory=LoopState)
     saved_step: int = -1  # of the newest checkpoint known to be complete
     loop_started: float = 0.0  # monotonic time at which the run would have begun without a restart
 
@@ -62,36 +45,37 @@ def train(run: Run) -> str:
 
     Raises `UserError` when the run cannot go on. No error path uses a collective: the other ranks may be gone.
     """
-    batches = BatchFetcher(run.data.batch)
     status = "failed"
     try:
         for callback in run.callbacks:
             callback.on_start(run)
-        status = _run_steps(run, batches)
+        status = _run_steps(run)
         return status
     finally:
-        batches.close()
+        run.job.batches.close()
         for callback in run.callbacks:
             callback.on_end(run, status)
 
 
-def _run_steps(run: Run, batches: BatchFetcher) -> str:
-    state, engine, enter = run.state, run.engine, run.heartbeat.enter
+def _run_steps(run: Run) -> str:
+    state, engine, objective, enter = run.state, run.job.engine, run.job.objective, run.heartbeat.enter
     run.loop_started = time.monotonic() - state.wall_seconds
     while state.step < run.config.stage.steps:
         started = time.monotonic()
         enter("wait for data", state.step)
-        micro_batches = batches.wait(state.next_sample, lambda: run.signals.received is not None)
+        batches = run.job.batches.next(state, engine, lambda: run.signals.received is not None)
         enter("agree on stopping")
-        if engine.any_rank(run.signals.received is not None):
+        if engine.ranks.any_rank(run.signals.received is not None):
             return _stop(run)
         enter("forward and backward")
-        result = engine.forward_backward(micro_batches)
-        decision = run.guard.judge(result.loss, result.gradient_norm)
+        sums = engine.forward_backward(batches, objective)
+        enter("read the step's figures")
+        result = objective.result(*sums.read())
+        decision = run.guard.judge(result)
         rate = learning_rate(run.config.stage.optimizer, state.step + 1, run.config.stage.steps)
         enter(f"optimizer: {decision.verdict.value}")
         if decision.verdict is Verdict.APPLY:
-            engine.optimizer_step(rate)
+            engine.optimizer_step(rate, result.gradient_norm)
         else:
             engine.discard_gradients()
             if decision.verdict is not Verdict.SKIP:
@@ -185,7 +169,7 @@ def save(run: Run) -> None:
     except CheckpointFailed as error:
         run.events.record("checkpoint_failed", step=state.step, error=str(error))
         is_last = state.step >= run.config.stage.steps or run.signals.received is not None
-        is_last = run.engine.any_rank(is_last)
+        is_last = run.job.engine.ranks.any_rank(is_last)
         if is_last or not run.store.has_checkpoint():
             raise UserError(
                 f"the checkpoint of step {state.step} cannot be written",
@@ -193,7 +177,7 @@ def save(run: Run) -> None:
                 got=str(error),
                 fix="free space on that disk and start the same command again",
             ) from None
-        if run.engine.rank == 0:
+        if run.job.engine.ranks.rank == 0:
             tell(f"the checkpoint of step {state.step} failed: {error}; training goes on")
         return
     run.saved_step = state.step
@@ -205,13 +189,18 @@ def save(run: Run) -> None:
 def manifest_metadata(run: Run) -> dict[str, Any]:
     state = run.state
     callback_states = {callback.name: callback.state() for callback in run.callbacks}
-    return run.metadata | {
+    return run.job.objective.metadata() | {
         "step": state.step,
         "consumed_samples": state.next_sample,
-        "data_fingerprint": run.data.fingerprint,
+        "data_fingerprint": run.job.batches.fingerprint,
         "config": run.config.to_dict(),
         "wandb_run_id": callback_states.get("wandb", {}).get("run_id"),
-        "state": {"train": asdict(state), "guard": run.guard.state(), "callbacks": callback_states},
+        "state": {
+            "train": asdict(state),
+            "guard": run.guard.state(),
+            "callbacks": callback_states,
+            "batches": run.job.batches.state(),
+        },
     }
 
 
@@ -234,6 +223,7 @@ def _load(run: Run, folder: Path) -> None:
     for name, value in saved["train"].items():
         setattr(run.state, name, value)
     run.guard.load_state(saved["guard"])
+    run.job.batches.load(saved.get("batches", {}))
     for callback in run.callbacks:
         if callback.name in saved["callbacks"]:
             callback.load_state(saved["callbacks"][callback.name])
@@ -251,13 +241,13 @@ def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
             got="; ".join(changed),
             fix="set these back, or choose another run_folder or stage.name",
         )
-    if manifest["data_fingerprint"] != run.data.fingerprint:
+    if manifest["data_fingerprint"] != run.job.batches.fingerprint:
         if not run.config.checkpoint.allow_data_change:
             raise UserError(
                 "the data are not those that the checkpoint was trained on",
                 where=str(folder),
                 expected=f"data fingerprint {manifest['data_fingerprint']}",
-                got=run.data.fingerprint,
+                got=run.job.batches.fingerprint,
                 fix="bring the data or the mixture back, or say checkpoint.allow_data_change=true",
             )
         run.events.record("data_changed", checkpoint=folder.name)
@@ -276,45 +266,11 @@ def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
 
 def report_damage(run: Run, folder: Path, damage: str) -> None:
     run.events.record("damaged_checkpoint", checkpoint=folder.name, damage=damage)
-    if run.engine.rank == 0:
+    if run.job.engine.ranks.rank == 0:
         tell(f"checkpoint {folder} is damaged ({damage}); the one before it is used")
 
 
 def _announce(run: Run, event: str, message: str, reason: str, **details: Any) -> None:
-    if run.engine.rank == 0:
+    if run.job.engine.ranks.rank == 0:
         run.events.record(event, step=run.state.step, reason=reason, **details)
         tell(message)
-
-
-class BatchFetcher:
-    """Reads batches in a thread, so that the main thread hears signals while the data keep it waiting."""
-
-    def __init__(self, read: Callable[[int], Sequence[Any]]):
-        self._read = read
-        self._requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="batches", daemon=True).start()
-
-    def wait(self, first_sample: int, interrupted: Callable[[], bool]) -> Sequence[Any]:
-        """The batch that starts at `first_sample`; empty when interrupted before it came."""
-        self._requests.put(first_sample)
-        while True:
-            try:
-                batch, error = self._answers.get(timeout=SECONDS_BETWEEN_LOOKS)
-            except queue.Empty:
-                if interrupted():
-                    return ()
-                continue
-            if error is not None:
-                raise error
-            return batch
-
-    def close(self) -> None:
-        self._requests.put(None)
-
-    def _serve(self) -> None:
-        while (first_sample := self._requests.get()) is not None:
-            try:
-                self._answers.put((self._read(first_sample), None))
-            except BaseException as error:  # handed to the main thread, which raises it
-                self._answers.put((None, error))

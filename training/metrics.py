@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.engines.base import StepResult
+from training.contracts.objective import StepResult
 from training.reliability.json_lines import read_json_lines
 
 METRICS_NAME = "metrics.jsonl"
@@ -32,19 +32,16 @@ class StepRecord:
     def to_line(self) -> dict[str, Any]:
         """JSON values; a loss that is not finite becomes null."""
         result = self.result
-        line: dict[str, Any] = {"step": self.step, "loss": _finite(result.loss)}
-        line |= {f"loss_{name}": _finite(loss) for name, loss in result.loss_by_class.items()}
-        line |= {
+        line = {
+            "step": self.step,
+            "loss": _finite(result.loss),
             "gradient_norm": _finite(result.gradient_norm),
             "learning_rate": self.learning_rate,
             "tokens": result.num_tokens,
             "consumed_samples": self.consumed_samples,
             "step_seconds": round(self.step_seconds, 6),
-            "tokens_by_class": dict(result.tokens_by_class),
-            "tokens_by_source": dict(result.tokens_by_source),
-            "loss_by_source": {name: _finite(loss) for name, loss in result.loss_by_source.items()},
         }
-        line |= {name: _finite(value) for name, value in result.extra.items()}
+        line |= {name: _finite(value) for name, value in result.metrics.items()}
         return line | ({"skipped": self.skipped} if self.skipped else {})
 
 
@@ -61,5 +58,8 @@ def first_and_last_loss(stage_folder: Path) -> tuple[float | None, float | None]
     return losses[0], sum(last) / len(last)
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: Any) -> Any:
+    """A figure, or figures by name, as JSON can hold them."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
     return value if math.isfinite(value) else None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
 import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,9 @@ from model.files import replace_file
 from training.config import TrainConfig, save_yaml
 
 if TYPE_CHECKING:
-    from training.engines.base import DataSource, Engine
+    from training.contracts.job import Job
+    from training.contracts.objective import Objective
+    from training.contracts.shards import ShardStore
     from training.loop import Run
 
 CONFIG_NAME = "config.yaml"
@@ -29,20 +29,6 @@ SUMMARY_NAME = "summary.json"
 LOCK_NAME = ".lock"
 LOCK_PATIENCE_SECONDS = 5.0  # the ranks of a run that was just killed need a moment to go
 EXIT_STOPPED = 3
-
-# Modules with `build(config) -> Job`, whose steps the loop runs.
-LOOPED_OBJECTIVES = {"next_token": "training.objectives.next_token", "vision_tokenizer": "training.tokenizers.vision"}
-# Modules with `fit(config) -> dict`: done in one go, without steps.
-FITTED_OBJECTIVES = {"text_tokenizer": "training.tokenizers.text"}
-
-
-@dataclass
-class Job:
-    """What an objective gives to the loop. `metadata` is its share of each checkpoint's manifest."""
-
-    engine: Engine
-    data: DataSource
-    metadata: dict[str, Any] = field(default_factory=dict)  # at least "kind"
 
 
 class StoppedEarly(SystemExit):
@@ -70,12 +56,7 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
         if is_first_rank:
             with told_to_the_user(folder):
                 save_yaml(config, folder / CONFIG_NAME, versions())
-        if config.stage.objective in FITTED_OBJECTIVES:
-            module = importlib.import_module(FITTED_OBJECTIVES[config.stage.objective])
-            summary = {"name": config.stage.name} | module.fit(config)
-        else:
-            module = importlib.import_module(LOOPED_OBJECTIVES[config.stage.objective])
-            summary = train_job(config, module.build)
+        summary = {"name": config.stage.name} | learn(config)
         summary |= {"objective": config.stage.objective, "config_fingerprint": config.fingerprint()}
         if is_first_rank:
             with told_to_the_user(folder):
@@ -97,28 +78,47 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
     return summary if summary.get("config_fingerprint") == config.fingerprint() else None
 
 
-def train_job(config: TrainConfig, build: Any) -> dict[str, Any]:
-    """Build the job with `build(config)`, resume it, run the loop; the figures of the summary."""
-    from training.loop import train
+def learn(config: TrainConfig) -> dict[str, Any]:
+    """Fit, or train step by step, what the stage's objective says; the figures of the summary."""
+    from training.contracts.objective import FittedObjective
+    from training.objectives.registry import make_objective
     from training.reliability.signals import StopSignals
-    from training.reliability.watchdog import Watchdog
 
+    objective = make_objective(config)
+    if isinstance(objective, FittedObjective):
+        return objective.fit()
     with StopSignals() as signals:
-        job: Job = build(config)
+        job = build(config, objective)
         with told_to_the_user(config.stage_folder):
             run = assemble(config, job, signals)
-        timeout = config.reliability.hang_timeout_seconds
-        with Watchdog(run.heartbeat, run.events, job.engine.world_size, timeout):
-            prepare(run)
-            status = train(run)
-            summary = summarize(run)
-            run.heartbeat.enter("close")
-            # Not after an error: an engine is closed by all ranks together, and the others may be gone.
-            job.data.close()
-            job.engine.barrier()
-            job.engine.close()
-        run.events.record(status, step=run.state.step)
-        run.events.close()
+        return run_to_the_end(run)
+
+
+def build(config: TrainConfig, objective: Objective) -> Job:
+    """Objective, engine and batches put together; neither of them knows the others' insides."""
+    from training.contracts.job import Job
+    from training.engines.registry import make_engine
+
+    engine = make_engine(config, objective)
+    return Job(engine, objective, objective.batches(engine.ranks))
+
+
+def run_to_the_end(run: Run) -> dict[str, Any]:
+    from training.loop import train
+    from training.reliability.watchdog import Watchdog
+
+    engine = run.job.engine
+    timeout = run.config.reliability.hang_timeout_seconds
+    with Watchdog(run.heartbeat, run.events, engine.ranks.world_size, timeout):
+        prepare(run)
+        status = train(run)
+        summary = summarize(run)
+        run.heartbeat.enter("close")
+        # Not after an error: an engine is closed by all ranks together, and the others may be gone.
+        engine.ranks.barrier()
+        engine.close()
+    run.events.record(status, step=run.state.step)
+    run.events.close()
     if status == "stopped":
         raise StoppedEarly
     return summary
@@ -128,35 +128,26 @@ def assemble(config: TrainConfig, job: Job, signals: Any) -> Run:
     """Put the loop's parts together for this rank. Files for people are written by rank 0 only."""
     from omegaconf import OmegaConf
 
-    from training.callbacks.base import Callback, in_order
-    from training.callbacks.metrics_file import MetricsFile
-    from training.callbacks.progress import ProgressLine
-    from training.callbacks.wandb_logger import WandbLogger
+    from training.callbacks.base import in_order
+    from training.callbacks.registry import make_callbacks
     from training.loop import Run
     from training.reliability.checkpoint import CheckpointStore
     from training.reliability.events import EventLog
     from training.reliability.guard import StepGuard
     from training.reliability.watchdog import Heartbeat
 
-    folder, engine = config.stage_folder, job.engine
-    events = EventLog(folder, engine.rank)
-    heartbeat = Heartbeat(folder, engine.rank)
-    callbacks: list[Callback] = []
-    if engine.rank == 0:
-        callbacks += [MetricsFile(folder, events, config.logging.every_steps), ProgressLine()]
-        if config.logging.wandb_mode != "disabled":
-            callbacks.append(WandbLogger(folder, events, config.logging))
+    folder, ranks = config.stage_folder, job.engine.ranks
+    events = EventLog(folder, ranks.rank)
+    heartbeat = Heartbeat(folder, ranks.rank)
     return Run(
         config=config,
-        engine=engine,
-        data=job.data,
-        store=CheckpointStore(folder, engine, config.checkpoint.keep, heartbeat.enter),
+        job=job,
+        store=CheckpointStore(folder, ranks, job.engine.shards, config.checkpoint.keep, heartbeat.enter),
         guard=StepGuard(config.reliability),
-        callbacks=in_order(callbacks),
+        callbacks=in_order(make_callbacks(config, events, ranks.rank)),
         signals=signals,
         events=events,
         heartbeat=heartbeat,
-        metadata=job.metadata,
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(config.to_dict())),
     )
 
@@ -168,18 +159,18 @@ def prepare(run: Run) -> None:
     if resume(run):
         return
     source = run.config.stage.initialize_from
-    run.events.record("start", initialize_from=source, world_size=run.engine.world_size)
+    run.events.record("start", initialize_from=source, world_size=run.job.engine.ranks.world_size)
     if source is not None:
-        load_weights(run.engine, Path(source))
+        load_weights(run.job.engine.shards, Path(source))
 
 
-def load_weights(engine: Engine, source: Path) -> None:
+def load_weights(shards: ShardStore, source: Path) -> None:
     """Weights of another stage or checkpoint folder, whatever layout wrote them; the optimizer stays fresh."""
     from model.checkpoint.reader import CheckpointReader
     from training.reliability.checkpoint import resolve_initial
 
     with CheckpointReader(resolve_initial(source)) as reader:
-        engine.load_model(reader)
+        shards.load_model(reader)
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -190,9 +181,10 @@ def summarize(run: Run) -> dict[str, Any]:
 
     run.heartbeat.enter("summarize")
     run.heartbeat.write()
-    run.engine.barrier()
+    ranks = run.job.engine.ranks
+    ranks.barrier()
     config, state = run.config, run.state
-    beats = read_heartbeats(config.stage_folder, run.engine.world_size)
+    beats = read_heartbeats(config.stage_folder, ranks.world_size)
     loss_first, loss_last = first_and_last_loss(config.stage_folder)
     layout = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context", "data")}
     return (
@@ -209,7 +201,7 @@ def summarize(run: Run) -> dict[str, Any]:
             "skipped_windows": state.skipped_windows,
             "checkpoint": str(run.store.folder / step_folder_name(state.step)),
         }
-        | run.engine.final_metrics()
+        | run.job.objective.final_metrics()
     )
 
 

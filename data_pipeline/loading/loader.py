@@ -27,7 +27,7 @@ _LAYOUT_ONLY = "padded_size"
 
 
 class PackedDataSource:
-    """Reads packed datasets in the order of a `Mixture`; implements `training.engines.base.DataSource`.
+    """Reads packed datasets in the order of a `Mixture`; see `training.objectives.offline_rows.Rows`.
 
     datasets: name -> packed folder; weights: name -> weight in the mixture. loss_weights: weight of each class of
     label, {"text", "visual", "structure"}. document_attention: "document" (attention and positions restart with each

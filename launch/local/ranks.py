@@ -16,8 +16,8 @@ from typing import Any
 
 from launch.local.worker import ANSWER_NAME, PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
+from model.parallel.groups import RENDEZVOUS_VARIABLE
 from training.config import TrainConfig, save_yaml
-from training.objectives.next_token import RENDEZVOUS_VARIABLE
 from training.stage import EXIT_STOPPED, StoppedEarly, run_stage
 
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

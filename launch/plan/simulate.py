@@ -23,7 +23,6 @@ from launch.plan.collectives import by_group, recorded
 from launch.plan.layout import Batch, Layout
 from launch.plan.memory import stage_parameters
 from launch.plan.shape import ModelShape
-from model.backbone.token_losses import token_losses
 from model.backbone.transformer import build_model
 from model.config import ModelConfig, count_parameters
 from model.parallel import groups
@@ -31,12 +30,11 @@ from model.parallel.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
-    get_forward_backward_func,
     parallel_state,
 )
 from model.parallel.sharding import logical_parameters
-from model.vocabulary import TokenClass
-from training.engines.forward import MicroStep, StageInput, StepTotals
+from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
+from training.engines.forward import Forward
 
 
 def simulate(config: ModelConfig, layout: Layout, batch: Batch) -> dict[str, Any]:
@@ -105,13 +103,23 @@ def build_part(config: ModelConfig, layout: Layout) -> Any:
     )
 
 
-class UnreportedStep(MicroStep):
-    """The engine's step without the sums of its report, which the meta device cannot count."""
+class UnreportedObjective:
+    """Next-token prediction without the sums of its report, which the meta device cannot count."""
 
-    def _loss(self, stage_input: StageInput, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        losses = token_losses(logits, stage_input.labels, self.vocabulary).view(-1)
-        loss = torch.dot(losses, stage_input.weights) * self.loss_scale
-        return loss, torch.zeros([], dtype=torch.int, device="cpu"), None
+    num_sums = 0
+
+    def inputs(self, batch: MicroBatch) -> ModelInput:
+        return ModelInput(
+            tokens=batch.tokens.reshape(-1),
+            position_ids=batch.position_ids.reshape(-1),
+            cu_seqlens=batch.cu_seqlens,
+            labels=batch.labels.reshape(-1),
+            weights=batch.loss_weights.reshape(-1),
+        )
+
+    def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
+        losses = -scores.log_probs(inputs.labels)
+        return LossSums(torch.dot(losses, inputs.weights), torch.zeros(0, dtype=torch.float64))
 
 
 class Coverage:
@@ -170,16 +178,8 @@ def trace_micro_batches(
         )
         recorder.calls.clear()  # what building takes is no part of a step
         rows = rows_of(layout, batch)
-        totals = StepTotals(1.0, np.zeros(len(TokenClass)), np.zeros(1), batch.tokens)
-        step = UnreportedStep(config, totals, torch.device("meta"))
-        get_forward_backward_func()(
-            forward_step_func=step.forward,
-            data_iterator=iter(step.prepare(rows) for _ in range(count)),
-            model=[wrapped],
-            num_microbatches=count,
-            seq_length=rows.tokens.size,
-            micro_batch_size=1,
-        )
+        forward = Forward(config, wrapped, torch.device("meta"))
+        forward.losses([rows] * count, UnreportedObjective(), torch.zeros(0))
         if layout.distributed_optimizer:
             wrapped.start_param_sync(force_sync=True)
         return recorder.calls

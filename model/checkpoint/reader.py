@@ -71,7 +71,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 class CheckpointReader:
     """Reads any rectangle of any logical tensor of one checkpoint folder, from all pieces that overlap it.
 
-    Implements `training.engines.base.ShardReader`. Files are opened on first use and memory-mapped; `close` (or
+    Implements `training.contracts.shards.ShardReader`. Files are opened on first use and memory-mapped; `close` (or
     leaving the `with` block) lets them go.
     """
 

@@ -9,9 +9,38 @@ from datetime import timedelta
 from model.errors import UserError
 from model.parallel import cpu_backend
 
+RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by the launcher of local ranks; torchrun has its own
+
 
 def backend_name() -> str:
-    return "nccl" if cpu_backend.has_accelerator() else "gloo"
+    """Tensors of the host go over gloo everywhere, so that an agreement of ranks never waits for a device."""
+    return "cpu:gloo,cuda:nccl" if cpu_backend.has_accelerator() else "gloo"
+
+
+class MegatronRanks:
+    """This process among the ranks of the layout that is initialised; see `training.contracts.batches.Ranks`."""
+
+    def __init__(self) -> None:
+        import torch.distributed as distributed
+
+        from model.parallel.megatron import parallel_state
+
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+
+    def any_rank(self, flag: bool) -> bool:
+        import torch
+        import torch.distributed as distributed
+
+        value = torch.tensor([int(flag)])
+        distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        import torch.distributed as distributed
+
+        distributed.barrier()
 
 
 def initialize(

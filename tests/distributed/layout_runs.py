@@ -12,6 +12,7 @@ from data_pipeline.loading.batch import MicroBatch
 from model.config import ModelConfig
 from model.vocabulary import VocabularyConfig
 from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig
+from training.contracts.objective import StepResult
 
 ROW_TOKENS = 64
 ROWS = 8
@@ -85,25 +86,36 @@ def batch_of_step(step: int, data_rank: int, data_size: int, rows_at_once: int) 
     return [micro_batch(mine[i : i + rows_at_once]) for i in range(0, len(mine), rows_at_once)]
 
 
-def build_engine(config: TrainConfig) -> Any:
-    from training.engines.megatron.engine import MegatronEngine
+class Trainer:
+    """The real engine and objective on batches made here."""
 
-    return MegatronEngine(config, source_names=SOURCES)
+    def __init__(self, config: TrainConfig):
+        from training.engines.megatron.engine import MegatronEngine
+        from training.objectives.next_token import NextToken
 
+        self.config = config
+        self.engine = MegatronEngine(config)
+        self.ranks, self.shards = self.engine.ranks, self.engine.shards
+        self.objective = NextToken(config, NextToken.Options())
+        self.objective.source_names = list(SOURCES)
 
-def run_steps(engine: Any, first: int, last: int) -> list[Any]:
-    results = []
-    for step in range(first, last):
-        batches = batch_of_step(
-            step, engine.data_parallel_rank, engine.data_parallel_size, engine.config.stage.micro_batch_size
-        )
-        results.append(engine.forward_backward(batches))
-        engine.optimizer_step(engine.config.stage.optimizer.learning_rate)
-    return results
+    def batches(self, step: int) -> list[MicroBatch]:
+        ranks, rows_at_once = self.ranks, self.config.stage.micro_batch_size
+        return batch_of_step(step, ranks.data_parallel_rank, ranks.data_parallel_size, rows_at_once)
+
+    def forward_backward(self, step: int) -> StepResult:
+        return self.objective.result(*self.engine.forward_backward(self.batches(step), self.objective).read())
+
+    def steps(self, first: int, last: int) -> list[StepResult]:
+        results = []
+        for step in range(first, last):
+            results.append(self.forward_backward(step))
+            self.engine.optimizer_step(self.config.stage.optimizer.learning_rate, results[-1].gradient_norm)
+        return results
 
 
 def train(config: TrainConfig, num_steps: int) -> list[Any]:
-    return run_steps(build_engine(config), 0, num_steps)
+    return Trainer(config).steps(0, num_steps)
 
 
 class MemoryReader:
@@ -134,37 +146,37 @@ class MemoryReader:
         return self._place(self.tensors[key], offset, shape)
 
 
-def gather_shards(engine: Any) -> list[Any]:
+def gather_shards(trainer: Trainer) -> list[Any]:
     """All ranks' shards, on every rank."""
     import torch.distributed as distributed
 
-    mine = [*engine.model_shards(), *engine.optimizer_shards()]
+    mine = [*trainer.shards.model_shards(), *trainer.shards.optimizer_shards()]
     everyone: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, mine)
     return [shard for shards in everyone for shard in shards]
 
 
 def initial_tensors(config: TrainConfig) -> dict[str, torch.Tensor]:
-    reader = MemoryReader(gather_shards(build_engine(config)))
+    reader = MemoryReader(gather_shards(Trainer(config)))
     assert all(bool((count == 1).all()) for count in reader.covered.values()), "each element has one owner"
     return {key: tensor for key, tensor in reader.tensors.items() if key.startswith("model/")}
 
 
 def save_after(config: TrainConfig, num_steps: int) -> tuple[MemoryReader, list[Any], dict[str, torch.Tensor]]:
     """Train, save in memory, go on: the checkpoint, the losses after it and the weights after them."""
-    engine = build_engine(config)
-    run_steps(engine, 0, num_steps)
-    reader = MemoryReader([_copied(shard) for shard in gather_shards(engine)])
-    later = run_steps(engine, num_steps, num_steps + 3)
-    return reader, later, MemoryReader(gather_shards(engine)).tensors
+    trainer = Trainer(config)
+    trainer.steps(0, num_steps)
+    reader = MemoryReader([_copied(shard) for shard in gather_shards(trainer)])
+    later = trainer.steps(num_steps, num_steps + 3)
+    return reader, later, MemoryReader(gather_shards(trainer)).tensors
 
 
 def continue_from(config: TrainConfig, reader: MemoryReader, num_steps: int) -> tuple[list[Any], dict[str, Any]]:
-    engine = build_engine(config)
-    engine.load_model(reader)
-    engine.load_optimizer(reader)
-    later = run_steps(engine, num_steps, num_steps + 3)
-    return later, MemoryReader(gather_shards(engine)).tensors
+    trainer = Trainer(config)
+    trainer.shards.load_model(reader)
+    trainer.shards.load_optimizer(reader)
+    later = trainer.steps(num_steps, num_steps + 3)
+    return later, MemoryReader(gather_shards(trainer)).tensors
 
 
 def _copied(shard: Any) -> Any:
@@ -175,39 +187,37 @@ def _copied(shard: Any) -> Any:
 
 def discarded_step(config: TrainConfig) -> tuple[list[Any], list[Any]]:
     """Three steps with a refused one between them, and without."""
-    engine = build_engine(config)
-    refused = run_steps(engine, 0, 1)
-    batches = batch_of_step(99, engine.data_parallel_rank, engine.data_parallel_size, 2)
-    engine.forward_backward(batches)
-    engine.discard_gradients()
-    refused += run_steps(engine, 1, 3)
-    return refused, run_steps(build_engine(config), 0, 3)
+    trainer = Trainer(config)
+    refused = trainer.steps(0, 1)
+    trainer.forward_backward(99)
+    trainer.engine.discard_gradients()
+    refused += trainer.steps(1, 3)
+    return refused, Trainer(config).steps(0, 3)
 
 
 def dropout_replay(config: TrainConfig) -> tuple[Any, Any, Any]:
     """The same batch twice from one random state, then once more from where that left it."""
-    engine = build_engine(config)
-    run_steps(engine, 0, 1)
-    batches = batch_of_step(1, engine.data_parallel_rank, engine.data_parallel_size, 2)
-    state = {name: tensor.clone() for name, tensor in engine.random_state().items()}
-    first = engine.forward_backward(batches)
-    engine.load_random_state(state)
-    return first, engine.forward_backward(batches), engine.forward_backward(batches)
+    trainer = Trainer(config)
+    trainer.steps(0, 1)
+    state = {name: tensor.clone() for name, tensor in trainer.shards.random_state().items()}
+    first = trainer.forward_backward(1)
+    trainer.shards.load_random_state(state)
+    return first, trainer.forward_backward(1), trainer.forward_backward(1)
 
 
 def vote(config: TrainConfig) -> tuple[bool, bool]:
-    engine = build_engine(config)
-    return engine.any_rank(engine.rank == 1), engine.any_rank(False)
+    trainer = Trainer(config)
+    return trainer.ranks.any_rank(trainer.ranks.rank == 1), trainer.ranks.any_rank(False)
 
 
 def load_foreign_checkpoint(config: TrainConfig) -> str:
     from model.errors import UserError
 
-    engine = build_engine(config)
-    reader = MemoryReader(gather_shards(engine))
+    trainer = Trainer(config)
+    reader = MemoryReader(gather_shards(trainer))
     reader.tensors["model/embedding.word_embeddings.weight"] = torch.zeros(3, 3)
     try:
-        engine.load_model(reader)
+        trainer.shards.load_model(reader)
     except UserError as error:
         return str(error)
     return "accepted"

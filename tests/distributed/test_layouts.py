@@ -52,10 +52,11 @@ def test_losses_do_not_depend_on_the_layout(pool: Any, reference: list[Any], lay
     for result, expected in zip(by_rank[0], reference, strict=True):
         assert result.loss == pytest.approx(expected.loss, rel=1e-5)
         assert result.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
-        assert result.loss_by_class == pytest.approx(expected.loss_by_class, rel=1e-4)
-        assert result.loss_by_source == pytest.approx(expected.loss_by_source, rel=1e-4)
-        assert result.tokens_by_class == expected.tokens_by_class
-        assert result.tokens_by_source == expected.tokens_by_source
+        for name in ("loss_text", "loss_visual", "loss_structure"):
+            assert result.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-4)
+        assert result.metrics["loss_by_source"] == pytest.approx(expected.metrics["loss_by_source"], rel=1e-4)
+        assert result.metrics["tokens_by_class"] == expected.metrics["tokens_by_class"]
+        assert result.metrics["tokens_by_source"] == expected.metrics["tokens_by_source"]
         assert result.num_tokens == expected.num_tokens == 512
 
 

@@ -8,26 +8,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from training.config import TrainConfig
-from training.objectives import next_token
-from training.stage import Job
+from training.contracts.engine import StepSums
+from training.contracts.objective import TokenObjective
+from training.engines.megatron.engine import MegatronEngine
 
 STEP_SECONDS, CRASH_AT = "TEST_STEP_SECONDS", "TEST_CRASH_AT"
 
 
-def build(config: TrainConfig) -> Job:
-    has_saved = any(config.stage_folder.glob("checkpoints/step_*"))
-    step_seconds = 0.0 if has_saved else float(os.environ.get(STEP_SECONDS, 0.0))
-    crash_at, step = int(os.environ.get(CRASH_AT, 0)), 0
-    job = next_token.build(config)
-    train = job.engine.forward_backward
+class SlowEngine(MegatronEngine):
+    """`engine=slow_stage.SlowEngine`."""
 
-    def forward_backward(micro_batches: Sequence[Any]) -> Any:
-        nonlocal step
-        step += 1
-        if step == crash_at:
+    def __init__(self, config: TrainConfig, objective: TokenObjective | None = None):
+        super().__init__(config, objective)
+        has_saved = any(config.stage_folder.glob("checkpoints/step_*"))
+        self.step_seconds = 0.0 if has_saved else float(os.environ.get(STEP_SECONDS, 0.0))
+        self.steps_to_crash = int(os.environ.get(CRASH_AT, 0))
+
+    def forward_backward(self, batches: Sequence[Any], objective: TokenObjective) -> StepSums:
+        self.steps_to_crash -= 1
+        if self.steps_to_crash == 0:
             os._exit(9)
-        time.sleep(step_seconds)
-        return train(micro_batches)
-
-    job.engine.forward_backward = forward_backward  # type: ignore[method-assign]
-    return job
+        time.sleep(self.step_seconds)
+        return super().forward_backward(batches, objective)

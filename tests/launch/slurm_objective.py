@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as distributed
-from fake_objective import SHAPE, FakeData, FakeEngine
+from fake_objective import SHAPE, FakeEngine, FakeObjective
 
 from training.config import TrainConfig
-from training.engines.base import Shard, StepResult
-from training.stage import Job
+from training.contracts.engine import StepSums
+from training.contracts.shards import Shard
 
 
 class MeetingEngine(FakeEngine):
@@ -28,12 +29,12 @@ class MeetingEngine(FakeEngine):
         is_first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
         self.step_seconds, self.steps_to_crash = step_seconds if is_first else 0.0, crash_at
 
-    def forward_backward(self, micro_batches: Sequence[Any]) -> StepResult:
+    def forward_backward(self, batches: Sequence[Any], objective: FakeObjective) -> StepSums:
         time.sleep(self.step_seconds)
         self.steps_to_crash -= 1
         if self.steps_to_crash == 0:
             os._exit(9)
-        return super().forward_backward(micro_batches)
+        return super().forward_backward(batches, objective)
 
     def _shards(self, key: str, tensor: torch.Tensor) -> list[Shard]:
         rows = SHAPE[0] // self.world_size
@@ -48,15 +49,25 @@ class MeetingEngine(FakeEngine):
     def barrier(self) -> None:
         distributed.barrier()
 
-    def final_metrics(self) -> dict[str, float]:
-        return {}
-
     def close(self) -> None:
         distributed.destroy_process_group()
 
 
-def build(config: TrainConfig) -> Job:
-    options = dict(config.stage.options)
-    engine = MeetingEngine(config.seed, float(options.pop("step_seconds", 0.0)), int(options.pop("crash_at", 0)))
-    assert os.environ["RANK"] == str(engine.rank)
-    return Job(engine, FakeData(options, config.stage.global_batch_size), {"kind": "fake"})
+class SlurmObjective(FakeObjective):
+    """`stage.objective=slurm_objective.SlurmObjective`."""
+
+    @dataclass
+    class Options(FakeObjective.Options):
+        step_seconds: float = 0.0
+        crash_at: int = 0
+
+    engine = "slurm_objective.EngineOfAJob"
+
+
+class EngineOfAJob:
+    """What `engine` names: calling it makes a `MeetingEngine`."""
+
+    def __new__(cls, config: TrainConfig, objective: SlurmObjective) -> MeetingEngine:  # type: ignore[misc]
+        engine = MeetingEngine(config.seed, objective.options.step_seconds, objective.options.crash_at)
+        assert os.environ["RANK"] == str(engine.rank)
+        return engine

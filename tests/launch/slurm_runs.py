@@ -15,14 +15,14 @@ from launch.cluster.job_folders import JobFolder
 from launch.commands import submit
 
 HERE = Path(__file__).resolve().parent
-SEARCH_PATH = [HERE / "slurm_site", HERE, HERE.parent / "training"]
+SEARCH_PATH = [HERE, HERE.parent / "training"]
 STEPS = 40
 
 
 def fake_submission(run_folder: Path, *, step_seconds: float = 0.0, num_ranks: int = 2) -> submit.Config:
     """One rank a node; a checkpoint every five steps."""
     config = submit.Config(name="test", run_folder=str(run_folder))
-    config.stage.objective, config.stage.name = "vision_tokenizer", "fake"
+    config.stage.objective, config.stage.name = "slurm_objective.SlurmObjective", "fake"
     config.stage.steps, config.stage.global_batch_size = STEPS, 4
     config.stage.optimizer.learning_rate = 0.01
     config.stage.options = {"step_seconds": step_seconds}
@@ -37,6 +37,7 @@ def real_submission(run_folder: Path, packed: Path, *, step_seconds: float = 0.0
     """The tiny stage of the real engine, data parallel over two nodes."""
     config = submit.Config(name="test", run_folder=str(run_folder))
     shrink(config, packed)
+    config.engine = "slow_stage.SlowEngine"
     config.stage.steps, config.checkpoint.every_steps = STEPS, 5
     use_test_cluster(config.cluster)
     config.cluster.environment |= {STEP_SECONDS: str(step_seconds), CRASH_AT: str(crash_at)}

@@ -31,6 +31,7 @@ TRAIN = [
     "stage.global_batch_size=4",
     "stage.micro_batch_size=1",
     "stage.objective=next_token",
+    "engine=slow_stage.SlowEngine",
     "stage.optimizer.warmup_steps=0",
     "parallel.data=2",
     "checkpoint.every_steps=3",

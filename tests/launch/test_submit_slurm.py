@@ -261,7 +261,7 @@ def test_a_sweep_ends_with_a_table_and_a_plot(slurm, tmp_path, capsys):
         "-m",
         "cluster=slurm",
         f"run_folder={tmp_path}",
-        "stage.objective=vision_tokenizer",
+        "stage.objective=slurm_objective.SlurmObjective",
         "stage.name=fake",
         "stage.steps=6",
         "stage.optimizer.learning_rate=0.01,0.02",

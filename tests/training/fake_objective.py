@@ -1,6 +1,7 @@
-"""A fake engine and fake data: a small linear model, deterministic and fast, for the logic around it.
+"""A fake objective and engine: a small linear model, deterministic and fast, for the logic around them.
 
-`stage.options` steers faults: `bad_samples` (batches starting there give NaN), `spiking_samples` (huge gradients),
+They are classes of a user's own as far as the product can tell. The objective's options steer faults: `bad_samples`
+(batches starting there give NaN), `spiking_samples` (huge gradients), `empty_samples` (nothing to learn from),
 `changed_data` (another data fingerprint).
 """
 
@@ -8,13 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from training.config import TrainConfig
-from training.engines.base import Shard, ShardReader, StepResult
-from training.stage import Job
+from training.contracts.batches import Ranks
+from training.contracts.engine import StepSums
+from training.contracts.objective import StepResult
+from training.contracts.shards import Shard, ShardReader
+from training.objectives.offline_rows import OfflineRows
 
 SHAPE = (8, 4)
 
@@ -27,9 +33,6 @@ class FakeCluster:
         self.flags = [False] * world_size
         self.barrier = threading.Barrier(world_size, timeout=30)
 
-    def final_metrics(self) -> dict[str, float]:
-        return {}
-
     def any_rank(self, rank: int, flag: bool) -> bool:
         self.flags[rank] = flag
         self.barrier.wait()
@@ -39,7 +42,10 @@ class FakeCluster:
 
 
 class FakeEngine:
-    """Every rank has the whole model; rank r owns rows [r * 8 / n, (r + 1) * 8 / n) of each tensor."""
+    """Every rank has the whole model; rank r owns rows [r * 8 / n, (r + 1) * 8 / n) of each tensor.
+
+    It is its own `ranks` and `shards`.
+    """
 
     def __init__(self, seed: int = 0, cluster: FakeCluster | None = None, rank: int = 0):
         self.cluster = cluster or FakeCluster(1)
@@ -53,22 +59,27 @@ class FakeEngine:
         self.gradient: torch.Tensor | None = None
         self.num_discarded = 0
         self.closed = False
+        self.ranks = self.shards = self
+        self.objective: FakeObjective | None = None
 
-    def forward_backward(self, micro_batches: Sequence[Any]) -> StepResult:
-        inputs, scale = micro_batches[0]
+    @classmethod
+    def of(cls, config: TrainConfig, objective: FakeObjective) -> FakeEngine:
+        """As a run makes it; `made` lists the engines of this process."""
+        engine = cls(config.seed)
+        engine.objective = objective
+        made.append(engine)
+        return engine
+
+    def forward_backward(self, batches: Sequence[Any], objective: FakeObjective) -> StepSums:
+        inputs, scale = batches[0]
         noisy = inputs + 0.01 * torch.randn(inputs.shape, generator=self.noise)
         error = noisy @ self.weight - inputs.sum(dim=1, keepdim=True)
         self.gradient = scale * noisy.T @ error / len(inputs)
-        norm = float(self.gradient.norm())
-        return StepResult(
-            loss=float(error.square().mean()) * (scale if scale != scale else 1.0),
-            gradient_norm=norm,
-            loss_by_class={"text": 1.0},
-            tokens_by_source={"fake": inputs.numel()},
-            num_tokens=inputs.numel(),
-        )
+        loss = error.square().mean() * (scale if scale != scale else 1.0)
+        totals = torch.from_numpy(objective.totals(batches))
+        return StepSums(totals, loss[None].double(), self.gradient.norm().double() ** 2)
 
-    def optimizer_step(self, learning_rate: float) -> None:
+    def optimizer_step(self, learning_rate: float, gradient_norm: float) -> None:
         assert self.gradient is not None
         self.momentum = 0.9 * self.momentum + self.gradient
         self.weight = self.weight - learning_rate * self.momentum
@@ -107,9 +118,6 @@ class FakeEngine:
     def describe(self) -> dict[str, Any]:
         return {"data": self.world_size, "num_parameters": 32}
 
-    def final_metrics(self) -> dict[str, float]:
-        return {}
-
     def any_rank(self, flag: bool) -> bool:
         return self.cluster.any_rank(self.rank, flag)
 
@@ -121,33 +129,72 @@ class FakeEngine:
 
 
 class FakeData:
-    def __init__(self, options: dict[str, Any], batch_size: int):
-        self.fingerprint = "changed" if options.get("changed_data") else "fake"
-        self.bad = set(options.get("bad_samples", ()))
-        self.spiking = set(options.get("spiking_samples", ()))
+    def __init__(self, options: FakeObjective.Options, batch_size: int):
+        self.fingerprint = "changed" if options.changed_data else "fake"
+        self.bad, self.spiking = set(options.bad_samples), set(options.spiking_samples)
+        self.empty = set(options.empty_samples)
         self.batch_size = batch_size
         self.requested: list[int] = []
 
     def batch(self, first_sample: int) -> Sequence[Any]:
         self.requested.append(first_sample)
         inputs = torch.randn((self.batch_size, SHAPE[0]), generator=torch.Generator().manual_seed(first_sample))
-        scale = float("nan") if first_sample in self.bad else 1.0
+        scale = float("nan") if first_sample in self.bad else 0.0 if first_sample in self.empty else 1.0
         return [(inputs, 1e6 if first_sample in self.spiking else scale)]
 
     def close(self) -> None:
         pass
 
 
-def build(config: TrainConfig) -> Job:
-    engine = FakeEngine(config.seed)
-    data = FakeData(config.stage.options, config.stage.global_batch_size)
-    return Job(engine, data, {"kind": "fake"})
+made: list[FakeEngine] = []
+
+
+class FakeObjective:
+    """`stage.objective=fake_objective.FakeObjective`."""
+
+    @dataclass
+    class Options:
+        bad_samples: list[int] = field(default_factory=list)
+        spiking_samples: list[int] = field(default_factory=list)
+        empty_samples: list[int] = field(default_factory=list)
+        changed_data: bool = False
+
+    engine = "fake_objective.EngineOfARun"
+
+    def __init__(self, config: TrainConfig, options: Options):
+        self.config, self.options = config, options
+
+    def batches(self, ranks: Ranks) -> OfflineRows:
+        self.data = FakeData(self.options, self.config.stage.global_batch_size)
+        return OfflineRows(self.data)
+
+    def totals(self, batches: Sequence[Any]) -> np.ndarray:
+        (inputs, scale) = batches[0]
+        return np.array([inputs.numel() if scale else 0.0, inputs.numel()])
+
+    def result(self, totals: np.ndarray, sums: np.ndarray, gradient_norm: float) -> StepResult:
+        num_tokens = int(totals[1])
+        metrics = {"loss_text": 1.0, "tokens_by_source": {"fake": num_tokens}}
+        return StepResult(float(sums[0]), gradient_norm, num_tokens, bool(totals[0]), metrics)
+
+    def metadata(self) -> dict[str, Any]:
+        return {"kind": "fake"}
+
+    def final_metrics(self) -> dict[str, float]:
+        return {}
+
+
+class EngineOfARun:
+    """What `engine` names: calling it makes a `FakeEngine`."""
+
+    def __new__(cls, config: TrainConfig, objective: FakeObjective) -> FakeEngine:  # type: ignore[misc]
+        return FakeEngine.of(config, objective)
 
 
 def fake_config(run_folder: Any, **options: Any) -> TrainConfig:
     """20 steps of 4 samples, a checkpoint every 5, no W&B."""
     config = TrainConfig(run_folder=str(run_folder))
-    config.stage.objective, config.stage.name = "vision_tokenizer", "fake"
+    config.stage.objective, config.stage.name = "fake_objective.FakeObjective", "fake"
     config.stage.steps, config.stage.global_batch_size = 20, 4
     config.stage.optimizer.learning_rate = 0.01
     config.stage.options = options

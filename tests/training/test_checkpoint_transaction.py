@@ -23,7 +23,7 @@ def nothing(_phase: str) -> None:
 
 
 def make_store(folder: Path, engine: FakeEngine, keep: int = 2) -> CheckpointStore:
-    return CheckpointStore(folder, engine, keep, nothing)
+    return CheckpointStore(folder, engine, engine, keep, nothing)
 
 
 def save(store: CheckpointStore, step: int) -> Path:

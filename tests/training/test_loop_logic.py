@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import fake_objective
 import pytest
@@ -24,17 +23,10 @@ from training.stage import StoppedEarly, run_stage
 
 
 @pytest.fixture(autouse=True)
-def fake_engine(monkeypatch):
-    """`vision_tokenizer` means the fake objective here; `built` lists the jobs."""
-    built = []
-
-    def build(config):
-        built.append(fake_objective.build(config))
-        return built[-1]
-
-    module = SimpleNamespace(build=build, built=built)
-    monkeypatch.setattr(stage, "importlib", SimpleNamespace(import_module=lambda name: module))
-    return module
+def made():
+    """The engines that runs of this test have made."""
+    fake_objective.made.clear()
+    return fake_objective.made
 
 
 def final_tensors(config) -> dict[str, torch.Tensor]:
@@ -63,11 +55,11 @@ def stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     original = FakeEngine.forward_backward
     calls = []
 
-    def forward_backward(engine, micro_batches):
+    def forward_backward(engine, batches, objective):
         calls.append(1)
         if len(calls) == step:
             os.kill(os.getpid(), number)
-        return original(engine, micro_batches)
+        return original(engine, batches, objective)
 
     monkeypatch.setattr(FakeEngine, "forward_backward", forward_backward)
 
@@ -99,13 +91,13 @@ def test_summary_and_files(tmp_path):
     assert rates == [learning_rate(config.stage.optimizer, step, 20) for step in range(1, 21)]
 
 
-def test_a_finished_stage_is_left_alone(tmp_path, fake_engine):
+def test_a_finished_stage_is_left_alone(tmp_path, made):
     config = fake_config(tmp_path)
     summary = run_stage(config)
     config.parallel.sequence = False  # the layout and the logging do not count
     config.logging.every_steps = 3
     assert run_stage(config) == summary
-    assert len(fake_engine.built) == 1
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 7, 19, 20])
@@ -151,19 +143,30 @@ def test_signal_while_waiting_for_data(tmp_path, monkeypatch):
     run_stage(config)
 
 
-def test_signal_while_building_saves_the_beginning(tmp_path, monkeypatch, fake_engine):
-    config, original = fake_config(tmp_path), fake_engine.build
+def test_signal_while_building_saves_the_beginning(tmp_path, monkeypatch, made):
+    config, original = fake_config(tmp_path), FakeEngine.of.__func__
 
-    def build(config):
+    def of(cls, config, objective):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(config)
+        return original(cls, config, objective)
 
-    fake_engine.build = build
-    with pytest.raises(StoppedEarly):
-        run_stage(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngine, "of", classmethod(of))
+        with pytest.raises(StoppedEarly):
+            run_stage(config)
     assert latest_checkpoint(config.stage_folder).name == "step_00000000"
-    fake_engine.build = original
     run_stage(config)
+
+
+def test_a_batch_without_labels_moves_nothing(tmp_path, made):
+    """It is skipped, counted and told, and however many there are, the run neither goes back nor ends."""
+    config = fake_config(tmp_path, empty_samples=[8, 12, 16, 20, 24, 28])
+    summary = run_stage(config)
+    assert summary["skipped_steps"] == 6
+    assert int(made[0].num_updates) == 14
+    assert "no label" in events(config, "skip")[0]["reason"]
+    assert not events(config, "roll_back")
+    assert [line["step"] for line in metric_lines(config) if "skipped" in line] == [3, 4, 5, 6, 7, 8]
 
 
 def test_errors_of_the_data_reach_the_caller(tmp_path, monkeypatch):
@@ -178,10 +181,10 @@ def test_errors_of_the_data_reach_the_caller(tmp_path, monkeypatch):
 # --- bad steps ------------------------------------------------------------------------------------------------------
 
 
-def test_a_bad_step_is_not_applied(tmp_path, fake_engine):
+def test_a_bad_step_is_not_applied(tmp_path, made):
     config = fake_config(tmp_path, bad_samples=[28])
     summary = run_stage(config)
-    engine = fake_engine.built[0].engine
+    engine = made[0]
     assert int(engine.num_updates) == 19
     assert engine.num_discarded == 1
     assert torch.isfinite(engine.weight).all()
@@ -192,14 +195,14 @@ def test_a_bad_step_is_not_applied(tmp_path, fake_engine):
     assert summary["skipped_steps"] == 1
 
 
-def test_spikes_are_skipped(tmp_path, fake_engine):
+def test_spikes_are_skipped(tmp_path, made):
     config = fake_config(tmp_path, spiking_samples=[72])
     config.reliability.spike_factor = 1000.0
     run_stage(config)
     assert [event["step"] for event in events(config, "skip")] == [19]
 
 
-def test_roll_back_leaves_out_the_data_since_the_checkpoint(tmp_path, fake_engine):
+def test_roll_back_leaves_out_the_data_since_the_checkpoint(tmp_path, made):
     bad = [28, 32, 36, 40]  # steps 8 to 11; the checkpoint before them is that of step 5 (samples < 20)
     config = fake_config(tmp_path, bad_samples=bad)
     config.checkpoint.every_steps = 7
@@ -208,20 +211,20 @@ def test_roll_back_leaves_out_the_data_since_the_checkpoint(tmp_path, fake_engin
     assert (rollback["failed_step"], rollback["checkpoint"]) == (11, "step_00000007")
     assert rollback["window"] == [28, 44]
     assert summary["skipped_windows"] == [[28, 44]]
-    requested = fake_engine.built[0].data.requested
+    requested = made[0].objective.data.requested
     assert requested == list(range(0, 44, 4)) + list(range(44, 44 + 13 * 4, 4))
     assert [line["step"] for line in metric_lines(config)] == list(range(1, 21))
     assert all(line["loss"] is not None for line in metric_lines(config))
-    assert int(fake_engine.built[0].engine.num_updates) == 20
+    assert int(made[0].num_updates) == 20
 
 
-def test_rollbacks_are_bounded(tmp_path, fake_engine):
+def test_rollbacks_are_bounded(tmp_path, made):
     config = fake_config(tmp_path, bad_samples=list(range(28, 400, 4)))
     with pytest.raises(UserError, match="does not recover"):
         run_stage(config)
     assert len(events(config, "roll_back")) == config.reliability.max_rollbacks
     assert len(events(config, "stop")) == 1
-    assert torch.isfinite(fake_engine.built[0].engine.weight).all()
+    assert torch.isfinite(made[0].weight).all()
 
 
 def test_no_checkpoint_to_go_back_to(tmp_path):
@@ -291,14 +294,14 @@ def test_damaged_newest_checkpoint(tmp_path, monkeypatch, capsys):
     assert_same_weights(unbroken, config)
 
 
-def test_initialize_from_takes_weights_only(tmp_path, fake_engine):
+def test_initialize_from_takes_weights_only(tmp_path, made):
     first = fake_config(tmp_path)
     run_stage(first)
     second = fake_config(tmp_path)
     second.stage.name, second.stage.steps = "second", 1
     second.stage.initialize_from = str(first.stage_folder)
     run_stage(second)
-    engine = fake_engine.built[1].engine
+    engine = made[1]
     assert int(engine.num_updates) == 1
     start = final_tensors(first)["model/weight"]
     expected = start - learning_rate(second.stage.optimizer, 1, 1) * engine.momentum

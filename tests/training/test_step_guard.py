@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config import ReliabilityConfig
+from training.contracts.objective import StepResult
 from training.reliability.guard import NUM_NORMS_BEFORE_JUDGING, StepGuard, Verdict
 
 
@@ -20,7 +21,7 @@ def test_skip_then_roll_back_then_stop():
     machine = guard(max_consecutive_skips=2, max_rollbacks=1)
     verdicts = []
     for _ in range(6):
-        verdict = machine.judge(math.nan, 1.0).verdict
+        verdict = machine.judge(StepResult(math.nan, 1.0)).verdict
         verdicts.append(verdict)
         if verdict is Verdict.ROLL_BACK:
             machine.has_rolled_back(machine.num_rollbacks + 1)
@@ -31,26 +32,26 @@ def test_skip_then_roll_back_then_stop():
 def test_a_good_step_forgives_skips_but_not_rollbacks():
     machine = guard(max_consecutive_skips=1, max_rollbacks=1)
     for _ in range(3):
-        assert machine.judge(1.0, math.inf).verdict is Verdict.SKIP
-        assert machine.judge(1.0, 1.0).verdict is Verdict.APPLY
-    machine.judge(math.inf, 1.0)
-    assert machine.judge(math.inf, 1.0).verdict is Verdict.ROLL_BACK
+        assert machine.judge(StepResult(1.0, math.inf)).verdict is Verdict.SKIP
+        assert machine.judge(StepResult(1.0, 1.0)).verdict is Verdict.APPLY
+    machine.judge(StepResult(math.inf, 1.0))
+    assert machine.judge(StepResult(math.inf, 1.0)).verdict is Verdict.ROLL_BACK
     machine.has_rolled_back(1)
-    machine.judge(1.0, 1.0)
-    machine.judge(math.inf, 1.0)
-    assert machine.judge(math.inf, 1.0).verdict is Verdict.STOP
+    machine.judge(StepResult(1.0, 1.0))
+    machine.judge(StepResult(math.inf, 1.0))
+    assert machine.judge(StepResult(math.inf, 1.0)).verdict is Verdict.STOP
 
 
 def test_spikes_are_measured_against_the_median_of_applied_steps():
     machine = guard(spike_factor=10.0, max_consecutive_skips=5)
     for _ in range(NUM_NORMS_BEFORE_JUDGING - 1):
-        assert machine.judge(1.0, 1.0).verdict is Verdict.APPLY
-    assert machine.judge(1.0, 2.0).verdict is Verdict.APPLY
-    assert machine.judge(1.0, 10.5).verdict is Verdict.SKIP
-    assert machine.judge(1.0, 10.5).verdict is Verdict.SKIP  # the skipped one did not move the median
-    assert machine.judge(1.0, 9.5).verdict is Verdict.APPLY
+        assert machine.judge(StepResult(1.0, 1.0)).verdict is Verdict.APPLY
+    assert machine.judge(StepResult(1.0, 2.0)).verdict is Verdict.APPLY
+    assert machine.judge(StepResult(1.0, 10.5)).verdict is Verdict.SKIP
+    assert machine.judge(StepResult(1.0, 10.5)).verdict is Verdict.SKIP  # the skipped one did not move the median
+    assert machine.judge(StepResult(1.0, 9.5)).verdict is Verdict.APPLY
     off = guard(spike_factor=0.0)
-    assert all(off.judge(1.0, norm).verdict is Verdict.APPLY for norm in [1.0] * 30 + [1e9])
+    assert all(off.judge(StepResult(1.0, norm)).verdict is Verdict.APPLY for norm in [1.0] * 30 + [1e9])
 
 
 values = st.sampled_from([1.0, 1.5, 30.0, math.nan, math.inf])
@@ -64,7 +65,7 @@ def test_a_restored_guard_decides_alike(steps, cut):
     def play(machine, part):
         verdicts = []
         for loss, norm in part:
-            verdicts.append(machine.judge(loss, norm).verdict)
+            verdicts.append(machine.judge(StepResult(loss, norm)).verdict)
             if verdicts[-1] is Verdict.ROLL_BACK:
                 machine.has_rolled_back(machine.num_rollbacks + 1)
         return verdicts

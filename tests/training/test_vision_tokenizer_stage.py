@@ -12,11 +12,14 @@ from PIL import Image
 
 from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
+from model.registry import typed_options
 from model.vision_tokenizer import load_vision_tokenizer
+from training import stage
 from training.config import StageConfig, TrainConfig
+from training.objectives.registry import make_objective
 from training.reliability.checkpoint import CheckpointStore
 from training.tokenizers.image_data import busiest_crops, squares
-from training.tokenizers.vision import build, measure, parse_options
+from training.tokenizers.vision import VisionTokenizerOptions, measure
 
 MODEL = {
     "ch": 8,
@@ -83,7 +86,7 @@ def make_config(corpora, tmp_path, **options):
         "num_held_back": 6,
     }
     values = {"model": MODEL, "data": data, "continuous_steps": 2, "average_decay": 0.9, "num_threads": 1}
-    stage = StageConfig(
+    settings = StageConfig(
         name="vision_tokenizer",
         objective="vision_tokenizer",
         steps=6,
@@ -91,25 +94,37 @@ def make_config(corpora, tmp_path, **options):
         micro_batch_size=4,
         options=values | options,
     )
-    return TrainConfig(run_folder=str(tmp_path), seed=5, stage=stage)
+    return TrainConfig(run_folder=str(tmp_path), seed=5, stage=settings)
+
+
+def parse_options(values):
+    return typed_options(VisionTokenizerOptions, values, "stage.options", "the objective vision_tokenizer")
+
+
+def build(config):
+    return stage.build(config, make_objective(config))
+
+
+def forward_backward(job, batches):
+    return job.objective.result(*job.engine.forward_backward(batches, job.objective).read())
 
 
 def run_steps(job, first, last):
     losses = []
     for step in range(first, last):
-        result = job.engine.forward_backward(job.data.batch(step * 4))
-        job.engine.optimizer_step(1e-3)
+        result = forward_backward(job, job.objective.images.batch(step * 4))
+        job.engine.optimizer_step(1e-3, result.gradient_norm)
         losses.append(result.loss)
     return losses
 
 
 def weights_of(engine):
-    shards = engine.model_shards() + engine.optimizer_shards()
+    shards = engine.shards.model_shards() + engine.shards.optimizer_shards()
     return {shard.key: shard.tensor.clone() for shard in shards}
 
 
 def test_batches_are_a_pure_function(corpora, tmp_path):
-    first, second = (build(make_config(corpora, tmp_path)).data for _ in range(2))
+    first, second = (build(make_config(corpora, tmp_path)).objective.images for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert dict(first.num_bad) == {"corrupt_image": 1, "unknown_kind": 1}
     for start in (8, 0, 4):
@@ -130,12 +145,14 @@ def test_resume_is_bitwise(corpora, tmp_path):
 
     broken = build(config)
     run_steps(broken, 0, 3)
-    store = CheckpointStore(tmp_path / "vision_tokenizer", broken.engine, 2, lambda phase: None)
-    folder = store.save(3, broken.metadata, "")
+    store = CheckpointStore(
+        tmp_path / "vision_tokenizer", broken.engine.ranks, broken.engine.shards, 2, lambda phase: None
+    )
+    folder = store.save(3, broken.objective.metadata(), "")
     resumed = build(config)
     with CheckpointReader(folder) as reader:
-        resumed.engine.load_model(reader)
-        resumed.engine.load_optimizer(reader)
+        resumed.engine.shards.load_model(reader)
+        resumed.engine.shards.load_optimizer(reader)
     assert run_steps(resumed, 3, 6) == losses[3:]
     expected, got = weights_of(whole.engine), weights_of(resumed.engine)
     assert expected.keys() == got.keys()
@@ -146,11 +163,13 @@ def test_saved_tokenizer_loads_and_matches(corpora, tmp_path):
     job = build(make_config(corpora, tmp_path))
     run_steps(job, 0, 4)
     stage_folder = tmp_path / "vision_tokenizer"
-    CheckpointStore(stage_folder, job.engine, 2, lambda phase: None).save(4, job.metadata, "")
+    CheckpointStore(stage_folder, job.engine.ranks, job.engine.shards, 2, lambda phase: None).save(
+        4, job.objective.metadata(), ""
+    )
     tokenizer = load_vision_tokenizer(stage_folder)
     assert (tokenizer.factor, tokenizer.codebook_size) == (8, 32)
-    codes = tokenizer.encode(np.stack([image for image in job.data.held_back if image.shape[0] == 48]))
-    metrics = job.engine.final_metrics()
+    codes = tokenizer.encode(np.stack([image for image in job.objective.images.held_back if image.shape[0] == 48]))
+    metrics = job.objective.final_metrics()
     assert 0 < metrics["codebook_use"] <= 1
     assert np.unique(codes).size <= metrics["num_codes_used"]
 
@@ -159,17 +178,17 @@ def test_training_lowers_the_loss_and_reports(corpora, tmp_path):
     job = build(make_config(corpora, tmp_path, continuous_steps=15))
     losses = run_steps(job, 0, 30)
     assert np.mean(losses[10:15]) < 0.7 * losses[0]
-    result = job.engine.forward_backward(job.data.batch(0))
-    assert {"psnr_db", "codes_used", "loss_l1", "loss_l2", "loss_quantization"} <= result.extra.keys()
+    result = forward_backward(job, job.objective.images.batch(0))
+    assert {"psnr_db", "codes_used", "loss_l1", "loss_l2", "loss_quantization"} <= result.metrics.keys()
     assert np.isfinite(result.gradient_norm)
 
 
 def test_collapse_stops_the_stage(corpora, tmp_path):
     job = build(make_config(corpora, tmp_path))
     with torch.no_grad():
-        job.engine.model.quantize.embedding.weight.copy_(torch.ones(32, 8))
+        job.objective.model.quantize.embedding.weight.copy_(torch.ones(32, 8))
     with pytest.raises(UserError, match="collapsed"):
-        measure(job.engine.model, job.data.held_back, min_codebook_use=0.05)
+        measure(job.objective.model, job.objective.images.held_back, min_codebook_use=0.05)
 
 
 @pytest.mark.parametrize(

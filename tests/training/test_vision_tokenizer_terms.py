@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_vision_tokenizer_stage import MODEL, make_config, png, run_steps, weights_of, write_tar
+from test_vision_tokenizer_stage import (
+    MODEL,
+    build,
+    forward_backward,
+    make_config,
+    parse_options,
+    png,
+    run_steps,
+    weights_of,
+    write_tar,
+)
 from torch import nn
 
 from launch.command_line import cli
@@ -22,7 +32,6 @@ from model.vision_tokenizer.config import ibq_emu35
 from training.reliability.checkpoint import CheckpointStore
 from training.tokenizers.image_data import stack_by_size
 from training.tokenizers.image_stream import StreamingImageSource
-from training.tokenizers.vision import build, parse_options
 
 
 class Features(nn.Module):
@@ -91,12 +100,12 @@ def test_resume_is_bitwise_with_every_term(corpora: Path, tmp_path: Path) -> Non
         broken = build(config)
         run_steps(broken, 0, broken_at)
         stage = tmp_path / f"stage_{broken_at}"
-        store = CheckpointStore(stage, broken.engine, 2, lambda phase: None)
-        folder = store.save(broken_at, broken.metadata, "")
+        store = CheckpointStore(stage, broken.engine.ranks, broken.engine.shards, 2, lambda phase: None)
+        folder = store.save(broken_at, broken.objective.metadata(), "")
         resumed = build(config)
         with CheckpointReader(folder) as reader:
-            resumed.engine.load_model(reader)
-            resumed.engine.load_optimizer(reader)
+            resumed.engine.shards.load_model(reader)
+            resumed.engine.shards.load_optimizer(reader)
         assert run_steps(resumed, broken_at, 6) == losses[broken_at:]
         expected, got = weights_of(whole.engine), weights_of(resumed.engine)
         assert expected.keys() == got.keys()
@@ -109,19 +118,19 @@ def test_resume_is_bitwise_with_every_term(corpora: Path, tmp_path: Path) -> Non
 
 def test_the_adversary_joins_at_its_step_and_both_sides_learn(corpora: Path, tmp_path: Path) -> None:
     job = build(make_config(corpora, tmp_path, terms=all_terms(tmp_path, 2), continuous_steps=0))
-    adversary = job.engine.adversary
+    adversary = job.objective.adversary
     before = {name: value.clone() for name, value in adversary.model.state_dict().items()}
     for step in range(4):
-        result = job.engine.forward_backward(job.data.batch(4 * step))
-        names = {name for name in result.extra if "adversarial" in name or "discriminator" in name}
+        result = forward_backward(job, job.objective.images.batch(4 * step))
+        names = {name for name in result.metrics if "adversarial" in name or "discriminator" in name}
         if step < 2:
             assert not names
             assert all(parameter.grad is None for parameter in adversary.model.parameters())
         else:
             assert names == {"loss_adversarial", "loss_discriminator", "discriminator_gradient_norm"}
-            assert result.extra["loss_adaptive_weight"] > 0
-        assert {"loss_perceptual", "loss_distillation"} <= result.extra.keys()
-        job.engine.optimizer_step(1e-3)
+            assert result.metrics["loss_adaptive_weight"] > 0
+        assert {"loss_perceptual", "loss_distillation"} <= result.metrics.keys()
+        job.engine.optimizer_step(1e-3, result.gradient_norm)
         after = adversary.model.state_dict()
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         assert bool(changed) == (step >= 2)
@@ -132,8 +141,8 @@ def test_the_adversary_joins_at_its_step_and_both_sides_learn(corpora: Path, tmp
 def test_a_broken_discriminator_refuses_the_step(corpora: Path, tmp_path: Path) -> None:
     job = build(make_config(corpora, tmp_path, terms={"adversarial": {"weight": 1e-30, "channels": 4}}))
     with torch.no_grad():
-        job.engine.adversary.model.main[0].weight.fill_(float("inf"))
-    result = job.engine.forward_backward(job.data.batch(0))
+        job.objective.adversary.model.main[0].weight.fill_(float("inf"))
+    result = forward_backward(job, job.objective.images.batch(0))
     assert not np.isfinite(result.gradient_norm)
 
 
@@ -143,8 +152,8 @@ def test_each_term_moves_the_gradient_as_its_weight_says(corpora: Path, tmp_path
     def gradient(**weights: float) -> torch.Tensor:
         terms = {name: values | {"weight": weights.get(name, 0.0)} for name, values in all_terms(tmp_path).items()}
         job = build(make_config(corpora, tmp_path, terms=terms, continuous_steps=0))
-        job.engine.forward_backward(job.data.batch(0))
-        return torch.cat([p.grad.flatten().clone() for p in job.engine.model.parameters()])
+        forward_backward(job, job.objective.images.batch(0))
+        return torch.cat([p.grad.flatten().clone() for p in job.objective.model.parameters()])
 
     plain = gradient()
     for name in ("perceptual", "distillation"):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    from training.loop import Run
-    from training.metrics import StepRecord
+from training.contracts.run_view import RunView
+from training.metrics import StepRecord
 
 
 class Callback:
@@ -19,19 +18,19 @@ class Callback:
     order: ClassVar[int] = 0
     name: ClassVar[str] = ""  # key of its state in the checkpoint
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: RunView) -> None:
         """Before the first step, after a checkpoint (if any) was loaded into `run.state`."""
 
-    def on_step(self, run: Run, record: StepRecord) -> None:
+    def on_step(self, run: RunView, record: StepRecord) -> None:
         """After a step was applied or skipped; `run.state` already counts it."""
 
-    def on_roll_back(self, run: Run) -> None:
+    def on_roll_back(self, run: RunView) -> None:
         """After `run.state` went back to an earlier step."""
 
-    def on_checkpoint(self, run: Run, folder: Path) -> None:
+    def on_checkpoint(self, run: RunView, folder: Path) -> None:
         """After a checkpoint was published."""
 
-    def on_end(self, run: Run, status: str) -> None:
+    def on_end(self, run: RunView, status: str) -> None:
         """Always, also after an error; `status` is finished, stopped or failed."""
 
     def state(self) -> dict[str, Any]:

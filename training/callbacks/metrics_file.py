@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.callbacks.base import Callback
+from training.contracts.run_view import RunView
 from training.metrics import METRICS_NAME, StepRecord
 from training.reliability.events import EventLog, tell
 from training.reliability.json_lines import JsonLines
-
-if TYPE_CHECKING:
-    from training.loop import Run
 
 
 class MetricsFile(Callback):
@@ -33,13 +31,13 @@ class MetricsFile(Callback):
         self._num_bytes_at_checkpoint = 0
         self._is_failing = False
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: RunView) -> None:
         self._cut_to(run.state.step)
 
-    def on_roll_back(self, run: Run) -> None:
+    def on_roll_back(self, run: RunView) -> None:
         self._cut_to(run.state.step)
 
-    def on_step(self, run: Run, record: StepRecord) -> None:
+    def on_step(self, run: RunView, record: StepRecord) -> None:
         is_due = record.step % self.every_steps == 0
         if not (is_due or record.step in (1, run.config.stage.steps) or record.skipped):
             return
@@ -52,7 +50,7 @@ class MetricsFile(Callback):
                 self.events.record("metrics_failed", step=record.step, error=str(error))
             self._is_failing = True
 
-    def on_end(self, run: Run, status: str) -> None:
+    def on_end(self, run: RunView, status: str) -> None:
         self._lines.close()
 
     def state(self) -> dict[str, Any]:

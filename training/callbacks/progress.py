@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from training.loop import Run
-    from training.metrics import StepRecord
+from training.contracts.run_view import RunView
+from training.metrics import StepRecord
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is a file; a terminal's line is rewritten in place
 
@@ -27,7 +24,7 @@ class ProgressLine(Callback):
         self._num_steps = 0
         self._seconds = 0.0
 
-    def on_step(self, run: Run, record: StepRecord) -> None:
+    def on_step(self, run: RunView, record: StepRecord) -> None:
         total = run.config.stage.steps
         self._num_steps += 1
         self._seconds += record.step_seconds

@@ -5,15 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from training.callbacks.base import Callback
 from training.config import LoggingConfig
+from training.contracts.run_view import RunView
+from training.metrics import StepRecord
 from training.reliability.events import EventLog, tell
-
-if TYPE_CHECKING:
-    from training.loop import Run
-    from training.metrics import StepRecord
 
 
 class WandbLogger(Callback):
@@ -30,14 +28,14 @@ class WandbLogger(Callback):
         self.run_id: str | None = None
         self._wandb_run: Any = None
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: RunView) -> None:
         self._attempt(lambda: self._start(run))
 
-    def on_step(self, run: Run, record: StepRecord) -> None:
+    def on_step(self, run: RunView, record: StepRecord) -> None:
         if self._wandb_run is not None and record.step % self.config.every_steps == 0:
             self._attempt(lambda: self._wandb_run.log(flatten(record.to_line())))
 
-    def on_end(self, run: Run, status: str) -> None:
+    def on_end(self, run: RunView, status: str) -> None:
         if self._wandb_run is not None:
             self._attempt(lambda: self._wandb_run.finish(exit_code=0 if status != "failed" else 1))
             self._wandb_run = None
@@ -48,7 +46,7 @@ class WandbLogger(Callback):
     def load_state(self, state: dict[str, Any]) -> None:
         self.run_id = state["run_id"]
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: RunView) -> None:
         import wandb
 
         self.run_id = self.run_id or secrets.token_hex(4)

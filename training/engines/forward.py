@@ -1,4 +1,4 @@
-"""From micro-batches to losses: what one rank feeds its stage and what it adds up."""
+"""Micro-batches of an objective through this rank's part of the model, under megatron-core's schedule."""
 
 from __future__ import annotations
 
@@ -11,139 +11,127 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from data_pipeline.loading.batch import MicroBatch
 from model.backbone.packed_attention import PackedDocuments, context_token_ids, pack_documents
-from model.backbone.token_losses import sum_losses, token_losses
+from model.backbone.token_losses import token_losses
 from model.backbone.transformer import DTYPES
 from model.config import ModelConfig
-from model.parallel.megatron import parallel_state
-from model.vocabulary import TokenClass, Vocabulary
-from training.engines.base import StepResult
-
-
-@dataclass
-class StepTotals:
-    """Of a global batch, known before the forward pass because rows are packed offline."""
-
-    weight: float
-    tokens_by_class: np.ndarray  # float64 [classes], labels with loss
-    tokens_by_source: np.ndarray  # float64 [sources]
-    num_tokens: int
-
-    @classmethod
-    def of(cls, micro_batches: Sequence[MicroBatch], num_sources: int) -> StepTotals:
-        """Of this data-parallel rank's part."""
-        totals = cls(0.0, np.zeros(len(TokenClass)), np.zeros(num_sources), 0)
-        for batch in micro_batches:
-            counted = batch.loss_weights > 0
-            totals.weight += float(batch.loss_weights.sum(dtype=np.float64))
-            totals.tokens_by_class += np.bincount(batch.loss_classes[counted], minlength=len(TokenClass))
-            sources = np.bincount(batch.sources[counted], minlength=num_sources)
-            assert len(sources) == num_sources, "a micro-batch names a source that the engine was not told of"
-            totals.tokens_by_source += sources
-            totals.num_tokens += batch.tokens.size
-        return totals
-
-    def reduced(self, device: torch.device) -> StepTotals:
-        """Summed over data-parallel ranks: one small collective."""
-        flat = np.concatenate(([self.weight, self.num_tokens], self.tokens_by_class, self.tokens_by_source))
-        values = torch.from_numpy(flat).to(device)
-        distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
-        summed = values.cpu().numpy()
-        classes = len(self.tokens_by_class)
-        return StepTotals(float(summed[0]), summed[2 : 2 + classes], summed[2 + classes :], int(summed[1]))
+from model.parallel.megatron import get_forward_backward_func, parallel_state
+from model.vocabulary import Vocabulary
+from training.contracts.inputs import InputMaker, LocalInput, LossMaker, ModelInput
 
 
 @dataclass
 class StageInput:
-    """One micro-batch as tensors; tokens are flattened, those of this context rank."""
+    """One micro-batch on this rank's device; those tokens of it that this context rank holds."""
 
     tokens: torch.Tensor  # int64 [1, T_local]
-    labels: torch.Tensor  # int64 [1, T_local]
-    weights: torch.Tensor  # float32 [T_local]
-    classes: torch.Tensor  # int64 [T_local]
-    sources: torch.Tensor  # int64 [T_local]
     documents: PackedDocuments
+    scored: LocalInput
+    held: np.ndarray  # int64 [T_local], places of these tokens in the whole micro-batch
 
 
-class MicroStep:
-    """Forward of every micro-batch of one global batch, with the sums that its report needs."""
+class LogitScores:
+    """`TokenScores` over logits [1, T_local, vocabulary / tensor], which asking for log-probabilities overwrites."""
 
-    def __init__(self, config: ModelConfig, totals: StepTotals, device: torch.device):
-        self.config = config
-        self.totals = totals
-        self.device = device
+    def __init__(self, logits: torch.Tensor, vocabulary: Vocabulary):
+        self.logits, self.vocabulary = logits, vocabulary
+
+    def log_probs(self, ids: torch.Tensor) -> torch.Tensor:
+        return -token_losses(self.logits, ids[None], self.vocabulary).view(-1)
+
+
+class Forward:
+    """What every use of the transformer on whole micro-batches shares: inputs by rank, the schedule, the sums.
+
+    `model` is what the schedule calls: the wrapped model in training, the bare one elsewhere.
+    """
+
+    def __init__(self, config: ModelConfig, model: Any, device: torch.device):
+        self.config, self.model, self.device = config, model, device
         self.vocabulary = Vocabulary.from_config(config.vocabulary)
-        self.loss_scale = 1.0 / totals.weight if totals.weight > 0 else 0.0
-        self.num_sources = len(totals.tokens_by_source)
-        self.sums = torch.zeros(1 + len(TokenClass) + self.num_sources, dtype=torch.float64, device=device)
+        self.context_rank = parallel_state.get_context_parallel_rank()
+        self.context_size = parallel_state.get_context_parallel_world_size()
 
-    def prepare(self, batch: MicroBatch) -> StageInput:
-        context_rank = parallel_state.get_context_parallel_rank()
-        context_size = parallel_state.get_context_parallel_world_size()
-        held = context_token_ids(batch.tokens.size, context_rank, context_size)
-
-        def flat(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-            values = array.reshape(-1)
-            if context_size > 1:
-                values = values[held]
-            return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
-
+    def prepare(self, inputs: ModelInput) -> StageInput:
+        """This rank's part of a micro-batch; the same for every pipeline stage."""
+        held = context_token_ids(inputs.tokens.size, self.context_rank, self.context_size)
         documents = pack_documents(
-            batch.cu_seqlens,
-            flat(batch.position_ids, torch.int64),
+            inputs.cu_seqlens,
+            self._local(inputs.position_ids, held, torch.int64),
             head_dim=self.config.head_dim,
             rope_theta=self.config.rope_theta,
             dtype=DTYPES[self.config.dtype],
-            context_rank=context_rank,
-            context_size=context_size,
+            context_rank=self.context_rank,
+            context_size=self.context_size,
         )
-        return StageInput(
-            tokens=flat(batch.tokens, torch.int64)[None],
-            labels=flat(batch.labels, torch.int64)[None],
-            weights=flat(batch.loss_weights, torch.float32),
-            classes=flat(batch.loss_classes, torch.int64),
-            sources=flat(batch.sources.astype(np.int64), torch.int64),
-            documents=documents,
+        scored = LocalInput(
+            labels=self._local(inputs.labels, held, torch.int64),
+            weights=self._local(inputs.weights, held, torch.float32),
+            fields={name: self._local(values, held) for name, values in inputs.fields.items()},
         )
+        return StageInput(self._local(inputs.tokens, held, torch.int64)[None], documents, scored, held)
 
-    def forward(self, inputs: Iterator[StageInput], model: Any) -> tuple[torch.Tensor, Any]:
-        """megatron-core's forward step: the stage's output and the function that turns it into a loss."""
-        stage_input = next(inputs)
-        output = model(stage_input.tokens, None, None, packed_seq_params=stage_input.documents)
-        return output, partial(self._loss, stage_input)
+    def losses(self, batches: Sequence[Any], objective: LossMaker, totals: torch.Tensor) -> torch.Tensor:
+        """Forward and backward of all micro-batches; float64 [num_sums], what this rank adds to the report.
 
-    def _loss(self, stage_input: StageInput, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        losses = token_losses(logits, stage_input.labels, self.vocabulary).view(-1)
-        sums = sum_losses(losses, stage_input.weights, stage_input.classes, stage_input.sources, self.num_sources)
-        self.sums += sums.flat()
-        loss = torch.dot(losses, stage_input.weights) * self.loss_scale
-        no_tokens = torch.zeros([], dtype=torch.int, device=self.device)  # normalisation is in loss_scale
-        return loss, no_tokens, None
+        Only last stages have sums, and one tensor-parallel rank of each counts.
+        """
+        sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=self.device)
 
-    def result(self, gradient_norm: float, source_names: Sequence[str]) -> StepResult:
-        """The report, the same on every rank: only last stages have sums, and one tensor rank of each counts."""
+        def loss(stage_input: StageInput, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+            found = objective.loss(LogitScores(output, self.vocabulary), stage_input.scored, totals)
+            sums.add_(found.sums)
+            return found.loss, _no_tokens(), None
+
+        self._run(batches, objective, loss, forward_only=False)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
-            self.sums.zero_()
-        distributed.all_reduce(self.sums)
-        weighted, by_class, by_source = self.sums.cpu().split([1, len(TokenClass), self.num_sources])
-        class_names = [kind.name.lower() for kind in TokenClass]
-        totals = self.totals
-        return StepResult(
-            loss=float(weighted) * self.loss_scale,
-            gradient_norm=gradient_norm,
-            loss_by_class=_means(class_names, by_class, totals.tokens_by_class),
-            loss_by_source=_means(source_names, by_source, totals.tokens_by_source),
-            tokens_by_class=_counts(class_names, totals.tokens_by_class),
-            tokens_by_source=_counts(source_names, totals.tokens_by_source),
-            num_tokens=totals.num_tokens,
+            sums.zero_()
+        return sums
+
+    @torch.no_grad()
+    def log_probs(self, batches: Sequence[Any], objective: InputMaker) -> list[torch.Tensor]:
+        """float32 [T] of each batch: the log-probability of every label, on every rank of this replica."""
+        found: list[torch.Tensor] = []
+
+        def keep(stage_input: StageInput, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+            values = torch.zeros(len(stage_input.held) * self.context_size, device=self.device)
+            held = torch.from_numpy(stage_input.held).to(self.device)
+            values[held] = LogitScores(output, self.vocabulary).log_probs(stage_input.scored.labels)
+            found.append(values)
+            return values.sum(), _no_tokens(), None
+
+        self._run(batches, objective, keep, forward_only=True)
+        if not found:  # not a last stage
+            found = [torch.zeros(objective.inputs(batch).tokens.size, device=self.device) for batch in batches]
+        for values in found:
+            distributed.all_reduce(values, group=parallel_state.get_context_parallel_group())
+            distributed.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+        return found
+
+    def _run(self, batches: Sequence[Any], objective: InputMaker, on_output: Any, *, forward_only: bool) -> None:
+        inputs = [objective.inputs(batch) for batch in batches]
+
+        def forward_step(stage_inputs: Iterator[StageInput], model: Any) -> tuple[torch.Tensor, Any]:
+            stage_input = next(stage_inputs)
+            output = model(stage_input.tokens, None, None, packed_seq_params=stage_input.documents)
+            return output, partial(on_output, stage_input)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(self.prepare(one) for one in inputs),
+            model=[self.model],
+            num_microbatches=len(inputs),
+            seq_length=inputs[0].tokens.size,
+            micro_batch_size=1,  # rows are flattened into one packed sequence
+            forward_only=forward_only,
         )
 
+    def _local(self, values: np.ndarray, held: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if self.context_size > 1:
+            values = values[held]
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
-def _means(names: Sequence[str], sums: torch.Tensor, counts: np.ndarray) -> dict[str, float]:
-    rows = zip(names, sums.tolist(), counts.tolist(), strict=True)
-    return {name: total / count for name, total, count in rows if count > 0}
 
-
-def _counts(names: Sequence[str], counts: np.ndarray) -> dict[str, int]:
-    return {name: int(count) for name, count in zip(names, counts.tolist(), strict=True)}
+def _no_tokens() -> torch.Tensor:
+    """megatron-core would divide by a number of tokens; our losses are normalised already."""
+    return torch.zeros([], dtype=torch.int, device="cpu")  # adds to a scalar on any device

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from model.parallel.sharding import Block, LogicalParameter
-from training.engines.base import Shard, ShardReader
+from training.contracts.shards import Shard, ShardReader
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from model.backbone.transformer import DTYPES, build_model
 from model.checkpoint.reader import CheckpointReader
 from model.config import ModelConfig
 from model.parallel import cpu_backend, groups
+from model.parallel.groups import RENDEZVOUS_VARIABLE
 from model.parallel.megatron import get_forward_backward_func, parallel_state
 from model.parallel.sharding import load_weights
 from model.vocabulary import Vocabulary
 from training.config import ParallelConfig
 from training.inference.scoring import Documents, ScoreConfig, open_inputs, writing
-from training.objectives.next_token import RENDEZVOUS_VARIABLE
 
 # Tokens whose logits exist at once: all ids of a large vocabulary take a megabyte each.
 LOGIT_ROWS = 512

@@ -2,52 +2,131 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
+import torch
+
+from data_pipeline.loading.batch import MicroBatch
 from data_pipeline.loading.loader import PackedDataSource
 from data_pipeline.storage.packed_files import read_dataset_manifest
-from model.vocabulary import Vocabulary
+from model.vocabulary import TokenClass, Vocabulary
 from training.config import DatasetEntry, TrainConfig
-
-if TYPE_CHECKING:
-    from training.stage import Job
+from training.contracts.batches import Ranks
+from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
+from training.contracts.objective import StepResult
+from training.objectives.offline_rows import OfflineRows
 
 CHECKPOINT_KIND = "transformer"
-RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by launch/local/ranks.py; torchrun has its own
+CLASS_NAMES = [kind.name.lower() for kind in TokenClass]
 
 
-def build(config: TrainConfig) -> Job:
-    """The megatron engine and this data-parallel rank's packed data."""
-    from training.engines.megatron.engine import MegatronEngine
-    from training.stage import Job
+class NextToken:
+    """Cross entropy of the next token, weighted by the class of the label; see `training.contracts.objective`."""
 
-    rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
-    engine = MegatronEngine(
-        config,
-        init_method=f"file://{rendezvous}" if rendezvous else None,
-        timeout_seconds=config.reliability.hang_timeout_seconds or 1800.0,
-    )
-    stage = config.stage
-    datasets = datasets_in_use(config)
-    vocabulary = Vocabulary.from_config(config.model.vocabulary)
-    data = PackedDataSource(
-        datasets={name: entry.path for name, entry in datasets.items()},
-        weights={name: entry.weight for name, entry in datasets.items()},
-        seed=config.seed,
-        sequence_length=stage.sequence_length,
-        global_batch_size=stage.global_batch_size,
-        micro_batch_size=stage.micro_batch_size,
-        data_parallel_rank=engine.data_parallel_rank,
-        data_parallel_size=engine.data_parallel_size,
-        loss_weights=asdict(stage.loss_weights),
-        document_attention=stage.document_attention,
-        vocabulary=vocabulary,
-        prefetch_batches=stage.data.prefetch_batches,
-    )
-    engine.source_names = data.source_names
-    return Job(engine, data, describe_model(config, vocabulary))
+    @dataclass
+    class Options:
+        """The objective has no options of its own."""
+
+    engine = "megatron"
+
+    def __init__(self, config: TrainConfig, options: Options):
+        self.config = config
+        self.vocabulary = Vocabulary.from_config(config.model.vocabulary)
+        self.source_names: list[str] = []
+        self._tokenizers: dict[str, Any] = {}
+
+    @property
+    def num_sums(self) -> int:
+        return 1 + len(TokenClass) + len(self.source_names)
+
+    def batches(self, ranks: Ranks) -> OfflineRows:
+        stage = self.config.stage
+        datasets = datasets_in_use(self.config)
+        rows = PackedDataSource(
+            datasets={name: entry.path for name, entry in datasets.items()},
+            weights={name: entry.weight for name, entry in datasets.items()},
+            seed=self.config.seed,
+            sequence_length=stage.sequence_length,
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            data_parallel_rank=ranks.data_parallel_rank,
+            data_parallel_size=ranks.data_parallel_size,
+            loss_weights=asdict(stage.loss_weights),
+            document_attention=stage.document_attention,
+            vocabulary=self.vocabulary,
+            prefetch_batches=stage.data.prefetch_batches,
+        )
+        self.source_names = rows.source_names
+        self._tokenizers = tokenizers_of([entry.path for entry in datasets.values()])
+        return OfflineRows(rows)
+
+    def inputs(self, batch: MicroBatch) -> ModelInput:
+        return ModelInput(
+            tokens=batch.tokens.reshape(-1),
+            position_ids=batch.position_ids.reshape(-1),
+            cu_seqlens=batch.cu_seqlens,
+            labels=batch.labels.reshape(-1),
+            weights=batch.loss_weights.reshape(-1),
+            fields={
+                "class": batch.loss_classes.reshape(-1).astype(np.int64),
+                "source": batch.sources.reshape(-1).astype(np.int64),
+            },
+        )
+
+    def totals(self, batches: Sequence[MicroBatch]) -> np.ndarray:
+        """float64 [2 + classes + sources]: weight, positions, and labels with loss by class and by source."""
+        totals = np.zeros(1 + self.num_sums)
+        by_class, by_source = np.split(totals[2:], [len(TokenClass)])
+        for batch in batches:
+            counted = batch.loss_weights > 0
+            totals[0] += float(batch.loss_weights.sum(dtype=np.float64))
+            totals[1] += batch.tokens.size
+            by_class += np.bincount(batch.loss_classes[counted], minlength=len(by_class))
+            by_source += np.bincount(batch.sources[counted], minlength=len(by_source))
+        return totals
+
+    def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
+        losses = -scores.log_probs(inputs.labels)
+        weight = totals[0]
+        scale = torch.where(weight > 0, 1.0 / weight, 0.0).to(losses.dtype)
+        return LossSums(torch.dot(losses, inputs.weights) * scale, self._sums(losses.detach().double(), inputs))
+
+    def _sums(self, losses: torch.Tensor, inputs: LocalInput) -> torch.Tensor:
+        """The weighted sum, and unweighted sums over the labels with loss by class and by source."""
+        counted = torch.where(inputs.weights > 0, losses, 0.0)
+        weighted = (losses * inputs.weights).sum()
+        by_class = torch.bincount(inputs.fields["class"], counted, minlength=len(TokenClass))
+        by_source = torch.bincount(inputs.fields["source"], counted, minlength=len(self.source_names))
+        return torch.cat((weighted[None], by_class, by_source))
+
+    def result(self, totals: np.ndarray, sums: np.ndarray, gradient_norm: float) -> StepResult:
+        weight, num_tokens = float(totals[0]), int(totals[1])
+        class_counts, source_counts = np.split(totals[2:], [len(TokenClass)])
+        class_sums, source_sums = np.split(sums[1:], [len(TokenClass)])
+        metrics: dict[str, Any] = {
+            f"loss_{name}": loss for name, loss in _means(CLASS_NAMES, class_sums, class_counts).items()
+        }
+        metrics |= {
+            "tokens_by_class": _counts(CLASS_NAMES, class_counts),
+            "tokens_by_source": _counts(self.source_names, source_counts),
+            "loss_by_source": _means(self.source_names, source_sums, source_counts),
+        }
+        scale = 1.0 / weight if weight > 0 else 0.0
+        return StepResult(float(sums[0]) * scale, gradient_norm, num_tokens, weight > 0, metrics)
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint says of its model: enough to rebuild it and to find tokenizers that fit."""
+        return {
+            "kind": CHECKPOINT_KIND,
+            "model": asdict(self.config.model),
+            "vocabulary": self.vocabulary.describe(),
+        } | self._tokenizers
+
+    def final_metrics(self) -> dict[str, float]:
+        return {}
 
 
 def datasets_in_use(config: TrainConfig) -> dict[str, DatasetEntry]:
@@ -55,11 +134,20 @@ def datasets_in_use(config: TrainConfig) -> dict[str, DatasetEntry]:
     return {name: entry for name, entry in config.stage.data.datasets.items() if entry.weight != 0}
 
 
-def describe_model(config: TrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a checkpoint says of its model: enough to rebuild it and to find tokenizers that fit."""
-    tokenizers: dict[str, str | None] = {"text_tokenizer": None, "vision_tokenizer": None}
-    for entry in datasets_in_use(config).values():
-        manifest = read_dataset_manifest(entry.path)
+def tokenizers_of(datasets: Sequence[str]) -> dict[str, Any]:
+    """Which tokenizers packed datasets name: the first that names one counts, the loader has compared them."""
+    tokenizers: dict[str, Any] = {"text_tokenizer": None, "vision_tokenizer": None}
+    for path in datasets:
+        manifest = read_dataset_manifest(path)
         for name, known in tokenizers.items():
             tokenizers[name] = known or manifest.get(name)
-    return {"kind": CHECKPOINT_KIND, "model": asdict(config.model), "vocabulary": vocabulary.describe()} | tokenizers
+    return tokenizers
+
+
+def _means(names: Sequence[str], sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+    rows = zip(names, sums.tolist(), counts.tolist(), strict=True)
+    return {name: total / count for name, total, count in rows if count > 0}
+
+
+def _counts(names: Sequence[str], counts: np.ndarray) -> dict[str, int]:
+    return {name: int(count) for name, count in zip(names, counts.tolist(), strict=True)}

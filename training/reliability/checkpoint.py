@@ -1,7 +1,7 @@
 """Checkpoints as transactions: written aside, published by one rename, verified before they are trusted.
 
 The format is described in `model/checkpoint/reader.py`. Every rank writes the tensors it owns to its own file;
-nothing is gathered on one rank. The ranks agree through `Engine.any_rank` only, so a rank that could not write never
+nothing is gathered on one rank. The ranks agree through `Ranks.any_rank` only, so a rank that could not write never
 leaves the others waiting.
 """
 
@@ -35,7 +35,8 @@ from model.checkpoint.reader import (
 )
 from model.errors import UserError
 from model.files import flush_to_disk, replace_file
-from training.engines.base import Engine, Shard
+from training.contracts.batches import Ranks
+from training.contracts.shards import Shard, ShardStore
 
 TEMPORARY_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
@@ -60,18 +61,20 @@ class CheckpointStore:
     `enter_phase` is told the name of each part of a transaction: the heartbeat shows it.
     """
 
-    def __init__(self, stage_folder: Path, engine: Engine, keep: int, enter_phase: Callable[[str], Any]):
-        self.stage_folder, self.engine, self.keep = stage_folder, engine, keep
+    def __init__(
+        self, stage_folder: Path, ranks: Ranks, shards: ShardStore, keep: int, enter_phase: Callable[[str], Any]
+    ):
+        self.stage_folder, self.ranks, self.shards, self.keep = stage_folder, ranks, shards, keep
         self.folder = stage_folder / CHECKPOINTS_FOLDER
         self.enter_phase = enter_phase
-        if engine.rank == 0:
+        if ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-        engine.barrier()
+        ranks.barrier()
 
     def has_checkpoint(self) -> bool:
         """The same answer on every rank, even where a network file system shows a rename late."""
-        return self.engine.any_rank(bool(list_checkpoints(self.stage_folder)))
+        return self.ranks.any_rank(bool(list_checkpoints(self.stage_folder)))
 
     def save(self, step: int, metadata: dict[str, Any], config_yaml: str) -> Path:
         """Write and publish one checkpoint; every rank calls it. Raises `CheckpointFailed` on every rank or none.
@@ -90,7 +93,7 @@ class CheckpointStore:
             self.enter_phase(phase)
             self._together(action, temporary)
         self.enter_phase("checkpoint: prune")
-        if self.engine.rank == 0:
+        if self.ranks.rank == 0:
             self.prune()
         return final
 
@@ -103,8 +106,8 @@ class CheckpointStore:
         folders = list_checkpoints(self.stage_folder)
         for folder in folders:
             self.enter_phase(f"verify {folder.name}")
-            damage = find_damage(folder, self.engine.rank, self.engine.world_size)
-            if not self.engine.any_rank(bool(damage)):
+            damage = find_damage(folder, self.ranks.rank, self.ranks.world_size)
+            if not self.ranks.any_rank(bool(damage)):
                 return folder
             report_damage(folder, damage or "found by another rank")
         if folders:
@@ -119,11 +122,11 @@ class CheckpointStore:
         """Read weights, optimizer and (if the layout is the same) the random streams into the engine."""
         self.enter_phase(f"load {folder.name}")
         with CheckpointReader(folder) as reader:
-            self.engine.load_model(reader)
-            self.engine.load_optimizer(reader)
-            if reader.manifest["layout"] == self.engine.describe():
-                prefix = random_prefix(self.engine.rank)
-                self.engine.load_random_state(
+            self.shards.load_model(reader)
+            self.shards.load_optimizer(reader)
+            if reader.manifest["layout"] == self.shards.describe():
+                prefix = random_prefix(self.ranks.rank)
+                self.shards.load_random_state(
                     {
                         key.removeprefix(prefix): reader.read_full(key)
                         for key in reader.manifest["keys"]
@@ -150,23 +153,23 @@ class CheckpointStore:
             action()
         except (OSError, SafetensorError) as error:
             failure = f"{type(error).__name__}: {error}"
-        if self.engine.any_rank(bool(failure)):
-            if self.engine.rank == 0:
+        if self.ranks.any_rank(bool(failure)):
+            if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self.engine.barrier()
+            self.ranks.barrier()
             raise CheckpointFailed(failure or "another rank could not write")
 
     def _make_folder(self, temporary: Path) -> None:
-        if self.engine.rank == 0:
+        if self.ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
 
     def _write_own_files(self, temporary: Path) -> None:
         """`rank_XXXXX.safetensors` and, for rank 0 to merge, a table of what is in it."""
-        rank = self.engine.rank
-        shards = self.engine.model_shards() + self.engine.optimizer_shards()
+        rank = self.ranks.rank
+        shards = self.shards.model_shards() + self.shards.optimizer_shards()
         prefix = random_prefix(rank)
-        for name, state in self.engine.random_state().items():
+        for name, state in self.shards.random_state().items():
             shape = tuple(state.shape)
             shards.append(Shard(prefix + name, state, shape, (0,) * len(shape)))
         path = temporary / f"rank_{rank:05d}.safetensors"
@@ -177,12 +180,12 @@ class CheckpointStore:
         (temporary / f"rank_{rank:05d}.json").write_text(json.dumps(entry))
 
     def _write_manifest(self, temporary: Path, metadata: dict[str, Any], config_yaml: str) -> None:
-        if self.engine.rank != 0:
+        if self.ranks.rank != 0:
             return
         replace_file(temporary / "config.yaml", config_yaml)
         keys: dict[str, Any] = {}
         files: dict[str, Any] = {}
-        for rank in range(self.engine.world_size):
+        for rank in range(self.ranks.world_size):
             path = temporary / f"rank_{rank:05d}.json"
             entry = json.loads(path.read_text())
             files[entry["file"]] = {"bytes": entry["bytes"], "crc32": entry["crc32"]}
@@ -191,7 +194,7 @@ class CheckpointStore:
         check_cover(keys)
         manifest = metadata | {
             "format_version": FORMAT_VERSION,
-            "layout": self.engine.describe(),
+            "layout": self.shards.describe(),
             "files": files,
             "keys": keys,
         }
@@ -199,7 +202,7 @@ class CheckpointStore:
         replace_file(temporary / MANIFEST_NAME, json.dumps(manifest, allow_nan=False))
 
     def _publish(self, temporary: Path, final: Path) -> None:
-        if self.engine.rank != 0:
+        if self.ranks.rank != 0:
             return
         if final.exists():  # a damaged one that was passed over, or one before a rollback
             trash = self.folder / f"{TRASH_PREFIX}{final.name}"

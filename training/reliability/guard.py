@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from training.config import ReliabilityConfig
+from training.contracts.objective import StepResult
 
 NUM_REMEMBERED_NORMS = 64
 NUM_NORMS_BEFORE_JUDGING = 16  # a median of fewer says little
@@ -42,11 +43,13 @@ class StepGuard:
         self.num_rollbacks = 0
         self._norms: deque[float] = deque(maxlen=NUM_REMEMBERED_NORMS)
 
-    def judge(self, loss: float, gradient_norm: float) -> Decision:
-        reason = self._find_fault(loss, gradient_norm)
+    def judge(self, result: StepResult) -> Decision:
+        if not result.has_labels:  # nothing is wrong with the run: it does not count towards a rollback
+            return Decision(Verdict.SKIP, "no label of the global batch has a weight")
+        reason = self._find_fault(result.loss, result.gradient_norm)
         if not reason:
             self.num_consecutive_skips = 0
-            self._norms.append(gradient_norm)
+            self._norms.append(result.gradient_norm)
             return Decision(Verdict.APPLY)
         if self.num_consecutive_skips < self.config.max_consecutive_skips:
             self.num_consecutive_skips += 1

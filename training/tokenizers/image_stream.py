@@ -117,7 +117,7 @@ def _pictures_of(path: Path, num_bad: Counter[str]) -> Iterator[tuple[str, int, 
 
 
 class StreamingImageSource:
-    """Batches of images, as a pure function of (seed, first sample). A `training.engines.base.DataSource`."""
+    """Batches of images, as a pure function of (seed, first sample). `training.objectives.offline_rows.Rows`."""
 
     def __init__(
         self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int, micro_batch_size: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,68 +40,61 @@ class TextTokenizerOptions:
     template_copies: int = 200  # how often the chat template is counted
     extra_texts: list[str] = field(default_factory=list)
 
-    @classmethod
-    def from_options(cls, options: dict[str, Any]) -> TextTokenizerOptions:
-        """Raises `UserError` that lists every problem."""
-        problems = Problems()
-        known = [entry.name for entry in fields(cls)]
-        for name in options:
-            problems.check(name in known, f"stage.options.{name}", "unknown key", f"one of {', '.join(known)}")
-        problems.raise_if_any()
-        chosen = cls(**options)
+    def validate(self, problems: Problems, key: str) -> None:
         problems.check(
-            bool(chosen.corpora),
-            "stage.options.corpora",
-            "is required",
-            "stage.options.corpora=['runs/demo/corpora/*/*.tar']",
+            bool(self.corpora), f"{key}.corpora", "is required", f"{key}.corpora=['runs/demo/corpora/*/*.tar']"
         )
-        problems.check(chosen.size > 300, "stage.options.size", "must exceed 300 (256 are bytes)")
-        problems.check(
-            0.9 <= chosen.character_coverage <= 1.0, "stage.options.character_coverage", "must be in [0.9, 1]"
-        )
-        problems.check(chosen.max_bytes > 0, "stage.options.max_bytes", "must be positive")
-        problems.raise_if_any()
-        return chosen
+        problems.check(self.size > 300, f"{key}.size", "must exceed 300 (256 are bytes)")
+        problems.check(0.9 <= self.character_coverage <= 1.0, f"{key}.character_coverage", "must be in [0.9, 1]")
+        problems.check(self.max_bytes > 0, f"{key}.max_bytes", "must be positive")
 
 
-def fit(config: TrainConfig) -> dict[str, Any]:
-    """Train the tokenizer and publish it in the stage's folder, `run_folder`/`stage.name`.
+class TextTokenizer:
+    """Trains a SentencePiece model in one go; a `training.contracts.objective.FittedObjective`."""
 
-    Nothing is done where it is there already, of the same texts, options and seed.
-    """
-    options = TextTokenizerOptions.from_options(dict(config.stage.options))
-    target = Path(config.run_folder) / config.stage.name
-    started = time.monotonic()
-    shards = find_shards(options.corpora)
-    inputs = {
-        "code_version": CODE_VERSION,
-        "options": asdict(options),
-        "seed": config.seed,
-        "shards": {str(path): checksum_file(path) for path in shards},
-    }
-    description = read_description(target)
-    skipped = description is not None and description.get("inputs") == inputs
-    num_bytes = 0
-    if not skipped:
-        counted = CountedTexts(training_texts(options, shards), options.max_bytes)
-        train_sentencepiece(
-            counted,
-            target,
-            options.size,
-            seed=config.seed,
-            character_coverage=options.character_coverage,
-            inputs=inputs,
-        )
-        num_bytes = counted.num_bytes
-    return {
-        "name": config.stage.name,
-        "size": options.size,
-        "text_bytes": num_bytes,
-        "num_shards": len(shards),
-        "skipped": skipped,
-        "folder": str(target),
-        "wall_seconds": time.monotonic() - started,
-    }
+    Options = TextTokenizerOptions
+
+    def __init__(self, config: TrainConfig, options: TextTokenizerOptions):
+        self.config, self.options = config, options
+
+    def fit(self) -> dict[str, Any]:
+        """Train the tokenizer and publish it in the stage's folder, `run_folder`/`stage.name`.
+
+        Nothing is done where it is there already, of the same texts, options and seed.
+        """
+        config, options = self.config, self.options
+        target = Path(config.run_folder) / config.stage.name
+        started = time.monotonic()
+        shards = find_shards(options.corpora)
+        inputs = {
+            "code_version": CODE_VERSION,
+            "options": asdict(options),
+            "seed": config.seed,
+            "shards": {str(path): checksum_file(path) for path in shards},
+        }
+        description = read_description(target)
+        skipped = description is not None and description.get("inputs") == inputs
+        num_bytes = 0
+        if not skipped:
+            counted = CountedTexts(training_texts(options, shards), options.max_bytes)
+            train_sentencepiece(
+                counted,
+                target,
+                options.size,
+                seed=config.seed,
+                character_coverage=options.character_coverage,
+                inputs=inputs,
+            )
+            num_bytes = counted.num_bytes
+        return {
+            "name": config.stage.name,
+            "size": options.size,
+            "text_bytes": num_bytes,
+            "num_shards": len(shards),
+            "skipped": skipped,
+            "folder": str(target),
+            "wall_seconds": time.monotonic() - started,
+        }
 
 
 def find_shards(patterns: Iterable[str]) -> list[Path]:

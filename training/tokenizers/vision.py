@@ -10,31 +10,27 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 
 from model.errors import Problems, UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
 from model.vision_tokenizer.losses import LossWeightsConfig, psnr_db
-from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, MODEL_PREFIX, load_weights, to_model_range
-from training.config import OptimizerConfig, TrainConfig
-from training.engines.base import Shard, ShardReader, StepResult
+from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range
+from training.config import TrainConfig
+from training.contracts.batches import Ranks
+from training.contracts.objective import StepResult
+from training.contracts.shards import ShardReader
+from training.objectives.offline_rows import OfflineRows
 from training.tokenizers.image_data import ImageDataOptions, ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
-from training.tokenizers.vision_terms import Adversary, Terms, TermsConfig, adam, moments
+from training.tokenizers.vision_terms import Adversary, Terms, TermsConfig
 
-if TYPE_CHECKING:
-    from training.stage import Job
-
-OPTIMIZER_PREFIX = "optimizer/"
 KMEANS_ROUNDS = 4
 CALIBRATION_BATCHES = 30  # batches whose latents the codes start from
 
@@ -52,84 +48,39 @@ class VisionTokenizerOptions:
     num_threads: int = 1  # of torch; small models gain nothing from more
     min_codebook_use: float = 0.01  # share of codes used on the held-back images, below which the stage fails
 
-    def validate(self) -> None:
-        problems = Problems()
-        self.model.validate(problems, "stage.options.model")
-        self.terms.validate(problems, "stage.options.terms", len(self.model.ch_mult))
-        self.data.validate(problems, "stage.options.data", self.model.factor)
-        problems.check(self.continuous_steps >= 0, "stage.options.continuous_steps", "must not be negative")
-        problems.check(0 <= self.average_decay < 1, "stage.options.average_decay", "must be in [0, 1)")
-        problems.check(self.num_threads > 0, "stage.options.num_threads", "must be positive")
-        problems.check(0 <= self.min_codebook_use <= 1, "stage.options.min_codebook_use", "must be in [0, 1]")
-        problems.raise_if_any()
+    def validate(self, problems: Problems, key: str) -> None:
+        self.model.validate(problems, f"{key}.model")
+        self.terms.validate(problems, f"{key}.terms", len(self.model.ch_mult))
+        self.data.validate(problems, f"{key}.data", self.model.factor)
+        problems.check(self.continuous_steps >= 0, f"{key}.continuous_steps", "must not be negative")
+        problems.check(0 <= self.average_decay < 1, f"{key}.average_decay", "must be in [0, 1)")
+        problems.check(self.num_threads > 0, f"{key}.num_threads", "must be positive")
+        problems.check(0 <= self.min_codebook_use <= 1, f"{key}.min_codebook_use", "must be in [0, 1]")
 
 
-def parse_options(values: dict[str, Any]) -> VisionTokenizerOptions:
-    """The typed options out of `stage.options`; unknown keys and wrong types are refused."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(VisionTokenizerOptions), OmegaConf.create(values))
-        options = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(
-            "stage.options does not fit the objective vision_tokenizer", where="stage.options", got=str(error)
-        ) from None
-    assert isinstance(options, VisionTokenizerOptions)
-    options.validate()
-    return options
+class VisionTokenizer:
+    """Learns codes of images uint8 [n, H, W, 3]; a `training.contracts.objective.ModuleObjective`."""
 
+    Options = VisionTokenizerOptions
+    engine = "single"
 
-def build(config: TrainConfig) -> Job:
-    """The engine and the images of a stage."""
-    from training.stage import Job
-
-    options = parse_options(config.stage.options)
-    if config.parallel.world_size != 1:
-        raise UserError(
-            "the vision tokenizer trains on one process",
-            where="parallel",
-            got=f"{config.parallel.world_size} ranks",
-            fix="parallel.data=1",
-        )
-    stage = config.stage
-    make = StreamingImageSource if options.data.streaming else ImageSource
-    data = make(options.data, options.model.factor, config.seed, stage.global_batch_size, stage.micro_batch_size)
-    engine = VisionTokenizerEngine(options, stage.optimizer, config.seed, data)
-    return Job(engine, data, {"kind": CHECKPOINT_KIND, "model": asdict(options.model)})
-
-
-class VisionTokenizerEngine:
-    """A `training.engines.base.Engine` of a single process."""
-
-    rank = 0
-    world_size = 1
-    data_parallel_rank = 0
-    data_parallel_size = 1
-
-    def __init__(
-        self,
-        options: VisionTokenizerOptions,
-        optimizer: OptimizerConfig,
-        seed: int,
-        data: ImageSource | StreamingImageSource,
-    ):
+    def __init__(self, config: TrainConfig, options: VisionTokenizerOptions):
         torch.set_num_threads(options.num_threads)
-        self.options, self.seed, self.data = options, seed, data
-        self.gradient_clip = optimizer.gradient_clip
+        self.config, self.options, self.seed = config, options, config.seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = IBQ(options.model)
-        initialize_weights(model, seed)
+        initialize_weights(model, self.seed)
         self.model = model.channels_last().to(self.device)
-        self.terms = Terms(options.terms, options.losses, options.model, seed).to(self.device)
-        self.trained = nn.ModuleDict({"model": self.model, "terms": self.terms})
-        self.optimizer = adam(self.trained, optimizer)
+        self.terms = Terms(options.terms, options.losses, options.model, self.seed).to(self.device)
         self.adversary: Adversary | None = None
         if options.terms.adversarial.weight:
-            self.adversary = Adversary(options.terms.adversarial, optimizer, seed, self.device)
-        self.num_updates = 0
+            optimizer = config.stage.optimizer
+            self.adversary = Adversary(options.terms.adversarial, optimizer, self.seed, self.device)
         self.average: IBQ | None = None
         if options.average_decay:
             self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self._gradient_norm = 0.0
+        self.num_updates = 0
+        self._names: list[str] = []  # of the last step's figures
 
     @property
     def quantizes(self) -> bool:
@@ -141,30 +92,44 @@ class VisionTokenizerEngine:
         joined = self.num_updates >= self.options.terms.adversarial.start_step
         return self.adversary if joined else None
 
-    def forward_backward(self, micro_batches: Sequence[np.ndarray]) -> StepResult:
-        """Gradients of the mean loss per pixel over images uint8 [n, H, W, 3] of any sizes."""
-        if self.options.continuous_steps and self.num_updates == self.options.continuous_steps:
+    def batches(self, ranks: Ranks) -> OfflineRows:
+        stage, options = self.config.stage, self.options
+        make = StreamingImageSource if options.data.streaming else ImageSource
+        self.images = make(
+            options.data, options.model.factor, self.seed, stage.global_batch_size, stage.micro_batch_size
+        )
+        return OfflineRows(self.images)
+
+    def totals(self, batches: Sequence[np.ndarray]) -> np.ndarray:
+        return np.zeros(0)
+
+    def backward(self, batches: Sequence[np.ndarray], num_updates: int) -> torch.Tensor:
+        """Add the gradients of the mean loss per pixel; the step's figures, which `result` names."""
+        self.num_updates = num_updates
+        if self.options.continuous_steps and num_updates == self.options.continuous_steps:
             self._start_codes()
-        self.discard_gradients()
-        num_pixels = sum(images[..., 0].size for images in micro_batches)
-        terms: dict[str, float] = {}
+        num_pixels = sum(images[..., 0].size for images in batches)
+        figures: dict[str, float] = {}
         used: list[torch.Tensor] = []
-        for images in micro_batches:
+        for images in batches:
             share = images[..., 0].size / num_pixels
             for name, value in self._backward(images, share, used).items():
-                terms[name] = terms.get(name, 0.0) + share * value
-        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
-        self._gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
-        reported = self._gradient_norm
+                figures[name] = figures.get(name, 0.0) + share * value
         if self.playing is not None:
-            terms["discriminator_gradient_norm"] = self.playing.gradient_norm()
-            if not math.isfinite(terms["discriminator_gradient_norm"]):  # the step must not be applied
-                reported = terms["discriminator_gradient_norm"]
-        num_codes = sum(codes.numel() for codes in used)
+            figures["discriminator_gradient_norm"] = self.playing.gradient_norm()
+        figures["num_codes"] = sum(codes.numel() for codes in used)
         if used:
-            terms["codes_used"] = float(torch.cat(used).unique().numel())
-        loss = terms.pop("loss")
-        return StepResult(loss, reported, num_tokens=num_codes, extra=terms)
+            figures["codes_used"] = float(torch.cat(used).unique().numel())
+        self._names = list(figures)
+        return torch.tensor(list(figures.values()), dtype=torch.float64)
+
+    def result(self, totals: np.ndarray, sums: np.ndarray, gradient_norm: float) -> StepResult:
+        figures = dict(zip(self._names, sums.tolist(), strict=True))
+        loss, num_codes = figures.pop("loss"), int(figures.pop("num_codes"))
+        adversary_norm = figures.get("discriminator_gradient_norm", 0.0)
+        if not math.isfinite(adversary_norm):  # the step must not be applied
+            gradient_norm = adversary_norm
+        return StepResult(loss, gradient_norm, num_codes, metrics=figures)
 
     def _backward(self, images: np.ndarray, share: float, used: list[torch.Tensor]) -> dict[str, float]:
         """Add the gradients of one array of images, weighted by `share`; the values of the loss's terms."""
@@ -189,100 +154,54 @@ class VisionTokenizerEngine:
         latents = [
             flat_latents(self.model, to_model_range(images).to(self.device)).cpu()
             for index in range(CALIBRATION_BATCHES)
-            for images in self.data.batch(index * self.data.global_batch_size)
+            for images in self.images.batch(index * self.images.global_batch_size)
         ]
         codes = codes_from_latents(torch.cat(latents), self.options.model.n_embed, KMEANS_ROUNDS, self.seed)
         self.model.quantize.embedding.weight.copy_(codes)
 
-    def optimizer_step(self, learning_rate: float) -> None:
-        if self.gradient_clip > 0 and self._gradient_norm > self.gradient_clip:
-            for parameter in self.trained.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.gradient_clip / self._gradient_norm)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
+    def update(self, learning_rate: float, num_updates: int) -> None:
+        """What moves with every applied step beside the engine's optimizer."""
         if self.adversary is not None:
             self.adversary.step(learning_rate)
-        self.discard_gradients()
-        self.num_updates += 1
         if self.average is not None:
             # The average starts late enough to forget the first weights.
-            decay = min(self.options.average_decay, (1 + self.num_updates) / (10 + self.num_updates))
+            decay = min(self.options.average_decay, (1 + num_updates) / (10 + num_updates))
             with torch.no_grad():
                 for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     mean.lerp_(value, 1 - decay)
 
     def discard_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         if self.adversary is not None:
             self.adversary.discard_gradients()
 
-    def model_shards(self) -> list[Shard]:
+    def published(self) -> dict[str, torch.Tensor]:
         """The weights to use: the moving average where one is kept."""
-        return shards_of(MODEL_PREFIX, (self.average or self.model).state_dict())
+        return (self.average or self.model).state_dict()
 
-    def optimizer_shards(self) -> list[Shard]:
-        """Moments, counters, all that is trained beside the tokenizer, and its raw weights where an average is kept."""
-        tensors: dict[str, torch.Tensor] = {"num_updates": torch.tensor(self.num_updates)}
-        for module, prefix in ((self.model, ""), (self.terms, "terms.")):
-            for moment, value in moments(module, self.optimizer).items():
-                kind, _, name = moment.partition("/")
-                tensors[f"{kind}/{prefix}{name}"] = value
-        for name, parameter in self.terms.named_parameters():
-            if parameter.requires_grad:
-                tensors[f"weights/terms.{name}"] = parameter
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All else that a checkpoint needs beside the engine's moments."""
+        tensors: dict[str, torch.Tensor] = {
+            f"weights/terms.{name}": parameter
+            for name, parameter in self.terms.named_parameters()
+            if parameter.requires_grad
+        }
         if self.adversary is not None:
-            tensors |= {f"adversary/{name}": v for name, v in self.adversary.tensors().items()}
+            tensors |= {f"adversary/{name}": value for name, value in self.adversary.tensors().items()}
         if self.average is not None:
             tensors |= {f"weights/{name}": value for name, value in self.model.state_dict().items()}
-        return shards_of(OPTIMIZER_PREFIX, tensors)
+        return tensors
 
-    def load_model(self, reader: ShardReader) -> None:
+    def load_published(self, reader: ShardReader) -> None:
         load_weights(self.model, reader)
         if self.average is not None:
             load_weights(self.average, reader)
 
-    @torch.no_grad()
-    def load_optimizer(self, reader: ShardReader) -> None:
-        for shard in self.optimizer_shards():
-            value = reader.read(shard.key, shard.global_offset, shard.global_shape)
-            shard.tensor.copy_(value)
-            if shard.key == f"{OPTIMIZER_PREFIX}num_updates":
-                self.num_updates = int(value)
-
-    def random_state(self) -> dict[str, torch.Tensor]:
-        state = {"torch": torch.get_rng_state()}
-        return state | ({"accelerator": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})
-
-    def load_random_state(self, state: dict[str, torch.Tensor]) -> None:
-        torch.set_rng_state(state["torch"])
-        if "accelerator" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["accelerator"])
-
-    def describe(self) -> dict[str, Any]:
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return {"tensor": 1, "pipeline": 1, "context": 1, "data": 1, "num_parameters": num_parameters}
+    def metadata(self) -> dict[str, Any]:
+        return {"kind": CHECKPOINT_KIND, "model": asdict(self.options.model)}
 
     def final_metrics(self) -> dict[str, float]:
         """Figures on the held-back images, for the stage's summary. Raises `UserError` when the codes collapsed."""
-        return measure(self.average or self.model, self.data.held_back, self.options.min_codebook_use)
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
-
-def shards_of(prefix: str, tensors: dict[str, torch.Tensor]) -> list[Shard]:
-    """Whole tensors as shards of one rank."""
-    return [
-        Shard(prefix + name, tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
-        for name, tensor in tensors.items()
-    ]
+        return measure(self.average or self.model, self.images.held_back, self.options.min_codebook_use)
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 
+from model.parallel import cpu_backend
 from model.parallel.megatron import (
     DistributedOptimizer,
     MegatronOptimizer,
@@ -74,6 +76,15 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
             continue
         for parameter in group["params"]:
             optimizer.optimizer.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32)
+
+
+def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """float32 [1], of the global gradient, on the device; megatron-core's own `get_grad_norm` waits for the number."""
+    norm = torch.nn.utils.get_total_norm(optimizer.get_main_grads_for_grad_norm())
+    device = "cuda" if cpu_backend.has_accelerator() else "cpu"  # a rank may hold no gradient at all
+    squared = norm.to(device, torch.float32).reshape(1) ** 2.0
+    distributed.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
+    return squared
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -1,0 +1,59 @@
+"""Where batches come from, and what a source may ask of the ranks and of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from training.contracts.inputs import InputMaker
+from training.contracts.run_view import LoopState
+
+
+class Ranks(Protocol):
+    """Who takes part, and the two things they do together outside of a step."""
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank when true on any: the ranks' common decision (signals, stops). Reads no device."""
+        ...
+
+    def barrier(self) -> None: ...
+
+
+class Policy(Protocol):
+    """The weights in training, asked without gradient."""
+
+    def log_probs(self, batches: Sequence[Any], objective: InputMaker) -> list[torch.Tensor]:
+        """float32 [tokens] of each batch: the log-probability of every label, the same on every rank of a replica."""
+        ...
+
+    def decoder(self) -> AbstractContextManager[Any]:
+        """A `model.generation.decoder.CachedDecoder` over these weights, for the time of the context."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Where batches come from: rows read from disk, or rollouts drawn from the weights."""
+
+    fingerprint: str  # of the data; a checkpoint of other data is not continued
+
+    def next(self, state: LoopState, policy: Policy, interrupted: Callable[[], bool]) -> Sequence[Any]:
+        """This data-parallel rank's micro-batches of the next global batch; called on the main thread.
+
+        May return nothing once `interrupted()`: the loop then stops before it uses them.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it needs beside `LoopState` to go on after a restart: JSON values, taken from rank 0."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,65 @@
+"""What passes between an objective and an engine for one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass
+class ModelInput:
+    """One micro-batch: what the model reads and where something is learnt. Flattened to T tokens, numpy, whole.
+
+    An engine that splits a row over context-parallel ranks takes the same tokens of every array.
+    """
+
+    tokens: np.ndarray  # int [T]
+    position_ids: np.ndarray  # int [T]
+    cu_seqlens: np.ndarray  # int [spans + 1], bounds of the attention spans
+    labels: np.ndarray  # int [T]
+    weights: np.ndarray  # float32 [T]; 0 where nothing is learnt
+    fields: dict[str, np.ndarray] = field(default_factory=dict)  # [T] each: class, source, advantage, old_log_prob
+
+
+@dataclass
+class LocalInput:
+    """The part of a `ModelInput` that this rank scores, on its device; T_local tokens."""
+
+    labels: torch.Tensor  # int64 [T_local]
+    weights: torch.Tensor  # float32 [T_local]
+    fields: dict[str, torch.Tensor]  # [T_local] each
+
+
+class TokenScores(Protocol):
+    """What the model says of each of T_local tokens, computed when asked for; never all of [T_local, vocabulary]."""
+
+    def log_probs(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [T_local] -> float32 [T_local], differentiable."""
+        ...
+
+
+@dataclass
+class LossSums:
+    """What one micro-batch adds on one rank."""
+
+    loss: torch.Tensor  # [], differentiable, normalised over the global batch: gradients are summed, never averaged
+    sums: torch.Tensor  # float64 [num_sums], for the report
+
+
+class InputMaker(Protocol):
+    """The part of an objective that says what a batch means to the model."""
+
+    def inputs(self, batch: Any) -> ModelInput: ...
+
+
+class LossMaker(InputMaker, Protocol):
+    """The part of an objective that an engine needs in the middle of a step."""
+
+    num_sums: int
+
+    def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
+        """Of one micro-batch on a last pipeline stage. `totals` are those of the global batch, on the device."""
+        ...

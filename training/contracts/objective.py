@@ -1,0 +1,89 @@
+"""What an objective promises: what is learnt. It knows no ranks' layout and no optimizer; engines bring them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import nn
+
+from training.contracts.batches import BatchSource, Ranks
+from training.contracts.inputs import LossMaker
+from training.contracts.shards import ShardReader
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one global batch, on the host, identical on every rank, before the optimizer is applied."""
+
+    loss: float  # weighted sum of losses / total weight of the global batch
+    gradient_norm: float  # global, before clipping
+    num_tokens: int = 0  # all positions of the global batch, padding included
+    has_labels: bool = True  # False: nothing in the global batch is to be learnt
+    metrics: dict[str, Any] = field(default_factory=dict)  # as they go to metrics.jsonl: figures, or figures by name
+
+
+class Objective(Protocol):
+    """What every objective has. Made by `Class(config, options)`, options of its own dataclass `Options`."""
+
+    Options: ClassVar[type]
+    engine: ClassVar[str]  # a name of `training.engines.registry`, used where the configuration names none
+
+    def batches(self, ranks: Ranks) -> BatchSource: ...
+    def totals(self, batches: Sequence[Any]) -> np.ndarray:
+        """float64 [n], counted before the forward pass on this data-parallel rank's batches; the engine adds up."""
+        ...
+
+    def result(self, totals: np.ndarray, sums: np.ndarray, gradient_norm: float) -> StepResult:
+        """The step's report from what `totals` and `loss` added up over all ranks."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """Its share of each checkpoint's manifest, at least "kind"."""
+        ...
+
+    def final_metrics(self) -> dict[str, float]:
+        """Figures of the trained model for the summary; raises `UserError` when it is of no use."""
+        ...
+
+
+class TokenObjective(LossMaker, Objective, Protocol):
+    """Learns from what the transformer says of tokens; the engines megatron and deepspeed train these."""
+
+
+class ModuleObjective(Objective, Protocol):
+    """Brings a module and its loss along; the engine `single` trains these."""
+
+    model: nn.Module
+    terms: nn.Module  # trained beside the model by the same optimizer
+
+    def backward(self, batches: Sequence[Any], num_updates: int) -> torch.Tensor:
+        """Add the gradients of a global batch; the figures float64 [n] that `result` understands."""
+        ...
+
+    def update(self, learning_rate: float, num_updates: int) -> None:
+        """After every applied step, with the number of applied steps: what the engine's optimizer does not move."""
+        ...
+
+    def discard_gradients(self) -> None: ...
+    def published(self) -> dict[str, torch.Tensor]:
+        """The weights to use."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All else that a checkpoint needs beside the engine's moments."""
+        ...
+
+    def load_published(self, reader: ShardReader) -> None: ...
+
+
+@runtime_checkable
+class FittedObjective(Protocol):
+    """Done in one go, without steps, batches and checkpoints."""
+
+    def fit(self) -> dict[str, Any]:
+        """Make it and publish it in the stage's folder; figures for the summary."""
+        ...

@@ -1,0 +1,22 @@
+"""Engines by name. A dotted path to a class of the user's own is accepted in place of a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.registry import find_class
+from training.config import TrainConfig
+from training.contracts.engine import Engine
+
+ENGINES = {
+    "megatron": "training.engines.megatron.engine.MegatronEngine",
+    "single": "training.engines.single.SingleEngine",
+}
+
+
+def make_engine(config: TrainConfig, objective: Any) -> Engine:
+    """The engine that the configuration names, else the objective's own."""
+    name = config.engine or objective.engine
+    engine_class = find_class("engine", name, ENGINES, "engine")
+    engine: Engine = engine_class(config, objective)
+    return engine

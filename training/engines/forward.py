@@ -12,7 +12,9 @@ import torch
 import torch.distributed as distributed
 
 from data_pipeline.loading.batch import MicroBatch
-from model.backbone.packed_attention import PackedDocuments, context_token_ids, pack_documents
+from model.backbone.attention_plan import packed_documents
+from model.backbone.context_parallel import held_tokens
+from model.backbone.packed_attention import PlannedAttention, prepare_attention
 from model.backbone.token_losses import sum_losses, token_losses
 from model.backbone.transformer import DTYPES
 from model.config import ModelConfig
@@ -63,7 +65,7 @@ class StageInput:
     weights: torch.Tensor  # float32 [T_local]
     classes: torch.Tensor  # int64 [T_local]
     sources: torch.Tensor  # int64 [T_local]
-    documents: PackedDocuments
+    documents: PlannedAttention
 
 
 class MicroStep:
@@ -81,7 +83,7 @@ class MicroStep:
     def prepare(self, batch: MicroBatch) -> StageInput:
         context_rank = parallel_state.get_context_parallel_rank()
         context_size = parallel_state.get_context_parallel_world_size()
-        held = context_token_ids(batch.tokens.size, context_rank, context_size)
+        held = held_tokens(batch.tokens.size, context_rank, context_size)
 
         def flat(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
             values = array.reshape(-1)
@@ -89,8 +91,8 @@ class MicroStep:
                 values = values[held]
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
-        documents = pack_documents(
-            batch.cu_seqlens,
+        documents = prepare_attention(
+            packed_documents(batch.cu_seqlens),
             flat(batch.position_ids, torch.int64),
             head_dim=self.config.head_dim,
             rope_theta=self.config.rope_theta,

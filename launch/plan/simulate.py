@@ -23,6 +23,7 @@ from launch.plan.collectives import by_group, recorded
 from launch.plan.layout import Batch, Layout
 from launch.plan.memory import stage_parameters
 from launch.plan.shape import ModelShape
+from model.backbone.attention_plan import packed_documents
 from model.backbone.transformer import build_model
 from model.config import ModelConfig, count_parameters
 from model.parallel import groups
@@ -112,7 +113,7 @@ class UnreportedObjective:
         return ModelInput(
             tokens=batch.tokens.reshape(-1),
             position_ids=batch.position_ids.reshape(-1),
-            cu_seqlens=batch.cu_seqlens,
+            plan=packed_documents(batch.cu_seqlens),
             labels=batch.labels.reshape(-1),
             weights=batch.loss_weights.reshape(-1),
         )

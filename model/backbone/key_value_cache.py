@@ -52,7 +52,3 @@ class KeyValueCache:
         rows = torch.arange(self.batch_size, device=slots.device)[:, None]
         self.keys[layer][rows, slots] = key
         self.values[layer][rows, slots] = value
-
-    def select_rows(self, rows: torch.Tensor) -> KeyValueCache:
-        """A copy that holds the given rows [n] (repeats allowed)."""
-        return KeyValueCache(self.keys[:, rows].clone(), self.values[:, rows].clone(), self.lengths[rows].clone())

@@ -1,17 +1,15 @@
-"""Builds megatron-core's GPTModel from a ModelConfig, and runs it step by step with a cache."""
+"""Builds megatron-core's GPTModel from a ModelConfig."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 
-from model.backbone.key_value_cache import KeyValueCache
-from model.backbone.packed_attention import CachedSequences, PackedAttention, rotary_tables
+from model.backbone.packed_attention import PackedAttention
 from model.config import ModelConfig
 from model.parallel import cpu_backend
 from model.parallel.initialization import initialize
@@ -24,7 +22,6 @@ from model.parallel.megatron import (
     get_gpt_layer_with_transformer_engine_spec,
     get_num_layers_to_build,
     parallel_state,
-    set_model_to_sequence_parallel,
 )
 from model.parallel.sharding import mark_split_parameters
 from model.vocabulary import Vocabulary
@@ -124,7 +121,7 @@ def build_model(
 
     `pre_process` / `post_process`: with embedding / with final norm and output layer (first and last pipeline stage).
     `recompute` names one of `RECOMPUTE`. `seed` fills the weights (see `model.parallel.initialization`); without it they are undefined, to be loaded. `device="meta"`
-    gives shapes only. Forward takes tokens [1, T] and `PackedDocuments`, and returns logits [1, T, V / tensor]
+    gives shapes only. Forward takes tokens [1, T] and `PlannedAttention`, and returns logits [1, T, V / tensor]
     (hidden states on stages without `post_process`).
     """
     core_config = megatron_config(config, sequence_parallel=sequence_parallel, recompute=recompute)
@@ -145,97 +142,3 @@ def build_model(
     if seed is not None:
         initialize(model, config, seed)
     return model
-
-
-@contextmanager
-def without_sequence_parallel(model: GPTModel) -> Iterator[None]:
-    """Switch sequence parallelism off: a decoding step has too few tokens to split."""
-    was_on = model.config.sequence_parallel
-    if was_on:
-        set_model_to_sequence_parallel(model, False)
-    try:
-        yield
-    finally:
-        if was_on:
-            set_model_to_sequence_parallel(model, True)
-
-
-def allocate_cache(model: GPTModel, batch_size: int, max_length: int) -> KeyValueCache:
-    """An empty cache for `decoder_forward` with this model."""
-    core = model.config
-    parameter = next(model.parameters())
-    return KeyValueCache.allocate(
-        num_layers=len(model.decoder.layers),
-        batch_size=batch_size,
-        max_length=max_length,
-        num_groups=core.num_query_groups // core.tensor_model_parallel_size,
-        head_dim=core.kv_channels,
-        dtype=parameter.dtype,
-        device=parameter.device,
-    )
-
-
-@torch.no_grad()
-def decoder_forward(
-    model: GPTModel,
-    tokens: torch.Tensor,
-    position_ids: torch.Tensor,
-    cache: KeyValueCache,
-    *,
-    num_new: torch.Tensor | None = None,
-    last_only: bool = False,
-) -> torch.Tensor:
-    """Run new tokens of B sequences behind what the cache holds of them, and append them to it.
-
-    `tokens`, `position_ids`: int64 [B, t]. Row b's tokens take the slots from `cache.lengths[b]` on. `num_new` int64
-    [B]: how many of the t tokens of each row are real (all by default); those behind are padding, and only the real
-    ones lengthen the row. Returns float32 logits [B, t, padded vocabulary], ids that pad the vocabulary at -inf; with
-    `last_only` [B, 1, ...] of each row's last real token. All tensor-parallel ranks return the same; the model must
-    not be split over pipeline stages.
-    """
-    whole = model.pre_process and model.post_process
-    assert whole, "decoding needs the whole depth on one rank"
-    config: ModelConfig = model.model_config
-    step = _cached_step(config, position_ids, cache)
-    was_training = model.training
-    model.eval()
-    with without_sequence_parallel(model):
-        hidden = model.embedding(tokens, None)
-        hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
-        if last_only:
-            hidden = _last_real(hidden, num_new)
-        logits, _ = model.output_layer(hidden, runtime_gather_output=True)
-    model.train(was_training)
-    cache.lengths += tokens.shape[1] if num_new is None else num_new
-    logits = logits.transpose(0, 1).float()
-    logits[..., Vocabulary.from_config(config.vocabulary).size :] = float("-inf")
-    return logits
-
-
-def _last_real(hidden: torch.Tensor, num_new: torch.Tensor | None) -> torch.Tensor:
-    """[t, B, h] -> [1, B, h], the last real token of each row."""
-    if num_new is None:
-        return hidden[-1:]
-    rows = torch.arange(hidden.shape[1], device=hidden.device)
-    return hidden[num_new - 1, rows][None]
-
-
-def _cached_step(config: ModelConfig, position_ids: torch.Tensor, cache: KeyValueCache) -> CachedSequences:
-    steps = torch.arange(position_ids.shape[1], device=position_ids.device)
-    slots = cache.lengths[:, None] + steps[None]
-    reach = int(slots.max()) + 1
-    assert reach <= cache.max_length, f"the cache holds {cache.max_length} tokens, {reach} are needed"
-    is_even = len(steps) == 1 and bool((cache.lengths == cache.lengths[0]).all())
-    mask = None
-    if not is_even:
-        mask = torch.arange(reach, device=slots.device)[None, None, None] <= slots[:, None, :, None]
-    cos, sin = rotary_tables(position_ids.T, config.head_dim, config.rope_theta, cache.keys.dtype)
-    return CachedSequences(
-        qkv_format="sbhd",
-        cache=cache,
-        slots=slots,
-        mask=mask,
-        reach=reach,
-        rotary_cos=cos[:, :, None],
-        rotary_sin=sin[:, :, None],
-    )

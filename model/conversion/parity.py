@@ -201,7 +201,8 @@ def _their_logits(theirs: _Foreign, tokens: torch.Tensor) -> tuple[torch.Tensor,
 @torch.no_grad()
 def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] over the real ids of the model that trains, in this process alone."""
-    from model.backbone.packed_attention import pack_documents
+    from model.backbone.attention_plan import packed_documents
+    from model.backbone.packed_attention import prepare_attention
     from model.backbone.transformer import build_model
     from model.parallel import cpu_backend, groups
     from model.parallel.sharding import load_weights
@@ -214,8 +215,8 @@ def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Ten
         load_weights(model, reader)
         device = torch.device("cuda" if cpu_backend.has_accelerator() else "cpu")
         tokens = tokens.to(device)
-        packed = pack_documents(
-            np.array([0, len(tokens)]),
+        packed = prepare_attention(
+            packed_documents(np.array([0, len(tokens)])),
             torch.arange(len(tokens), device=device),
             head_dim=config.head_dim,
             rope_theta=config.rope_theta,

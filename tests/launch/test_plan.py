@@ -70,7 +70,8 @@ def test_flops_are_counted_product_by_product():
 
 
 def test_masks_are_counted_as_the_engine_cuts_rows():
-    from model.backbone.packed_attention import pack_documents
+    from model.backbone.attention_plan import packed_documents
+    from model.backbone.packed_attention import prepare_attention
 
     torch = pytest.importorskip("torch")
     for context, rows, length in ((2, 1, 64), (4, 1, 128), (2, 2, 64), (2, 4, 32)):
@@ -78,10 +79,10 @@ def test_masks_are_counted_as_the_engine_cuts_rows():
         largest = 0
         for rank in range(context):
             positions = torch.zeros(rows * length // context, dtype=torch.int64)
-            packed = pack_documents(
-                bounds, positions, head_dim=8, rope_theta=1e4, context_rank=rank, context_size=context
+            packed = prepare_attention(
+                packed_documents(bounds), positions, head_dim=8, rope_theta=1e4, context_rank=rank, context_size=context
             )
-            masks = [one.mask.numel() for one in packed.batches if one.mask is not None]
+            masks = [one.mask.numel() for one in packed.sdpa.batches if one.mask is not None]
             largest = max(largest, sum(masks))
         layout = Layout(context=context, micro_batch=rows)
         assert mask_elements(layout, Batch(length, rows, length / 2)) == largest

@@ -56,12 +56,15 @@ def generator(model: torch.nn.Module, grammar: ImageGrammar, batch_size: int = 8
 @torch.no_grad()
 def full_logits(model: torch.nn.Module, sequences: list[list[int]]) -> list[torch.Tensor]:
     """Logits [n, padded vocabulary] of whole sequences by the forward pass of training, all in one row."""
-    from model.backbone.packed_attention import pack_documents
+    from model.backbone.attention_plan import packed_documents
+    from model.backbone.packed_attention import prepare_attention
 
     lengths = [len(sequence) for sequence in sequences]
     positions = torch.cat([torch.arange(length) for length in lengths])
     bounds = np.cumsum([0, *lengths])
-    packed = pack_documents(bounds, positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta)
+    packed = prepare_attention(
+        packed_documents(bounds), positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta
+    )
     tokens = torch.tensor([[token for sequence in sequences for token in sequence]])
     logits = model(tokens, positions[None], None, packed_seq_params=packed)
     return list(logits[0].float().split(lengths))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from qwen3_checkpoints import NUM_IDS, config_of, transformers_model
 
 from model import reference
-from model.backbone.packed_attention import pack_documents
+from model.backbone.attention_plan import packed_documents
+from model.backbone.packed_attention import prepare_attention
 from model.backbone.transformer import build_model
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.parallel.sharding import logical_parameters
@@ -77,7 +78,9 @@ def test_the_trained_model_agrees_with_the_reference(shape: tuple) -> None:
     lengths = [7, 1, 40, 19]
     tokens = torch.randint(0, NUM_IDS, (sum(lengths),))
     positions = torch.cat([torch.arange(length) for length in lengths])
-    packed = pack_documents(np.cumsum([0, *lengths]), positions, head_dim=config.head_dim, rope_theta=config.rope_theta)
+    packed = prepare_attention(
+        packed_documents(np.cumsum([0, *lengths])), positions, head_dim=config.head_dim, rope_theta=config.rope_theta
+    )
     with torch.no_grad():
         got = model(tokens[None], None, None, packed_seq_params=packed)[0, :, :NUM_IDS]
     weight = reference.weights_of_checkpoint(ModelReader(model), config)

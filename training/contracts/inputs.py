@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from model.backbone.attention_plan import AttentionPlan
+
 
 @dataclass
 class ModelInput:
@@ -18,7 +20,7 @@ class ModelInput:
 
     tokens: np.ndarray  # int [T]
     position_ids: np.ndarray  # int [T]
-    cu_seqlens: np.ndarray  # int [spans + 1], bounds of the attention spans
+    plan: AttentionPlan  # which token sees which, over the T tokens
     labels: np.ndarray  # int [T]
     weights: np.ndarray  # float32 [T]; 0 where nothing is learnt
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # [T] each: class, source, advantage, old_log_prob

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model.backbone.packed_attention import PackedDocuments, context_token_ids, pack_documents
+from model.backbone.context_parallel import held_tokens
+from model.backbone.packed_attention import PlannedAttention, prepare_attention
 from model.backbone.token_losses import token_losses
 from model.backbone.transformer import DTYPES
 from model.config import ModelConfig
@@ -25,7 +26,7 @@ class StageInput:
     """One micro-batch on this rank's device; those tokens of it that this context rank holds."""
 
     tokens: torch.Tensor  # int64 [1, T_local]
-    documents: PackedDocuments
+    attention: PlannedAttention
     scored: LocalInput
     held: np.ndarray  # int64 [T_local], places of these tokens in the whole micro-batch
 
@@ -54,9 +55,9 @@ class Forward:
 
     def prepare(self, inputs: ModelInput) -> StageInput:
         """This rank's part of a micro-batch; the same for every pipeline stage."""
-        held = context_token_ids(inputs.tokens.size, self.context_rank, self.context_size)
-        documents = pack_documents(
-            inputs.cu_seqlens,
+        held = held_tokens(inputs.tokens.size, self.context_rank, self.context_size)
+        attention = prepare_attention(
+            inputs.plan,
             self._local(inputs.position_ids, held, torch.int64),
             head_dim=self.config.head_dim,
             rope_theta=self.config.rope_theta,
@@ -69,7 +70,7 @@ class Forward:
             weights=self._local(inputs.weights, held, torch.float32),
             fields={name: self._local(values, held) for name, values in inputs.fields.items()},
         )
-        return StageInput(self._local(inputs.tokens, held, torch.int64)[None], documents, scored, held)
+        return StageInput(self._local(inputs.tokens, held, torch.int64)[None], attention, scored, held)
 
     def losses(self, batches: Sequence[Any], objective: LossMaker, totals: torch.Tensor) -> torch.Tensor:
         """Forward and backward of all micro-batches; float64 [num_sums], what this rank adds to the report.
@@ -113,7 +114,7 @@ class Forward:
 
         def forward_step(stage_inputs: Iterator[StageInput], model: Any) -> tuple[torch.Tensor, Any]:
             stage_input = next(stage_inputs)
-            output = model(stage_input.tokens, None, None, packed_seq_params=stage_input.documents)
+            output = model(stage_input.tokens, None, None, packed_seq_params=stage_input.attention)
             return output, partial(on_output, stage_input)
 
         get_forward_backward_func()(

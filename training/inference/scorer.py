@@ -13,7 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
-from model.backbone.packed_attention import context_token_ids, pack_documents
+from model.backbone.attention_plan import packed_documents
+from model.backbone.context_parallel import held_tokens
+from model.backbone.packed_attention import prepare_attention
 from model.backbone.token_losses import token_losses
 from model.backbone.transformer import DTYPES, build_model
 from model.checkpoint.reader import CheckpointReader
@@ -132,13 +134,13 @@ class Scorer:
         positions = np.concatenate([np.arange(len(one)) for one in ids])
         size = parallel_state.get_context_parallel_world_size()
         rank = parallel_state.get_context_parallel_rank()
-        held = context_token_ids(capacity, rank, size)
+        held = held_tokens(capacity, rank, size)
 
         def local(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array[held].astype(np.int64)).to(self.device)
 
-        packed = pack_documents(
-            np.cumsum([0, *map(len, ids)]),
+        packed = prepare_attention(
+            packed_documents(np.cumsum([0, *map(len, ids)])),
             local(positions),
             head_dim=self.config.head_dim,
             rope_theta=self.config.rope_theta,

@@ -12,6 +12,7 @@ import torch
 from data_pipeline.loading.batch import MicroBatch
 from data_pipeline.loading.loader import PackedDataSource
 from data_pipeline.storage.packed_files import read_dataset_manifest
+from model.backbone.attention_plan import packed_documents
 from model.vocabulary import TokenClass, Vocabulary
 from training.config import DatasetEntry, TrainConfig
 from training.contracts.batches import Ranks
@@ -67,7 +68,7 @@ class NextToken:
         return ModelInput(
             tokens=batch.tokens.reshape(-1),
             position_ids=batch.position_ids.reshape(-1),
-            cu_seqlens=batch.cu_seqlens,
+            plan=packed_documents(batch.cu_seqlens),
             labels=batch.labels.reshape(-1),
             weights=batch.loss_weights.reshape(-1),
             fields={

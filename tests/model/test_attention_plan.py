@@ -1,0 +1,104 @@
+"""Plans of attention against the rule itself, token by token."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from attention_rows import Document, Run, allowed, layout_of, padded, rows_of_documents, tokens_by_hand
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from model.backbone.attention_plan import (
+    AttentionPlan,
+    append_image_copies,
+    documents_with_image_copies,
+    packed_documents,
+)
+from model.backbone.context_parallel import gathered_order, held_tokens, slice_plan
+
+TEXT, IMAGE = Run(4, False), Run(7, True)
+
+
+@given(rows_of_documents)
+@settings(max_examples=60, deadline=None)
+@example([(IMAGE,)])  # nothing before the image
+@example([(TEXT, IMAGE, IMAGE, TEXT), (TEXT,), (IMAGE, IMAGE)])
+def test_copies_see_their_prefix_and_themselves(documents: list[Document]) -> None:
+    plan = documents_with_image_copies(layout_of(documents))
+    assert np.array_equal(plan.dense_mask(), allowed(documents))
+
+
+@given(rows_of_documents)
+@settings(max_examples=60, deadline=None)
+def test_copies_stand_for_the_tokens_of_their_image(documents: list[Document]) -> None:
+    layout = layout_of(documents)
+    tokens, _ = tokens_by_hand(documents)
+    lengths = [sum(run.length for run in document) for document in documents]
+    first = np.cumsum([0, *lengths])
+    assert layout.source_tokens().tolist() == [first[document] + position for document, _, position in tokens]
+    assert layout.copy_numbers().tolist() == [copy for _, copy, _ in tokens]
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any))
+@settings(max_examples=60, deadline=None)
+def test_documents_without_images_are_causal_and_apart(lengths: list[int]) -> None:
+    bounds = np.cumsum([0, *lengths])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    expected = (document[:, None] == document) & np.tri(len(document), dtype=bool)
+    nothing = np.empty(0, dtype=np.int64)
+    assert np.array_equal(packed_documents(bounds).dense_mask(), expected)
+    with_none = documents_with_image_copies(append_image_copies(bounds, nothing, nothing))
+    assert np.array_equal(with_none.dense_mask(), expected)
+
+
+def test_images_must_lie_inside_one_document() -> None:
+    for starts, lengths in (([3], [3]), ([8], [3]), ([2, 2], [1, 1]), ([4], [0]), ([-1], [2]), ([12], [1])):
+        with pytest.raises(AssertionError):
+            append_image_copies(np.array([0, 5, 10]), np.array(starts), np.array(lengths))
+
+
+@given(rows_of_documents, st.sampled_from([2, 3, 4]))
+@settings(max_examples=60, deadline=None)
+@example([(Run(40, False), IMAGE)], 4)
+def test_slices_of_all_ranks_are_the_whole_plan(documents: list[Document], context_size: int) -> None:
+    documents = padded(documents, 2 * context_size)
+    plan = documents_with_image_copies(layout_of(documents))
+    whole = np.zeros((plan.num_tokens, plan.num_tokens), dtype=int)
+    for rank in range(context_size):
+        part = slice_plan(plan, rank, context_size)
+        mask = part.dense_mask()
+        queries = np.concatenate([np.arange(start, stop) for start, stop in part.queries])
+        assert sorted(queries) == held_tokens(plan.num_tokens, rank, context_size).tolist()
+        last_seen = [np.flatnonzero(mask[stop - 1])[-1] for _, stop in part.queries[part.causal]]
+        last_key = [part.keys[part.key_pieces == piece].max() - 1 for piece in np.flatnonzero(part.causal)]
+        assert last_seen == last_key, "keys that no query of this rank sees"
+        whole += mask
+    assert np.array_equal(whole, allowed(documents))
+
+
+@pytest.mark.parametrize("context_size", [1, 2, 4])
+def test_every_token_is_held_once_and_gathered_in_order(context_size: int) -> None:
+    held = [held_tokens(48, rank, context_size) for rank in range(context_size)]
+    assert sorted(itertools.chain(*held)) == list(range(48))
+    assert np.concatenate(held)[gathered_order(48, context_size)].tolist() == list(range(48))
+
+
+def test_a_causal_piece_may_have_several_key_ranges() -> None:
+    """Cutting it takes the last keys first, whole ranges too."""
+    plan = AttentionPlan(
+        num_tokens=12,
+        queries=np.array([[4, 10]]),
+        keys=np.array([[0, 2], [3, 7], [8, 10]]),
+        key_pieces=np.zeros(3, dtype=np.int64),
+        causal=np.array([True]),
+    )
+    whole = plan.dense_mask()
+    assert np.flatnonzero(whole[4]).tolist() == [0, 1, 3]
+    for start, stop in itertools.combinations(range(4, 11), 2):
+        part = plan.of_queries(start, stop)
+        assert np.array_equal(part.dense_mask()[start:stop], whole[start:stop])
+        assert not part.dense_mask()[:start].any()
+        assert not part.dense_mask()[stop:].any()
+        assert part.key_lengths[0] == whole[stop - 1].sum()

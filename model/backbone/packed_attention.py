@@ -8,6 +8,7 @@ anywhere and any layout sees the same angles.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,12 @@ import torch
 import torch.nn.functional as functional
 
 from model.backbone.key_value_cache import KeyValueCache
-from model.parallel.megatron import MegatronModule, PackedSeqParams, gather_from_sequence_parallel_region
+from model.parallel.megatron import (
+    MegatronModule,
+    PackedSeqParams,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 
 # Lengths are rounded up to steps of this ratio, so that a few batched calls serve all spans.
 _LENGTH_RATIO = 1.25
@@ -275,18 +281,29 @@ class PackedAttention(MegatronModule):
         pieces = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), batches, strict=True)
         outputs = []
         for batch_query, batch_key, batch_value, batch in pieces:
-            attended = functional.scaled_dot_product_attention(
-                _spans_first(batch_query, batch.num_spans),
-                _spans_first(batch_key, batch.num_spans),
-                _spans_first(batch_value, batch.num_spans),
-                attn_mask=batch.mask,
-                is_causal=batch.mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=True,
-                dropout_p=self.dropout if self.training else 0.0,
-            )
+            with self._dropout_stream():
+                attended = functional.scaled_dot_product_attention(
+                    _spans_first(batch_query, batch.num_spans),
+                    _spans_first(batch_key, batch.num_spans),
+                    _spans_first(batch_value, batch.num_spans),
+                    attn_mask=batch.mask,
+                    is_causal=batch.mask is None,
+                    scale=self.softmax_scale,
+                    enable_gqa=True,
+                    dropout_p=self.dropout if self.training else 0.0,
+                )
             outputs.append(attended.transpose(1, 2).reshape(batch_query.shape[0], -1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _dropout_stream(self) -> AbstractContextManager[None]:
+        """This tensor-parallel rank's own random stream: its heads are no other rank's.
+
+        With sequence parallelism megatron-core's layers run inside that stream as a whole.
+        """
+        if self.training and self.dropout > 0.0 and not self.config.sequence_parallel:
+            stream: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+            return stream
+        return nullcontext()
 
     def _attend_cached(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedSequences

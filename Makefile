@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test test-megatron-0.19 lint docs clean
 
 setup: .venv/.ready  ## the environment, in .venv
 
@@ -11,6 +11,17 @@ demo: setup  ## raw media to a trained model, images and a report, at toy size o
 test: setup  ## every test
 	.venv/bin/python -m pytest tests
 
+# What shows the engine: the import hook, the layouts, the model, what checkpoints hold.
+ENGINE_TESTS ?= tests/distributed tests/model/test_cpu_backend.py tests/model/test_transformer.py \
+	tests/model/test_ar_generation.py tests/training/test_engine_shards.py tests/training/test_scoring.py \
+	tests/launch/test_plan_memory.py
+
+test-megatron-0.19: .venv-megatron-0.19/.ready  ## the tests of the engine on megatron-core 0.19; ENGINE_TESTS=... chooses
+	.venv-megatron-0.19/bin/python -m pytest $(ENGINE_TESTS)
+
+.venv-megatron-0.19/.ready: .venv/.ready .ci/setup-megatron-0.19
+	./.ci/setup-megatron-0.19
+
 lint: setup  ## format, style, types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -20,4 +31,4 @@ docs: setup  ## run the commands of README and docs
 	.venv/bin/python -m pytest tests/test_documentation.py
 
 clean:  ## environment, caches and runs
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-megatron-0.19 runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 2**30
 MIN_FREE_MEMORY_BYTES = 6 * 2**30
 INSTALL = "make setup, or .venv/bin/python -m pip install"
+MEGATRON = "megatron-core==0.19.2" if sys.version_info >= (3, 12) else "megatron-core==0.16.1"  # as in setup.cfg
 
 
 def examine(folder: Path, collective_seconds: float = 0.0) -> list[Finding]:
@@ -164,7 +165,7 @@ def try_video() -> str:
 
 PROBES = (
     ("gloo", try_gloo, "the loopback interface must have an address; see the message", True),
-    ("megatron", try_megatron, f"{INSTALL} megatron-core==0.16.1", True),
+    ("megatron", try_megatron, f"{INSTALL} {MEGATRON}", True),
     ("video", try_video, f"{INSTALL} av", True),
 )
 

@@ -7,6 +7,7 @@ positions, the cache) travels in `packed_seq_params`, which megatron hands down 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from model.backbone.attention_plan import AttentionPlan
 from model.backbone.context_parallel import gather_tokens, gathered_order, held_tokens, slice_plan
 from model.backbone.key_value_cache import KeyValueCache
 from model.backbone.rotary import apply_rotary, rotary_tables
-from model.parallel.megatron import MegatronModule, PackedSeqParams
+from model.parallel.megatron import MegatronModule, PackedSeqParams, get_cuda_rng_tracker
 
 
 @dataclass(kw_only=True)
@@ -141,7 +142,18 @@ class PackedAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         if takes_varlen(query, dropout):
             return varlen_pieces.attend(query, key, value, planned.varlen, self.softmax_scale)
-        return sdpa_pieces.attend(query, key, value, planned.sdpa, self.softmax_scale, dropout)
+        with self._dropout_stream():
+            return sdpa_pieces.attend(query, key, value, planned.sdpa, self.softmax_scale, dropout)
+
+    def _dropout_stream(self) -> AbstractContextManager[None]:
+        """This tensor-parallel rank's own random stream: its heads are no other rank's.
+
+        With sequence parallelism megatron-core's layers run inside that stream as a whole.
+        """
+        if self.training and self.dropout > 0.0 and not self.config.sequence_parallel:
+            stream: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+            return stream
+        return nullcontext()
 
     def _attend_cached(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedSequences

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.parallel import cpu_backend
 from model.parallel.initialization import initialize
 from model.parallel.megatron import (
+    CUDA_GRAPH_FIELD,
     GPTModel,
     ModuleSpec,
     TransformerBlockSubmodules,
@@ -88,7 +89,7 @@ def megatron_config(
         persist_layer_norm=not on_cpu,
         gradient_accumulation_fusion=False,
         barrier_with_L1_time=False,
-        cuda_graph_scope=[],
+        **{CUDA_GRAPH_FIELD: []},
         **RECOMPUTE[recompute],
     )
 

@@ -7,8 +7,11 @@ runs on a CPU over gloo. The hook works on the syntax tree and does nothing wher
 `model/parallel/megatron.py` calls `install()` before the first import of `megatron.core`; everything else of this
 project gets megatron's names from there.
 
-`REWRITTEN` and `HARMLESS` list every device name found in megatron-core 0.16; `unknown_device_names` finds others and
-a test runs it over the installed sources, so that a new release cannot bring a device name unnoticed.
+`REWRITTEN` and `HARMLESS` list every device name found in megatron-core 0.16 and 0.19; `unknown_device_names` finds
+others and a test runs it over the installed sources, so that a new release cannot bring a device name unnoticed.
+
+megatron-core 0.19 also imports triton for kernels of a feature that is off. The hook leaves those kernels out of the
+module that defines them, so that triton is not needed, and nothing takes its place in `sys.modules`.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ PACKAGE = "megatron.core"
 # Calls `torch.cuda.<name>(...)` and the expression that takes their place.
 _CALLS = {
     "current_device": "torch.get_default_device()",
+    "current_stream": "torch.cpu.current_stream()",
     "synchronize": "None",
     "get_rng_state": "torch.get_rng_state()",
     "random.get_rng_state": "torch.get_rng_state()",
@@ -49,29 +53,34 @@ HARMLESS = frozenset(
         "is_initialized",
         "device_count",
         "get_device_properties",
-        "get_device_capability",  # queries
+        "get_device_capability",
+        "device_memory_used",
+        "memory_snapshot",  # queries
         "amp.custom_fwd",
         "amp.custom_bwd",  # decorators, no effect on CPU tensors
         "Stream",
+        "Stream.priority_range",
         "Event",
         "ExternalStream",
         "stream",
         "set_stream",
-        "current_stream",
         "default_stream",  # overlap
         "set_device",
+        "device",  # around kernels of triton
         "default_generators",  # CUDA random streams, replaced as a whole below
         "CUDAGraph",
         "graph",
         "graph_pool_handle",
-        "is_current_stream_capturing",  # CUDA graphs
+        "is_current_stream_capturing",
+        "_sleep",  # CUDA graphs
         "MemPool",
         "use_mem_pool",
         "memory.MemPool",  # NCCL user buffers
         "nvtx",
         "nvtx.range",
         "nvtx.range_push",
-        "nvtx.range_pop",  # profiling, off unless asked for
+        "nvtx.range_pop",
+        "cudart",  # profiling, off unless asked for
         "memory_stats",
         "memory_reserved",
         "memory_allocated",
@@ -89,8 +98,11 @@ HARMLESS = frozenset(
     }
 )
 
+# Modules that define kernels of triton and import it unconditionally, where the others carry on without it.
+_TRITON_KERNELS = {PACKAGE + ".transformer.moe.ops.paged_stash"}
+
 # What megatron-core says on every host without the GPU libraries; here it is as it should be.
-_EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed")
+_EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "absl.logging is not")
 
 _TENSOR_TYPE_STRING = re.compile(r"^torch\.cuda\.(\w+Tensor)$")
 _QUOTED_NAME = re.compile(r"^torch\.cuda\.([\w.]+)$")
@@ -169,6 +181,26 @@ def rewrite(source: str, path: str = "<source>") -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
+def without_triton(tree: ast.Module) -> ast.Module:
+    """The module without its imports of triton; each kernel (a function under `@triton.jit`) is None."""
+    body: list[ast.stmt] = []
+    for statement in tree.body:
+        if isinstance(statement, ast.Import) and all(_is_triton(alias.name) for alias in statement.names):
+            continue
+        if isinstance(statement, ast.FunctionDef) and any(
+            _is_triton(ast.unparse(decorator)) for decorator in statement.decorator_list
+        ):
+            body += ast.parse(f"{statement.name} = None").body
+        else:
+            body.append(statement)
+    tree.body = body
+    return tree
+
+
+def _is_triton(name: str) -> bool:
+    return name.split(".")[0] == "triton"
+
+
 def unknown_device_names(source: str) -> Iterator[tuple[int, str]]:
     """(line, name) of each device name in `source` for which there is no rule."""
     tree = ast.parse(source)
@@ -194,6 +226,8 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
 
     def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> CodeType:  # type: ignore[override]
         tree = rewrite(importlib.util.decode_source(data), path)
+        if self.name in _TRITON_KERNELS:
+            tree = without_triton(tree)
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 
     def get_data(self, path: str) -> bytes:

@@ -1,4 +1,10 @@
-"""The only door to megatron-core: the import hook for hosts without an accelerator, then every name that we use."""
+"""The only door to megatron-core: the import hook for hosts without an accelerator, then every name that we use.
+
+Versions 0.16 and 0.19 serve. Where a name differs, this module has it under one, chosen by what the installed version
+offers.
+"""
+
+import dataclasses
 
 from model.parallel import cpu_backend
 
@@ -28,7 +34,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
+# The field of `TransformerConfig` that says what CUDA graphs capture: 0.19's name for 0.16's `cuda_graph_scope`.
+_FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
+CUDA_GRAPH_FIELD = "cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope"
+
 __all__ = [
+    "CUDA_GRAPH_FIELD",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "DistributedOptimizer",

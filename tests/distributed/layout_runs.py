@@ -179,6 +179,36 @@ def continue_from(config: TrainConfig, reader: MemoryReader, num_steps: int) -> 
     return later, MemoryReader(gather_shards(trainer)).tensors
 
 
+def steps_without_gradient(config: TrainConfig, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors before and after steps whose gradients are zero, by an engine that was resumed from its own state."""
+    reader = MemoryReader([_copied(shard) for shard in gather_shards(build_engine(config))])
+    engine = build_engine(config)
+    engine.load_model(reader)
+    engine.load_optimizer(reader)
+    for _ in range(num_steps):
+        engine.discard_gradients()
+        engine.optimizer.prepare_grads()
+        engine.optimizer_step(config.stage.optimizer.learning_rate)
+    return reader.tensors, MemoryReader(gather_shards(engine)).tensors
+
+
+def train_from(
+    config: TrainConfig, weights: dict[str, torch.Tensor], rows_of_steps: list[list[dict[str, np.ndarray]]]
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    """A step for each list of rows, from given logical weights: the results and the weights after them."""
+    engine = build_engine(config)
+    reader = MemoryReader([])
+    reader.tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+    engine.load_model(reader)
+    results = []
+    for rows in rows_of_steps:
+        mine = rows[engine.data_parallel_rank :: engine.data_parallel_size]
+        results.append(engine.forward_backward([micro_batch([row]) for row in mine]))
+        engine.optimizer_step(config.stage.optimizer.learning_rate)
+    tensors = MemoryReader(gather_shards(engine)).tensors
+    return results, {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
+
+
 def _copied(shard: Any) -> Any:
     from dataclasses import replace
 

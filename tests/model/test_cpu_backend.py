@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,12 +40,39 @@ def test_a_new_device_name_is_reported(source: str) -> None:
         ("t.type() == 'torch.cuda.FloatTensor'", "t.type() == 'torch.FloatTensor'"),
         ("torch.cuda.HalfTensor", "torch.HalfTensor"),
         ("torch.cuda.synchronize()", "None"),
+        ("torch.cuda.current_stream().wait_event(e)", "torch.cpu.current_stream().wait_event(e)"),
         ("torch.cuda.manual_seed(seed)", "torch.manual_seed(seed)"),
         ("a.cuda_graphs = 'cuda graph'", "a.cuda_graphs = 'cuda graph'"),
     ],
 )
 def test_rewrite(source: str, expected: str) -> None:
     assert ast.unparse(cpu_backend.rewrite(source)) == expected
+
+
+def test_kernels_of_triton_are_left_out_and_nothing_else() -> None:
+    source = """
+import triton
+import triton.language as tl
+import os
+
+@triton.jit
+def kernel(pointer, size: tl.constexpr):
+    return tl.load(pointer)
+
+@cached
+def function():
+    import triton
+"""
+    expected = "import os\nkernel = None\n\n@cached\ndef function():\n    import triton"
+    assert ast.unparse(cpu_backend.without_triton(ast.parse(source))) == expected
+
+
+def test_megatron_is_imported_without_triton() -> None:
+    """Other libraries ask whether there is a triton: none may seem to be there that is not."""
+    import model.parallel.megatron  # noqa: F401
+
+    is_installed = any((Path(folder) / "triton").is_dir() for folder in sys.path)
+    assert is_installed or not [name for name in sys.modules if name.split(".")[0] == "triton"]
 
 
 def test_install_twice_keeps_one_hook() -> None:

@@ -43,6 +43,9 @@ def build_optimizer(config: OptimizerConfig, wrapped_model: Any, *, distributed:
     )
     chained = get_megatron_optimizer(core_config, [wrapped_model], use_gloo_process_groups=False)
     (optimizer,) = chained.chained_optimizers
+    for group in optimizer.optimizer.param_groups:
+        # megatron-core only marks the parameters that it spares; its scheduler, which is not used here, would apply it.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
     if type(optimizer.optimizer) is torch.optim.AdamW:
         for group in optimizer.optimizer.param_groups:
             group.update(fused=True, foreach=False)

@@ -14,7 +14,7 @@ ALLOWED = {
     "launch": {"launch", "training", "data_pipeline", "model"},
 }
 # Of `model`, the data pipeline sees the ids, the errors, how files are published, and the vision tokenizer.
-MODEL_PARTS_OF_DATA_PIPELINE = ("model.vocabulary", "model.errors", "model.files", "model.vision_tokenizer")
+MODEL_PARTS_OF_DATA_PIPELINE = ("model.vocabulary", "model.errors", "model.durable", "model.vision_tokenizer")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 
 

@@ -182,7 +182,7 @@ def save_yaml(config: TrainConfig, path: Path, versions: dict[str, str] | None =
     """Write the resolved config, with the versions of the code under `versions`, atomically."""
     from omegaconf import OmegaConf
 
-    from model.files import replace_file
+    from model.durable import replace_file
 
     values = config.to_dict() | ({"versions": versions} if versions else {})
     replace_file(path, OmegaConf.to_yaml(OmegaConf.create(values)))

@@ -16,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.durable import replace_file
 from model.errors import UserError
-from model.files import replace_file
 from training.config import TrainConfig, save_yaml
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import errno
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.durable import NO_SPACE
 from model.errors import UserError
 
 COMMAND_FOLDER = Path(__file__).resolve().parents[1] / "commands"
@@ -62,9 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
-        full = UserError("the disk is full", where=str(error.filename or ""), fix="free space and run the same command")
+        full = UserError(
+            "the disk is full",
+            where=str(error.filename or ""),
+            got=os.strerror(error.errno),
+            fix="free space and run the same command",
+        )
         return refuse(full, as_json=call is not None and call.json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

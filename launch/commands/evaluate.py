@@ -105,7 +105,7 @@ def publish(path: Path, answer: dict[str, Any]) -> dict[str, Any]:
     """Writes `answer` as JSON, atomically, and returns it."""
     import json
 
-    from model.files import replace_file
+    from model.durable import replace_file
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

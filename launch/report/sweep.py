@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from launch.composition.compose import compose_tree
 from launch.report.charts import Series, line_chart
 from launch.report.progress import all_lines, stage_progress
+from model.durable import replace_file, write_json
 from model.errors import UserError
-from model.files import replace_file
 
 SWEEP_NAME, SUMMARY_NAME, PAGE_NAME = "sweep.json", "summary.json", "summary.html"
 MAX_POINTS = 400  # of a curve
@@ -38,7 +38,7 @@ def record_sweep(command: str, jobs: list[list[str]]) -> Path:
         runs.append({"run": index, "overrides": own, "stage_folder": str(folder.absolute())})
     target = Path(str(runs[0]["stage_folder"])).parent.parent
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
+    write_json(target / SWEEP_NAME, {"command": command, "runs": runs})
     return target
 
 
@@ -50,7 +50,7 @@ def publish_sweep(folder: Path) -> list[dict[str, Any]]:
         raise UserError("there is no sweep here", where=str(folder), got=str(error)) from None
     rows = [describe_run(run) for run in sweep["runs"]]
     rows.sort(key=lambda row: (row["loss"] is None, row["loss"] or 0.0))
-    replace_file(folder / SUMMARY_NAME, json.dumps({"rows": rows}, indent=1) + "\n")
+    write_json(folder / SUMMARY_NAME, {"rows": rows})
     replace_file(folder / PAGE_NAME, page(rows, curves(sweep["runs"]), losses_by_value(rows)))
     return rows
 

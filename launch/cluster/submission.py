@@ -18,8 +18,8 @@ from launch.cluster.batch_script import SHARE, BatchJob, render
 from launch.cluster.job_folders import CODE_FOLDER, CONFIG_NAME, JobFolder, JobRecord, find_lost, job_state, locked
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.snapshot import snapshot
-from launch.command_line.cli import command_summaries
 from launch.composition.compose import compose_tree
+from launch.composition.registry import check_command
 from model.durable import fingerprint_of, replace_file
 from model.errors import UserError
 from training.config import TrainConfig, differences, fixed_of, load_yaml, save_yaml
@@ -68,7 +68,7 @@ def command_work(
     title: str,
 ) -> Work:
     """A nextstate command as one job, or as a job array: a call a task, or a share of the shards a task."""
-    check_command(command)
+    check_command(command, "command")
     groups = [[*overrides, *own] for own in calls.values()] or [list(overrides)]
     trees = [OmegaConf.to_container(compose_tree(command, group)) for group in groups]
     if shares > 1:
@@ -82,12 +82,6 @@ def command_work(
         fingerprint=fingerprint_of([command, trees]),
         calls=[[*PYTHON_MODULE, "launch.command_line.cli", command, *group] for group in groups],
     )
-
-
-def check_command(command: str) -> None:
-    known = command_summaries()
-    if command not in known:
-        raise UserError(f"there is no command {command!r}", where="command", expected=", ".join(known))
 
 
 def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -> BatchJob:

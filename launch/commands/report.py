@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
+    from launch.report.answers import publish_answer
     from launch.report.collect import collect
     from launch.report.page import render_page
 
@@ -32,7 +32,7 @@ def run(config: Config) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError("there is no such run folder", got=str(folder), fix="nextstate report run_folder=runs/NAME")
     report = collect(folder)
-    replace_file(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    publish_answer(folder / "report.json", report)
     replace_file(folder / "report.html", render_page(report, folder))
     return report
 

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launch.conversion.options import ConvertConfig
 from model.checkpoint.manifest import latest_checkpoint, read_manifest
 from model.config import ModelConfig, count_parameters
 from model.conversion import actions, surgery, vision
@@ -20,9 +21,6 @@ from model.conversion.writer import Result, Written
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from launch.commands.convert import Config
-
 CERTIFICATE_NAME = "parity.json"
 TOKENIZER_FOLDER = "text_tokenizer"
 MODES = {"auto": "logits", "logits": "logits", "keys": "keys"}  # of the certificate
@@ -32,7 +30,7 @@ BYTES_A_PARAMETER = 10
 Extra = Callable[[Path, Written], None]
 
 
-def convert(config: Config) -> dict[str, Any]:
+def convert(config: ConvertConfig) -> dict[str, Any]:
     """Run the configured action; the command's answer."""
     if config.action == "verify":
         return verify(config)
@@ -60,7 +58,7 @@ def convert(config: Config) -> dict[str, Any]:
     return answer | figures(outcome) | extras.answer
 
 
-def read_options(config: Config, extras: Extra | None) -> Options:
+def read_options(config: ConvertConfig, extras: Extra | None) -> Options:
     return Options(
         dtype=config.dtype,
         tensor=config.tensor,
@@ -86,7 +84,7 @@ def _sizes(result: Result) -> dict[str, Any]:
 class Extras:
     """Adds the text tokenizer and the certificate to a folder that is about to be published."""
 
-    def __init__(self, config: Config, source: Path):
+    def __init__(self, config: ConvertConfig, source: Path):
         self.config, self.source = config, source
         self.notes: list[str] = []
         self.answer: dict[str, Any] = {}
@@ -234,7 +232,7 @@ def fits_memory(config: ModelConfig) -> bool:
     return needed < psutil.virtual_memory().available
 
 
-def verify(config: Config) -> dict[str, Any]:
+def verify(config: ConvertConfig) -> dict[str, Any]:
     """Compare a checkpoint with an export; a difference is a `UserError` that names the tensors.
 
     First every byte through the tables, then, unless `verify=keys`, both sides as models. The certificate goes beside
@@ -276,7 +274,7 @@ def verify(config: Config) -> dict[str, Any]:
     return {"action": "verify", "source": str(source), "target": str(target), "layout": layout, "parity": shown}
 
 
-def convert_vision(config: Config, source: Path, target: Path) -> dict[str, Any]:
+def convert_vision(config: ConvertConfig, source: Path, target: Path) -> dict[str, Any]:
     options = read_options(config, None)
     if config.action == "to_hf":
         result = vision.to_published(source, target, options)

@@ -67,7 +67,8 @@ class ConvertConfig:
         )
         problems.check(self.verify in VERIFY, "verify", f"unknown value {self.verify!r}", "verify=keys")
         for name in ("tensor", "pipeline", "threads", "shard_gigabytes", "num_tokens"):
-            problems.check(getattr(self, name) > 0, name, "must be positive", f"{name}=1")
+            value = getattr(self, name)
+            problems.check(value > 0, name, f"must be positive, got {value}", f"{name}=1")
         problems.check(
             self.surgery.rows in ("normal", "mean", "codebook"),
             "surgery.rows",

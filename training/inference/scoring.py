@@ -16,8 +16,10 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import Problems, UserError
+from model.parallel.layout_rules import add_to, divided_sizes
 from model.vocabulary import Vocabulary
 from training.config import ParallelConfig
+from training.contracts.layout import ParallelLayout
 
 OUT_FOLDER_FIX = "make the folder first, or name another file"
 
@@ -50,9 +52,7 @@ class ScoreConfig:
         problems.check(self.out is not None or self.tokens is None, "out", "is required with tokens", "out=FILE.npy")
         problems.check(self.dtype in ("float32", "bfloat16"), "dtype", f"unknown value {self.dtype!r}", "dtype=float32")
         problems.check(self.tokens_per_batch > 0, "tokens_per_batch", "must be positive", "tokens_per_batch=4096")
-        for name in ("tensor", "pipeline", "context", "data"):
-            value = getattr(self.parallel, name)
-            problems.check(value > 0, f"parallel.{name}", "must be positive", f"parallel.{name}=1")
+        add_to(problems, ParallelLayout.of(self.parallel).own_problems())
         if self.out is not None:
             folder = Path(self.out).absolute().parent
             problems.check(folder.is_dir(), "out", f"there is no folder {folder}", OUT_FOLDER_FIX)
@@ -93,22 +93,9 @@ def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
 
 
 def _check_layout(layout: ParallelConfig, model: ModelConfig) -> None:
+    """Documents are packed to fit the layout: only the model's sizes can refuse it."""
     problems = Problems()
-    padded = Vocabulary.from_config(model.vocabulary).padded_size
-    sizes = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
-    for name, size in {**sizes, "the padded vocabulary": padded}.items():
-        problems.check(
-            size % layout.tensor == 0,
-            "parallel.tensor",
-            f"{layout.tensor} does not divide {name} ({size})",
-            "parallel.tensor=1",
-        )
-    problems.check(
-        model.num_layers % layout.pipeline == 0,
-        "parallel.pipeline",
-        f"{layout.pipeline} does not divide num_layers ({model.num_layers})",
-        "parallel.pipeline=1",
-    )
+    add_to(problems, ParallelLayout.of(layout).problems(divided_sizes(model), of=""))
     problems.raise_if_any()
 
 

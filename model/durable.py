@@ -14,10 +14,12 @@ import os
 import platform
 import shutil
 import time
+import types
+import typing
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from model.errors import UserError
 
@@ -26,6 +28,8 @@ TEMPORARY_MARK = ".tmp-"  # a temporary is `<final name>.tmp-<process id>`
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_BLOCK_BYTES = 1 << 22
 SECONDS_BETWEEN_TRIES = 0.1  # of a lock that another process holds
+
+Record = TypeVar("Record")
 
 
 def temporary_path(final: Path) -> Path:
@@ -157,3 +161,28 @@ def crc32_of(path: Path) -> str:
         while block := file.read(READ_BLOCK_BYTES):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
+
+
+def record_of(kind: type[Record], values: object) -> Record:
+    """A dataclass `kind` of the JSON object `values`, which it keeps whole in its field `values`.
+
+    Keys that are absent keep their defaults, unknown ones are no mistake. Raises ValueError that names the field whose
+    value has another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"a JSON object is expected, not {type(values).__name__}")
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if name != "values" and name in values:
+            if not _fits(values[name], hint):
+                raise ValueError(f"{name} cannot be {values[name]!r}")
+            found[name] = values[name]
+    return kind(values=values, **found)  # type: ignore[call-arg]
+
+
+def _fits(value: object, hint: Any) -> bool:
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    accepted = tuple(typing.get_origin(member) or member for member in members)
+    if isinstance(value, bool):
+        return bool in accepted
+    return isinstance(value, accepted) or (float in accepted and isinstance(value, int))

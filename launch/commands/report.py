@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def run(config: Config) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError("there is no such run folder", got=str(folder), fix="nextstate report run_folder=runs/NAME")
     report = collect(folder)
+    for line in report["damaged"]:
+        print(f"damaged, read as far as possible: {line}", file=sys.stderr)
     publish_answer(folder / "report.json", report)
     replace_file(folder / "report.html", render_page(report, folder))
     return report

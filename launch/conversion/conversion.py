@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.conversion.options import ConvertConfig
-from model.checkpoint.manifest import latest_checkpoint, read_manifest
+from model.checkpoint.manifest import CheckpointManifest, latest_checkpoint
 from model.config import ModelConfig, count_parameters
 from model.conversion import actions, surgery, vision
 from model.conversion.actions import Options, Outcome
@@ -102,20 +102,19 @@ class Extras:
         from data_pipeline.documents.tokenizer_export import export_text_tokenizer
 
         checkpoint = latest_checkpoint(self.source)
-        manifest = read_manifest(checkpoint)
+        manifest = CheckpointManifest.read(checkpoint)
         place = find_text_tokenizer(manifest, checkpoint, self.config.text_tokenizer)
         if place is None:
             self.notes.append("no text tokenizer was exported: text_tokenizer=FOLDER names one")
             return
-        vocabulary = Vocabulary.from_config(model_config(manifest["model"], str(checkpoint)).vocabulary)
+        vocabulary = Vocabulary.from_config(model_config(manifest.model or {}, str(checkpoint)).vocabulary)
         exported = export_text_tokenizer(place, vocabulary, folder)
-        recorded = manifest.get("text_tokenizer")
-        expected = recorded["fingerprint"] if isinstance(recorded, dict) else recorded
-        if expected and expected != exported["fingerprint"]:
+        recorded = manifest.tokenizer(TOKENIZER_FOLDER)
+        if recorded is not None and recorded.fingerprint != exported["fingerprint"]:
             raise UserError(
                 "the text tokenizer is not the one that the checkpoint was trained with",
                 where=str(place),
-                expected=f"fingerprint {expected}",
+                expected=f"fingerprint {recorded.fingerprint}",
                 got=exported["fingerprint"],
                 fix="text_tokenizer=FOLDER of the right one",
             )
@@ -155,8 +154,7 @@ class Extras:
         config = self.config
         source = self.source
         ours, theirs = (folder, source) if config.action == "from_hf" else (source, folder)
-        manifest = read_manifest(latest_checkpoint(ours))
-        sizes = model_config(manifest["model"], str(ours))
+        sizes = model_config(CheckpointManifest.read(latest_checkpoint(ours)).model or {}, str(ours))
         has_config = theirs.is_dir() and (theirs / "config.json").is_file()
         if not has_config or (config.verify == "auto" and not fits_memory(sizes)):
             return False
@@ -207,7 +205,7 @@ def differences(certificate: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def find_text_tokenizer(manifest: dict[str, Any], checkpoint: Path, given: str | None) -> Path | None:
+def find_text_tokenizer(manifest: CheckpointManifest, checkpoint: Path, given: str | None) -> Path | None:
     """Where the checkpoint's text tokenizer is; None when it records none or it is gone."""
     if given is not None:
         if not Path(given).exists():
@@ -215,13 +213,12 @@ def find_text_tokenizer(manifest: dict[str, Any], checkpoint: Path, given: str |
         return Path(given)
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         return checkpoint / TOKENIZER_FOLDER
-    recorded = manifest.get(TOKENIZER_FOLDER)
-    if not recorded:
+    recorded = manifest.tokenizer(TOKENIZER_FOLDER)
+    if recorded is None:
         return None
-    name = recorded["path"] if isinstance(recorded, dict) else TOKENIZER_FOLDER
     # Run folder / stage / checkpoints / step; a converted checkpoint may stand anywhere.
     above = checkpoint.absolute().parents
-    folder = above[min(2, len(above) - 1)] / name
+    folder = above[min(2, len(above) - 1)] / recorded.path
     return folder if folder.exists() else None
 
 

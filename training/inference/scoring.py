@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.manifest import CheckpointManifest
 from model.config import ModelConfig
 from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, divided_sizes
@@ -81,13 +82,13 @@ class Documents:
 
 def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
     """The checkpoint's folder, its model and the documents. Everything that can be refused is refused here."""
-    from model.checkpoint.reader import latest_checkpoint, read_manifest
+    from model.checkpoint.manifest import latest_checkpoint
     from training.inference.loading import check_kind, model_config
 
     folder = latest_checkpoint(config.checkpoint)
-    manifest = read_manifest(folder)
+    manifest = CheckpointManifest.read(folder)
     check_kind(manifest, folder)
-    model = model_config(manifest["model"])
+    model = model_config(manifest.model or {})
     _check_layout(config.parallel, model)
     return folder, model, open_documents(config, folder, manifest, model)
 
@@ -99,7 +100,7 @@ def _check_layout(layout: ParallelConfig, model: ModelConfig) -> None:
     problems.raise_if_any()
 
 
-def open_documents(config: ScoreConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig) -> Documents:
+def open_documents(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, model: ModelConfig) -> Documents:
     """The documents of a run on the checkpoint `folder`, checked against its vocabulary and its longest sequence."""
     if config.tokens is None:
         documents = _open_text(config, folder, manifest, Vocabulary.from_config(model.vocabulary))
@@ -124,10 +125,10 @@ def open_documents(config: ScoreConfig, folder: Path, manifest: dict[str, Any], 
     return documents
 
 
-def _check_ids(documents: Documents, manifest: dict[str, Any], where: str) -> None:
+def _check_ids(documents: Documents, manifest: CheckpointManifest, where: str) -> None:
     import numpy as np
 
-    size = manifest["vocabulary"]["size"]
+    size = described(manifest)["size"]
     for index in range(len(documents)):
         ids = documents.get(index)
         wrong = np.flatnonzero((ids < 0) | (ids >= size))
@@ -139,6 +140,12 @@ def _check_ids(documents: Documents, manifest: dict[str, Any], where: str) -> No
                 got=str(ids[wrong[0]]),
                 fix="tokenize with this checkpoint's tokenizers",
             )
+
+
+def described(manifest: CheckpointManifest) -> dict[str, Any]:
+    """The vocabulary of a transformer's checkpoint."""
+    assert manifest.vocabulary is not None, "every transformer has one"
+    return manifest.vocabulary
 
 
 def _open_array(path: Path) -> Documents:
@@ -169,7 +176,7 @@ def _open_array(path: Path) -> Documents:
     return Documents(lengths, lambda index: np.asarray(array[index]).astype(np.int64))
 
 
-def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
+def _open_token_files(folder: Path, manifest: CheckpointManifest) -> Documents:
     import numpy as np
 
     from data_pipeline.storage.format import read_manifest
@@ -178,14 +185,15 @@ def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
     prefixes = [path.with_suffix("") for path in sorted(folder.rglob("*.idx"))]
     if not prefixes:
         raise UserError("no token files here", where=str(folder), expected="NNNNNN.idx, .bin and .json")
+    vocabulary = described(manifest)
     for prefix in prefixes:
-        described = read_manifest(prefix)
-        if described["kind"] != "tokens" or described["vocabulary"] != manifest["vocabulary"]:
+        file = read_manifest(prefix)
+        if file["kind"] != "tokens" or file["vocabulary"] != vocabulary:
             raise UserError(
                 "these are not token files of the checkpoint's vocabulary",
                 where=str(prefix),
-                expected=f"kind tokens, {manifest['vocabulary']['size']} ids",
-                got=f"kind {described['kind']}, {described['vocabulary'].get('size')} ids",
+                expected=f"kind tokens, {vocabulary['size']} ids",
+                got=f"kind {file['kind']}, {file['vocabulary'].get('size')} ids",
                 fix="nextstate tokenize writes them",
             )
     readers = [TokenFileReader(prefix) for prefix in prefixes]
@@ -199,7 +207,7 @@ def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
     return Documents(lengths, get)
 
 
-def _open_text(config: ScoreConfig, folder: Path, manifest: dict[str, Any], vocabulary: Vocabulary) -> Documents:
+def _open_text(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, vocabulary: Vocabulary) -> Documents:
     """Documents as pretraining has them: BOS, the text, EOS."""
     import numpy as np
 

@@ -27,11 +27,12 @@ from data_pipeline.filters.base import FilterChain, FilterConfig
 from data_pipeline.sources import BadSample, SampleError, read_shard
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.sources.prepare import Pixels, PreparedSample, SamplePreparer
-from data_pipeline.storage.atomic import atomic_write_bytes, encode_json, read_json
+from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.format import checksum_file, suffixed
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
+from model.durable import read_json
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary
 

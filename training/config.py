@@ -11,11 +11,11 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import Problems, UserError
-from model.vocabulary import Vocabulary
+from model.parallel.layout_rules import add_to, divided_sizes
+from training.contracts.layout import ParallelLayout, Rows
 
 OBJECTIVES = ("next_token", "vision_tokenizer", "text_tokenizer")
 SCHEDULES = ("cosine", "linear", "constant")
-RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass
@@ -192,7 +192,7 @@ def save_yaml(config: TrainConfig, path: Path, versions: dict[str, str] | None =
     """Write the resolved config, with the versions of the code under `versions`, atomically."""
     from omegaconf import OmegaConf
 
-    from model.files import replace_file
+    from model.durable import replace_file
 
     values = config.to_dict() | ({"versions": versions} if versions else {})
     replace_file(path, OmegaConf.to_yaml(OmegaConf.create(values)))
@@ -369,51 +369,7 @@ def _validate_data(config: TrainConfig, problems: Problems) -> None:
 
 
 def _validate_layout(config: TrainConfig, problems: Problems) -> None:
-    parallel, model, stage = config.parallel, config.model, config.stage
-    sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context", "data")}
-    for name, value in sizes.items():
-        problems.check(value > 0, f"parallel.{name}", f"must be positive, got {value}", f"parallel.{name}=1")
-    if min(sizes.values()) <= 0:
-        return
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        problems.check(
-            getattr(model, name) % parallel.tensor == 0,
-            "parallel.tensor",
-            f"{parallel.tensor} does not divide model.{name} ({getattr(model, name)})",
-            "parallel.tensor=1",
-        )
-    problems.check(
-        model.vocabulary.pad_multiple <= 0
-        or Vocabulary.from_config(model.vocabulary).padded_size % parallel.tensor == 0,
-        "parallel.tensor",
-        f"{parallel.tensor} does not divide the padded vocabulary",
-        "a model.vocabulary.pad_multiple that is a multiple of parallel.tensor",
-    )
-    problems.check(
-        model.num_layers % parallel.pipeline == 0,
-        "parallel.pipeline",
-        f"{parallel.pipeline} does not divide model.num_layers ({model.num_layers})",
-        "parallel.pipeline=1",
-    )
-    problems.check(
-        parallel.recompute in RECOMPUTE,
-        "parallel.recompute",
-        f"choices are {', '.join(RECOMPUTE)}, got {parallel.recompute!r}",
-        "parallel.recompute=none",
-    )
-    ranks_per_row = parallel.tensor * parallel.context
-    problems.check(
-        stage.sequence_length % ranks_per_row == 0,
-        "stage.sequence_length",
-        f"{stage.sequence_length} is not a multiple of parallel.tensor * parallel.context = {ranks_per_row}",
-        f"stage.sequence_length={-(-stage.sequence_length // ranks_per_row) * ranks_per_row}",
-    )
-    rows_at_once = stage.micro_batch_size * parallel.data
-    if rows_at_once > 0:
-        rounded = max(1, -(-stage.global_batch_size // rows_at_once)) * rows_at_once
-        problems.check(
-            stage.global_batch_size % rows_at_once == 0,
-            "stage.global_batch_size",
-            f"{stage.global_batch_size} is not a multiple of micro_batch_size * parallel.data = {rows_at_once}",
-            f"stage.global_batch_size={rounded}",
-        )
+    """Asked of the one home of the question; the engine's ranks would say the same."""
+    stage = config.stage
+    rows = Rows(stage.sequence_length, stage.micro_batch_size, stage.global_batch_size)
+    add_to(problems, ParallelLayout.of(config.parallel).problems(divided_sizes(config.model), rows))

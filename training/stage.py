@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.durable import lock, write_json
 from model.errors import UserError
-from model.files import replace_file
 from training.config import TrainConfig, save_yaml
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
         summary |= {"objective": config.stage.objective, "config_fingerprint": config.fingerprint()}
         if is_first_rank:
             with told_to_the_user(folder):
-                replace_file(folder / SUMMARY_NAME, json.dumps(summary, indent=1) + "\n")
+                write_json(folder / SUMMARY_NAME, summary)
     return summary
 
 
@@ -221,27 +219,10 @@ def told_to_the_user(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_stage(folder: Path) -> Iterator[None]:
-    """Hold the stage folder; a second run is refused. The system frees the lock of a process that died."""
-    path = folder / LOCK_NAME
-    with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        "another run is working on this stage",
-                        where=str(folder),
-                        got=file.read().strip(),
-                        fix="wait for it, stop it, or choose another run_folder",
-                    ) from None
-                time.sleep(0.1)
-        with told_to_the_user(folder):
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
+    """Hold the stage folder; a second run is refused."""
+    fix = "wait for it, stop it, or choose another run_folder"
+    path, taken = folder / LOCK_NAME, "another run is working on this stage"
+    with lock(path, taken, fix=fix, waiting_seconds=LOCK_PATIENCE_SECONDS):
         yield
 
 

@@ -7,8 +7,6 @@ same global batch however many they are.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +17,7 @@ from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.packed_files import PackedDataset
+from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 from model.vocabulary import TokenClass, Vocabulary
 
@@ -131,7 +130,7 @@ class PackedDataSource:
                 name: dataset.fingerprint for name, dataset in zip(self.mixture.names, self._datasets, strict=True)
             },
         }
-        return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return fingerprint_of(described)
 
     def _check(self, document_attention: str, loss_weights: Mapping[str, float]) -> None:
         problems = Problems()

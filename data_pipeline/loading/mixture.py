@@ -17,9 +17,7 @@ dataset drifts from the weight asked for by at most n times that.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -27,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.storage.permutation import derive_key, epoch_keys, permute
+from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 
 MAX_PERIOD = 65_536
@@ -144,8 +143,7 @@ class Mixture:
                 for name, size, share in zip(self.names, self.sizes, self.shares, strict=True)
             },
         }
-        text = json.dumps(described, sort_keys=True)
-        self.fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.fingerprint = fingerprint_of(described)
 
     def locate(self, n: int) -> Location:
         """Dataset, epoch and row of global sample n >= 0."""

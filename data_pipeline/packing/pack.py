@@ -10,7 +10,6 @@ order of the rows needs no further shuffling. Images are never cut. Plain text m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -24,7 +23,7 @@ import numpy as np
 
 from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
 from data_pipeline.packing.pool import Pool
-from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, read_json, remove_stale_temporaries
+from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.format import (
     FORMAT_VERSION,
     TOKEN_DTYPE,
@@ -37,6 +36,7 @@ from data_pipeline.storage.packed_files import DATASET_NAME, read_dataset_manife
 from data_pipeline.storage.permutation import derive_key, permute
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind, count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
+from model.durable import fingerprint_of, read_json
 from model.errors import Problems, UserError
 
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
@@ -96,7 +96,7 @@ def pack(
     try:
         inputs = pool.source_fingerprints()
         identity = {"config": asdict(config), "inputs": inputs, "format_version": FORMAT_VERSION}
-        fingerprint = _fingerprint(identity)
+        fingerprint = fingerprint_of(identity)
         if not _is_complete(target, fingerprint):
             _Packing(pool, target, config, fingerprint, inputs).run()
     finally:
@@ -115,11 +115,6 @@ _SUMMARY_KEYS = ("num_rows", "num_tokens", "num_real_tokens", "fill", "sources",
 
 def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return [folders] if isinstance(folders, (str, Path)) else list(folders)
-
-
-def _fingerprint(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _is_complete(target: Path, fingerprint: str) -> bool:
@@ -276,14 +271,14 @@ class _Packing:
         num_tokens = sum(manifest["num_tokens"] for manifest in manifests)
         num_real_tokens = num_tokens - by_class["padding"]
         shards = [
-            {"name": f"{number:06d}", "num_rows": manifest["num_rows"], "checksum": _fingerprint(manifest["outputs"])}
+            {"name": f"{number:06d}", "num_rows": manifest["num_rows"], "checksum": fingerprint_of(manifest["outputs"])}
             for number, manifest in enumerate(manifests)
         ]
         return {
             "format_version": FORMAT_VERSION,
             "kind": "packed_dataset",
             "shards": shards,
-            "fingerprint": _fingerprint(shards),
+            "fingerprint": fingerprint_of(shards),
             "config_fingerprint": self.fingerprint,
             "config": asdict(self.config),
             "inputs": self.inputs,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.storage.atomic import read_json
+from model.durable import read_json
 from model.errors import UserError
 
 FORMAT_VERSION = 1

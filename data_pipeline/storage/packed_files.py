@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.storage.atomic import read_json
 from data_pipeline.storage.descriptors import DescriptorCache, read_exactly
 from data_pipeline.storage.format import FORMAT_VERSION, REWRITE, TOKEN_BYTES, TOKEN_DTYPE, check_row, suffixed
 from data_pipeline.storage.segments import SEGMENT_DTYPE
+from model.durable import read_json
 from model.errors import UserError
 
 DATASET_NAME = "dataset.json"

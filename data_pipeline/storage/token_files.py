@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.storage.atomic import atomic_write_json, no_space_is_a_user_error, remove_stale_temporaries
+from data_pipeline.storage.atomic import atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.descriptors import DescriptorCache, read_exactly
 from data_pipeline.storage.format import (
     FORMAT_VERSION,
@@ -29,8 +29,8 @@ from data_pipeline.storage.format import (
     suffixed,
 )
 from data_pipeline.storage.segments import SEGMENT_DTYPE, tile_exactly
+from model.durable import publish, temporary_path, told_no_space
 from model.errors import UserError
-from model.files import publish, temporary_path
 
 
 class TokenFileWriter:
@@ -51,7 +51,7 @@ class TokenFileWriter:
         self._num_bytes = 0
         self._digest = hashlib.blake2b(digest_size=16)
         self._bin = suffixed(self.prefix, ".bin")
-        with no_space_is_a_user_error(self.prefix.parent, 0):
+        with told_no_space(self.prefix.parent, 0):
             self._stream = temporary_path(self._bin).open("wb", buffering=1 << 20)
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class TokenFileWriter:
         numbered = segments.copy()
         numbered["row"] = len(self._lengths)
         self._num_bytes += len(content)
-        with no_space_is_a_user_error(self.prefix.parent, self._num_bytes):
+        with told_no_space(self.prefix.parent, self._num_bytes):
             self._stream.write(content)
         self._digest.update(content)
         self._lengths.append(len(tokens))
@@ -93,7 +93,7 @@ class TokenFileWriter:
             side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
         outputs = {self._bin.name: self._digest.hexdigest()}
         needed_bytes = self._num_bytes + sum(map(len, side_files.values()))
-        with no_space_is_a_user_error(self.prefix.parent, needed_bytes):
+        with told_no_space(self.prefix.parent, needed_bytes):
             self._stream.close()
             for suffix, content in side_files.items():
                 path = suffixed(self.prefix, suffix)

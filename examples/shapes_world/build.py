@@ -18,8 +18,8 @@ from webdataset import ShardWriter
 
 from examples.shapes_world.datasets import DATASETS, CorpusConfig, Dataset
 from examples.shapes_world.world import all_items, held_out_items
+from model.durable import replace_file
 from model.errors import Problems, UserError
-from model.files import replace_file
 
 FORMAT_VERSION = 1
 OWNER = {"mtime": 0.0, "user": "nextstate", "group": "nextstate"}  # fixed, so that bytes depend on the content only

@@ -6,9 +6,7 @@ The state of a job is read from here and from Slurm each time it is asked for; n
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,8 +14,8 @@ from pathlib import Path
 
 from launch.cluster.batch_script import ATTEMPTS_NAME, ENDED_NAME, LOG_NAME, PROGRESS_NAME
 from launch.cluster.slurm import QueuedJob, remembered_state
+from model.durable import lock, read_json_object, write_json
 from model.errors import UserError
-from model.files import replace_file
 
 JOBS_FOLDER = "jobs"
 CODE_FOLDER = "code"
@@ -68,18 +66,15 @@ class JobFolder:
         path = self.path / RECORD_NAME
         if not path.exists():
             return None
+        damaged = "the record of a job cannot be read"
+        fix = "move the file away; squeue shows whether the job is still queued"
         try:
-            return JobRecord(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                "the record of a job cannot be read",
-                where=str(path),
-                got=str(error),
-                fix="move the file away; squeue shows whether the job is still queued",
-            ) from None
+            return JobRecord(**read_json_object(path, damaged=damaged, fix=fix))
+        except TypeError as error:
+            raise UserError(damaged, where=str(path), got=str(error), fix=fix) from None
 
     def write(self, record: JobRecord) -> None:
-        replace_file(self.path / RECORD_NAME, json.dumps(asdict(record), indent=1) + "\n")
+        write_json(self.path / RECORD_NAME, asdict(record))
 
     def forget_endings(self) -> None:
         """Before a submission: what an earlier one left decides nothing any more, the restart budget included."""
@@ -146,18 +141,7 @@ def locked(run_folder: Path) -> Iterator[None]:
         raise UserError(
             "the run folder cannot be written", where=str(folder), got=str(error), fix="choose another run_folder"
         ) from None
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            raise UserError(
-                "another submission is at work in this run folder",
-                where=str(run_folder),
-                got=stream.read().strip(),
-                fix="nothing: it submits the jobs; or choose another run_folder",
-            ) from None
-        stream.truncate(0)
-        stream.write(f"since {time.strftime('%F %T')}\n")
-        stream.flush()
+    taken = "another submission is at work in this run folder"
+    fix = "nothing: it submits the jobs; or choose another run_folder"
+    with lock(folder / LOCK_NAME, taken, fix=fix, where=run_folder):
         yield

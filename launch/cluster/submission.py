@@ -5,8 +5,6 @@ What is done, queued or running is left alone, so every submission may be given 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,10 +18,10 @@ from launch.cluster.batch_script import SHARE, BatchJob, render
 from launch.cluster.job_folders import CODE_FOLDER, CONFIG_NAME, JobFolder, JobRecord, find_lost, job_state, locked
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.snapshot import snapshot
-from launch.command_line.cli import command_summaries
 from launch.composition.compose import compose_tree
+from launch.composition.registry import check_command
+from model.durable import fingerprint_of, replace_file
 from model.errors import UserError
-from model.files import replace_file
 from training.config import TrainConfig, differences, fixed_of, load_yaml, save_yaml
 from training.stage import CONFIG_NAME as STAGE_CONFIG_NAME
 from training.stage import SUMMARY_NAME
@@ -70,10 +68,9 @@ def command_work(
     title: str,
 ) -> Work:
     """A nextstate command as one job, or as a job array: a call a task, or a share of the shards a task."""
-    check_command(command)
+    check_command(command, "command")
     groups = [[*overrides, *own] for own in calls.values()] or [list(overrides)]
     trees = [OmegaConf.to_container(compose_tree(command, group)) for group in groups]
-    text = json.dumps([command, trees], sort_keys=True)
     if shares > 1:
         groups = [[*group, f"num_tasks={shares}", SHARE] for group in groups]
     return Work(
@@ -82,15 +79,9 @@ def command_work(
         run_folder=run_folder,
         shares=shares,
         num_accelerators=num_accelerators,
-        fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        fingerprint=fingerprint_of([command, trees]),
         calls=[[*PYTHON_MODULE, "launch.command_line.cli", command, *group] for group in groups],
     )
-
-
-def check_command(command: str) -> None:
-    known = command_summaries()
-    if command not in known:
-        raise UserError(f"there is no command {command!r}", where="command", expected=", ".join(known))
 
 
 def describe(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -> BatchJob:

@@ -6,10 +6,7 @@ checkpoint, to be started again. Nothing heavy is imported before a command is c
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import difflib
-import errno
 import json
 import logging
 import os
@@ -17,12 +14,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from launch.composition import registry
+from model.durable import NO_SPACE
 from model.errors import UserError
-
-COMMAND_FOLDER = Path(__file__).resolve().parents[1] / "commands"
 
 
 @dataclass
@@ -62,9 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
-        full = UserError("the disk is full", where=str(error.filename or ""), fix="free space and run the same command")
+        full = UserError(
+            "the disk is full",
+            where=str(error.filename or ""),
+            got=os.strerror(error.errno),
+            fix="free space and run the same command",
+        )
         return refuse(full, as_json=call is not None and call.json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -78,19 +79,9 @@ def refuse(error: UserError, *, as_json: bool) -> int:
     return 2
 
 
-def command_summaries() -> dict[str, str]:
-    """First line of every command's `HELP`, read from the source so that no command is imported."""
-    summaries = {}
-    for path in sorted(COMMAND_FOLDER.glob("[a-z]*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
-                summaries[path.stem] = ast.literal_eval(node.value).strip().splitlines()[0]
-    return summaries
-
-
 def overview() -> str:
     lines = ["usage: nextstate COMMAND [group=option ...] [key=value ...] [--help] [--cfg job] [-m]", "", "commands:"]
-    lines += [f"  {name:<12} {summary}" for name, summary in command_summaries().items()]
+    lines += [f"  {name:<12} {summary}" for name, summary in registry.command_summaries().items()]
     lines += [
         "",
         "nextstate COMMAND --help   keys, groups and examples of one command",
@@ -105,14 +96,7 @@ def overview() -> str:
 
 def read_call(arguments: list[str]) -> Call:
     command, *rest = arguments
-    known = list(command_summaries())
-    if command not in known:
-        close = difflib.get_close_matches(command, known, n=1)
-        raise UserError(
-            f"there is no command {command!r}",
-            expected=", ".join(known),
-            fix=f"nextstate {close[0]}" if close else "nextstate --help",
-        )
+    registry.check_command(command)
     call = Call(command)
     remaining = iter(rest)
     for text in remaining:
@@ -137,7 +121,7 @@ def read_call(arguments: list[str]) -> Call:
 def execute(call: Call) -> int:
     from launch.composition import compose as configs
 
-    module = configs.load_command(call.command)
+    module = registry.load_command(call.command)
     place_words(call, getattr(module, "POSITIONAL", None))
     if call.help:
         from launch.command_line.help import command_help

@@ -13,12 +13,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.composition import compose as configs
+from launch.composition import registry
 
 KEY_WIDTH, VALUE_WIDTH = 40, 22
 
 
 def command_help(command: str, overrides: list[str]) -> str:
-    module = configs.load_command(command)
+    module = registry.load_command(command)
     tree = configs.compose_tree(command, overrides)
     lines = [module.HELP.strip(), "", f"usage: nextstate {command} [group=option ...] [key=value ...]"]
     groups = config_groups(command)

@@ -11,6 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import OmegaConf
 
 from launch.composition import compose as configs
+from launch.composition import registry
 
 
 def plan_jobs(command: str, overrides: list[str]) -> list[list[str]]:
@@ -59,17 +60,14 @@ def finish_sweep(command: str, jobs: list[list[str]], results: list[dict[str, An
     waiting = [job_id for result in results for job_id in result.get("job_ids", [])]
     answer: dict[str, Any] = {"page": str(folder / sweep.PAGE_NAME)}
     if waiting:
-        from launch.cluster.submission import submit_summary
-
         config = configs.compose_config(command, jobs[0])
-        answer["summary_job_id"] = submit_summary(folder, config.name, config.cluster, waiting)
+        answer["summary_job_id"] = registry.load_command(command).submit_sweep_summary(config, folder, waiting)
     return answer | {"sweep": sweep.publish_sweep(folder)}
 
 
 def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any]:
     """Submit in this process; `job_ids` holds the job unless the stage is finished, and is missing in a dry run."""
-    from launch.commands import submit
-
+    submit = registry.load_command("submit")
     print(f"job {index}: nextstate submit {' '.join(overrides)}", file=sys.stderr, flush=True)
     result: dict[str, Any] = {"job": index, "overrides": overrides, "exit_code": 0}
     answer = submit.run(configs.compose_config("submit", overrides))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.commands import curriculum
+from launch.curriculum import actions
 from launch.curriculum.entries import CurriculumConfig
 
 HELP = """Run the whole curriculum at toy size on this machine: raw media to a trained model, images and a report.
@@ -21,8 +21,8 @@ POSITIONAL = "action"
 
 
 def run(config: CurriculumConfig) -> dict[str, Any]:
-    return curriculum.run(config) | {"report": f"{config.run_folder}/report.html"}
+    return actions.act(config) | {"report": f"{config.run_folder}/report.html"}
 
 
 def render(answer: dict[str, Any]) -> str:
-    return f"{curriculum.render(answer)}\nreport: {answer['report']}"
+    return f"{actions.render(answer)}\nreport: {answer['report']}"

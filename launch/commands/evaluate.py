@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.errors import Problems, UserError
+from launch.report.answers import publish_answer
+from model.errors import Problems
 from model.generation.settings import SamplingConfig
 from training.inference.prompts import InferenceOptions
 
@@ -88,7 +89,7 @@ def run(config: Config) -> dict[str, Any]:
         "samples": _below(out.parent, samples_folder, results),
         "tasks": results,
     }
-    return publish(out, answer)
+    return publish_answer(out, answer)
 
 
 def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -99,20 +100,6 @@ def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]
         for key in ("prompt_images", "images"):
             sample[key] = [str(prefix / name) for name in sample[key]]
     return samples
-
-
-def publish(path: Path, answer: dict[str, Any]) -> dict[str, Any]:
-    """Writes `answer` as JSON, atomically, and returns it."""
-    import json
-
-    from model.files import replace_file
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(answer, indent=1, ensure_ascii=False))
-    except NotADirectoryError as error:
-        raise UserError("the output folder is not a folder", where=str(path.parent)) from error
-    return answer
 
 
 def render(answer: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.commands.evaluate import publish
+from launch.report.answers import publish_answer
 from model.errors import Problems, UserError
 from model.generation.settings import SamplingConfig
 from training.inference.prompts import FORMATS, InferenceOptions
@@ -88,7 +88,7 @@ def run(config: Config) -> dict[str, Any]:
             questions[number]
             | {"answer": answer, "pictures": names, "text_answer": output.text, "finished": output.finished}
         )
-    return publish(folder / "generated.json", {"folder": str(folder), "answers": answers})
+    return publish_answer(folder / "generated.json", {"folder": str(folder), "answers": answers})
 
 
 def read_questions(config: Config) -> list[dict[str, Any]]:

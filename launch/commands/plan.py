@@ -7,7 +7,8 @@ from typing import Any
 
 from launch.cluster.profile import ClusterConfig
 from model.errors import Problems
-from training.config import RECOMPUTE, TrainConfig
+from training.config import TrainConfig
+from training.contracts.layout import RECOMPUTE
 
 HELP = """Know memory, step time and cost of a stage on a cluster before it is spent, and the best layouts for it.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.durable import replace_file
 from model.errors import UserError
 
 HELP = """Write report.json and report.html of a run folder, from the figures that its parts left.
@@ -24,6 +25,7 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
+    from launch.report.answers import publish_answer
     from launch.report.collect import collect
     from launch.report.page import render_page
 
@@ -31,15 +33,11 @@ def run(config: Config) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError("there is no such run folder", got=str(folder), fix="nextstate report run_folder=runs/NAME")
     report = collect(folder)
-    publish(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    publish(folder / "report.html", render_page(report, folder))
+    for line in report["damaged"]:
+        print(f"damaged, read as far as possible: {line}", file=sys.stderr)
+    publish_answer(folder / "report.json", report)
+    replace_file(folder / "report.html", render_page(report, folder))
     return report
-
-
-def publish(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def render(report: dict[str, Any]) -> str:

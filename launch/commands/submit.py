@@ -100,6 +100,13 @@ def work_of(config: Config) -> Work:
     )
 
 
+def submit_sweep_summary(config: Config, folder: Path, after: list[str]) -> str:
+    """The id of the job that writes the page of a sweep once its runs, the jobs `after`, have ended."""
+    from launch.cluster.submission import submit_summary
+
+    return submit_summary(folder, config.name, config.cluster, after)
+
+
 def is_dry(answer: dict[str, Any]) -> bool:
     return list(answer) == ["script"]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from data_pipeline.documents.tokenizers import load_text_tokenizer
 from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_jobs, run_tasks, threads_per_worker
-from data_pipeline.storage.atomic import read_json
 from data_pipeline.storage.format import published_prefixes, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
+from model.durable import read_json
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 

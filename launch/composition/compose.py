@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import re
 import types
 import typing
@@ -23,19 +22,15 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launch.composition import registry
 from model.errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
 
 
-def load_command(name: str) -> types.ModuleType:
-    """The module of a command: `HELP: str`, `Config` (dataclass), `run(config) -> dict`."""
-    return importlib.import_module(f"launch.commands.{name}")
-
-
 def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     """The composed configuration of `command`, typed by its `Config`, interpolations still unresolved."""
-    schema = load_command(command).Config
+    schema = registry.load_command(command).Config
     store = ConfigStore.instance()
     store.store(name=f"{command}_schema", node=schema)
     primary = command if (CONFIG_FOLDER / f"{command}.yaml").exists() else f"{command}_schema"

@@ -9,7 +9,6 @@ are moved to `<run folder>/superseded`, so that no command mistakes them for its
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -26,8 +25,8 @@ from launch.cluster.profile import ClusterConfig
 from launch.command_line.calls import CALL
 from launch.local.subprocesses import run_supervised
 from launch.report.progress import stage_progress
+from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
-from model.files import replace_file
 
 STATE_VERSION = 1
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
@@ -138,16 +137,13 @@ class Curriculum:
         records = {name: Record() for name in self.order}
         if not self.state_path.exists():
             return records
+        damaged = "the curriculum's state cannot be read"
+        fix = "move the file away: entries run again, and each finds what it had finished"
         try:
-            stored = json.loads(self.state_path.read_text(encoding="utf-8"))
+            stored = read_json_object(self.state_path, damaged=damaged, fix=fix)
             known = {name: Record(**value) for name, value in stored["entries"].items()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                "the curriculum's state cannot be read",
-                where=str(self.state_path),
-                got=str(error),
-                fix="move the file away: entries run again, and each finds what it had finished",
-            ) from error
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(damaged, where=str(self.state_path), got=str(error), fix=fix) from error
         return {**known, **{name: known.get(name, record) for name, record in records.items()}}
 
     def save(self) -> None:
@@ -167,15 +163,13 @@ class Curriculum:
         entry = self.config.entries[name]
         if name not in self._calls:
             self._calls[name] = resolved_calls(entry)
-        text = json.dumps(
+        return fingerprint_of(
             {
                 "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
                 "configs": self._calls[name],
                 "needs": {needed: self.records[needed].result for needed in entry.needs},
-            },
-            sort_keys=True,
+            }
         )
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def is_done(self, name: str) -> bool:
         record = self.records[name]
@@ -248,15 +242,8 @@ def alive(process: list[float]) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """One curriculum at a time in a folder. The kernel frees the lock when its holder dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".curriculum.lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                "another curriculum is running in this folder",
-                where=str(folder),
-                fix="wait for it, end it, or choose another run_folder",
-            ) from error
+    taken = "another curriculum is running in this folder"
+    with lock(folder / ".curriculum.lock", taken, fix="wait for it, end it, or choose another run_folder"):
         yield
 
 

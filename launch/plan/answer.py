@@ -44,6 +44,7 @@ def layout_of(config: TrainConfig, problem: Problem) -> Layout:
         parallel.context,
         parallel.data,
         config.stage.micro_batch_size,
+        parallel.recompute,
         distributed_optimizer=parallel.distributed_optimizer,
         sequence_parallel=parallel.sequence,
     )

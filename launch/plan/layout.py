@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launch.plan.shape import ModelShape
-from training.config import RECOMPUTE
+from training.contracts.layout import SECTION, ParallelLayout, Rows
 
 
 @dataclass(frozen=True)
@@ -59,37 +59,19 @@ class Layout:
 
 def violations(layout: Layout, shape: ModelShape, batch: Batch) -> list[str]:
     """Every reason why the layout cannot run this model and batch; empty when it can."""
-    sizes = {name: getattr(layout, name) for name in ("tensor", "pipeline", "context", "data", "micro_batch")}
-    found = [f"{name} must be positive, got {value}" for name, value in sizes.items() if value < 1]
-    if found:
-        return found
-    if layout.recompute not in RECOMPUTE:
-        found.append(f"recompute must be one of {', '.join(RECOMPUTE)}, got {layout.recompute!r}")
-    for title, value in (
-        ("attention heads", shape.heads),
-        ("query groups", shape.groups),
-        ("ffn_hidden_size", shape.ffn),
-        ("padded vocabulary", shape.vocabulary_rows),
-    ):
-        if value % layout.tensor:
-            found.append(f"tensor {layout.tensor} does not divide the {title} ({value})")
-    if shape.num_layers % (layout.pipeline * layout.virtual_pipeline):
-        found.append(f"pipeline {layout.pipeline} does not divide the layers ({shape.num_layers})")
-    parts = layout.tensor * layout.context * (2 if layout.context > 1 else 1)
-    rows = layout.data * layout.micro_batch
-    if batch.sequence_length % (layout.tensor * layout.context):
-        found.append(
-            f"tensor * context = {layout.tensor * layout.context} does not divide the sequence length "
-            f"({batch.sequence_length})"
-        )
-    elif layout.micro_batch * batch.sequence_length % parts:
-        found.append(
-            f"{parts} (tensor * context, twice with context > 1) does not divide the tokens of a micro-batch "
-            f"({layout.micro_batch * batch.sequence_length})"
-        )
-    if batch.global_batch_size % rows:
-        found.append(f"data * micro_batch = {rows} does not divide the global batch ({batch.global_batch_size} rows)")
+    if layout.micro_batch < 1:
+        return [f"micro_batch must be positive, got {layout.micro_batch}"]
+    rows = Rows(batch.sequence_length, layout.micro_batch, batch.global_batch_size)
+    found = [told(*problem) for problem in ParallelLayout.of(layout).problems(shape.divided_sizes(), rows)]
+    if not found and shape.num_layers % (layout.pipeline * layout.virtual_pipeline):
+        found.append(f"virtual_pipeline {layout.virtual_pipeline} does not divide the layers of a stage")
     return found
+
+
+def told(key: str, message: str, fix: str) -> str:
+    """One problem in a line of its own; the fixes are the nearest legal layouts."""
+    name = key.removeprefix(SECTION)
+    return f"{name} {message}" if key.startswith(SECTION) else f"{name}: {message}"
 
 
 def divisors(number: int) -> list[int]:

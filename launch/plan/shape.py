@@ -40,6 +40,16 @@ class ModelShape:
             dropout=config.dropout,
         )
 
+    def divided_sizes(self) -> dict[str, int]:
+        """As `model.parallel.layout_rules.divided_sizes` of a model of ours."""
+        return {
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.groups,
+            "ffn_hidden_size": self.ffn,
+            "padded_vocabulary": self.vocabulary_rows,
+            "num_layers": self.num_layers,
+        }
+
     @property
     def query_width(self) -> int:
         return self.heads * self.head_dim

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from launch.report.run_folder import Damages, RunFolder, StageFolder, read_object
+from training.contracts.summary import StageSummary
 
 CLASSES = ("text", "visual", "structure")
 METRICS = (
@@ -33,37 +33,40 @@ STAGE_KEYS = (
     "peak_memory_bytes",
 )
 MAX_CURVE_POINTS = 200
+# Of a shard's manifest, by its kind.
+NEEDED = {"packed": ("num_rows", "sequence_length", "tokens_by_source"), "tokens": ()}
 
 
 def collect(run_folder: Path) -> dict[str, Any]:
-    """Every figure of the report. Seconds, bytes and counts are as their writers recorded them."""
-    curriculum = read_json(run_folder / "curriculum.json")
-    evaluations = read_evaluations(run_folder / "evaluation")
-    tokenizer = read_json(run_folder / "vision_tokenizer" / "summary.json")
-    stages = [collect_stage(folder) for folder in stage_folders(run_folder)]
-    return {
+    """Every figure of the report. Seconds, bytes and counts are as their writers recorded them.
+
+    `damaged` holds a line for each file of which something could not be read; what could is in the other figures.
+    """
+    run = RunFolder(run_folder)
+    curriculum, evaluations, tokenizer = run.curriculum(), run.evaluations(), run.tokenizer()
+    report = {
         "name": curriculum.get("name", run_folder.name),
         "wall_seconds": curriculum.get("wall_seconds"),
         "peak_memory_bytes": curriculum.get("peak_memory_bytes"),
-        "tokenizer": {key: tokenizer.get(key) for key in ("psnr_db", "codebook_use")},
-        "packing": collect_packing(run_folder / "packed"),
-        "tokens": collect_tokens(run_folder / "tokens"),
-        "stages": stages,
-        "metrics": {name: find_metric(evaluations, name) for name in METRICS},
+        "tokenizer": {key: tokenizer.values.get(key) if tokenizer else None for key in ("psnr_db", "codebook_use")},
+        "packing": collect_packing(run_folder / "packed", run.damages),
+        "tokens": collect_tokens(run_folder / "tokens", run.damages),
+        "stages": [collect_stage(folder, summary) for folder, summary in run.stages()],
+        "metrics": collect_metrics(evaluations),
         "samples": collect_samples(evaluations),
         "entries": [
             {"name": name, **{key: entry.get(key) for key in ("state", "wall_seconds", "peak_memory_bytes")}}
-            for name, entry in curriculum.get("entries", {}).items()
+            for name, entry in members(curriculum, "entries").items()
+            if isinstance(entry, dict)
         ],
     }
+    return report | {"damaged": run.damages.told()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+def members(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`; empty where there is none."""
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def collect_samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,57 +79,47 @@ def collect_samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, An
     return found
 
 
-def find_metric(evaluations: dict[str, dict[str, Any]], name: str) -> Any:
-    """A metric by name: `X_untrained` is X of the evaluation `untrained`, all others come from the other ones.
+def collect_metrics(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Whatever the evaluations measured; those of the shapes world are there, as null, before they are known.
 
-    `num_prompts` is the smallest number of prompts among the tasks that are reported.
+    `X_untrained` is X of the evaluation `untrained`. Of a metric that several others have, the first counts.
     """
-    if name.endswith("_untrained"):
-        return evaluations.get("untrained", {}).get("metrics", {}).get(name.removesuffix("_untrained"))
-    trained = [value for key, value in evaluations.items() if key != "untrained"]
-    if name == "num_prompts":
-        tasks = [(task, entry) for one in trained for task, entry in one.get("tasks", {}).items()]
-        return min((entry["count"] for task, entry in tasks if task in METRICS), default=None)
-    found = [one.get("metrics", {}).get(name) for one in trained]
-    return next((value for value in found if value is not None), None)
+    found: dict[str, Any] = dict.fromkeys(METRICS)
+    for name, evaluation in evaluations.items():
+        ending = "_untrained" if name == "untrained" else ""
+        for metric, value in members(evaluation, "metrics").items():
+            if found.get(metric + ending) is None:
+                found[metric + ending] = value
+    return found | {"num_prompts": num_prompts(evaluations)}
 
 
-def stage_folders(run_folder: Path) -> list[Path]:
-    """Folders of transformer stages that finished, in the order in which they did."""
-    summaries = [path for path in run_folder.glob("*/summary.json") if "loss_last" in read_json(path)]
-    names = list(read_json(run_folder / "curriculum.json").get("entries", {}))
-    found = [path.parent for path in summaries if path.parent.name != "vision_tokenizer"]
-    return sorted(
-        found, key=lambda folder: (names.index(folder.name) if folder.name in names else len(names), folder.name)
-    )
+def num_prompts(evaluations: dict[str, dict[str, Any]]) -> int | None:
+    """The smallest number of prompts among the tasks of the headline, or among all where none of them is there."""
+    counts = [
+        (task, entry["count"])
+        for name, evaluation in evaluations.items()
+        if name != "untrained"
+        for task, entry in members(evaluation, "tasks").items()
+        if isinstance(entry, dict) and isinstance(entry.get("count"), int)
+    ]
+    named = [count for task, count in counts if task in METRICS]
+    return min(named or [count for _, count in counts], default=None)
 
 
-def collect_stage(folder: Path) -> dict[str, Any]:
-    summary = read_json(folder / "summary.json")
-    lines = list(read_lines(folder / "metrics.jsonl"))
-    config = read_yaml(folder / "config.yaml")
-    datasets = config.get("stage", {}).get("data", {}).get("datasets", {})
-    stage = {key: summary.get(key) for key in STAGE_KEYS}
+def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
+    lines, stage = folder.metrics(), {key: summary.values.get(key) for key in STAGE_KEYS}
+    datasets = members(members(folder.settings(), "data"), "datasets")
     stage["curves"] = {
         name: curve(lines, key)
         for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
         if any(line.get(key) is not None for line in lines)
     }
-    datasets = {name: entry for name, entry in datasets.items() if entry.get("weight", 1.0) > 0}
+    datasets = {
+        name: entry for name, entry in datasets.items() if isinstance(entry, dict) and entry.get("weight", 1.0) > 0
+    }
     weights = {name: entry.get("weight", 1.0) for name, entry in datasets.items()}
-    stage["mixture"] = mixture(lines, weights, sources_of(datasets))
+    stage["mixture"] = mixture(lines, weights, sources_of(datasets, folder.damages))
     return stage
-
-
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    if path.exists():
-        with path.open(encoding="utf-8") as stream:
-            for line in stream:
-                yield json.loads(line)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
 
 
 def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -137,10 +130,10 @@ def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in windows]
 
 
-def sources_of(datasets: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+def sources_of(datasets: dict[str, dict[str, Any]], damages: Damages) -> dict[str, dict[str, int]]:
     """Packed tokens of each source by dataset: metrics count by source, and a packed dataset mixes one or more."""
     return {
-        name: read_json(Path(entry.get("path", "")) / "dataset.json").get("sources", {})
+        name: members(read_object(Path(entry.get("path", "")) / "dataset.json", damages), "sources")
         for name, entry in datasets.items()
     }
 
@@ -170,20 +163,25 @@ def mixture(
     ]
 
 
-def manifests(folder: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(dataset, manifest) of every complete shard below `folder`."""
+def manifests(folder: Path, kind: str, damages: Damages) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(dataset, manifest) of every complete shard of that kind below `folder`."""
     for path in sorted(folder.rglob("[0-9]*.json")):
-        manifest = read_json(path)
-        if manifest.get("kind") in ("tokens", "packed"):
+        manifest = read_object(path, damages)
+        absent = [name for name in NEEDED[kind] if name not in manifest]
+        if manifest.get("kind") != kind:
+            continue
+        if absent:
+            damages.note(path, f"it has no {', '.join(absent)}")
+        else:
             yield path.parent.relative_to(folder).as_posix(), manifest
 
 
-def collect_packing(folder: Path) -> dict[str, Any]:
+def collect_packing(folder: Path, damages: Damages) -> dict[str, Any]:
     """`fill`: real tokens / all positions of all rows, over every packed dataset and for each."""
     real: dict[str, int] = defaultdict(int)
     positions: dict[str, int] = defaultdict(int)
     rows: dict[str, int] = defaultdict(int)
-    for dataset, manifest in manifests(folder):
+    for dataset, manifest in manifests(folder, "packed", damages):
         rows[dataset] += manifest["num_rows"]
         positions[dataset] += manifest["num_rows"] * manifest["sequence_length"]
         real[dataset] += sum(manifest["tokens_by_source"].values())
@@ -197,10 +195,10 @@ def collect_packing(folder: Path) -> dict[str, Any]:
     }
 
 
-def collect_tokens(folder: Path) -> list[dict[str, Any]]:
+def collect_tokens(folder: Path, damages: Damages) -> list[dict[str, Any]]:
     """Documents, tokens by class and quarantined samples by reason of every tokenized dataset."""
     datasets: dict[str, dict[str, Any]] = {}
-    for dataset, manifest in manifests(folder):
+    for dataset, manifest in manifests(folder, "tokens", damages):
         entry = datasets.setdefault(
             dataset, {"dataset": dataset, "documents": 0, "tokens": 0, "by_class": {}, "quarantined": {}}
         )

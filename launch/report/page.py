@@ -31,6 +31,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         samples(report["samples"], run_folder),
         section("Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])),
         section("Time and memory", entry_table(report["entries"])),
+        section("Could not be read", damage_list(report["damaged"])),
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title} - nextstate</title>'
@@ -39,13 +40,20 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
     )
 
 
+def damage_list(damaged: list[str]) -> str:
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in damaged)}</ul>" if damaged else ""
+
+
 def section(title: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
 
 
 def headline(report: dict[str, Any]) -> str:
     """The few figures that say whether the run was good."""
-    figures = [(METRIC_TITLES[name], percent(report["metrics"].get(name))) for name in METRIC_TITLES]
+    measured = {name: value for name, value in report["metrics"].items() if name != "num_prompts" and value is not None}
+    names = [name for name in METRIC_TITLES if name in measured]
+    names += [name for name in measured if name not in METRIC_TITLES]
+    figures = [(METRIC_TITLES.get(name, name.replace("_", " ")), percent(measured[name])) for name in names]
     tokenizer = report["tokenizer"]
     figures += [
         ("tokenizer PSNR", unit(tokenizer["psnr_db"], "dB", 1)),

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 import sys
 from contextlib import suppress
@@ -17,9 +16,10 @@ from omegaconf import OmegaConf
 
 from launch.composition.compose import compose_tree
 from launch.report.charts import Series, line_chart
-from launch.report.progress import all_lines, stage_progress
+from launch.report.progress import stage_progress
+from launch.report.run_folder import StageFolder
+from model.durable import read_json_object, replace_file, write_json
 from model.errors import UserError
-from model.files import replace_file
 
 SWEEP_NAME, SUMMARY_NAME, PAGE_NAME = "sweep.json", "summary.json", "summary.html"
 MAX_POINTS = 400  # of a curve
@@ -38,19 +38,19 @@ def record_sweep(command: str, jobs: list[list[str]]) -> Path:
         runs.append({"run": index, "overrides": own, "stage_folder": str(folder.absolute())})
     target = Path(str(runs[0]["stage_folder"])).parent.parent
     target.mkdir(parents=True, exist_ok=True)
-    replace_file(target / SWEEP_NAME, json.dumps({"command": command, "runs": runs}, indent=1) + "\n")
+    write_json(target / SWEEP_NAME, {"command": command, "runs": runs})
     return target
 
 
 def publish_sweep(folder: Path) -> list[dict[str, Any]]:
     """Write `summary.json` and `summary.html`; the rows of the table, best loss first."""
-    try:
-        sweep = json.loads((folder / SWEEP_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError("there is no sweep here", where=str(folder), got=str(error)) from None
+    if not (folder / SWEEP_NAME).exists():
+        raise UserError("there is no sweep here", where=str(folder), expected=SWEEP_NAME)
+    damaged, fix = "the list of the sweep's runs is damaged", "start the sweep again: runs that are done are kept"
+    sweep = read_json_object(folder / SWEEP_NAME, damaged=damaged, fix=fix)
     rows = [describe_run(run) for run in sweep["runs"]]
     rows.sort(key=lambda row: (row["loss"] is None, row["loss"] or 0.0))
-    replace_file(folder / SUMMARY_NAME, json.dumps({"rows": rows}, indent=1) + "\n")
+    write_json(folder / SUMMARY_NAME, {"rows": rows})
     replace_file(folder / PAGE_NAME, page(rows, curves(sweep["runs"]), losses_by_value(rows)))
     return rows
 
@@ -62,18 +62,17 @@ def describe_run(run: dict[str, Any]) -> dict[str, Any]:
     progress = stage_progress(folder)
     if progress:
         row |= {"state": "unfinished", "step": progress["step"], "loss": progress["loss"]}
-    path = folder / "summary.json"
-    if path.exists():
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        row |= {"state": "done", "step": summary.get("steps"), "loss": summary.get("loss_last")}
-        row |= {name: summary[name] for name in ("tokens", "wall_seconds") if name in summary}
+    summary = StageFolder(folder).summary()
+    if summary is not None:
+        row |= {"state": "done", "step": summary.steps, "loss": summary.loss_last}
+        row |= {name: summary.values[name] for name in ("tokens", "wall_seconds") if name in summary.values}
     return row
 
 
 def curves(runs: list[dict[str, Any]]) -> Series:
     series: Series = {}
     for run in runs:
-        lines = all_lines(Path(run["stage_folder"]) / "metrics.jsonl")
+        lines = StageFolder(Path(run["stage_folder"])).metrics()
         points = [(float(line["step"]), float(line["loss"])) for line in lines if line.get("loss") is not None]
         if points:
             series[f"run_{run['run']}"] = points[:: max(1, len(points) // MAX_POINTS)]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
+from model.durable import record_of
 from model.errors import UserError
 
 FORMAT_VERSION = 1
@@ -75,3 +77,76 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     """What stands under `manifest_crc32`: of all else in the manifest."""
     rest = {name: value for name, value in manifest.items() if name != "manifest_crc32"}
     return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+class PieceEntry(TypedDict):
+    """A rectangle of a logical tensor: where it is stored and where it belongs."""
+
+    file: str
+    name: str
+    offset: list[int]
+    shape: list[int]
+
+
+class TensorEntry(TypedDict):
+    global_shape: list[int]
+    dtype: str
+    pieces: list[PieceEntry]
+
+
+class FileEntry(TypedDict):
+    bytes: int
+    crc32: str  # eight hexadecimal digits
+
+
+class TokenizerReference(NamedTuple):
+    """A tokenizer that a checkpoint was trained with."""
+
+    path: str  # below the run folder
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """What `manifest.json` says, typed. `values` holds all of it as it was read, unknown keys included."""
+
+    values: dict[str, Any] = field(repr=False)
+    keys: dict[str, TensorEntry] = field(default_factory=dict, repr=False)
+    files: dict[str, FileEntry] = field(default_factory=dict, repr=False)
+    layout: dict[str, Any] | None = None  # of the ranks that wrote it
+    kind: str | None = None  # transformer | vision_tokenizer
+    step: int | None = None
+    consumed_samples: int | None = None
+    data_fingerprint: str | None = None
+    model: dict[str, Any] | None = None
+    vocabulary: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None  # of the training run
+    state: dict[str, Any] | None = None  # of the loop, the guard and the callbacks
+    text_tokenizer: dict[str, Any] | str | None = None
+    vision_tokenizer: dict[str, Any] | str | None = None
+    image_format: str = "emu35"  # of the documents that it was trained on
+    wandb_run_id: str | None = None
+    manifest_crc32: str | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any], place: Path | str) -> CheckpointManifest:
+        """Raises `UserError` that names the field whose value has another type."""
+        try:
+            return record_of(cls, values)
+        except ValueError as error:
+            raise UserError("the checkpoint's manifest is damaged", where=str(place), got=str(error)) from None
+
+    @classmethod
+    def read(cls, folder: Path) -> CheckpointManifest:
+        return cls.of(read_manifest(folder), folder)
+
+    def tokenizer(self, name: str) -> TokenizerReference | None:
+        """`text_tokenizer` or `vision_tokenizer`; a fingerprint alone is that of a tokenizer at its usual place."""
+        record = getattr(self, name)
+        if not record:
+            return None
+        return (
+            TokenizerReference(name, record)
+            if isinstance(record, str)
+            else TokenizerReference(record["path"], record["fingerprint"])
+        )

@@ -35,6 +35,7 @@ from model.conversion.sources import CheckpointSource, SafetensorsSource, listed
 from model.conversion.tensors import TensorInfo, TensorSource
 from model.conversion.writer import Result, Written, execute, refuse_existing
 from model.errors import Problems, UserError
+from model.parallel.layout_rules import add_to, split_problems
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PREFIX = "model/"
@@ -399,23 +400,7 @@ def check_split(config: ModelConfig, options: Options) -> None:
     """Whether megatron-core could hold this model in the layout."""
     problems = Problems()
     config.validate(problems)
-    sizes = {
-        "model.num_query_groups": config.num_query_groups,
-        "model.ffn_hidden_size": config.ffn_hidden_size,
-        "the padded vocabulary": mapped_rows(config),
-    }
-    problems.check(options.tensor > 0, "tensor", "must be positive", "tensor=1")
-    problems.check(options.pipeline > 0, "pipeline", "must be positive", "pipeline=1")
     problems.raise_if_any()
-    for name, size in sizes.items():
-        problems.check(size % options.tensor == 0, "tensor", f"{options.tensor} does not divide {name} ({size})")
-    problems.check(
-        config.num_layers % options.pipeline == 0,
-        "pipeline",
-        f"{options.pipeline} does not divide the {config.num_layers} layers",
-    )
+    ranks = {"tensor": options.tensor, "pipeline": options.pipeline}
+    add_to(problems, split_problems(config, ranks, section="", of=""))
     problems.raise_if_any()
-
-
-def mapped_rows(config: ModelConfig) -> int:
-    return next(mapped_tensors(OUR_RULES, config)).our_shape[0]

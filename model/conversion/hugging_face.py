@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
 from model.conversion.mappings import LAYOUTS, Layout
+from model.durable import read_json_object
 from model.errors import Problems, UserError
 from model.vocabulary import EMU35_VISUAL_SIZE, EMU35_VISUAL_START, Vocabulary, VocabularyConfig
 
@@ -91,11 +91,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME if folder.is_dir() else folder.parent / CONFIG_NAME
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_bytes())
-        assert isinstance(values, dict)
-    except (ValueError, AssertionError) as error:
-        raise UserError("config.json is damaged", where=str(path), got=str(error)) from None
+    values = read_json_object(path, damaged="config.json is damaged", fix="bring this file again")
     rope = values.get("rope_parameters") or {}
     values.setdefault("rope_theta", rope.get("rope_theta"))
     if rope.get("rope_type", "default") != "default":

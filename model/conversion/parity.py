@@ -7,7 +7,6 @@ shows here.
 from __future__ import annotations
 
 import gc
-import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,8 @@ from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig, count_parameters
 from model.conversion.hugging_face import model_config, read_config
 from model.conversion.sources import open_foreign
+from model.durable import write_json
 from model.errors import UserError
-from model.files import replace_file
 from model.vocabulary import Vocabulary
 
 CERTIFICATE_NAME = "parity.json"
@@ -230,6 +229,6 @@ def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Ten
 
 def _write(path: Path, certificate: dict[str, Any]) -> None:
     try:
-        replace_file(path, json.dumps(certificate, indent=1) + "\n")
+        write_json(path, certificate)
     except OSError as error:
         raise UserError("the certificate cannot be written", where=str(path), got=str(error)) from None

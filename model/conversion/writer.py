@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -28,13 +27,12 @@ import numpy as np
 from model.conversion.checksums import join_crc32
 from model.conversion.plan import Piece, Plan, Target
 from model.conversion.tensors import ITEM_BYTES, cast_rows
+from model.durable import NO_SPACE, flush_to_disk, lock, replace_file
 from model.errors import UserError
-from model.files import flush_to_disk, replace_file
 
 BLOCK_BYTES = 2 << 20  # of one read and write: small enough to be in the cache when it is checksummed and written
 PROGRESS_SECONDS = 2.0
 FLUSH_SECONDS = 0.05
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -387,7 +385,7 @@ def _no_space_told(folder: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             fix = "free space and run the same command: it goes on where it stopped"
         elif error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             fix = "name a target in a folder that can be written"
@@ -407,24 +405,14 @@ def _locked(work: Path) -> Iterator[None]:
     """The work folder for this process alone; the system frees the lock of one that died."""
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    taken = "another process is writing this target"
+    with lock(work / "lock", taken, fix="wait for it, or name another target"):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "another process is writing this target", where=str(work), fix="wait for it, or name another target"
-            ) from None
-        yield
-        # A refusal leaves no empty folder behind.
-        if not (work / "plan.json").exists():
-            _remove_work(work)
-    except UserError:
-        if not (work / "plan.json").exists():
-            _remove_work(work)
-        raise
-    finally:
-        os.close(descriptor)
+            yield
+        finally:
+            # A refusal leaves no empty folder behind.
+            if not (work / "plan.json").exists():
+                _remove_work(work)
 
 
 def _remove_work(work: Path) -> None:

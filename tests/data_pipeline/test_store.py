@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_samples import Corpus, captioned, text, write_token_file
 
-from data_pipeline.storage.atomic import atomic_write_json, read_json, remove_stale_temporaries
+from data_pipeline.storage.atomic import atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.format import published_prefixes, read_index, read_manifest, verify_outputs
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind
 from data_pipeline.storage.token_files import TokenFileReader, TokenFileWriter
+from model.durable import read_json
 from model.errors import UserError
 
 

@@ -104,7 +104,10 @@ class Trainer:
         return batch_of_step(step, ranks.data_parallel_rank, ranks.data_parallel_size, rows_at_once)
 
     def forward_backward(self, step: int) -> StepResult:
-        return self.objective.result(*self.engine.forward_backward(self.batches(step), self.objective).read())
+        return self.step_of(self.batches(step))
+
+    def step_of(self, batches: list[MicroBatch]) -> StepResult:
+        return self.objective.result(*self.engine.forward_backward(batches, self.objective).read())
 
     def steps(self, first: int, last: int) -> list[StepResult]:
         results = []
@@ -181,31 +184,31 @@ def continue_from(config: TrainConfig, reader: MemoryReader, num_steps: int) -> 
 
 def steps_without_gradient(config: TrainConfig, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors before and after steps whose gradients are zero, by an engine that was resumed from its own state."""
-    reader = MemoryReader([_copied(shard) for shard in gather_shards(build_engine(config))])
-    engine = build_engine(config)
-    engine.load_model(reader)
-    engine.load_optimizer(reader)
+    reader = MemoryReader([_copied(shard) for shard in gather_shards(Trainer(config))])
+    trainer = Trainer(config)
+    trainer.shards.load_model(reader)
+    trainer.shards.load_optimizer(reader)
     for _ in range(num_steps):
-        engine.discard_gradients()
-        engine.optimizer.prepare_grads()
-        engine.optimizer_step(config.stage.optimizer.learning_rate)
-    return reader.tensors, MemoryReader(gather_shards(engine)).tensors
+        trainer.engine.discard_gradients()
+        trainer.engine.optimizer.prepare_grads()
+        trainer.engine.optimizer_step(config.stage.optimizer.learning_rate, 0.0)
+    return reader.tensors, MemoryReader(gather_shards(trainer)).tensors
 
 
 def train_from(
     config: TrainConfig, weights: dict[str, torch.Tensor], rows_of_steps: list[list[dict[str, np.ndarray]]]
-) -> tuple[list[Any], dict[str, torch.Tensor]]:
+) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
     """A step for each list of rows, from given logical weights: the results and the weights after them."""
-    engine = build_engine(config)
+    trainer = Trainer(config)
     reader = MemoryReader([])
     reader.tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
-    engine.load_model(reader)
+    trainer.shards.load_model(reader)
     results = []
     for rows in rows_of_steps:
-        mine = rows[engine.data_parallel_rank :: engine.data_parallel_size]
-        results.append(engine.forward_backward([micro_batch([row]) for row in mine]))
-        engine.optimizer_step(config.stage.optimizer.learning_rate)
-    tensors = MemoryReader(gather_shards(engine)).tensors
+        mine = rows[trainer.ranks.data_parallel_rank :: trainer.ranks.data_parallel_size]
+        results.append(trainer.step_of([micro_batch([row]) for row in mine]))
+        trainer.engine.optimizer_step(config.stage.optimizer.learning_rate, results[-1].gradient_norm)
+    tensors = MemoryReader(gather_shards(trainer)).tensors
     return results, {key.removeprefix("model/"): value for key, value in tensors.items() if key.startswith("model/")}
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from launch.command_line import cli
+from launch.composition import registry
 
 
 def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,13 +22,13 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_the_overview_lists_every_command_without_importing_one():
-    assert set(cli.command_summaries()) >= {"curriculum", "demo", "doctor", "inspect", "report"}
+    assert set(registry.command_summaries()) >= {"curriculum", "demo", "doctor", "inspect", "report"}
     loaded = modules_after("from launch.command_line import cli; cli.main(['--help'])")
     assert not loaded & {"torch", "hydra", "omegaconf", "numpy", "megatron"}
 
 
 def test_help_and_config_of_commands_need_no_torch():
-    commands = list(cli.command_summaries())
+    commands = list(registry.command_summaries())
     calls = [[name, *options] for name in commands for options in (["--help"], ["--cfg", "job"])]
     loaded = modules_after(f"from launch.command_line import cli; [cli.main(call) for call in {calls}]")
     assert "launch.commands.train" in loaded
@@ -89,10 +90,10 @@ def test_a_mapping_takes_new_names_without_a_plus(capsys):
 
 def test_json_answers_are_alone_on_stdout_whatever_is_printed(tmp_path):
     script = (
-        "import os, sys, types; from launch.command_line import cli; from launch.composition import compose as configs; real = configs.load_command('inspect');"
+        "import os, sys, types; from launch.command_line import cli; from launch.composition import registry; real = registry.load_command('inspect');"
         "fake = types.SimpleNamespace(Config=real.Config, HELP='', run=lambda config: (print('noise'),"
         "os.system('echo child'), {'answer': 1})[2]);"
-        "configs.load_command = lambda name: fake; sys.exit(cli.main(['inspect', 'path=x', 'json=true']))"
+        "registry.load_command = lambda name: fake; sys.exit(cli.main(['inspect', 'path=x', 'json=true']))"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert json.loads(finished.stdout) == {"answer": 1}
@@ -107,8 +108,8 @@ def test_a_mistake_under_json_answers_json_too(capsys):
 
 def test_a_defect_shows_its_traceback_and_exits_with_1():
     script = (
-        "import sys, types; from launch.command_line import cli; from launch.composition import compose as configs; real = configs.load_command('inspect');"
-        "configs.load_command = lambda name: types.SimpleNamespace(Config=real.Config, run=lambda config: 1 / 0);"
+        "import sys, types; from launch.command_line import cli; from launch.composition import registry; real = registry.load_command('inspect');"
+        "registry.load_command = lambda name: types.SimpleNamespace(Config=real.Config, run=lambda config: 1 / 0);"
         "sys.exit(cli.main(['inspect', 'path=x']))"
     )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -180,7 +180,7 @@ def sleeping(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-    wait_for(started.exists)
+    wait_for(lambda: started.exists() and (run / "curriculum.json").exists())  # which records the process
     yield process, run
     if process.poll() is None:
         process.kill()

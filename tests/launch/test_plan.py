@@ -93,7 +93,7 @@ def test_masks_are_counted_as_the_engine_cuts_rows():
 
 def test_every_violated_divisibility_is_named(shape):
     found = " / ".join(violations(Layout(3, 5, 1, 9), shape, BATCH))
-    for part in ("heads (64)", "groups (8)", "ffn_hidden_size", "vocabulary", "layers (64)", "sequence length", "448"):
+    for part in ("heads (64)", "groups (8)", "ffn_hidden_size", "vocabulary", "layers (64)", "sequence_length", "448"):
         assert part in found
     assert violations(Layout(0, 1), shape, BATCH) == ["tensor must be positive, got 0"]
     assert violations(Layout(8, 1, 2, 64), shape, BATCH) == []

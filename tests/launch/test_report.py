@@ -177,6 +177,62 @@ def test_a_run_that_has_only_begun_gives_a_report_too(tmp_path, capsys):
     assert "<h1>" in (tmp_path / "report.html").read_text()
 
 
+DAMAGES = (b"", b'{"loss_last": 2', b"[1, 2]", b"\xff\xfe\x00", b'{"loss_last": "low", "kind": "packed"}')
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "curriculum.json",
+        "sft/summary.json",
+        "sft/metrics.jsonl",
+        "vision_tokenizer/summary.json",
+        "evaluation/final.json",
+        "packed/sft/a/000000.json",
+        "packed/sft/a/dataset.json",
+        "tokens/48/a/000000.json",
+    ],
+)
+def test_a_damaged_file_is_told_and_the_rest_is_reported(run_folder, capsys, name, damage):
+    (run_folder / name).write_bytes(damage)
+    assert cli.main(["report", f"run_folder={run_folder}"]) == 0
+    told = capsys.readouterr().err
+    report = json.loads((run_folder / "report.json").read_text())
+    assert "pretrain_1" in [stage["name"] for stage in report["stages"]]
+    assert [name in line for line in report["damaged"]] in ([True], [])
+    # Valid JSON that only lacks what a part would say is no damage, nor is an empty log.
+    if damage not in (DAMAGES[4], b""):
+        assert name in told or name == "sft/metrics.jsonl"
+        assert report["damaged"] or name == "sft/metrics.jsonl"
+    assert ("Could not be read" in (run_folder / "report.html").read_text()) == bool(report["damaged"])
+
+
+def test_damaged_lines_of_a_log_are_counted_and_left_out(run_folder, capsys):
+    path = run_folder / "sft" / "metrics.jsonl"
+    good = path.read_bytes()
+    bad = b'{"step": 3, "loss"\n[3]\n{"loss": 1.0}\n{"step": 4, "loss": "low"}\n'
+    path.write_bytes(good[: good.index(b"\n") + 1] + bad + good[good.index(b"\n") + 1 :] + b'{"step": 5, "lo')
+    assert cli.main(["report", f"run_folder={run_folder}"]) == 0
+    assert f"{path}: 4 of 6 lines are damaged and left out" in capsys.readouterr().err
+    (stage,) = [stage for stage in collect(run_folder)["stages"] if stage["name"] == "sft"]
+    assert stage["curves"]["all"] == [(1.0, 4.0), (2.0, 3.0)]
+
+
+def test_tasks_of_another_world_are_shown(tmp_path):
+    tasks = {"chess_accuracy": {"count": 30}, "go_accuracy": {"count": 20}}
+    write(tmp_path / "evaluation" / "a.json", {"metrics": {"chess_accuracy": 0.25, "go_accuracy": 0.5}, "tasks": tasks})
+    write(tmp_path / "evaluation" / "untrained.json", {"metrics": {"go_accuracy": 0.125}})
+    assert cli.main(["report", f"run_folder={tmp_path}"]) == 0
+    metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
+    known = {"chess_accuracy": 0.25, "go_accuracy": 0.5, "go_accuracy_untrained": 0.125, "num_prompts": 20}
+    assert {name: value for name, value in metrics.items() if value is not None} == known
+    page = (tmp_path / "report.html").read_text()
+    for part in ("chess accuracy", "25.0%", "go accuracy untrained", "12.5%", "20 held-out prompts"):
+        assert part in page
+    assert "next state" not in page
+
+
 def test_long_curves_are_averaged_over_equal_windows():
     lines = [{"step": step, "loss": float(step)} for step in range(1, 1001)]
     points = curve(lines, "loss")

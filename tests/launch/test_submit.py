@@ -187,7 +187,7 @@ def test_arrays_need_a_command_that_can_be_divided(tmp_path):
 
 def test_the_snapshot_is_the_code_and_is_made_once(tmp_path):
     copy = snapshot.snapshot(tmp_path)
-    assert (copy / "launch" / "snapshot.py").read_bytes() == Path(snapshot.__file__).read_bytes()
+    assert (copy / "launch" / "cluster" / "snapshot.py").read_bytes() == Path(snapshot.__file__).read_bytes()
     assert (copy / "conf" / "stage" / "pretrain_1.yaml").exists()
     assert not list(copy.rglob("*.pyc"))
     assert snapshot.snapshot(tmp_path) == copy

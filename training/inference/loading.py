@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
+from model.checkpoint.manifest import CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.errors import UserError
@@ -45,15 +46,15 @@ def load_checkpoint(
     """Loads the checkpoint that a folder means; arguments as of `InferenceModel.load`."""
     folder = latest_checkpoint(checkpoint)
     with CheckpointReader(folder) as reader:
-        manifest = reader.manifest
+        manifest = CheckpointManifest.of(reader.manifest, folder)
         check_kind(manifest, folder)
         text = load_text_tokenizer(tokenizer_folder(manifest, folder, "text_tokenizer", text_tokenizer))
         check_fingerprint(manifest, folder, "text_tokenizer", text.fingerprint)
         vision = load_vision(tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer))
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
-        config = model_config(manifest["model"])
-        decoder = load_decoder(reader, config, manifest["config"]["seed"] if untrained else None)
-    return LoadedModel(decoder, config, text, vision, manifest.get("image_format", "emu35"))
+        config = model_config(manifest.model or {})
+        decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
+    return LoadedModel(decoder, config, text, vision, manifest.image_format)
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
@@ -61,35 +62,25 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{**values, "vocabulary": VocabularyConfig(**values["vocabulary"])})
 
 
-def check_kind(manifest: dict[str, Any], folder: Path) -> None:
-    if manifest.get("kind") != "transformer":
+def check_kind(manifest: CheckpointManifest, folder: Path) -> None:
+    if manifest.kind != "transformer":
         raise UserError(
             "this checkpoint cannot generate",
             where=str(folder),
             expected="a checkpoint of kind transformer",
-            got=str(manifest.get("kind")),
+            got=str(manifest.kind),
             fix="name the folder of a pretraining or fine-tuning stage",
         )
+    missing = [name for name in ("model", "vocabulary") if getattr(manifest, name) is None]
+    if missing:
+        raise UserError("the checkpoint's manifest is damaged", where=str(folder), expected=", ".join(missing))
 
 
-def recorded_tokenizer(manifest: dict[str, Any], name: str) -> tuple[str, str] | None:
-    """Folder below the run folder and fingerprint of a tokenizer, as a checkpoint records them.
-
-    A record is {"path", "fingerprint"}, or the fingerprint alone of a tokenizer at its usual place.
-    """
-    record = manifest.get(name)
-    if not record:
-        return None
-    if isinstance(record, str):
-        return name, record
-    return record["path"], record["fingerprint"]
-
-
-def tokenizer_folder(manifest: dict[str, Any], checkpoint: Path, name: str, given: Path | str | None) -> Path:
+def tokenizer_folder(manifest: CheckpointManifest, checkpoint: Path, name: str, given: Path | str | None) -> Path:
     """Where a tokenizer is: `given`, or the recorded place below the run folder of `checkpoint`."""
     if given is not None:
         return Path(given)
-    recorded = recorded_tokenizer(manifest, name)
+    recorded = manifest.tokenizer(name)
     if recorded is None:
         raise UserError(
             f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint), fix=f"{name}=FOLDER"
@@ -97,16 +88,16 @@ def tokenizer_folder(manifest: dict[str, Any], checkpoint: Path, name: str, give
     if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
         return checkpoint / name
     run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
-    return run_folder / recorded[0]
+    return run_folder / recorded.path
 
 
-def check_fingerprint(manifest: dict[str, Any], checkpoint: Path, name: str, fingerprint: str) -> None:
-    recorded = recorded_tokenizer(manifest, name)
-    if recorded is not None and recorded[1] != fingerprint:
+def check_fingerprint(manifest: CheckpointManifest, checkpoint: Path, name: str, fingerprint: str) -> None:
+    recorded = manifest.tokenizer(name)
+    if recorded is not None and recorded.fingerprint != fingerprint:
         raise UserError(
             f"the {name} is not the one that the checkpoint was trained with",
             where=str(checkpoint),
-            expected=f"fingerprint {recorded[1]}",
+            expected=f"fingerprint {recorded.fingerprint}",
             got=fingerprint,
             fix=f"{name}=FOLDER of the right one",
         )

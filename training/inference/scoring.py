@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.manifest import CheckpointManifest
 from model.config import ModelConfig
 from model.errors import Problems, UserError
+from model.parallel.layout_rules import add_to, divided_sizes
 from model.vocabulary import Vocabulary
 from training.config import ParallelConfig
+from training.contracts.layout import ParallelLayout
 
 OUT_FOLDER_FIX = "make the folder first, or name another file"
 
@@ -50,9 +53,7 @@ class ScoreConfig:
         problems.check(self.out is not None or self.tokens is None, "out", "is required with tokens", "out=FILE.npy")
         problems.check(self.dtype in ("float32", "bfloat16"), "dtype", f"unknown value {self.dtype!r}", "dtype=float32")
         problems.check(self.tokens_per_batch > 0, "tokens_per_batch", "must be positive", "tokens_per_batch=4096")
-        for name in ("tensor", "pipeline", "context", "data"):
-            value = getattr(self.parallel, name)
-            problems.check(value > 0, f"parallel.{name}", "must be positive", f"parallel.{name}=1")
+        add_to(problems, ParallelLayout.of(self.parallel).own_problems())
         if self.out is not None:
             folder = Path(self.out).absolute().parent
             problems.check(folder.is_dir(), "out", f"there is no folder {folder}", OUT_FOLDER_FIX)
@@ -81,38 +82,25 @@ class Documents:
 
 def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
     """The checkpoint's folder, its model and the documents. Everything that can be refused is refused here."""
-    from model.checkpoint.reader import latest_checkpoint, read_manifest
+    from model.checkpoint.manifest import latest_checkpoint
     from training.inference.loading import check_kind, model_config
 
     folder = latest_checkpoint(config.checkpoint)
-    manifest = read_manifest(folder)
+    manifest = CheckpointManifest.read(folder)
     check_kind(manifest, folder)
-    model = model_config(manifest["model"])
+    model = model_config(manifest.model or {})
     _check_layout(config.parallel, model)
     return folder, model, open_documents(config, folder, manifest, model)
 
 
 def _check_layout(layout: ParallelConfig, model: ModelConfig) -> None:
+    """Documents are packed to fit the layout: only the model's sizes can refuse it."""
     problems = Problems()
-    padded = Vocabulary.from_config(model.vocabulary).padded_size
-    sizes = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
-    for name, size in {**sizes, "the padded vocabulary": padded}.items():
-        problems.check(
-            size % layout.tensor == 0,
-            "parallel.tensor",
-            f"{layout.tensor} does not divide {name} ({size})",
-            "parallel.tensor=1",
-        )
-    problems.check(
-        model.num_layers % layout.pipeline == 0,
-        "parallel.pipeline",
-        f"{layout.pipeline} does not divide num_layers ({model.num_layers})",
-        "parallel.pipeline=1",
-    )
+    add_to(problems, ParallelLayout.of(layout).problems(divided_sizes(model), of=""))
     problems.raise_if_any()
 
 
-def open_documents(config: ScoreConfig, folder: Path, manifest: dict[str, Any], model: ModelConfig) -> Documents:
+def open_documents(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, model: ModelConfig) -> Documents:
     """The documents of a run on the checkpoint `folder`, checked against its vocabulary and its longest sequence."""
     if config.tokens is None:
         documents = _open_text(config, folder, manifest, Vocabulary.from_config(model.vocabulary))
@@ -137,10 +125,10 @@ def open_documents(config: ScoreConfig, folder: Path, manifest: dict[str, Any], 
     return documents
 
 
-def _check_ids(documents: Documents, manifest: dict[str, Any], where: str) -> None:
+def _check_ids(documents: Documents, manifest: CheckpointManifest, where: str) -> None:
     import numpy as np
 
-    size = manifest["vocabulary"]["size"]
+    size = described(manifest)["size"]
     for index in range(len(documents)):
         ids = documents.get(index)
         wrong = np.flatnonzero((ids < 0) | (ids >= size))
@@ -152,6 +140,12 @@ def _check_ids(documents: Documents, manifest: dict[str, Any], where: str) -> No
                 got=str(ids[wrong[0]]),
                 fix="tokenize with this checkpoint's tokenizers",
             )
+
+
+def described(manifest: CheckpointManifest) -> dict[str, Any]:
+    """The vocabulary of a transformer's checkpoint."""
+    assert manifest.vocabulary is not None, "every transformer has one"
+    return manifest.vocabulary
 
 
 def _open_array(path: Path) -> Documents:
@@ -182,7 +176,7 @@ def _open_array(path: Path) -> Documents:
     return Documents(lengths, lambda index: np.asarray(array[index]).astype(np.int64))
 
 
-def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
+def _open_token_files(folder: Path, manifest: CheckpointManifest) -> Documents:
     import numpy as np
 
     from data_pipeline.storage.format import read_manifest
@@ -191,14 +185,15 @@ def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
     prefixes = [path.with_suffix("") for path in sorted(folder.rglob("*.idx"))]
     if not prefixes:
         raise UserError("no token files here", where=str(folder), expected="NNNNNN.idx, .bin and .json")
+    vocabulary = described(manifest)
     for prefix in prefixes:
-        described = read_manifest(prefix)
-        if described["kind"] != "tokens" or described["vocabulary"] != manifest["vocabulary"]:
+        file = read_manifest(prefix)
+        if file["kind"] != "tokens" or file["vocabulary"] != vocabulary:
             raise UserError(
                 "these are not token files of the checkpoint's vocabulary",
                 where=str(prefix),
-                expected=f"kind tokens, {manifest['vocabulary']['size']} ids",
-                got=f"kind {described['kind']}, {described['vocabulary'].get('size')} ids",
+                expected=f"kind tokens, {vocabulary['size']} ids",
+                got=f"kind {file['kind']}, {file['vocabulary'].get('size')} ids",
                 fix="nextstate tokenize writes them",
             )
     readers = [TokenFileReader(prefix) for prefix in prefixes]
@@ -212,7 +207,7 @@ def _open_token_files(folder: Path, manifest: dict[str, Any]) -> Documents:
     return Documents(lengths, get)
 
 
-def _open_text(config: ScoreConfig, folder: Path, manifest: dict[str, Any], vocabulary: Vocabulary) -> Documents:
+def _open_text(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, vocabulary: Vocabulary) -> Documents:
     """Documents as pretraining has them: BOS, the text, EOS."""
     import numpy as np
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from model.errors import UserError
+
 
 class JsonLines:
     """An append-only file of one JSON object a line, each handed to the system at once.
@@ -45,8 +47,18 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line cut short by a kill is left out."""
+    """All complete lines; a last line cut short by a kill is left out. Raises `UserError` that names a damaged line."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                "a line of a log is damaged",
+                where=f"{path}, line {number}",
+                got=str(error),
+                fix="remove this line and start the same command again",
+            ) from None
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -62,9 +63,15 @@ class Heartbeat:
 
 
 def read_heartbeats(stage_folder: Path, world_size: int) -> list[dict[str, Any]]:
-    """The last heartbeat of each rank of the present run; ranks without one are left out."""
-    paths = [stage_folder / HEARTBEATS_FOLDER / f"rank_{rank:05d}.json" for rank in range(world_size)]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    """The last heartbeat of each rank of the present run; ranks without a readable one are left out.
+
+    Heartbeats are replaced often and not flushed to the disk: a power cut may leave an empty one.
+    """
+    found = []
+    for rank in range(world_size):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found.append(json.loads((stage_folder / HEARTBEATS_FOLDER / f"rank_{rank:05d}.json").read_text()))
+    return found
 
 
 class Watchdog:

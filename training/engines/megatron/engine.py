@@ -13,7 +13,7 @@ import torch
 import torch.distributed as distributed
 
 from model.backbone.transformer import build_model
-from model.errors import Problems, UserError
+from model.errors import UserError
 from model.generation.decoder import CachedDecoder
 from model.parallel import cpu_backend, groups
 from model.parallel.megatron import (
@@ -23,7 +23,6 @@ from model.parallel.megatron import (
     finalize_model_grads,
     parallel_state,
 )
-from model.vocabulary import Vocabulary
 from training.config import TrainConfig
 from training.contracts.engine import StepSums
 from training.contracts.inputs import InputMaker
@@ -41,7 +40,6 @@ class MegatronEngine:
     """
 
     def __init__(self, config: TrainConfig, objective: TokenObjective | None = None):
-        _check_layout(config)
         layout = config.parallel
         if not groups.is_initialized():
             rendezvous = os.environ.get(groups.RENDEZVOUS_VARIABLE)
@@ -136,27 +134,6 @@ class MegatronEngine:
             yield
         finally:
             self.wrapped.train(was_training)
-
-
-def _check_layout(config: TrainConfig) -> None:
-    """What only the engine knows about layouts; `TrainConfig.validate` checks the rest."""
-    problems = Problems()
-    layout, stage = config.parallel, config.stage
-    padded = Vocabulary.from_config(config.model.vocabulary).padded_size
-    problems.check(
-        padded % layout.tensor == 0,
-        "parallel.tensor",
-        f"{layout.tensor} does not divide the padded vocabulary ({padded})",
-        f"model.vocabulary.pad_multiple={128 * layout.tensor}",
-    )
-    tokens, parts = stage.micro_batch_size * stage.sequence_length, layout.context * layout.tensor
-    parts *= 2 if layout.context > 1 else 1  # each context rank takes two chunks
-    problems.check(
-        tokens % parts == 0,
-        "stage.micro_batch_size",
-        f"its {tokens} tokens are not a multiple of {parts} (tensor * context, twice with context > 1)",
-    )
-    problems.raise_if_any()
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:

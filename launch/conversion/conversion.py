@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from model.checkpoint.manifest import latest_checkpoint, read_manifest
+from launch.conversion.options import ConvertConfig
+from model.checkpoint.manifest import CheckpointManifest, latest_checkpoint
 from model.config import ModelConfig, count_parameters
 from model.conversion import actions, surgery, vision
 from model.conversion.actions import Options, Outcome
@@ -20,9 +21,6 @@ from model.conversion.writer import Result, Written
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from launch.commands.convert import Config
-
 CERTIFICATE_NAME = "parity.json"
 TOKENIZER_FOLDER = "text_tokenizer"
 MODES = {"auto": "logits", "logits": "logits", "keys": "keys"}  # of the certificate
@@ -32,7 +30,7 @@ BYTES_A_PARAMETER = 10
 Extra = Callable[[Path, Written], None]
 
 
-def convert(config: Config) -> dict[str, Any]:
+def convert(config: ConvertConfig) -> dict[str, Any]:
     """Run the configured action; the command's answer."""
     if config.action == "verify":
         return verify(config)
@@ -60,7 +58,7 @@ def convert(config: Config) -> dict[str, Any]:
     return answer | figures(outcome) | extras.answer
 
 
-def read_options(config: Config, extras: Extra | None) -> Options:
+def read_options(config: ConvertConfig, extras: Extra | None) -> Options:
     return Options(
         dtype=config.dtype,
         tensor=config.tensor,
@@ -86,7 +84,7 @@ def _sizes(result: Result) -> dict[str, Any]:
 class Extras:
     """Adds the text tokenizer and the certificate to a folder that is about to be published."""
 
-    def __init__(self, config: Config, source: Path):
+    def __init__(self, config: ConvertConfig, source: Path):
         self.config, self.source = config, source
         self.notes: list[str] = []
         self.answer: dict[str, Any] = {}
@@ -104,20 +102,19 @@ class Extras:
         from data_pipeline.documents.tokenizer_export import export_text_tokenizer
 
         checkpoint = latest_checkpoint(self.source)
-        manifest = read_manifest(checkpoint)
+        manifest = CheckpointManifest.read(checkpoint)
         place = find_text_tokenizer(manifest, checkpoint, self.config.text_tokenizer)
         if place is None:
             self.notes.append("no text tokenizer was exported: text_tokenizer=FOLDER names one")
             return
-        vocabulary = Vocabulary.from_config(model_config(manifest["model"], str(checkpoint)).vocabulary)
+        vocabulary = Vocabulary.from_config(model_config(manifest.model or {}, str(checkpoint)).vocabulary)
         exported = export_text_tokenizer(place, vocabulary, folder)
-        recorded = manifest.get("text_tokenizer")
-        expected = recorded["fingerprint"] if isinstance(recorded, dict) else recorded
-        if expected and expected != exported["fingerprint"]:
+        recorded = manifest.tokenizer(TOKENIZER_FOLDER)
+        if recorded is not None and recorded.fingerprint != exported["fingerprint"]:
             raise UserError(
                 "the text tokenizer is not the one that the checkpoint was trained with",
                 where=str(place),
-                expected=f"fingerprint {expected}",
+                expected=f"fingerprint {recorded.fingerprint}",
                 got=exported["fingerprint"],
                 fix="text_tokenizer=FOLDER of the right one",
             )
@@ -157,8 +154,7 @@ class Extras:
         config = self.config
         source = self.source
         ours, theirs = (folder, source) if config.action == "from_hf" else (source, folder)
-        manifest = read_manifest(latest_checkpoint(ours))
-        sizes = model_config(manifest["model"], str(ours))
+        sizes = model_config(CheckpointManifest.read(latest_checkpoint(ours)).model or {}, str(ours))
         has_config = theirs.is_dir() and (theirs / "config.json").is_file()
         if not has_config or (config.verify == "auto" and not fits_memory(sizes)):
             return False
@@ -209,7 +205,7 @@ def differences(certificate: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def find_text_tokenizer(manifest: dict[str, Any], checkpoint: Path, given: str | None) -> Path | None:
+def find_text_tokenizer(manifest: CheckpointManifest, checkpoint: Path, given: str | None) -> Path | None:
     """Where the checkpoint's text tokenizer is; None when it records none or it is gone."""
     if given is not None:
         if not Path(given).exists():
@@ -217,13 +213,12 @@ def find_text_tokenizer(manifest: dict[str, Any], checkpoint: Path, given: str |
         return Path(given)
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         return checkpoint / TOKENIZER_FOLDER
-    recorded = manifest.get(TOKENIZER_FOLDER)
-    if not recorded:
+    recorded = manifest.tokenizer(TOKENIZER_FOLDER)
+    if recorded is None:
         return None
-    name = recorded["path"] if isinstance(recorded, dict) else TOKENIZER_FOLDER
     # Run folder / stage / checkpoints / step; a converted checkpoint may stand anywhere.
     above = checkpoint.absolute().parents
-    folder = above[min(2, len(above) - 1)] / name
+    folder = above[min(2, len(above) - 1)] / recorded.path
     return folder if folder.exists() else None
 
 
@@ -234,7 +229,7 @@ def fits_memory(config: ModelConfig) -> bool:
     return needed < psutil.virtual_memory().available
 
 
-def verify(config: Config) -> dict[str, Any]:
+def verify(config: ConvertConfig) -> dict[str, Any]:
     """Compare a checkpoint with an export; a difference is a `UserError` that names the tensors.
 
     First every byte through the tables, then, unless `verify=keys`, both sides as models. The certificate goes beside
@@ -276,7 +271,7 @@ def verify(config: Config) -> dict[str, Any]:
     return {"action": "verify", "source": str(source), "target": str(target), "layout": layout, "parity": shown}
 
 
-def convert_vision(config: Config, source: Path, target: Path) -> dict[str, Any]:
+def convert_vision(config: ConvertConfig, source: Path, target: Path) -> dict[str, Any]:
     options = read_options(config, None)
     if config.action == "to_hf":
         result = vision.to_published(source, target, options)

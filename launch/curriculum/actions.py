@@ -1,0 +1,112 @@
+"""What `nextstate curriculum` and `nextstate demo` do: run, status, cancel, resume, logs; and the table they print."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, run_curriculum, summary
+from model.errors import UserError
+from training.callbacks.progress import format_seconds
+
+
+def act(config: CurriculumConfig) -> dict[str, Any]:
+    """The answer of the action that the configuration names."""
+    if config.action == "resume" and not (Path(config.run_folder) / "curriculum.json").exists():
+        raise UserError(
+            "there is no curriculum to resume", where=config.run_folder, fix="nextstate curriculum curriculum=NAME"
+        )
+    action = {"status": status, "cancel": cancel, "logs": logs}.get(config.action, start)
+    return action(config)
+
+
+def start(config: CurriculumConfig) -> dict[str, Any]:
+    if config.cluster.kind == "local":
+        return run_curriculum(config)
+    from launch.curriculum.chain import run_chain
+
+    return run_chain(config)
+
+
+def status(config: CurriculumConfig) -> dict[str, Any]:
+    if not has_jobs(config):
+        return summary(Curriculum(config))
+    from launch.cluster import slurm
+    from launch.curriculum.chain import read_chain, report
+
+    return report(read_chain(config, slurm.queue()))
+
+
+def cancel(config: CurriculumConfig) -> dict[str, Any]:
+    """On this machine: the running entry gets SIGTERM, saves, and the curriculum ends with it."""
+    if has_jobs(config):
+        from launch.curriculum.chain import cancel_chain
+
+        return cancel_chain(config)
+    curriculum = Curriculum(config)
+    for record in curriculum.records.values():
+        if record.state == "running" and alive(record.process):
+            os.kill(int(record.process[0]), signal.SIGTERM)
+    return summary(curriculum)
+
+
+def has_jobs(config: CurriculumConfig) -> bool:
+    """True when entries were given to a cluster, whatever the configuration of this call says."""
+    curriculum = Curriculum(config)
+    if any(record.state == "submitted" for record in curriculum.records.values()):
+        return True
+    known = [(curriculum.folder / "jobs" / name / "job.json").exists() for name in curriculum.order]
+    return any(known) and shutil.which("squeue") is not None
+
+
+def logs(config: CurriculumConfig) -> dict[str, Any]:
+    from launch.cluster.job_folders import JobFolder
+
+    folder = Path(config.run_folder)
+    names = [config.entry] if config.entry else Curriculum(config).order
+    tails = {}
+    for name in names:
+        for path in [folder / "logs" / f"{name}.log", *JobFolder(folder, name).logs()]:
+            if path.exists():
+                tails[str(path)] = path.read_text("utf-8", "replace").splitlines()[-config.num_lines :]
+    if not tails:
+        raise UserError("nothing has been logged yet", where=str(folder), got=", ".join(names))
+    return {"name": config.name, "logs": tails}
+
+
+def render(answer: dict[str, Any]) -> str:
+    if "logs" in answer:
+        return "\n".join("\n".join([f"== {path}", *lines]) for path, lines in answer["logs"].items())
+    if "scripts" in answer:
+        return "\n".join(f"== {name}\n{script}" for name, script in answer["scripts"].items())
+    titles = ("entry", "state", "step", "tokens", "loss", "left", "seconds", "GiB", "jobs", "restarts")
+    rows = [titles, *(row(entry) for entry in answer["entries"])]
+    widths = [max(len(line[column]) for line in rows) for column in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column < 2 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in rows
+    )
+
+
+def row(entry: dict[str, Any]) -> tuple[str, ...]:
+    step, total, loss = entry.get("step"), entry.get("total"), entry.get("loss")
+    tokens, left = entry.get("tokens"), entry.get("eta_seconds")
+    is_over = entry["state"] not in ("running", "queued")
+    return (
+        entry["name"],
+        entry["state"],
+        "" if step is None else f"{step}/{total}",
+        "" if tokens is None else f"{tokens:,}",
+        "" if loss is None else f"{loss:.4f}",
+        "" if left is None or is_over else format_seconds(left),
+        f"{entry['wall_seconds']:.1f}",
+        f"{entry['peak_memory_bytes'] / 2**30:.2f}" if entry["peak_memory_bytes"] else "",
+        ",".join(entry["job_ids"]),
+        str(entry["restarts"]),
+    )

@@ -1,0 +1,60 @@
+"""The typed records of JSON files: known fields have their types, all else is kept."""
+
+import pytest
+
+from model.checkpoint.manifest import CheckpointManifest, TokenizerReference
+from model.errors import UserError
+from training.contracts.summary import StageSummary
+from training.reliability.json_lines import read_json_lines
+from training.reliability.watchdog import Heartbeat, read_heartbeats
+
+
+def test_a_summary_keeps_everything_and_types_what_it_knows():
+    values = {"name": "sft", "steps": 3, "loss_last": 2, "psnr_db": 30.5, "skipped_windows": [[0, 8]]}
+    summary = StageSummary.of(values)
+    assert (summary.name, summary.steps, summary.loss_last, summary.tokens) == ("sft", 3, 2, None)
+    assert summary.values == values
+
+
+@pytest.mark.parametrize(
+    "values", [None, [], "text", {"steps": "3"}, {"steps": 1.5}, {"steps": True}, {"loss_last": "nan"}, {"name": 1}]
+)
+def test_a_summary_of_other_types_is_refused(values):
+    with pytest.raises(ValueError, match=r"cannot be|expected"):
+        StageSummary.of(values)
+
+
+def test_a_manifest_names_its_tokenizers_and_its_damage():
+    record = {"path": "tokenizers/text", "fingerprint": "f0"}
+    values = {
+        "format_version": 1,
+        "keys": {},
+        "kind": "transformer",
+        "text_tokenizer": record,
+        "vision_tokenizer": "f1",
+    }
+    manifest = CheckpointManifest.of(values | {"extra": 1}, "here")
+    assert manifest.tokenizer("text_tokenizer") == TokenizerReference("tokenizers/text", "f0")
+    assert manifest.tokenizer("vision_tokenizer") == TokenizerReference("vision_tokenizer", "f1")
+    assert CheckpointManifest.of({}, "here").tokenizer("text_tokenizer") is None
+    assert manifest.values["extra"] == 1
+    assert (manifest.image_format, manifest.step) == ("emu35", None)
+    with pytest.raises(UserError, match="manifest is damaged") as caught:
+        CheckpointManifest.of(values | {"step": "ten"}, "here")
+    assert (caught.value.where, "step" in caught.value.got) == ("here", True)
+
+
+def test_a_damaged_line_of_a_log_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": \n{"step": 3}\n{"st')
+    with pytest.raises(UserError, match="a line of a log is damaged") as caught:
+        read_json_lines(path)
+    assert caught.value.where == f"{path}, line 2"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    assert read_json_lines(path) == [{"step": 1}]
+
+
+def test_an_empty_heartbeat_is_left_out(tmp_path):
+    Heartbeat(tmp_path, 0).write()
+    (tmp_path / "heartbeats" / "rank_00001.json").touch()
+    assert [beat["rank"] for beat in read_heartbeats(tmp_path, 3)] == [0]

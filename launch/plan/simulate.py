@@ -179,7 +179,7 @@ def trace_micro_batches(
         )
         recorder.calls.clear()  # what building takes is no part of a step
         rows = rows_of(layout, batch)
-        forward = Forward(config, wrapped, torch.device("meta"))
+        forward = Forward(config, model, torch.device("meta"), called=wrapped)
         forward.losses([rows] * count, UnreportedObjective(), torch.zeros(0))
         if layout.distributed_optimizer:
             wrapped.start_param_sync(force_sync=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from model.backbone.attention_plan import AttentionPlan
+from model.backbone.head import AllowedSets
 
 
 @dataclass
@@ -36,10 +37,17 @@ class LocalInput:
 
 
 class TokenScores(Protocol):
-    """What the model says of each of T_local tokens, computed when asked for; never all of [T_local, vocabulary]."""
+    """What the model says of each of T_local tokens, computed when asked for; never all of [T_local, vocabulary].
 
-    def log_probs(self, ids: torch.Tensor) -> torch.Tensor:
+    `allowed`: a `model.backbone.head.AllowedSets`, the ids that may stand at each token; all by default.
+    """
+
+    def log_probs(self, ids: torch.Tensor, allowed: AllowedSets | None = None) -> torch.Tensor:
         """ids int64 [T_local] -> float32 [T_local], differentiable."""
+        ...
+
+    def entropy(self, allowed: AllowedSets | None = None) -> torch.Tensor:
+        """float32 [T_local], in nats, differentiable."""
         ...
 
 

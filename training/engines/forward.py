@@ -12,11 +12,11 @@ import torch
 import torch.distributed as distributed
 
 from model.backbone.context_parallel import held_tokens
+from model.backbone.head import TokenScores
 from model.backbone.packed_attention import PlannedAttention, prepare_attention
-from model.backbone.token_losses import token_losses
 from model.backbone.transformer import DTYPES
 from model.config import ModelConfig
-from model.parallel.megatron import get_forward_backward_func, parallel_state
+from model.parallel.megatron import GPTModel, get_forward_backward_func, parallel_state
 from model.vocabulary import Vocabulary
 from training.contracts.inputs import InputMaker, LocalInput, LossMaker, ModelInput
 
@@ -31,24 +31,17 @@ class StageInput:
     held: np.ndarray  # int64 [T_local], places of these tokens in the whole micro-batch
 
 
-class LogitScores:
-    """`TokenScores` over logits [1, T_local, vocabulary / tensor], which asking for log-probabilities overwrites."""
-
-    def __init__(self, logits: torch.Tensor, vocabulary: Vocabulary):
-        self.logits, self.vocabulary = logits, vocabulary
-
-    def log_probs(self, ids: torch.Tensor) -> torch.Tensor:
-        return -token_losses(self.logits, ids[None], self.vocabulary).view(-1)
-
-
 class Forward:
     """What every use of the transformer on whole micro-batches shares: inputs by rank, the schedule, the sums.
 
-    `model` is what the schedule calls: the wrapped model in training, the bare one elsewhere.
+    `model` is this rank's part, `called` what the schedule calls: the same wrapped for data parallelism in training.
+    The last stage is left with its hidden states; `TokenScores` takes them to log-probabilities a chunk at a time.
     """
 
-    def __init__(self, config: ModelConfig, model: Any, device: torch.device):
+    def __init__(self, config: ModelConfig, model: GPTModel, device: torch.device, called: Any = None):
         self.config, self.model, self.device = config, model, device
+        self.called = model if called is None else called
+        model.post_process = False
         self.vocabulary = Vocabulary.from_config(config.vocabulary)
         self.context_rank = parallel_state.get_context_parallel_rank()
         self.context_size = parallel_state.get_context_parallel_world_size()
@@ -80,7 +73,7 @@ class Forward:
         sums = torch.zeros(objective.num_sums, dtype=torch.float64, device=self.device)
 
         def loss(stage_input: StageInput, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-            found = objective.loss(LogitScores(output, self.vocabulary), stage_input.scored, totals)
+            found = objective.loss(self._scores(output), stage_input.scored, totals)
             sums.add_(found.sums)
             return found.loss, _no_tokens(), None
 
@@ -97,7 +90,7 @@ class Forward:
         def keep(stage_input: StageInput, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
             values = torch.zeros(len(stage_input.held) * self.context_size, device=self.device)
             held = torch.from_numpy(stage_input.held).to(self.device)
-            values[held] = LogitScores(output, self.vocabulary).log_probs(stage_input.scored.labels)
+            values[held] = self._scores(output).log_probs(stage_input.scored.labels)
             found.append(values)
             return values.sum(), _no_tokens(), None
 
@@ -120,11 +113,19 @@ class Forward:
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(self.prepare(one) for one in inputs),
-            model=[self.model],
+            model=[self.called],
             num_microbatches=len(inputs),
             seq_length=inputs[0].tokens.size,
             micro_batch_size=1,  # rows are flattened into one packed sequence
             forward_only=forward_only,
+        )
+
+    def _scores(self, hidden: torch.Tensor) -> TokenScores:
+        return TokenScores(
+            hidden,
+            self.model.output_layer.weight,
+            self.vocabulary,
+            sequence_parallel=self.model.config.sequence_parallel,
         )
 
     def _local(self, values: np.ndarray, held: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -80,8 +80,8 @@ class MegatronEngine:
         self.optimizer = build_optimizer(
             self.config.stage.optimizer, self.wrapped, distributed=layout.distributed_optimizer
         )
-        self.forward = Forward(self.config.model, self.wrapped, self.device)
         self.shards = MegatronShards(self.config, self.model, self.optimizer, self.ranks)
+        self.forward = Forward(self.config.model, self.model, self.device, called=self.wrapped)
 
     def forward_backward(self, batches: Sequence[Any], objective: TokenObjective) -> StepSums:
         """Reduced gradients and what the report needs; nothing is applied, and nothing read from the device, yet."""

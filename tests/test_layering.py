@@ -155,6 +155,16 @@ def test_arrows_point_one_way(room, imports):
     assert not {module: wrong for module, wrong in found.items() if wrong}
 
 
+def test_decoding_meets_the_transformer_in_one_module():
+    found = []
+    for path in sources("model/backbone", "model/generation"):
+        target = "model.generation" if path.parent.name == "backbone" else "model.backbone.transformer"
+        names = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
+        if path.name != "decoder.py" and any(name.startswith(target) for name in names):
+            found.append(f"{path.relative_to(ROOT)} imports {target}")
+    assert not found
+
+
 def test_the_check_of_arrows_can_fail():
     tree = ast.parse("def f():\n    from training import loop\n    import examples.shapes_world\n")
     assert wrong_rooms("model.config", imported_modules(tree)) == ["examples.shapes_world", "training.loop"]

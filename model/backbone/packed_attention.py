@@ -140,9 +140,9 @@ class PackedAttention(MegatronModule):
             key = gather_tokens(key, planned.gathered_order, self.context_group)
             value = gather_tokens(value, planned.gathered_order, self.context_group)
         dropout = self.dropout if self.training else 0.0
-        if takes_varlen(query, dropout):
-            return varlen_pieces.attend(query, key, value, planned.varlen, self.softmax_scale)
         with self._dropout_stream():
+            if takes_flash(query):
+                return varlen_pieces.attend(query, key, value, planned.varlen, self.softmax_scale, dropout)
             return sdpa_pieces.attend(query, key, value, planned.sdpa, self.softmax_scale, dropout)
 
     def _dropout_stream(self) -> AbstractContextManager[None]:
@@ -172,6 +172,6 @@ class PackedAttention(MegatronModule):
         return attended.permute(2, 0, 1, 3).flatten(2)  # [t, B, heads * d]
 
 
-def takes_varlen(query: torch.Tensor, dropout: float) -> bool:
-    """The choice of kernel. varlen_attn has no dropout, and float32 has no flash kernel (parity in float32)."""
-    return query.is_cuda and query.dtype in varlen_pieces.DTYPES and dropout == 0.0
+def takes_flash(query: torch.Tensor) -> bool:
+    """The choice of kernel: flash kernels run on CUDA in 16 bits, everything else as SDPA pieces."""
+    return query.is_cuda and query.dtype in varlen_pieces.DTYPES

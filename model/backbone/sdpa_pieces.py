@@ -70,7 +70,8 @@ def prepare(plan: AttentionPlan, held: np.ndarray, device: torch.device) -> Sdpa
     if all(np.array_equal(row, np.arange(plan.num_tokens)) for row in rows):
         return SdpaPieces(batches, None)
     same = held.size == plan.num_tokens and np.array_equal(rows[0], rows[1])
-    return SdpaPieces(batches, RowMoves(*(torch.from_numpy(row).to(device) for row in rows), keys_are_queries=same))
+    tensors = [torch.from_numpy(row).to(device) for row in rows]
+    return SdpaPieces(batches, RowMoves(tensors[0], tensors[1], tensors[2], keys_are_queries=same))
 
 
 def attend(

@@ -75,31 +75,44 @@ def _bounds(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: VarlenPieces, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pieces: VarlenPieces,
+    scale: float | None,
+    dropout: float,
 ) -> torch.Tensor:
     """query [T_local, heads, d], key and value [T, groups, d], 16 bits on CUDA -> [T_local, heads * d]."""
-    # Importing it loads torch's compiler, which a host without CUDA never needs.
-    from torch.nn.attention import varlen
-
     outputs = []
     for call in pieces.calls:
-        attended = varlen.varlen_attn(
-            _select(query, call.query_rows),
-            _select(key, call.key_rows),
-            _select(value, call.key_rows),
-            call.cu_seqlens_q,
-            call.cu_seqlens_k,
-            call.max_q,
-            call.max_k,
-            scale=scale,
-            window_size=(-1, 0) if call.causal else (-1, -1),
-            enable_gqa=True,
-            num_splits=1,  # a document's values do not depend on what else is in its batch
-        )
-        outputs.append(attended)
+        queries = _select(query, call.query_rows)
+        keys, values = _select(key, call.key_rows), _select(value, call.key_rows)
+        outputs.append(_flash(queries, keys, values, call, scale, dropout))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return _select(joined, pieces.home_rows).flatten(1)
 
 
 def _select(values: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return values if rows is None else values.index_select(0, rows)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: VarlenCall, scale: float | None, dropout: float
+) -> torch.Tensor:
+    """One call of the flash kernel: query [Q, heads, d], key and value [K, groups, d] -> [Q, heads, d]."""
+    bounds = (call.cu_seqlens_q, call.cu_seqlens_k, call.max_q, call.max_k)
+    # num_splits: a document's values do not depend on what else is in its batch.
+    if dropout > 0.0:
+        # The operator below varlen_attn, which fixes dropout at 0; torch's nested tensors call it with dropout, too.
+        return torch.ops.aten._flash_attention_forward(
+            query, key, value, *bounds, dropout, call.causal, False, scale=scale, num_splits=1
+        )[0]
+    # Importing it loads torch's compiler, which a host without CUDA never needs.
+    from torch.nn.attention import varlen
+
+    window = (-1, 0) if call.causal else (-1, -1)
+    output = varlen.varlen_attn(
+        query, key, value, *bounds, scale=scale, window_size=window, enable_gqa=True, num_splits=1
+    )
+    assert isinstance(output, torch.Tensor), "no auxiliary outputs were asked for"
+    return output

@@ -32,7 +32,7 @@ from model.backbone import packed_attention as packed_attention_module
 from model.backbone import varlen_pieces
 from model.backbone.attention_plan import documents_with_image_copies, packed_documents
 from model.backbone.context_parallel import held_tokens, slice_plan
-from model.backbone.packed_attention import PackedAttention, PlannedAttention, prepare_attention, takes_varlen
+from model.backbone.packed_attention import PackedAttention, PlannedAttention, prepare_attention, takes_flash
 from model.backbone.rotary import apply_rotary, rotary_tables
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -171,7 +171,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
         return emulated_varlen(signature.bind(*arguments, **options).arguments)
 
     monkeypatch.setattr(varlen, "varlen_attn", emulated)
-    monkeypatch.setattr(packed_attention_module, "takes_varlen", lambda query, dropout: True)
+    monkeypatch.setattr(packed_attention_module, "takes_flash", lambda query: True)
 
 
 @given(documents=rows_of_documents, context_size=st.sampled_from([1, 2, 3]))
@@ -185,7 +185,7 @@ def test_flash_calls_cover_the_plan(flash: None, documents: list[Document], cont
         held = held_tokens(plan.num_tokens, rank, context_size)
         pieces = varlen_pieces.prepare(slice_plan(plan, rank, context_size), held, torch.device("cpu"))
         assert len(pieces.calls) <= 2
-        output = varlen_pieces.attend(query[held], key, value, pieces, None)
+        output = varlen_pieces.attend(query[held], key, value, pieces, None, 0.0)
         torch.testing.assert_close(output, expected[held], atol=1e-12, rtol=1e-12)
 
 
@@ -204,21 +204,33 @@ def test_packed_documents_reach_the_flash_kernel_as_they_lie() -> None:
     assert call.max_q == call.max_k == 34
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_real_flash_operators_take_these_arguments(dropout: float) -> None:
+    """On torch's meta device, where kernels and their gradients give shapes only."""
+    plan = documents_with_image_copies(layout_of(ROW))
+    pieces = varlen_pieces.prepare(plan, np.arange(plan.num_tokens), torch.device("meta"))
+    heads = [
+        torch.empty(plan.num_tokens, number, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for number in (HEADS, GROUPS, GROUPS)
+    ]
+    output = varlen_pieces.attend(*heads, pieces, None, dropout)
+    assert output.shape == (plan.num_tokens, HEADS * 64)
+    gradients = torch.autograd.grad(output, heads, torch.empty_like(output))
+    assert [gradient.shape for gradient in gradients] == [values.shape for values in heads]
+
+
 @pytest.mark.parametrize(
-    ("is_cuda", "dtype", "dropout", "taken"),
+    ("is_cuda", "dtype", "taken"),
     [
-        (True, torch.bfloat16, 0.0, True),
-        (True, torch.float16, 0.0, True),
-        (True, torch.bfloat16, 0.1, False),
-        (True, torch.float32, 0.0, False),
-        (False, torch.bfloat16, 0.0, False),
+        (True, torch.bfloat16, True),
+        (True, torch.float16, True),
+        (True, torch.float32, False),
+        (False, torch.bfloat16, False),
     ],
 )
-def test_the_flash_kernel_is_taken_where_it_can_run(
-    is_cuda: bool, dtype: torch.dtype, dropout: float, taken: bool
-) -> None:
+def test_the_flash_kernel_is_taken_where_it_can_run(is_cuda: bool, dtype: torch.dtype, taken: bool) -> None:
     query: Any = SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
-    assert takes_varlen(query, dropout) is taken
+    assert takes_flash(query) is taken
 
 
 def test_rotary_tables_are_exact_at_far_positions() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.backbone.attention_plan import packed_documents
+from model.backbone.attention_plan import append_image_copies, documents_with_image_copies, packed_documents
 from model.backbone.packed_attention import prepare_attention
 from model.backbone.transformer import build_model
 from model.config import ModelConfig
@@ -109,6 +109,34 @@ def test_packed_documents_agree_with_each_document_alone(model: Any) -> None:
     packed = logits_of(model, tokens, lengths)
     alone = torch.cat([logits_of(model, part, [len(part)]) for part in tokens.split(lengths)])
     assert (packed - alone).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_copies_of_images_see_their_prefix_and_change_nothing(model: Any) -> None:
+    """Logits of the document are those without copies; a copy depends on what lies before its image and on itself."""
+    layout = append_image_copies(np.array([0, 30, 50]), np.array([5, 18, 33]), np.array([9, 9, 12]))
+    copies = layout.copy_numbers()
+    positions = torch.from_numpy(np.concatenate((np.arange(30), np.arange(20)))[layout.source_tokens()])
+    planned = prepare_attention(
+        documents_with_image_copies(layout), positions, head_dim=CONFIG.head_dim, rope_theta=CONFIG.rope_theta
+    )
+
+    def run(row: torch.Tensor) -> torch.Tensor:
+        return model(row[None], None, None, packed_seq_params=planned)[0]
+
+    def with_other(row: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
+        return torch.where(torch.from_numpy(chosen), (row + 1) % NUM_IDS, row)
+
+    row = torch.randint(0, NUM_IDS, (layout.num_tokens,))
+    logits = run(row)
+    assert (logits[copies == 0] - logits_of(model, row[copies == 0], [30, 20])).abs().max() <= 1e-5
+    assert torch.equal(run(with_other(row, copies > 0))[copies == 0], logits[copies == 0])
+    # The image of copy 2 begins at token 18 of its document; copy 1 and that image itself lie outside its view.
+    first_document = np.arange(layout.num_tokens) < 30
+    unseen = (first_document & (np.arange(layout.num_tokens) >= 18)) | (copies == 1) | (copies == 3)
+    assert torch.equal(run(with_other(row, unseen))[copies == 2], logits[copies == 2])
+    for seen in (np.arange(layout.num_tokens) == 17, np.arange(layout.num_tokens) == np.flatnonzero(copies == 2)[-1]):
+        assert not torch.equal(run(with_other(row, seen))[copies == 2][0], logits[copies == 2][0])
 
 
 def test_decoding_step_by_step_agrees_with_the_full_forward(model: Any) -> None:

@@ -1,0 +1,327 @@
+"""The output layer in chunks of tokens: log-probabilities and entropies that never hold the logits of all tokens.
+
+The logits of 32,768 tokens over the 282,926 ids of Emu3.5 are 37 GB in float32. Here a chunk of tokens is taken to
+logits, reduced to a few numbers a token, and forgotten; the backward pass computes the chunk's logits again. The matrix
+products run in the parameters' dtype and the softmax in float32, as in megatron-core's output layer and cross entropy.
+The vocabulary may be split over tensor-parallel ranks; each call has two small collectives, whatever the chunks.
+
+Notation, for a token: x = logits minus the largest one held here, p = softmax(logits), H = entropy.
+Of a loss with d loss / d log-probability = g and d loss / d H = e the gradient of logit j is
+g (1[j is the given id] - p_j) - e p_j (log p_j + H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch.autograd.function import once_differentiable
+
+from model.parallel.megatron import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    parallel_state,
+)
+from model.vocabulary import Vocabulary
+
+# Of a chunk's float32 logits. 949 tokens of Emu3.5's vocabulary on one tensor-parallel rank: enough rows to keep matrix
+# products busy and to make the pass over the float32 weight gradient (once a chunk) small beside them. A bfloat16 copy
+# (half as much), or a second float32 one for entropy, comes on top while the chunk is worked on.
+CHUNK_BYTES = 1 << 30
+# Of one block of the weight gradient before it is added in float32, when the parameters are not float32 themselves.
+WEIGHT_BLOCK_BYTES = 1 << 26
+# The logit of an id that takes no part: exp(EXCLUDED - any real logit) is exactly 0, and 0 * EXCLUDED is no NaN.
+EXCLUDED = -1e30
+
+
+@dataclass(frozen=True)
+class AllowedSets:
+    """Which ids may stand at each token: a few distinct sets, and which of them is whose.
+
+    `sets`: bool [number of sets, padded vocabulary], such as the distinct rows of `ImageGrammar.mask` along a sequence
+    (text, text without BOI, visual codes, each forced id, digits of a header). `index`: int64 [T], a row of `sets`;
+    -1: all ids of the vocabulary. The log-probability of an id outside its set is -inf. A set of one id (a forced
+    token) gives log-probability 0, entropy 0 and gradient 0, all exact.
+    """
+
+    sets: torch.Tensor
+    index: torch.Tensor
+
+    @classmethod
+    def from_masks(cls, masks: torch.Tensor) -> AllowedSets:
+        """From one mask a token, bool [T, padded vocabulary]: equal rows become one set."""
+        sets, index = torch.unique(masks, dim=0, return_inverse=True)
+        return cls(sets, index)
+
+
+def gathered_hidden(hidden: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+    """What a tensor-parallel output layer reads: the hidden states of all tokens, [T, 1, h] on every rank.
+
+    With sequence parallelism `hidden` is this rank's [T / tensor, 1, h]: gathered forward, summed and scattered
+    backward. Without it every rank has all tokens: copied forward, summed backward.
+    """
+    if sequence_parallel:
+        gathered: torch.Tensor = gather_from_sequence_parallel_region(hidden)
+        return gathered
+    copied: torch.Tensor = copy_to_tensor_model_parallel_region(hidden)
+    return copied
+
+
+class TokenScores:
+    """Scores of every token of a micro-batch; each method computes when it is called, in chunks of tokens.
+
+    `hidden`: [T, 1, h] behind the final norm ([T / tensor, 1, h] with `sequence_parallel`); `weight`: the output
+    layer's [padded vocabulary / tensor, h] of this rank. `chunk_tokens` overrides the number of tokens whose logits
+    exist at once (default: `CHUNK_BYTES` of float32). Ids from `vocabulary.size` on have probability exactly 0.
+
+    All tensor-parallel ranks call the same methods in the same order and get the same values. Differentiable once. The
+    gradient of `weight` is summed in float32: in place in `weight.main_grad` where megatron-core's data-parallel
+    wrapper has put a float32 one (autograd then sees none), else in a tensor that autograd hands on.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        vocabulary: Vocabulary,
+        *,
+        sequence_parallel: bool = False,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        assert hidden.dim() == 3, f"hidden states are [T, 1, h], got {tuple(hidden.shape)}"
+        assert hidden.shape[1] == 1, f"hidden states are [T, 1, h], got {tuple(hidden.shape)}"
+        num_columns = weight.shape[0]
+        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        assert num_columns * tensor_size == vocabulary.padded_size, "weight holds the padded vocabulary / tensor"
+        self._hidden = gathered_hidden(hidden, sequence_parallel).squeeze(1)
+        self._weight = weight
+        first = parallel_state.get_tensor_model_parallel_rank() * num_columns
+        chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * num_columns))
+        num_valid = min(max(0, vocabulary.size - first), num_columns)
+        self._columns = _Columns(first, num_columns, num_valid, chunk)
+
+    def log_probs(self, ids: torch.Tensor, allowed: AllowedSets | None = None) -> torch.Tensor:
+        """float32 [T]: log-probability of `ids` (int64 [T]), among the allowed ids of each token if given."""
+        return self._compute(ids, allowed, with_entropy=False)[0]
+
+    def entropy(self, allowed: AllowedSets | None = None) -> torch.Tensor:
+        """float32 [T], in nats, of the distribution over the allowed ids of each token (all by default)."""
+        any_ids = torch.zeros(len(self._hidden), dtype=torch.int64, device=self._hidden.device)
+        return self._compute(any_ids, allowed, with_entropy=True)[1]
+
+    def log_probs_and_entropy(
+        self, ids: torch.Tensor, allowed: AllowedSets | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, for the price of one pass over the logits."""
+        return self._compute(ids, allowed, with_entropy=True)
+
+    def _compute(
+        self, ids: torch.Tensor, allowed: AllowedSets | None, *, with_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert ids.shape == self._hidden.shape[:1], f"ids are [T] = [{len(self._hidden)}], got {tuple(ids.shape)}"
+        exclusion = self._columns.exclusion(allowed) if allowed is not None else None
+        needs_gradient = torch.is_grad_enabled() and (self._hidden.requires_grad or self._weight.requires_grad)
+        scores: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(
+            self._hidden, self._weight, ids, self._columns, exclusion, with_entropy, needs_gradient
+        )
+        return scores
+
+
+@dataclass(frozen=True)
+class _Exclusion:
+    """Allowed sets in the form that the chunks use."""
+
+    columns: torch.Tensor  # bool [sets + 1, columns of this rank]: takes no part; the last row is for "all ids"
+    index: torch.Tensor  # int64 [T], a row of `columns`
+    forced: torch.Tensor  # bool [T]: one id is allowed
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """This rank's columns of the logits, and how many tokens are worked on at once."""
+
+    first: int  # id of the first column
+    size: int
+    num_valid: int  # columns before the ids that only pad the vocabulary
+    chunk_tokens: int
+
+    def exclusion(self, allowed: AllowedSets) -> _Exclusion:
+        assert allowed.sets.shape[1] >= self.first + self.size, "sets are [number of sets, padded vocabulary]"
+        num_sets, last = len(allowed.sets), self.first + self.num_valid
+        columns = allowed.sets.new_ones((num_sets + 1, self.size))
+        columns[:-1, : self.num_valid] = ~allowed.sets[:, self.first : last]
+        columns[-1, : self.num_valid] = False
+        index = torch.where(allowed.index < 0, num_sets, allowed.index)
+        forced = torch.cat((allowed.sets.sum(1) == 1, allowed.sets.new_zeros(1)))
+        return _Exclusion(columns, index, forced[index])
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        for start in range(0, num_tokens, self.chunk_tokens):
+            yield slice(start, min(start + self.chunk_tokens, num_tokens))
+
+    def logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor, exclusion: _Exclusion | None, chunk: slice
+    ) -> torch.Tensor:
+        """float32 [chunk, columns], a tensor of its own; excluded ids at EXCLUDED."""
+        logits = torch.matmul(hidden[chunk], weight.t()).float()
+        if exclusion is not None:
+            return logits.masked_fill_(exclusion.columns[exclusion.index[chunk]], EXCLUDED)
+        logits[:, self.num_valid :] = EXCLUDED
+        return logits
+
+
+class _Scores(torch.autograd.Function):
+    """(log-probability of ids [T], entropy [T]); the entropy is zero unless asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        ids: torch.Tensor,
+        columns: _Columns,
+        exclusion: _Exclusion | None,
+        with_entropy: bool,
+        needs_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        local_ids = ids - columns.first
+        held = (local_ids >= 0) & (local_ids < columns.size)
+        local_ids = torch.where(held, local_ids, 0)
+        # A row each: largest logit; logit of the id; sum of exp(x); sum of x exp(x). Of this rank's columns.
+        local = hidden.new_zeros((4, len(hidden)), dtype=torch.float32)
+        kept = None
+        for chunk in columns.chunks(len(hidden)):
+            x = columns.logits(hidden, weight, exclusion, chunk)
+            _reduce_chunk(x, local_ids[chunk], local[:, chunk], with_entropy)
+            if needs_gradient and len(x) == len(hidden):
+                kept = x  # one chunk holds all tokens: nothing needs to be computed twice
+            del x  # before the next chunk comes
+        held &= local[1] > EXCLUDED
+        largest, total, log_probs, entropy = _combine_ranks(local, held)
+        unused = torch.zeros_like(entropy)
+        if not with_entropy:
+            ctx.mark_non_differentiable(unused)
+        ctx.set_materialize_grads(False)
+        ctx.columns, ctx.exclusion, ctx.kept, ctx.kept_is_exp = columns, exclusion, kept, not with_entropy
+        ctx.save_for_backward(hidden, weight, local_ids, held, local[0], largest, total, entropy)
+        return log_probs, entropy if with_entropy else unused
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: torch.Tensor | None, grad_entropy: torch.Tensor | None) -> Any:
+        hidden, weight, local_ids, held, local_largest, largest, total, entropy = ctx.saved_tensors
+        columns, exclusion = ctx.columns, ctx.exclusion
+        shift = local_largest - largest
+        tokens = _TokenGradients(
+            log_probs=_without_forced(grad_log_probs, exclusion, like=total),
+            entropy=None if grad_entropy is None else _without_forced(grad_entropy, exclusion, like=total),
+            local_ids=local_ids,
+            held=held,
+            scale=torch.exp(shift) / total,
+            offset=shift - torch.log(total) + entropy,
+        )
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = _float32_gradient(weight) if ctx.needs_input_grad[1] else None
+        for chunk in columns.chunks(len(hidden)):
+            # What was kept is overwritten here; a second backward pass computes it again.
+            x, ctx.kept = ctx.kept, None
+            is_exp = x is not None and ctx.kept_is_exp
+            if x is None:
+                x = columns.logits(hidden, weight, exclusion, chunk).sub_(local_largest[chunk, None])
+            grad_logits = tokens.of_logits(x, is_exp, chunk).to(weight.dtype)
+            del x
+            if grad_hidden is not None:
+                torch.matmul(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.t(), hidden[chunk])
+            del grad_logits
+        if grad_weight is getattr(weight, "main_grad", None):
+            grad_weight = None  # already where megatron-core's data-parallel wrapper would add it
+        elif grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _reduce_chunk(x: torch.Tensor, local_ids: torch.Tensor, local: torch.Tensor, with_entropy: bool) -> None:
+    """Fill `local` [4, chunk] (see `_Scores.forward`) from logits x, which become x (with entropy) or exp(x)."""
+    local[0] = x.amax(1)
+    local[1] = x.gather(1, local_ids[:, None])[:, 0]
+    x.sub_(local[0, :, None])
+    if not with_entropy:
+        local[2] = x.exp_().sum(1)
+        return
+    exponentials = x.exp()
+    local[2] = exponentials.sum(1)
+    local[3] = exponentials.mul_(x).sum(1)
+
+
+def _combine_ranks(
+    local: torch.Tensor, held: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Over tensor-parallel ranks, float32 [T] each: largest logit, sum of exponentials, log-probability, entropy."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    local_largest, predicted, total, weighted = local
+    largest = local_largest.clone()
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
+    shift = local_largest - largest
+    factor = torch.exp(shift)
+    sums = torch.stack(
+        (torch.where(held, predicted, 0.0), held.float(), total * factor, (weighted + shift * total) * factor)
+    )
+    distributed.all_reduce(sums, group=group)
+    predicted, found, total, weighted = sums
+    log_total = torch.log(total)
+    log_probs = torch.where(found > 0, predicted - largest - log_total, -torch.inf)
+    return largest, total, log_probs, log_total - weighted / total
+
+
+@dataclass(frozen=True)
+class _TokenGradients:
+    """What the gradient of a token's logits is made of; every tensor is [T]."""
+
+    log_probs: torch.Tensor  # g
+    entropy: torch.Tensor | None  # e
+    local_ids: torch.Tensor  # column of the given id, where `held`
+    held: torch.Tensor  # bool: this rank has the id's column, and the id is allowed
+    scale: torch.Tensor  # p = exp(x) * scale
+    offset: torch.Tensor  # log p + H = x + offset
+
+    def of_logits(self, x: torch.Tensor, is_exp: bool, chunk: slice) -> torch.Tensor:
+        """float32 [chunk, columns], made in place of x (exp(x) with `is_exp`)."""
+        given = self.log_probs[chunk]
+        if self.entropy is None:
+            gradient = (x if is_exp else x.exp_()).mul_((-given * self.scale[chunk])[:, None])
+        else:
+            assert not is_exp
+            p = x.exp().mul_(self.scale[chunk, None])
+            gradient = x.add_(self.offset[chunk, None]).mul_(-self.entropy[chunk, None]).sub_(given[:, None]).mul_(p)
+        at_id = torch.where(self.held[chunk], given, 0.0)
+        return gradient.scatter_add_(1, self.local_ids[chunk, None], at_id[:, None])
+
+
+def _without_forced(gradient: torch.Tensor | None, exclusion: _Exclusion | None, like: torch.Tensor) -> torch.Tensor:
+    """Zero at forced tokens: exact, however the logits are computed the second time."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient if exclusion is None else gradient.masked_fill(exclusion.forced, 0.0)
+
+
+def _float32_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """Where the gradient of the weight is summed: megatron-core's float32 `main_grad` if there is one, else zeros."""
+    main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is not None and main_grad.dtype == torch.float32:
+        return main_grad
+    return torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in float32; a product of another dtype is rounded to it once, in blocks of rows."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    rows = max(1, WEIGHT_BLOCK_BYTES // (right.shape[1] * right.element_size()))
+    for start in range(0, len(total), rows):
+        total[start : start + rows] += left[start : start + rows] @ right

@@ -199,7 +199,7 @@ class _Scores(torch.autograd.Function):
             if needs_gradient and len(x) == len(hidden):
                 kept = x  # one chunk holds all tokens: nothing needs to be computed twice
             del x  # before the next chunk comes
-        held &= local[1] > EXCLUDED
+        held &= ~(local[1] <= EXCLUDED)  # NaN stays NaN
         largest, total, log_probs, entropy = _combine_ranks(local, held)
         unused = torch.zeros_like(entropy)
         if not with_entropy:

@@ -359,3 +359,15 @@ def test_scores_without_gradients() -> None:
     assert not log_probs.requires_grad
     torch.testing.assert_close(log_probs.double(), brute_force(inputs)[0], rtol=1e-5, atol=1e-5)
     assert bool((log_probs > EXCLUDED).any())
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_broken_token_is_nan_and_the_others_are_not() -> None:
+    case = Case(9, 4, 32, 4, 0, False, 1)
+    inputs = inputs_of(case)
+    hidden = inputs.hidden[:, None].clone()
+    hidden[3, 0, 0] = torch.nan
+    scores = TokenScores(hidden, inputs.weight, case.vocabulary, chunk_tokens=4)
+    for values in scores.log_probs_and_entropy(inputs.ids.clamp(0, 65)):
+        assert torch.nonzero(~values.isfinite()).flatten().tolist() == [3]
+        assert bool(values[3].isnan())

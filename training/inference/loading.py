@@ -71,9 +71,8 @@ def check_kind(manifest: CheckpointManifest, folder: Path) -> None:
             got=str(manifest.kind),
             fix="name the folder of a pretraining or fine-tuning stage",
         )
-    missing = [name for name in ("model", "vocabulary") if getattr(manifest, name) is None]
-    if missing:
-        raise UserError("the checkpoint's manifest is damaged", where=str(folder), expected=", ".join(missing))
+    if manifest.model is None:
+        raise UserError("the checkpoint's manifest is damaged", where=str(folder), expected="its model")
 
 
 def tokenizer_folder(manifest: CheckpointManifest, checkpoint: Path, name: str, given: Path | str | None) -> Path:

@@ -144,7 +144,8 @@ def _check_ids(documents: Documents, manifest: CheckpointManifest, where: str) -
 
 def described(manifest: CheckpointManifest) -> dict[str, Any]:
     """The vocabulary of a transformer's checkpoint."""
-    assert manifest.vocabulary is not None, "every transformer has one"
+    if manifest.vocabulary is None:
+        raise UserError("the checkpoint's manifest does not describe its vocabulary", fix="name another checkpoint")
     return manifest.vocabulary
 
 

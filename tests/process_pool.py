@@ -27,6 +27,7 @@ def _run_job(job: dict[str, Any], rank: int) -> Any:
 
     from model.parallel import groups
 
+    groups.keep_to_loopback()
     distributed.init_process_group("gloo", init_method=job["store"], rank=rank, world_size=job["world_size"])
     try:
         function = getattr(importlib.import_module(job["module"]), job["function"])

@@ -125,6 +125,9 @@ def try_gloo() -> str:
     import torch
     import torch.distributed as distributed
 
+    from model.parallel import groups
+
+    groups.keep_to_loopback()
     with tempfile.TemporaryDirectory() as folder:
         distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from datetime import timedelta
 
 from model.errors import UserError
@@ -56,15 +55,15 @@ def initialize(
     """Join the ranks and lay them out as tensor x context x data x pipeline (tensor varies fastest).
 
     `rank` and `world_size` default to the launcher's environment, a single process otherwise. `init_method` is
-    torch's ("file:///path" or "env://"); a single process needs none. A torch process group that is already there is
-    used as it is. Raises `UserError` when the layout does not divide the number of ranks.
+    torch's ("file:///path", for ranks of one machine, or "env://"); a single process needs none. A torch process group
+    that is already there is used as it is. Raises `UserError` when the layout does not divide the number of ranks.
     """
     import torch.distributed as distributed
 
     from model.parallel.megatron import parallel_state
 
     if not distributed.is_initialized():
-        _join(rank, world_size, init_method, timeout_seconds)
+        join(rank=rank, world_size=world_size, init_method=init_method, timeout_seconds=timeout_seconds)
     world_size = distributed.get_world_size()
     model_ranks = tensor * pipeline * context
     if world_size % model_ranks:
@@ -83,7 +82,17 @@ def initialize(
     )
 
 
-def _join(rank: int | None, world_size: int | None, init_method: str | None, timeout_seconds: float) -> None:
+def join(
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    init_method: str | None = None,
+    timeout_seconds: float = 1800.0,
+) -> None:
+    """Make torch's process group of all ranks; the arguments are those of `initialize`.
+
+    Ranks of one machine (one process, or a rendezvous over a file) listen on the loopback interface only.
+    """
     import torch.distributed as distributed
 
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
@@ -93,15 +102,30 @@ def _join(rank: int | None, world_size: int | None, init_method: str | None, tim
 
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    if init_method is None and world_size == 1:
-        init_method = f"file://{tempfile.mkdtemp(prefix='nextstate_rendezvous_')}/store"
+    is_alone = init_method is None and world_size == 1
+    if is_alone or (init_method or "").startswith("file://"):
+        keep_to_loopback()
     distributed.init_process_group(
         backend_name(),
-        init_method=init_method or "env://",
+        init_method=None if is_alone else init_method or "env://",
+        store=distributed.HashStore() if is_alone else None,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
     )
+
+
+def keep_to_loopback() -> None:
+    """Tell gloo and NCCL to listen on loopback; left alone, gloo takes the address that the host's name resolves to.
+
+    Sets variables of the environment, which are read whenever a group is made; those of the user stay.
+    """
+    import psutil
+
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == "127.0.0.1" for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def is_initialized() -> bool:

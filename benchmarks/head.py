@@ -107,8 +107,8 @@ def counted_gib(case: Case, num_tokens: int, hidden_size: int) -> dict[str, floa
 
 def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable[[], None]]:
     """The two ways, by name, on this rank's inputs."""
+    from benchmarks.full_logits import token_losses
     from model.backbone.head import TokenScores, gathered_hidden
-    from model.backbone.token_losses import token_losses
     from model.backbone.transformer import DTYPES
     from model.vocabulary import Vocabulary, VocabularyConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_runs import batch_of_step, build_engine, train, train_config
+from layout_runs import Trainer, train, train_config
 
 from training.config import TrainConfig
 
@@ -19,7 +19,8 @@ def dropout_of_one_step(config: TrainConfig) -> dict[str, list[torch.Tensor]]:
     `attention`: its outputs where every value is 1 and all keys weigh the same, so that they show the mask alone.
     `embedding`: which elements are not zero. `layers`: their outputs.
     """
-    engine = build_engine(config)
+    trainer = Trainer(config)
+    model = trainer.engine.model
     found: dict[str, list[torch.Tensor]] = {"attention": [], "embedding": [], "layers": []}
 
     def feed_ones(_module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -33,12 +34,12 @@ def dropout_of_one_step(config: TrainConfig) -> dict[str, list[torch.Tensor]]:
 
         return hook
 
-    engine.model.embedding.register_forward_hook(keep("embedding"))
-    for layer in engine.model.decoder.layers:
+    model.embedding.register_forward_hook(keep("embedding"))
+    for layer in model.decoder.layers:
         layer.register_forward_hook(keep("layers"))
         layer.self_attention.core_attention.register_forward_pre_hook(feed_ones)
         layer.self_attention.core_attention.register_forward_hook(keep("attention"))
-    engine.forward_backward(batch_of_step(0, engine.data_parallel_rank, engine.data_parallel_size, 2))
+    trainer.forward_backward(0)
     return found
 
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.full_logits import token_losses
 from model.backbone.head import EXCLUDED, AllowedSets, TokenScores
 from model.backbone.packed_attention import pack_documents
-from model.backbone.token_losses import token_losses
 from model.backbone.transformer import build_model
 from model.config import ModelConfig
 from model.generation.grammar import ImageGrammar

@@ -1,14 +1,13 @@
-"""Weighted cross entropy over a vocabulary that may be split over tensor-parallel ranks."""
+"""Cross entropy over the logits of all tokens by megatron-core: what the chunked head is measured and tested against."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from model.parallel.megatron import parallel_state, vocab_parallel_cross_entropy
-from model.vocabulary import TokenClass, Vocabulary
+from model.vocabulary import Vocabulary
 
 
 class _MaskColumns(torch.autograd.Function):
@@ -39,28 +38,3 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabul
     if num_valid < logits.shape[-1]:
         logits = _MaskColumns.apply(logits, num_valid)
     return vocab_parallel_cross_entropy(logits, labels)
-
-
-@dataclass
-class LossSums:
-    """Unweighted sums over the labels with loss, float64: by class and by source."""
-
-    weighted: torch.Tensor  # [], sum of weight * loss
-    by_class: torch.Tensor  # [len(TokenClass)]
-    by_source: torch.Tensor  # [number of sources]
-
-    def flat(self) -> torch.Tensor:
-        return torch.cat((self.weighted[None], self.by_class, self.by_source))
-
-
-def sum_losses(
-    losses: torch.Tensor, weights: torch.Tensor, classes: torch.Tensor, sources: torch.Tensor, num_sources: int
-) -> LossSums:
-    """Sums of flat per-token losses [T]; `classes` and `sources` int64 [T]; weight 0 means no loss."""
-    losses = losses.detach().double()
-    counted = torch.where(weights > 0, losses, 0.0)
-    return LossSums(
-        weighted=(losses * weights).sum(),
-        by_class=torch.bincount(classes, counted, minlength=len(TokenClass)),
-        by_source=torch.bincount(sources, counted, minlength=num_sources),
-    )

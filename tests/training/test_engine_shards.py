@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.parallel.sharding import Block, LogicalParameter
-from training.engines.shards import shards_of
+from training.engines.flat_ranges import shards_of
 
 
 @settings(max_examples=150, deadline=None)

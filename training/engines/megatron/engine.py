@@ -29,7 +29,7 @@ from training.contracts.inputs import InputMaker
 from training.contracts.objective import TokenObjective
 from training.engines.forward import Forward
 from training.engines.megatron.optimizer import build_optimizer, set_learning_rate, squared_gradient_norm
-from training.engines.megatron.shards import MegatronShards
+from training.engines.megatron.state import MegatronShards
 
 
 class MegatronEngine:

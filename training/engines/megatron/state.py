@@ -13,8 +13,8 @@ from model.parallel.megatron import GPTModel, MegatronOptimizer, get_cuda_rng_tr
 from model.parallel.sharding import logical_parameters
 from training.config import TrainConfig
 from training.contracts.shards import Shard, ShardReader
+from training.engines.flat_ranges import read_into, shards_of
 from training.engines.megatron.optimizer import get_step, optimized_parts, set_step
-from training.engines.shards import read_into, shards_of
 
 
 class MegatronShards:

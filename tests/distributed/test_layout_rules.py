@@ -86,7 +86,9 @@ def test_the_fixes_are_valid() -> None:
     assert not found((model, layout, Batch(int(value), batch.global_batch_size, 4.0)))
 
 
-def test_engines_without_rules_are_unknown() -> None:
+def test_an_engine_of_the_users_own_has_no_rules_beyond_the_models() -> None:
     assert set(ENGINE_RULES) == {"megatron"}
-    with pytest.raises(KeyError):
-        ParallelLayout().problems({}, Rows(1, 1, 1), engine="another")
+    layout, sizes, rows = ParallelLayout(tensor=2, context=2), divided_sizes(tiny()), Rows(17, 1, 1)
+    assert layout.problems(sizes, rows)
+    assert not layout.problems(sizes, rows, engine="mine.Engine")
+    assert ParallelLayout(tensor=3).problems(sizes, rows, engine="mine.Engine")

@@ -13,7 +13,7 @@ test: setup  ## every test
 
 # What shows the engine: the import hook, the layouts, the model, what checkpoints hold.
 ENGINE_TESTS ?= tests/distributed tests/model/test_cpu_backend.py tests/model/test_transformer.py \
-	tests/model/test_ar_generation.py tests/training/test_engine_shards.py tests/training/test_scoring.py \
+	tests/model/test_head.py tests/model/test_ar_generation.py tests/training/test_engine_shards.py tests/training/test_scoring.py \
 	tests/launch/test_plan_memory.py
 
 test-megatron-0.19: .venv-megatron-0.19/.ready  ## the tests of the engine on megatron-core 0.19; ENGINE_TESTS=... chooses

@@ -10,7 +10,8 @@ bfloat16, on one and two tensor-parallel ranks. Three figures:
   not seen.
 - measured: growth of the resident size's peak (VmHWM of /proc/self/status) at `--tokens` x `--hidden`, with the count of
   the same case beside it, which shows what the counting is worth.
-- time: wall seconds after / before of runs that take turns in the same processes, median of `--rounds`.
+- time: CPU seconds (of the process, kernel included) after / before of runs that take turns in the same processes,
+  median of `--rounds`.
 
 Before, the float32 logits of 32,768 tokens take 37 GB, which most machines for tests have not; hence the counting. Both
 ways end with the weight's gradient added to the float32 one of megatron-core's data-parallel wrapper; that one is no part of
@@ -152,10 +153,10 @@ def time_ratio(ways: dict[str, Callable[[], None]], rounds: int) -> float:
         seconds = {}
         for name in sorted(ways, reverse=turn % 2 == 0):  # who goes first changes
             torch.distributed.barrier()
-            started = time.perf_counter()
+            started = time.process_time()
             ways[name]()
             torch.distributed.barrier()
-            seconds[name] = time.perf_counter() - started
+            seconds[name] = time.process_time() - started
         ratios.append(seconds["after"] / seconds["before"])
     return statistics.median(ratios)
 
@@ -209,7 +210,7 @@ def main() -> None:
         figures = measure(case, options)
         print_row(case, "measured", options.tokens, options.hidden, lambda *_: figures)  # noqa: B023
         if options.rounds:
-            print(f"{case.name:<20}seconds after / before: {figures['ratio']:.3f}", flush=True)
+            print(f"{case.name:<20}CPU seconds after / before: {figures['ratio']:.3f}", flush=True)
 
 
 def print_row(case: Case, how: str, num_tokens: int, hidden_size: int, figures_of: Any) -> None:

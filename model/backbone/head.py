@@ -162,11 +162,24 @@ class _Columns:
         for start in range(0, num_tokens, self.chunk_tokens):
             yield slice(start, min(start + self.chunk_tokens, num_tokens))
 
+    def new_buffer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens of a whole chunk, columns], which all chunks of a pass share: its pages are touched once."""
+        return hidden.new_empty((min(self.chunk_tokens, len(hidden)), self.size), dtype=torch.float32)
+
     def logits(
-        self, hidden: torch.Tensor, weight: torch.Tensor, exclusion: _Exclusion | None, chunk: slice
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        exclusion: _Exclusion | None,
+        chunk: slice,
+        buffer: torch.Tensor,
     ) -> torch.Tensor:
-        """float32 [chunk, columns], a tensor of its own; excluded ids at EXCLUDED."""
-        logits = torch.matmul(hidden[chunk], weight.t()).float()
+        """float32 [chunk, columns], in the buffer; excluded ids at EXCLUDED."""
+        logits = buffer[: chunk.stop - chunk.start]
+        if weight.dtype == logits.dtype:
+            torch.matmul(hidden[chunk], weight.t(), out=logits)
+        else:
+            logits.copy_(torch.matmul(hidden[chunk], weight.t()))
         if exclusion is not None:
             return logits.masked_fill_(exclusion.columns[exclusion.index[chunk]], EXCLUDED)
         logits[:, self.num_valid :] = EXCLUDED
@@ -192,13 +205,12 @@ class _Scores(torch.autograd.Function):
         local_ids = torch.where(held, local_ids, 0)
         # A row each: largest logit; logit of the id; sum of exp(x); sum of x exp(x). Of this rank's columns.
         local = hidden.new_zeros((4, len(hidden)), dtype=torch.float32)
-        kept = None
+        buffer = columns.new_buffer(hidden)
         for chunk in columns.chunks(len(hidden)):
-            x = columns.logits(hidden, weight, exclusion, chunk)
+            x = columns.logits(hidden, weight, exclusion, chunk, buffer)
             _reduce_chunk(x, local_ids[chunk], local[:, chunk], with_entropy)
-            if needs_gradient and len(x) == len(hidden):
-                kept = x  # one chunk holds all tokens: nothing needs to be computed twice
-            del x  # before the next chunk comes
+        # If one chunk holds all tokens, nothing needs to be computed twice.
+        kept = buffer if needs_gradient and len(buffer) == len(hidden) else None
         held &= ~(local[1] <= EXCLUDED)  # NaN stays NaN
         largest, total, log_probs, entropy = _combine_ranks(local, held)
         unused = torch.zeros_like(entropy)
@@ -225,14 +237,15 @@ class _Scores(torch.autograd.Function):
         )
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = _float32_gradient(weight) if ctx.needs_input_grad[1] else None
+        # What was kept is overwritten here; a second backward pass computes it again.
+        kept, ctx.kept = ctx.kept, None
+        is_exp = kept is not None and ctx.kept_is_exp
+        buffer = columns.new_buffer(hidden) if kept is None else kept
         for chunk in columns.chunks(len(hidden)):
-            # What was kept is overwritten here; a second backward pass computes it again.
-            x, ctx.kept = ctx.kept, None
-            is_exp = x is not None and ctx.kept_is_exp
+            x = kept
             if x is None:
-                x = columns.logits(hidden, weight, exclusion, chunk).sub_(local_largest[chunk, None])
+                x = columns.logits(hidden, weight, exclusion, chunk, buffer).sub_(local_largest[chunk, None])
             grad_logits = tokens.of_logits(x, is_exp, chunk).to(weight.dtype)
-            del x
             if grad_hidden is not None:
                 torch.matmul(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:

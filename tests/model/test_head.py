@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.full_logits import token_losses
+from model.backbone.attention_plan import packed_documents
 from model.backbone.head import EXCLUDED, AllowedSets, TokenScores
-from model.backbone.packed_attention import pack_documents
+from model.backbone.packed_attention import prepare_attention
 from model.backbone.transformer import build_model
 from model.config import ModelConfig
 from model.generation.grammar import ImageGrammar
@@ -267,8 +268,8 @@ def gradients_in_the_wrapper(sequence_parallel: bool, dtype: str) -> list[dict[s
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     vocabulary = Vocabulary.from_config(config.vocabulary)
     tokens = torch.randint(0, vocabulary.size, (2, 1, 24), generator=torch.Generator().manual_seed(2))
-    packed = pack_documents(
-        np.array([0, 10, 24]),
+    packed = prepare_attention(
+        packed_documents(np.array([0, 10, 24])),
         torch.cat((torch.arange(10), torch.arange(14))),
         head_dim=config.head_dim,
         rope_theta=config.rope_theta,

@@ -5,6 +5,9 @@ offers.
 """
 
 import dataclasses
+import logging
+
+import torch
 
 from model.parallel import cpu_backend
 
@@ -42,6 +45,19 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 _FIELDS = {field.name for field in dataclasses.fields(TransformerConfig)}
 CUDA_GRAPH_FIELD = "cuda_graph_modules" if "cuda_graph_modules" in _FIELDS else "cuda_graph_scope"
 
+# 0.19 says at every start that GPTModel will get no new features; its successor is not in 0.16.
+logging.getLogger(GPTModel.__module__).addFilter(lambda record: "GPTModel IS DEPRECATED" not in record.getMessage())
+
+
+def gradients_for_norm(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """This rank's gradients that count in the global norm: over all ranks of the optimizer each counts once."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):  # 0.19
+        gradients: list[torch.Tensor] = optimizer.get_grads_for_grad_norm()
+    else:
+        gradients = optimizer.get_main_grads_for_grad_norm()
+    return gradients
+
+
 __all__ = [
     "CUDA_GRAPH_FIELD",
     "DistributedDataParallel",
@@ -67,6 +83,7 @@ __all__ = [
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "gradients_for_norm",
     "megatron_version",
     "model_parallel_cuda_manual_seed",
     "parallel_state",

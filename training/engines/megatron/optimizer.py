@@ -14,6 +14,7 @@ from model.parallel.megatron import (
     MegatronOptimizer,
     MegatronOptimizerConfig,
     get_megatron_optimizer,
+    gradients_for_norm,
 )
 from training.config import OptimizerConfig
 
@@ -83,7 +84,7 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
 
 def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
     """float32 [1], of the global gradient, on the device; megatron-core's own `get_grad_norm` waits for the number."""
-    norm = torch.nn.utils.get_total_norm(optimizer.get_main_grads_for_grad_norm())
+    norm = torch.nn.utils.get_total_norm(gradients_for_norm(optimizer))
     device = "cuda" if cpu_backend.has_accelerator() else "cpu"  # a rank may hold no gradient at all
     squared = norm.to(device, torch.float32).reshape(1) ** 2.0
     distributed.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())

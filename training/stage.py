@@ -222,7 +222,9 @@ def lock_stage(folder: Path) -> Iterator[None]:
     """Hold the stage folder; a second run is refused."""
     fix = "wait for it, stop it, or choose another run_folder"
     path, taken = folder / LOCK_NAME, "another run is working on this stage"
-    with lock(path, taken, fix=fix, waiting_seconds=LOCK_PATIENCE_SECONDS):
+    with contextlib.ExitStack() as held:
+        with told_to_the_user(folder):
+            held.enter_context(lock(path, taken, fix=fix, waiting_seconds=LOCK_PATIENCE_SECONDS))
         yield
 
 

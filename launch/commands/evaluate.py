@@ -105,8 +105,7 @@ def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]
 def render(answer: dict[str, Any]) -> str:
     lines = [f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")]
     for name, task in answer["tasks"].items():
-        low, high = task["interval"]
-        lines.append(
-            f"{name}: {task['accuracy']:.3f} (95% {low:.3f} to {high:.3f}) of {task['count']}, {task['seconds']:.1f} s"
-        )
+        # A mean of graded scores is no proportion and has no such interval.
+        interval = " (95% {:.3f} to {:.3f})".format(*task["interval"]) if task["interval"] else ""
+        lines.append(f"{name}: {task['accuracy']:.3f}{interval} of {task['count']}, {task['seconds']:.1f} s")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The adversary of the tokenizer's training: a PatchGAN, its hinge loss, and the weight that keeps it in balance."""
+"""The adversary of the tokenizer's training: a PatchGAN, its losses, and the weight that keeps it in balance."""
 
 from __future__ import annotations
 
@@ -14,21 +14,32 @@ from model.errors import Problems
 GRADIENT_FLOOR = 1e-4
 MAX_ADAPTIVE_WEIGHT = 1e4
 INITIAL_STD = 0.02
+LECAM_DECAY = 0.999  # of the logits' moving averages, as the open IBQ has it
+
+
+WEIGHTINGS = ("adaptive", "fixed")
 
 
 @dataclass
 class AdversarialConfig:
     """Weight 0 trains without an adversary. Emu3.5 has not published its weight, start or sizes."""
 
-    weight: float = 0.0  # of the adversarial term, on top of the adaptive weight
+    weight: float = 0.0  # of the adversarial term
+    weighting: str = "adaptive"  # adaptive: times the ratio of gradient norms at the last layer; fixed: as it is
+    generator: str = "hinge"  # hinge | non_saturating, the tokenizer's share; the discriminator's own is the hinge
+    lecam_weight: float = 0.0  # of LeCam's regularisation of the discriminator (arXiv 2104.03310); 0: none
     start_step: int = 0  # optimizer steps before the adversary joins
     channels: int = 64
     num_layers: int = 3  # stride-2 convolutions; each doubles the side of the patch that is judged
     learning_rate_ratio: float = 1.0  # the discriminator's learning rate / the tokenizer's
 
     def validate(self, problems: Problems, key: str) -> None:
-        for name in ("weight", "start_step"):
+        for name in ("weight", "start_step", "lecam_weight"):
             problems.check(getattr(self, name) >= 0, f"{key}.{name}", "must not be negative")
+        for name, choices in (("weighting", WEIGHTINGS), ("generator", tuple(GENERATOR_LOSSES))):
+            value = getattr(self, name)
+            known = f"choices are {', '.join(choices)}, got {value!r}"
+            problems.check(value in choices, f"{key}.{name}", known, f"{key}.{name}={choices[0]}")
         for name in ("channels", "num_layers", "learning_rate_ratio"):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
 
@@ -86,9 +97,22 @@ def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Te
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 
 
-def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
     """The tokenizer's share: its reconstructions should look real."""
     return -fake_logits.mean()
+
+
+def non_saturating_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid (arXiv 1406.2661, section 3) of each image's mean logit, as the open IBQ has it."""
+    return F.softplus(-fake_logits.flatten(1).mean(dim=1)).mean()
+
+
+def lecam_regularisation(
+    real_logits: torch.Tensor, fake_logits: torch.Tensor, real_average: float, fake_average: float
+) -> torch.Tensor:
+    """Keeps each side's logits from leaving the other side's moving average behind (arXiv 2104.03310, equation 4)."""
+    real = F.relu(real_logits - fake_average).square().mean()
+    return real + F.relu(real_average - fake_logits).square().mean()
 
 
 def adaptive_weight(
@@ -100,3 +124,6 @@ def adaptive_weight(
         for loss in (reconstruction_loss, adversarial_loss)
     ]
     return (norms[0] / (norms[1] + GRADIENT_FLOOR)).clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()
+
+
+GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturating_generator_loss}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from model.vision_tokenizer.discriminator import (
     AdversarialConfig,
     PatchDiscriminator,
     adaptive_weight,
-    generator_loss,
+    hinge_generator_loss,
     hinge_loss,
     initialize_discriminator,
+    lecam_regularisation,
+    non_saturating_generator_loss,
 )
 from model.vision_tokenizer.perceptual import (
     Distillation,
@@ -30,7 +33,16 @@ from model.vision_tokenizer.perceptual import (
 def test_hinge_losses_of_known_logits() -> None:
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
     assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 1.0))
-    assert generator_loss(fake).item() == pytest.approx(1.0)
+    assert hinge_generator_loss(fake).item() == pytest.approx(1.0)
+
+
+def test_non_saturating_and_lecam_of_known_logits() -> None:
+    fake = torch.tensor([[[[2.0, 0.0]]], [[[-3.0, 1.0]]]])  # means of the images: 1 and -1
+    expected = 0.5 * (math.log1p(math.exp(-1.0)) + math.log1p(math.exp(1.0)))
+    assert non_saturating_generator_loss(fake).item() == pytest.approx(expected, rel=1e-6)
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    # Real logits above the average of fakes, fake logits below the average of reals.
+    assert lecam_regularisation(real, fake, 0.5, -1.0).item() == pytest.approx((9.0 + 1.0) / 2 + (3.5**2 + 0.0) / 2)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:

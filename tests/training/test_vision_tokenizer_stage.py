@@ -18,7 +18,8 @@ from training import stage
 from training.config import StageConfig, TrainConfig
 from training.objectives.registry import make_objective
 from training.reliability.checkpoint import CheckpointStore
-from training.tokenizers.image_data import busiest_crops, squares
+from training.tokenizers.image_data import ImageSource, busiest_crops, squares
+from training.tokenizers.image_stream import StreamingImageSource
 from training.tokenizers.vision import VisionTokenizerOptions, measure
 
 MODEL = {
@@ -134,8 +135,34 @@ def test_batches_are_a_pure_function(corpora, tmp_path):
     # 40 x 80 pictures keep their aspect: 32 x 64 pixels hold no more than the area of 48 x 48.
     assert shapes == {(48, 48, 3), (32, 64, 3), (16, 16, 3)}
     trained = {image.tobytes() for images in first.images[2304] for image in images}
-    assert len(first.held_back) == 5
-    assert not trained & {image.tobytes() for image in first.held_back}
+    assert [len(images) for images in first.held_back.values()] == [3, 2]
+    assert not trained & {image.tobytes() for images in first.held_back.values() for image in images}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_part_and_no_double_of_a_held_back_picture_is_trained_on(tmp_path, streaming):
+    """Every picture is one flat colour, in two samples each; squares of it have its colour."""
+    colours = [(20 * index, 255 - 20 * index, 128) for index in range(12)]
+    entries = []
+    for index in range(24):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((64, 64, 3), colours[index % 12], dtype=np.uint8)).save(buffer, "PNG")
+        entries += [(f"{index:03d}.png", buffer.getvalue()), (f"{index:03d}.txt", b"flat")]
+    write_tar(tmp_path / "flat.tar", entries)
+    data = {
+        "corpora": {"flat": {"path": str(tmp_path / "flat.tar"), "random_squares": 3}},
+        "views": [{"area": 2304}],
+        "num_held_back": 4,
+        "streaming": streaming,
+    }
+    options = parse_options({"model": MODEL, "data": data})
+    source = (StreamingImageSource if streaming else ImageSource)(options.data, 8, 3, 16, 16)
+    held_back = {tuple(image[0, 0]) for image in source.held_back["flat"]}
+    trained = {tuple(image[0, 0]) for start in range(0, 640, 16) for images in source.batch(start) for image in images}
+    source.close()
+    assert 2 <= len(held_back) <= 4
+    assert not trained & held_back
+    assert len(trained) == 12 - len(held_back)
 
 
 def test_resume_is_bitwise(corpora, tmp_path):
@@ -168,9 +195,18 @@ def test_saved_tokenizer_loads_and_matches(corpora, tmp_path):
     )
     tokenizer = load_vision_tokenizer(stage_folder)
     assert (tokenizer.factor, tokenizer.codebook_size) == (8, 32)
-    codes = tokenizer.encode(np.stack([image for image in job.objective.images.held_back if image.shape[0] == 48]))
+    codes = tokenizer.encode(np.stack(job.objective.images.held_back["scenes"]))
     metrics = job.objective.final_metrics()
     assert 0 < metrics["codebook_use"] <= 1
+    for corpus in ("scenes", "edits"):
+        assert metrics[f"psnr_db_{corpus}"] > 0
+        expected = []
+        for image in job.objective.images.held_back[corpus]:
+            height, width = image.shape[:2]
+            blocks = image.reshape(height // 8, 8, width // 8, 8, 3).astype(np.float64)
+            error = blocks - blocks.mean(axis=(1, 3), keepdims=True)
+            expected.append(10 * np.log10(255.0**2 / np.square(error).mean()))
+        assert metrics[f"block_mean_psnr_db_{corpus}"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert np.unique(codes).size <= metrics["num_codes_used"]
 
 

@@ -74,6 +74,13 @@ def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
         ) from error
 
 
+def interval_of(scores: Sequence[float]) -> list[float] | None:
+    """95% interval of the share of right answers; None where answers are graded, which a proportion's does not fit."""
+    if any(score not in (0.0, 1.0) for score in scores):
+        return None
+    return list(wilson_interval(sum(scores) / max(1, len(scores)), len(scores)))
+
+
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927); (0, 1) without observations."""
     if count == 0:
@@ -94,7 +101,7 @@ def evaluate(
     samples_folder: Path | None = None,
     num_samples: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson), `seconds` and `samples`.
+    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson; null for graded scores), `seconds` and `samples`.
 
     With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
     `samples` names them (relative to that folder) with their prompts and scores.
@@ -116,7 +123,7 @@ def evaluate(
         results[name] = {
             "accuracy": accuracy,
             "count": len(scores),
-            "interval": list(wilson_interval(accuracy, len(scores))),
+            "interval": interval_of(scores),
             "seconds": time.monotonic() - started,
             "samples": samples,
         }

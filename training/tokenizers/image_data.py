@@ -23,6 +23,7 @@ from model.errors import Problems, UserError
 
 HELD_BACK_STREAM = 1  # keeps the draws of one purpose apart from another's
 BATCH_STREAM = 2
+MIN_SAMPLES_TO_HOLD_BACK = 4  # a corpus of fewer holds back single pictures
 
 
 @dataclass
@@ -87,7 +88,7 @@ class ImageSource:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason
-        self.held_back: list[np.ndarray] = []  # at the first view's size
+        self.held_back: dict[str, list[np.ndarray]] = {}  # by corpus, whole pictures at the first view's size
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([asdict(options), seed, global_batch_size]).encode())
         # [area][corpus][image], uint8 [H, W, 3]; views of the same area share them
@@ -101,47 +102,50 @@ class ImageSource:
         self._view_shares = normalized([view.share for view in options.views])
 
     def _load(self, corpus_index: int, name: str, corpus: ImageCorpus, digest: hashlib.blake2b) -> None:
+        """Nothing of a picture that is held back, and no picture equal to one, is trained on."""
         rng = np.random.default_rng((self.seed, HELD_BACK_STREAM, corpus_index))
-        pictures = list(self._read_pictures(corpus, rng))
-        if len(pictures) < 2:
+        found = list(self._read_pictures(corpus))
+        if len(found) < 2:
             raise UserError(
                 "a corpus of the vision tokenizer has no usable images",
                 where=f"{name}: {corpus.path}",
                 expected="at least 2",
-                got=f"{len(pictures)}, bad: {dict(self.num_bad)}",
+                got=f"{len(found)}, bad: {dict(self.num_bad)}",
             )
-        num_held_back = self.options.num_held_back // len(self.source_names)
-        num_held_back = max(1, min(num_held_back, len(pictures) // 4))
-        held_back = set(rng.permutation(len(pictures))[:num_held_back].tolist())
-        for index, picture in enumerate(pictures):
-            sized = {area: self._resize(picture, area) for area in self.images}
-            first = sized[self.options.views[0].area]
-            digest.update(first.tobytes())
-            if index in held_back:
-                self.held_back.append(first)
+        first_area = self.options.views[0].area
+        wanted = self.options.num_held_back // len(self.source_names)
+        chosen = choose_held_back([sample for sample, _ in found], wanted, rng)
+        held_back = [self._resize(found[index][1], first_area) for index in sorted(chosen)]
+        self.held_back[name] = held_back
+        known = {image.tobytes() for image in held_back}
+        for image in held_back:
+            digest.update(image.tobytes())
+        for index, (_, picture) in enumerate(found):
+            if index in chosen or self._resize(picture, first_area).tobytes() in known:
                 continue
-            for area, image in sized.items():
-                self.images[area][corpus_index].append(image)
+            for square in squares(picture, corpus.random_squares, rng):
+                sized = {area: self._resize(square, area) for area in self.images}
+                digest.update(sized[first_area].tobytes())
+                for area, image in sized.items():
+                    self.images[area][corpus_index].append(image)
 
-    def _read_pictures(self, corpus: ImageCorpus, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Decoded pictures of a corpus, at most `max_images`."""
+    def _read_pictures(self, corpus: ImageCorpus) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the sample, decoded picture), as many as make `max_images` images."""
         paths = sorted(glob.glob(corpus.path, recursive=True))
         if not paths:
             raise UserError(
                 "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
             )
-        num_left = corpus.max_images
-        for path in paths:
-            for sample in read_shard(path):
-                if isinstance(sample, BadSample):
-                    self.num_bad[sample.reason] += 1
-                    continue
-                for picture in sample_pictures(sample.parts, self.options, self.num_bad):
-                    for square in squares(picture, corpus.random_squares, rng):
-                        if num_left == 0:
-                            return
-                        num_left -= 1
-                        yield square
+        num_left = max(2, corpus.max_images // max(1, corpus.random_squares))
+        for number, sample in enumerate(sample for path in paths for sample in read_shard(path)):
+            if isinstance(sample, BadSample):
+                self.num_bad[sample.reason] += 1
+                continue
+            for picture in sample_pictures(sample.parts, self.options, self.num_bad):
+                if num_left == 0:
+                    return
+                num_left -= 1
+                yield number, picture
 
     def _resize(self, picture: np.ndarray, area: int) -> np.ndarray:
         return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
@@ -176,6 +180,22 @@ def sample_pictures(parts: dict[str, bytes], options: ImageDataOptions, num_bad:
         except SampleError as error:
             num_bad[error.reason] += 1
     return pictures
+
+
+def choose_held_back(samples: list[int], count: int, rng: np.random.Generator) -> set[int]:
+    """Which pictures are held back, given the sample of each: about `count`, at most a quarter, at least one.
+
+    Pictures of one sample resemble each other (frames of a video, an edit and its source), so whole samples are
+    held back where there are four or more.
+    """
+    units = np.asarray(samples) if len(set(samples)) >= MIN_SAMPLES_TO_HOLD_BACK else np.arange(len(samples))
+    names = np.unique(units)
+    chosen: set[int] = set()
+    for unit in rng.permutation(names)[: max(1, len(names) // 4)]:
+        if chosen and len(chosen) >= count:
+            break
+        chosen |= set(np.flatnonzero(units == unit).tolist())
+    return chosen
 
 
 def normalized(weights: list[float]) -> np.ndarray:

@@ -116,6 +116,10 @@ def _pictures_of(path: Path, num_bad: Counter[str]) -> Iterator[tuple[str, int, 
         num_bad["truncated_tar"] += 1
 
 
+def file_digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 class StreamingImageSource:
     """Batches of images, as a pure function of (seed, first sample). `training.objectives.offline_rows.Rows`."""
 
@@ -134,13 +138,20 @@ class StreamingImageSource:
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(options.num_readers, "images")
         self._held_back_samples = [self._choose_held_back(index) for index in range(len(self.corpora))]
-        area = options.views[0].area
-        self.held_back = [
-            self._resize(picture, area)
+        self._held_back_files = {
+            file_digest(data)
             for corpus, samples in enumerate(self._held_back_samples)
-            for sample in sorted(samples)
-            for picture in self._pictures(corpus, sample)[:1]
-        ]
+            for sample in samples
+            for data in self.corpora[corpus].parts(sample).values()
+        }
+        self.held_back = {
+            name: [
+                self._resize(picture, options.views[0].area)
+                for sample in sorted(self._held_back_samples[corpus])
+                for picture in self._pictures(corpus, sample)[:1]
+            ]
+            for corpus, name in enumerate(self.source_names)
+        }
         self.fingerprint = self._fingerprint()
 
     def _choose_held_back(self, corpus: int) -> set[int]:
@@ -198,7 +209,10 @@ class StreamingImageSource:
                 self._cache.move_to_end(key)
                 return self._cache[key]
         num_bad: Counter[str] = Counter()
-        pictures = sample_pictures(self.corpora[corpus].parts(sample), self.options, num_bad)
+        parts = self.corpora[corpus].parts(sample)
+        if sample not in self._held_back_samples[corpus]:  # the same file may lie in the shards twice
+            parts = {name: data for name, data in parts.items() if file_digest(data) not in self._held_back_files}
+        pictures = sample_pictures(parts, self.options, num_bad)
         with self._lock:
             self.num_bad.update(num_bad)
             if key not in self._cache:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -205,19 +205,32 @@ class VisionTokenizer:
 
 
 @torch.no_grad()
-def measure(model: IBQ, images: Sequence[np.ndarray], min_codebook_use: float) -> dict[str, float]:
-    """PSNR (mean over images, dB), the share of codes used and their number on images uint8 [H, W, 3].
+def measure(
+    model: IBQ, images_by_corpus: Mapping[str, Sequence[np.ndarray]], min_codebook_use: float
+) -> dict[str, float]:
+    """Figures on images uint8 [H, W, 3]: the share of codes used and their number, and mean PSNR in dB.
 
-    Raises `UserError` when the share is below `min_codebook_use`: what comes after would learn nothing.
+    PSNR stands for all images and for each corpus, there beside that of a picture in which every code's square is its
+    own mean colour: what a tokenizer must beat. Raises `UserError` when the share is below `min_codebook_use`: what
+    comes after would learn nothing.
     """
     model.eval()
     used: set[int] = set()
-    psnr = []
-    for image in images:
-        pixels = to_model_range(image[None]).to(model.quantize.embedding.weight.device)
-        codes = model.encode(pixels)
-        used.update(codes.flatten().tolist())
-        psnr.append(psnr_db(pixels, model.decode(codes)).item())
+    figures: dict[str, float] = {}
+    psnr: list[float] = []
+    for corpus, images in images_by_corpus.items():
+        of_corpus, of_means = [], []
+        for image in images:
+            pixels = to_model_range(image[None]).to(model.quantize.embedding.weight.device)
+            codes = model.encode(pixels)
+            used.update(codes.flatten().tolist())
+            of_corpus.append(psnr_db(pixels, model.decode(codes)).item())
+            means = F.avg_pool2d(pixels, model.config.factor)
+            means = F.interpolate(means, scale_factor=float(model.config.factor))
+            of_means.append(psnr_db(pixels, means).item())
+        figures[f"psnr_db_{corpus}"] = float(np.mean(of_corpus))
+        figures[f"block_mean_psnr_db_{corpus}"] = float(np.mean(of_means))
+        psnr += of_corpus
     model.train()
     share = len(used) / model.config.n_embed
     if share < min_codebook_use:
@@ -225,7 +238,8 @@ def measure(model: IBQ, images: Sequence[np.ndarray], min_codebook_use: float) -
             "the vision tokenizer's codebook has collapsed",
             where="stage.options.min_codebook_use",
             expected=f"at least {min_codebook_use:.2%} of {model.config.n_embed} codes used",
-            got=f"{len(used)} codes on {len(images)} held-back images",
+            got=f"{len(used)} codes on {len(psnr)} held-back images",
             fix="stage.options.continuous_steps=200, more steps, or model.cosine_similarity=true",
         )
-    return {"psnr_db": float(np.mean(psnr)), "codebook_use": share, "num_codes_used": float(len(used))}
+    overall = {"psnr_db": float(np.mean(psnr)), "codebook_use": share, "num_codes_used": float(len(used))}
+    return overall | figures

@@ -10,12 +10,14 @@ from torch import nn
 from model.errors import Problems
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.discriminator import (
+    GENERATOR_LOSSES,
+    LECAM_DECAY,
     AdversarialConfig,
     PatchDiscriminator,
     adaptive_weight,
-    generator_loss,
     hinge_loss,
     initialize_discriminator,
+    lecam_regularisation,
 )
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.losses import LossWeightsConfig, tokenizer_loss
@@ -50,6 +52,8 @@ class Adversary:
         initialize_discriminator(self.model, seed + 1)
         self.model.to(device)
         self.optimizer = adam(self.model, optimizer)
+        # Moving averages of the logits of real and reconstructed images, [2]; only LeCam reads them.
+        self.average_logits = torch.zeros(2, dtype=torch.float64)
 
     def judge(self, images: torch.Tensor) -> torch.Tensor:
         """Logits through which gradients flow to the images only."""
@@ -60,7 +64,15 @@ class Adversary:
 
     def backward(self, images: torch.Tensor, reconstructions: torch.Tensor, share: float) -> float:
         """Add the discriminator's own gradients; its loss."""
-        loss = hinge_loss(self.model(images), self.model(reconstructions.detach()))
+        real, fake = self.model(images), self.model(reconstructions.detach())
+        loss = hinge_loss(real, fake)
+        if self.config.lecam_weight:
+            now = torch.tensor([real.mean().item(), fake.mean().item()], dtype=torch.float64)
+            if now.isfinite().all():  # a bad step is not applied, and leaves no trace here either
+                self.average_logits.lerp_(now, share * (1.0 - LECAM_DECAY))
+            real_average, fake_average = self.average_logits.tolist()
+            penalty = lecam_regularisation(real, fake, real_average, fake_average)
+            loss = loss + self.config.lecam_weight * penalty
         (share * loss).backward()
         return loss.item()
 
@@ -82,6 +94,8 @@ class Adversary:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights, running statistics and moments by name."""
         found = {f"weights/{name}": value for name, value in self.model.state_dict().items()}
+        if self.config.lecam_weight:
+            found["average_logits"] = self.average_logits
         return found | moments(self.model, self.optimizer)
 
 
@@ -121,12 +135,18 @@ class Terms(nn.Module):
             terms["distillation"] = self.distillation(images, features[config.level])
             loss = loss + config.weight * terms["distillation"]
         if adversary is not None:
-            terms["adversarial"] = generator_loss(adversary.judge(reconstructions))
-            # Against what the decoder's last layer owes to the image, not to codes or features.
-            visible = self.weights.l1 * terms["l1"] + self.weights.l2 * terms["l2"]
-            if "perceptual" in terms:
-                visible = visible + self.config.perceptual.weight * terms["perceptual"]
-            balance = adaptive_weight(visible, terms["adversarial"], model.decoder.conv_out.weight)
-            terms["adaptive_weight"] = balance
-            loss = loss + self.config.adversarial.weight * balance * terms["adversarial"]
+            config = self.config.adversarial
+            terms["adversarial"] = GENERATOR_LOSSES[config.generator](adversary.judge(reconstructions))
+            weighted = config.weight * terms["adversarial"]
+            if config.weighting == "adaptive":
+                terms["adaptive_weight"] = self._balance(model, terms)
+                weighted = terms["adaptive_weight"] * weighted
+            loss = loss + weighted
         return loss, reconstructions, terms
+
+    def _balance(self, model: IBQ, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Against what the decoder's last layer owes to the image, not to codes or features."""
+        visible = self.weights.l1 * terms["l1"] + self.weights.l2 * terms["l2"]
+        if "perceptual" in terms:
+            visible = visible + self.config.perceptual.weight * terms["perceptual"]
+        return adaptive_weight(visible, terms["adversarial"], model.decoder.conv_out.weight)

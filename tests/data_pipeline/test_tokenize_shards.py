@@ -32,7 +32,7 @@ from launch.commands import tokenize as command
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import StageConfig, TrainConfig
-from training.tokenizers.text import fit
+from training.objectives.registry import make_objective
 
 TEXTS = [
     "a red circle at top left",
@@ -407,6 +407,10 @@ def test_a_tokenizer_too_large_for_the_preset_is_refused(tmp_path: Path) -> None
     vocabulary = Vocabulary.from_config(VocabularyConfig(text_size=100))
     with pytest.raises(UserError, match="does not fit"):
         command.check_sizes(vocabulary, {"text_size": 101})
+
+
+def fit(config: TrainConfig) -> dict[str, object]:
+    return make_objective(config).fit()
 
 
 def test_the_text_tokenizers_stage(tmp_path: Path) -> None:

@@ -87,8 +87,12 @@ class NextToken:
             by_source += np.bincount(batch.sources[counted], minlength=len(by_source))
         return totals
 
+    def token_losses(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
+        """[T_local], before weights: what an objective derived from this one changes."""
+        return -scores.log_probs(inputs.labels)
+
     def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
-        losses = -scores.log_probs(inputs.labels)
+        losses = self.token_losses(scores, inputs)
         weight = totals[0]
         scale = torch.where(weight > 0, 1.0 / weight, 0.0).to(losses.dtype)
         return LossSums(torch.dot(losses, inputs.weights) * scale, self._sums(losses.detach().double(), inputs))

@@ -19,7 +19,7 @@ from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
 from training.contracts.objective import StepResult
 from training.objectives.offline_rows import OfflineRows
-from training.objectives.options import NextTokenOptions
+from training.objectives.token_options import NextTokenOptions
 
 CHECKPOINT_KIND = "transformer"
 CLASS_NAMES = [kind.name.lower() for kind in TokenClass]

@@ -15,9 +15,9 @@ OBJECTIVES = {
 }
 # The `Options` of each, from modules that need no torch: commands that compute nothing ask for these only.
 OPTIONS = {
-    "next_token": "training.objectives.options.NextTokenOptions",
-    "vision_tokenizer": "training.tokenizers.options.VisionTokenizerOptions",
-    "text_tokenizer": "training.tokenizers.options.TextTokenizerOptions",
+    "next_token": "training.objectives.token_options.NextTokenOptions",
+    "vision_tokenizer": "training.tokenizers.tokenizer_options.VisionTokenizerOptions",
+    "text_tokenizer": "training.tokenizers.tokenizer_options.TextTokenizerOptions",
 }
 
 

@@ -20,7 +20,7 @@ from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from model.errors import UserError
-from training.tokenizers.options import ImageCorpus, ImageDataOptions, View
+from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions, View
 
 HELD_BACK_STREAM = 1  # keeps the draws of one purpose apart from another's
 BATCH_STREAM = 2

@@ -35,7 +35,7 @@ from training.tokenizers.image_data import (
     squares,
     stack_by_size,
 )
-from training.tokenizers.options import ImageCorpus, ImageDataOptions
+from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions
 
 MEMBER_DTYPE = np.dtype([("shard", "<i4"), ("kind", "<i2"), ("offset", "<i8"), ("size", "<i8")])
 MAX_DRAWS = 100  # of samples in a row that cannot be read, before the corpus is given up

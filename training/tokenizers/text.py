@@ -17,7 +17,7 @@ from data_pipeline.storage.format import checksum_file
 from data_pipeline.video.transcript import join_words, parse_transcript
 from model.errors import UserError
 from training.config import TrainConfig
-from training.tokenizers.options import TextTokenizerOptions
+from training.tokenizers.tokenizer_options import TextTokenizerOptions
 
 # Raised when the same texts and options would give another tokenizer than before.
 CODE_VERSION = 1

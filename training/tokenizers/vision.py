@@ -28,7 +28,7 @@ from training.contracts.shards import ShardReader
 from training.objectives.offline_rows import OfflineRows
 from training.tokenizers.image_data import ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
-from training.tokenizers.options import VisionTokenizerOptions
+from training.tokenizers.tokenizer_options import VisionTokenizerOptions
 from training.tokenizers.vision_terms import Adversary, Terms
 
 KMEANS_ROUNDS = 4

@@ -20,7 +20,7 @@ from model.vision_tokenizer.perceptual import Distillation, PerceptualLoss
 from model.vision_tokenizer.quantizer import Quantized
 from training.config import OptimizerConfig
 from training.engines.adam import adam, moments
-from training.tokenizers.options import TermsConfig
+from training.tokenizers.tokenizer_options import TermsConfig
 
 KEY = "stage.objective.terms"
 

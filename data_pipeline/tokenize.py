@@ -62,11 +62,11 @@ class TokenizeConfig:
 
     source: str = ""  # name of the dataset; part of every document's id
     format: str = "pretrain"  # pretrain | chat
-    seed: int = 0
+    seed: int = 0  # of what is drawn by chance in a document
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
-    filters: list[FilterConfig] = field(default_factory=list)
+    filters: list[FilterConfig] = field(default_factory=list)  # in this order; the first that refuses counts
 
     def validate_tokenize(self, problems: Problems) -> None:
         problems.check(

@@ -18,18 +18,18 @@ class ModelConfig:
     in sizes only.
     """
 
-    name: str = "toy"
-    num_layers: int = 4
-    hidden_size: int = 128
-    ffn_hidden_size: int = 384
+    name: str = "toy"  # of the preset
+    num_layers: int = 4  # transformer layers
+    hidden_size: int = 128  # width of the residual stream
+    ffn_hidden_size: int = 384  # width inside of the feed-forward network
     num_attention_heads: int = 4  # query heads
     num_query_groups: int = 2  # key/value heads
     head_dim: int = 32  # width of one head; need not be hidden_size / num_attention_heads
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    max_sequence_length: int = 2048
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rms_norm_eps: float = 1e-6  # added to the mean square in every norm
+    max_sequence_length: int = 2048  # tokens of a row at most
     dropout: float = 0.0  # after the embedding, on both residual branches and in attention
-    init_std: float = 0.02
+    init_std: float = 0.02  # of the fresh weights
     dtype: str = "float32"  # float32 | bfloat16
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
-from collections.abc import Mapping
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from model.errors import Problems, UserError
@@ -12,21 +18,30 @@ from model.errors import Problems, UserError
 Options = TypeVar("Options")
 
 
+def check_name(kind: str, name: str, table: Mapping[str, str], key: str) -> None:
+    """Raises `UserError` for a name that is neither in `table` nor a dotted path. Imports nothing."""
+    if name in table or "." in name:
+        return
+    close = difflib.get_close_matches(name, table, n=1)
+    raise UserError(
+        f"there is no {kind} named {name!r}",
+        where=key,
+        expected=", ".join([*table, "package.module.Class of your own"]),
+        fix=f"{key}={close[0]}" if close else "",
+    )
+
+
 def find_class(kind: str, name: str, table: Mapping[str, str], key: str) -> Any:
     """The class that `name` means: an entry of `table` (name -> dotted path), or a dotted path itself.
 
-    `kind` ("objective") and `key` (the configuration's key) are for the message. Raises `UserError` for an unknown
-    name and for a path that leads to no class.
+    A user's own is looked for wherever Python imports from, then in the working folder. `kind` ("objective") and
+    `key` (the configuration's key) are for the message. Raises `UserError` for an unknown name and for a path that
+    leads to no class.
     """
-    if name not in table and "." not in name:
-        close = difflib.get_close_matches(name, table, n=1)
-        raise UserError(
-            f"there is no {kind} named {name!r}",
-            where=key,
-            expected=f"{', '.join(table)}, or package.module.Class of your own",
-            fix=f"{key}={close[0]}" if close else "",
-        )
+    check_name(kind, name, table, key)
     path = table.get(name, name)
+    if name not in table:
+        import_from_working_folder()
     module_name, _, class_name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
@@ -34,7 +49,7 @@ def find_class(kind: str, name: str, table: Mapping[str, str], key: str) -> Any:
         raise UserError(
             f"the {kind} cannot be imported",
             where=f"{key}={path}",
-            expected="package.module.Class, importable where the run starts",
+            expected="package.module.Class, installed or below the working folder",
             got=str(error),
         ) from error
     if not isinstance(found, type):
@@ -42,21 +57,52 @@ def find_class(kind: str, name: str, table: Mapping[str, str], key: str) -> Any:
     return found
 
 
+def import_from_working_folder() -> None:
+    """Last of all places: a folder of the user's hides neither our packages nor installed ones."""
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+def made_with(found: Any, kind: str, arguments: Mapping[str, Any], key: str) -> Any:
+    """An object of a user's class. Raises `UserError` where the class does not take these arguments."""
+    try:
+        inspect.signature(found).bind(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"the {kind} does not take these arguments",
+            where=key,
+            got=str(error),
+            fix="give only arguments that the class has",
+        ) from error
+    return found(**arguments)
+
+
+def checked_options(schema: type[Options], values: Mapping[str, Any], key: str, owner: str) -> Options:
+    """`typed_options`, and what the dataclass itself refuses: its `validate(problems, key)`, where it has one."""
+    options: Any = typed_options(schema, values, key, owner)
+    if hasattr(options, "validate"):
+        problems = Problems()
+        options.validate(problems, key)
+        problems.raise_if_any()
+    return options
+
+
 def typed_options(schema: type[Options], values: Mapping[str, Any], key: str, owner: str) -> Options:
     """`values` as an object of the dataclass `schema`; keys left out keep their defaults.
 
-    Every unknown key and the first value of a wrong type are a `UserError`. An object with `validate(problems, key)`
-    is asked for the rest.
+    Every unknown key, however deep, and the first value of a wrong type are a `UserError`.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     problems = Problems()
-    known = list(getattr(schema, "__dataclass_fields__", {}))
-    for name in values:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        fix = f"did you mean {key}.{close[0]}?" if close else f"keys of {owner}: {', '.join(known) or 'none'}"
-        problems.check(name in known, f"{key}.{name}", f"{owner} has no such key, it would have no effect", fix)
+    known = known_keys(schema)
+    for wrong in unknown_keys(schema, values):
+        guess, level = near_miss(wrong, known), wrong.rpartition(".")[0]
+        beside = [one for one in known if one.rpartition(".")[0] == level]
+        fix = f"did you mean {key}.{guess}?" if guess else f"its keys: {', '.join(beside) or 'none'}"
+        problems.add(f"{key}.{wrong}", f"{owner} has no such key, it would have no effect", fix)
     problems.raise_if_any()
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
@@ -64,10 +110,59 @@ def typed_options(schema: type[Options], values: Mapping[str, Any], key: str, ow
     except OmegaConfBaseException as error:
         raise UserError(
             f"the options do not fit {owner}",
-            where=str(getattr(error, "full_key", "") and f"{key}.{error.full_key}") or key,
+            where=f"{key}.{error.full_key}" if getattr(error, "full_key", "") else key,
             got=str(error).splitlines()[0],
         ) from None
-    if hasattr(options, "validate"):
-        options.validate(problems, key)
-        problems.raise_if_any()
     return options
+
+
+def without_none(annotation: Any) -> Any:
+    """`X` of `X | None`; anything else unchanged."""
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return members[0] if is_union and len(members) == 1 else annotation
+
+
+def known_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted keys of a dataclass and of the dataclasses in it."""
+    keys = []
+    for field, annotation in fields_of(schema).items():
+        keys.append(prefix + field)
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            keys += known_keys(annotation, f"{prefix}{field}.")
+    return keys
+
+
+def fields_of(schema: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, without `| None`."""
+    hints = typing.get_type_hints(schema)
+    return {field.name: without_none(hints[field.name]) for field in dataclasses.fields(schema)}
+
+
+def unknown_keys(annotation: Any, values: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of `values` for which a dataclass, or one in its lists and mappings, has no field."""
+    inner = typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type) and isinstance(values, Mapping):
+        fields = fields_of(annotation)
+        for name, value in values.items():
+            if name not in fields:
+                yield f"{prefix}{name}"
+            else:
+                yield from unknown_keys(fields[name], value, f"{prefix}{name}.")
+    elif typing.get_origin(annotation) is dict and isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from unknown_keys(inner[1], value, f"{prefix}{name}.")
+    elif typing.get_origin(annotation) is list and isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from unknown_keys(inner[0], value, f"{prefix}{index}.")
+
+
+def near_miss(wrong: str, candidates: list[str]) -> str:
+    """The candidate nearest to `wrong`: the whole dotted key first, then the same last part elsewhere."""
+    close = difflib.get_close_matches(wrong, candidates, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    last = wrong.rsplit(".", 1)[-1]
+    by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(candidates)}
+    close = difflib.get_close_matches(last, list(by_last_part), n=1, cutoff=0.75)
+    return by_last_part[close[0]] if close else ""

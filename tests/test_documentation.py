@@ -10,12 +10,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from documented_files import FENCE, write_shown_files
 
 from launch.command_line import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> list[tuple[str, bool]]:
@@ -56,8 +56,20 @@ def test_marked_commands_run(page, line, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.fixture(scope="session")
+def folders_of_pages(tmp_path_factory):
+    """A working folder for each page that shows files of the reader's own."""
+    folders = {}
+    for page in PAGES:
+        folder = tmp_path_factory.mktemp(page.stem)
+        if write_shown_files(page, folder):
+            folders[page.name] = folder
+    return folders
+
+
 @pytest.mark.parametrize(("page", "line"), documented(executed=False) + help_examples())
-def test_other_commands_compose(page, line, capsys):
+def test_other_commands_compose(page, line, folders_of_pages, monkeypatch, capsys):
+    monkeypatch.chdir(folders_of_pages.get(page, "."))
     assert cli.main([*shlex.split(line)[1:], "--cfg", "job"]) == 0, capsys.readouterr().err
 
 

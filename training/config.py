@@ -14,7 +14,6 @@ from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, divided_sizes
 from training.contracts.layout import ParallelLayout, Rows
 
-OBJECTIVES = ("next_token", "vision_tokenizer", "text_tokenizer")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -22,66 +21,62 @@ SCHEDULES = ("cosine", "linear", "constant")
 class OptimizerConfig:
     """AdamW. The presets hold the published values (Emu3.5 Table 2; section 4.1.3 for SFT)."""
 
-    learning_rate: float = 3e-4
-    min_learning_rate: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
+    learning_rate: float = 3e-4  # the highest, after the warm-up
+    min_learning_rate: float = 0.0  # where the schedule ends
+    beta1: float = 0.9  # decay of the mean of gradients
+    beta2: float = 0.95  # decay of the mean of squared gradients
+    epsilon: float = 1e-8  # added to the root of the squared gradients
+    weight_decay: float = 0.1  # decoupled from the gradient, as AdamW has it
     gradient_clip: float = 1.0  # largest global norm that is applied unscaled; 0: no clipping
     schedule: str = "cosine"  # cosine | constant | linear
-    warmup_steps: int = 0
-
-
-@dataclass
-class LossWeights:
-    """Weight of each class of label in the loss (Emu3.5 Table 2: visual 0.5, text 1.0)."""
-
-    text: float = 1.0
-    visual: float = 0.5
-    structure: float = 1.0
+    warmup_steps: int = 0  # first steps, in which the rate rises linearly
 
 
 @dataclass
 class DatasetEntry:
     """One packed dataset of the mixture."""
 
-    path: str = ""
+    path: str = ""  # folder of packed rows
     weight: float = 1.0  # 0 leaves the dataset out
 
 
 @dataclass
 class DataConfig:
-    datasets: dict[str, DatasetEntry] = field(default_factory=dict)
-    prefetch_batches: int = 2
+    datasets: dict[str, DatasetEntry] = field(default_factory=dict)  # the mixture, by any name
+    prefetch_batches: int = 2  # batches read ahead
 
 
 @dataclass
 class StageConfig:
     """One stage of a curriculum: objective, data, batch, optimizer, what it starts from."""
 
-    name: str = "pretrain_1"
-    objective: str = "next_token"  # next_token | vision_tokenizer | text_tokenizer
-    steps: int = 100
-    sequence_length: int = 512
+    name: str = "pretrain_1"  # of its folder below run_folder
+    steps: int = 100  # optimizer steps, skipped ones included
+    sequence_length: int = 512  # tokens of a row
     global_batch_size: int = 8  # rows
     micro_batch_size: int = 4  # rows of one data-parallel rank in one forward pass
-    document_attention: str = "document"  # document: attention and positions restart; full: the whole row
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loss_weights: LossWeights = field(default_factory=LossWeights)
     data: DataConfig = field(default_factory=DataConfig)
     initialize_from: str | None = None  # a stage folder or checkpoint folder; null: fresh weights
-    options: dict[str, Any] = field(default_factory=dict)  # read by the objective (see its own dataclass)
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "next_token"})  # and its own keys beside `name`
+
+    @property
+    def objective_name(self) -> str:
+        return str(self.objective["name"])
+
+    @property
+    def objective_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.objective.items() if key != "name"}
 
 
 @dataclass
 class ParallelConfig:
     """How ranks are laid out. World size = tensor * pipeline * context * data."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    data: int = 1
+    tensor: int = 1  # ranks that share every layer
+    pipeline: int = 1  # groups of ranks with some of the layers each
+    context: int = 1  # ranks that share the tokens of a row
+    data: int = 1  # replicas with rows of their own
     sequence: bool = True  # sequence parallel norms and residuals; has effect with tensor > 1
     distributed_optimizer: bool = True  # shard optimizer state over data-parallel ranks
     recompute: str = "none"  # none | selective (attention) | full (layers); less memory, more compute
@@ -93,26 +88,26 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = 100
+    every_steps: int = 100  # from one checkpoint to the next
     keep: int = 2  # newest complete checkpoints kept; the final one always
     allow_data_change: bool = False  # resume although the data are not those of the checkpoint
 
 
 @dataclass
 class LoggingConfig:
-    every_steps: int = 1
+    every_steps: int = 1  # from one line of metrics to the next
     wandb_mode: str = "offline"  # offline | online | disabled
-    wandb_project: str = "nextstate"
+    wandb_project: str = "nextstate"  # of Weights & Biases
 
 
 @dataclass
 class ReliabilityConfig:
     """What the loop does with a bad step: skip it, then roll back and skip its data, then stop."""
 
-    max_consecutive_skips: int = 3
-    max_rollbacks: int = 2
+    max_consecutive_skips: int = 3  # bad steps in a row before a rollback
+    max_rollbacks: int = 2  # before the run gives up
     spike_factor: float = 0.0  # a gradient norm above this times the running median is skipped; 0: off
-    hang_timeout_seconds: float = 600.0
+    hang_timeout_seconds: float = 600.0  # without progress, then the run is ended; 0: never
 
 
 @dataclass
@@ -120,14 +115,14 @@ class CallbackEntry:
     """A callback of the user's own: a `training.callbacks.base.Callback`, made with `options` as arguments."""
 
     path: str = ""  # package.module.Class
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the class
 
 
 @dataclass
 class TrainConfig:
-    name: str = "default"
+    name: str = "default"  # of the run; part of the default run_folder
     run_folder: str = "runs/default"  # the stage writes below run_folder/stage.name
-    seed: int = 1234
+    seed: int = 1234  # of weights, data order and dropout
     engine: str | None = None  # megatron | package.module.Class; null: the objective's own
     model: ModelConfig = field(default_factory=ModelConfig)
     stage: StageConfig = field(default_factory=StageConfig)
@@ -142,17 +137,11 @@ class TrainConfig:
     def stage_folder(self) -> Path:
         return Path(self.run_folder) / self.stage.name
 
-    def validate(self) -> None:
-        """Collect every problem, then raise one `UserError` that names the override mending each."""
-        problems = Problems()
+    def validate_common(self, problems: Problems) -> None:
+        """What holds whatever the objective is; `training.stage.validate` asks for all of it."""
         _validate_stage(self, problems)
         _validate_optimizer(self.stage, problems)
         _validate_reliability(self, problems)
-        if self.stage.objective == "next_token":
-            self.model.validate(problems, "model")
-            _validate_data(self, problems)
-            _validate_layout(self, problems)
-        problems.raise_if_any()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars; `from_dict` is its inverse."""
@@ -211,7 +200,21 @@ def load_yaml(path: Path) -> TrainConfig:
     if not isinstance(values, dict):
         raise UserError("the config file is not a mapping", where=str(path))
     values.pop("versions", None)
-    return from_dict(values)
+    return from_dict(translated(values))
+
+
+def translated(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` in today's form: `stage.objective` was a name, and its options had places of their own in the stage."""
+    stage = values.get("stage")
+    if not isinstance(stage, dict) or not isinstance(stage.get("objective"), str):
+        return values
+    moved = ("options", "loss_weights", "document_attention")
+    kept = {key: value for key, value in stage.items() if key not in moved}
+    if stage["objective"] == "next_token":  # it never read `options`, and the others read nothing but them
+        own = {key: stage[key] for key in moved[1:] if key in stage}
+    else:
+        own = stage.get("options") or {}
+    return values | {"stage": kept | {"objective": {"name": stage["objective"]} | own}}
 
 
 def results_of(values: dict[str, Any]) -> dict[str, Any]:
@@ -223,16 +226,6 @@ def results_of(values: dict[str, Any]) -> dict[str, Any]:
         "seed": values["seed"],
         "stage": stage,
         "reliability": {name: value for name, value in values["reliability"].items() if name != "hang_timeout_seconds"},
-    }
-
-
-def fixed_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The part that may not change between a checkpoint and the run that resumes from it."""
-    stage = values["stage"]
-    return {
-        "model": values["model"],
-        "seed": values["seed"],
-        "stage": {name: stage[name] for name in ("objective", "sequence_length", "document_attention")},
     }
 
 
@@ -257,34 +250,8 @@ def _validate_stage(config: TrainConfig, problems: Problems) -> None:
         f"{stage.name!r} cannot name a folder",
         "stage.name=pretrain_1",
     )
-    problems.check(
-        stage.objective in OBJECTIVES or "." in stage.objective,
-        "stage.objective",
-        f"unknown value {stage.objective!r}",
-        f"stage.objective={'|'.join(OBJECTIVES)}",
-    )
     for name in ("steps", "sequence_length", "global_batch_size", "micro_batch_size"):
         problems.check(getattr(stage, name) > 0, f"stage.{name}", "must be positive", f"stage.{name}=1")
-    problems.check(
-        stage.document_attention in ("document", "full"),
-        "stage.document_attention",
-        f"unknown value {stage.document_attention!r}",
-        "stage.document_attention=document",
-    )
-    for name in ("text", "visual", "structure"):
-        weight = getattr(stage.loss_weights, name)
-        problems.check(
-            weight >= 0,
-            f"stage.loss_weights.{name}",
-            f"must not be negative, got {weight}",
-            f"stage.loss_weights.{name}=1.0",
-        )
-    problems.check(
-        any(value > 0 for value in asdict(stage.loss_weights).values()),
-        "stage.loss_weights",
-        "all weights are zero: nothing would be learned",
-        "stage.loss_weights.text=1.0",
-    )
     problems.check(stage.initialize_from != "", "stage.initialize_from", "is empty", "stage.initialize_from=null")
 
 
@@ -341,7 +308,8 @@ def _validate_reliability(config: TrainConfig, problems: Problems) -> None:
         problems.check(value > 0, key, f"must be positive, got {value}", f"{key}=1")
 
 
-def _validate_data(config: TrainConfig, problems: Problems) -> None:
+def check_data(config: TrainConfig, problems: Problems) -> None:
+    """Of an objective that reads packed rows."""
     data, key = config.stage.data, "stage.data"
     problems.check(
         bool(data.datasets),
@@ -368,8 +336,8 @@ def _validate_data(config: TrainConfig, problems: Problems) -> None:
     )
 
 
-def _validate_layout(config: TrainConfig, problems: Problems) -> None:
-    """Asked of the one home of the question; the engine's ranks would say the same."""
+def check_layout(config: TrainConfig, problems: Problems) -> None:
+    """Of an objective that trains the transformer: asked of the one home of the question, as the engine's ranks do."""
     stage = config.stage
     rows = Rows(stage.sequence_length, stage.micro_batch_size, stage.global_batch_size)
     add_to(problems, ParallelLayout.of(config.parallel).problems(divided_sizes(config.model), rows))

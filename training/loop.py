@@ -9,11 +9,12 @@ from typing import Any
 
 from model.errors import UserError
 from training.callbacks.base import Callback
-from training.config import TrainConfig, differences, fixed_of, results_of
+from training.config import TrainConfig, differences, results_of
 from training.contracts.job import Job
 from training.contracts.objective import StepResult
 from training.contracts.run_view import LoopState
 from training.metrics import StepRecord
+from training.objectives.checks import fixed_of, in_todays_form
 from training.reliability.checkpoint import CheckpointFailed, CheckpointStore
 from training.reliability.events import EventLog, tell
 from training.reliability.guard import Decision, StepGuard, Verdict
@@ -232,7 +233,7 @@ def _load(run: Run, folder: Path) -> None:
 
 def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
     """Refuse to go on from a checkpoint of another model, seed or data; layout, length and rates may change."""
-    config, saved = run.config.to_dict(), manifest["config"]
+    config, saved = run.config.to_dict(), in_todays_form(manifest["config"])
     changed = differences(fixed_of(saved), fixed_of(config))
     if changed:
         raise UserError(

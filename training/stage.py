@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.durable import lock, write_json
-from model.errors import UserError
+from model.errors import Problems, UserError
+from model.registry import check_name
 from training.config import TrainConfig, save_yaml
 
 if TYPE_CHECKING:
@@ -39,10 +40,9 @@ class StoppedEarly(SystemExit):
 def run_stage(config: TrainConfig) -> dict[str, Any]:
     """Train one stage to its end and return its summary; go on where an earlier run was interrupted.
 
-    Every rank calls it. A finished stage returns its summary at once. Raises `UserError`, and `StoppedEarly` after a
-    signal.
+    Every rank calls it, with a configuration that `validate` has passed. A finished stage returns its summary at
+    once. Raises `UserError`, and `StoppedEarly` after a signal.
     """
-    config.validate()
     summary = finished_summary(config)
     if summary is not None:
         return summary
@@ -55,11 +55,29 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
             with told_to_the_user(folder):
                 save_yaml(config, folder / CONFIG_NAME, versions())
         summary = {"name": config.stage.name} | learn(config)
-        summary |= {"objective": config.stage.objective, "config_fingerprint": config.fingerprint()}
+        summary |= {"objective": config.stage.objective_name, "config_fingerprint": config.fingerprint()}
         if is_first_rank:
             with told_to_the_user(folder):
                 write_json(folder / SUMMARY_NAME, summary)
     return summary
+
+
+def validate(config: TrainConfig) -> None:
+    """Collect every problem of a stage, then raise one `UserError` that names the override mending each.
+
+    Asked once, before anything starts or is queued. Imports no torch, unless a class of the user's own does.
+    """
+    from training.engines.registry import ENGINES
+    from training.objectives.checks import check_objective
+
+    problems = Problems()
+    config.validate_common(problems)
+    check_objective(config, problems)
+    if config.engine is not None:
+        check_name("engine", config.engine, ENGINES, "engine")
+    for name, entry in config.callbacks.items():
+        check_name("callback", entry.path, {}, f"callbacks.{name}.path")
+    problems.raise_if_any()
 
 
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:

@@ -30,9 +30,9 @@ FILTERS: dict[str, type[Filter]] = {kind.name: kind for kind in (MinSize, Aspect
 class FilterConfig:
     """Keeps samples with minimum <= score <= maximum; a bound that is null does not bind."""
 
-    name: str = ""
-    minimum: float | None = None
-    maximum: float | None = None
+    name: str = ""  # one of FILTERS, or the dotted path of a class like `Filter`
+    minimum: float | None = None  # lowest score that stays
+    maximum: float | None = None  # highest score that stays
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(

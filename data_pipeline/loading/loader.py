@@ -143,14 +143,14 @@ class PackedDataSource:
         )
         problems.check(
             document_attention in ("document", "full"),
-            "stage.document_attention",
+            "stage.objective.document_attention",
             f"unknown value {document_attention!r}",
-            "stage.document_attention=document",
+            "stage.objective.document_attention=document",
         )
         classes = {kind.name.lower() for kind in TokenClass}
         problems.check(
             set(loss_weights) == classes,
-            "stage.loss_weights",
+            "stage.objective.loss_weights",
             f"expected {sorted(classes)}, got {sorted(loss_weights)}",
         )
         problems.raise_if_any()

@@ -132,8 +132,12 @@ def environment(cluster: ClusterConfig) -> list[str]:
     if cluster.infiniband_devices:
         variables["NCCL_IB_HCA"] = cluster.infiniband_devices
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    lines.append("# The snapshot comes before anything else that could be imported.")
-    lines.append('export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1')
+    lines.append(
+        "# The snapshot comes before anything else that could be imported, the working folder (modules of your own) last."
+    )
+    lines.append(
+        'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}:$work_folder" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1'
+    )
     if "OMP_NUM_THREADS" not in variables:
         lines.append(f"export OMP_NUM_THREADS={cluster.cpus_per_task or 1}")
     return lines

@@ -12,12 +12,11 @@ from model.errors import Problems
 class ClusterConfig(Scheduling):
     """Scheduling and hardware of a cluster. Figures of the accelerator itself stand in `launch.plan.devices` under its name."""
 
-    name: str = "h100"
+    name: str = "h100"  # of the profile
     device: str = "h100"  # name of the accelerator in the device table
     num_accelerators: int = 8  # that the job gets
-    accelerators_per_node: int = 8
-    # Accelerators that reach each other over NVLink; more than a node's where racks are wired so.
-    accelerators_per_fast_domain: int = 8
+    accelerators_per_node: int = 8  # and, if tasks_per_node is 0, ranks of a node
+    accelerators_per_fast_domain: int = 8  # that reach each other over NVLink; more than a node's where racks do
     network_gigabits_per_second: float = 400.0  # of one accelerator's way out of its node
     storage_gigabytes_per_second: float = 40.0  # the shared file system's, for all nodes together
 

@@ -20,10 +20,10 @@ class Scheduling:
 
     kind: str = "slurm"  # slurm | local: processes of this machine
     partition: str = ""  # empty: the cluster's default; so for the next five
-    account: str = ""
-    qos: str = ""
+    account: str = ""  # that is charged
+    qos: str = ""  # quality of service
     constraint: str = ""  # features that nodes must have, as sbatch takes them
-    reservation: str = ""
+    reservation: str = ""  # nodes held for you, by name
     exclude: str = ""  # nodes not to be used, as sbatch takes them
     time_limit: str = "24:00:00"  # minutes, hours:minutes:seconds, or days-hours
     signal_seconds: int = 300  # before the time limit: save a checkpoint, ask to be queued again

@@ -22,7 +22,8 @@ from launch.composition.compose import compose_tree
 from launch.composition.registry import check_command
 from model.durable import fingerprint_of, replace_file
 from model.errors import UserError
-from training.config import TrainConfig, differences, fixed_of, load_yaml, save_yaml
+from training.config import TrainConfig, differences, load_yaml, save_yaml
+from training.objectives.checks import fixed_of
 from training.stage import CONFIG_NAME as STAGE_CONFIG_NAME
 from training.stage import SUMMARY_NAME
 

@@ -8,12 +8,17 @@ import inspect
 import re
 import textwrap
 import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from launch.composition import compose as configs
-from launch.composition import registry
+from launch.composition import folders as places
+from launch.composition import objective, registry
+from model.registry import without_none
+from training.objectives.registry import OBJECTIVES
 
 KEY_WIDTH, VALUE_WIDTH = 40, 22
 
@@ -22,23 +27,28 @@ def command_help(command: str, overrides: list[str]) -> str:
     module = registry.load_command(command)
     tree = configs.compose_tree(command, overrides)
     lines = [module.HELP.strip(), "", f"usage: nextstate {command} [group=option ...] [key=value ...]"]
-    groups = config_groups(command)
+    folders = places.config_folders([configs.parse_override(text) for text in overrides])
+    groups = config_groups(command, folders)
     if groups:
         lines += ["", "groups (chosen as group=option):"]
         for group, default in groups.items():
-            options = ", ".join(group_options(group))
+            options = ", ".join(places.group_options(folders, group))
             lines += textwrap.wrap(
                 f"{options}  [default: {default}]", 110, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14
             )
     lines += ["", "keys (with the values of this call):"]
-    lines += section_lines(module.Config, tree, "")
+    if not configs.accepts_config_folder(module.Config):
+        own = str(folders[0]) if len(folders) > 1 else None
+        lines.append(key_line(places.KEY, "str | None", own, places.COMMENT))
+    chosen = {objective.KEY: objective.schema_of(tree)} if objective.has_objective(module.Config) else {}
+    lines += section_lines(module.Config, tree, "", chosen)
     return "\n".join(lines)
 
 
-def config_groups(command: str) -> dict[str, str]:
+def config_groups(command: str, folders: Sequence[Path]) -> dict[str, str]:
     """Config groups of the command's primary YAML file and their defaults."""
-    path = configs.CONFIG_FOLDER / f"{command}.yaml"
-    if not path.exists():
+    path = places.find_config(folders, command)
+    if path is None:
         return {}
     entries = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(entries, dict)
@@ -47,25 +57,27 @@ def config_groups(command: str) -> dict[str, str]:
         if isinstance(entry, dict):
             for key, option in entry.items():
                 chosen[str(key).removeprefix("optional ")] = str(option)
-    return {group: option for group, option in chosen.items() if (configs.CONFIG_FOLDER / group).is_dir()}
+    return {group: option for group, option in chosen.items() if places.is_group(folders, group)}
 
 
-def group_options(group: str) -> list[str]:
-    return sorted(path.stem for path in (configs.CONFIG_FOLDER / group).glob("*.yaml"))
+def section_lines(schema: type, tree: DictConfig | None, prefix: str, chosen: Mapping[str, type]) -> list[str]:
+    """One line a key: plain keys of the dataclass first, then its nested dataclasses under their own headings.
 
-
-def section_lines(schema: type, tree: DictConfig | None, prefix: str) -> list[str]:
-    """One line a key: plain keys of the dataclass first, then its nested dataclasses under their own headings."""
+    `chosen` maps keys whose fields are decided by their `name` to the dataclass of these fields.
+    """
     comments = field_comments(schema)
     hints = typing.get_type_hints(schema)
     plain, nested = [], []
     for field in dataclasses.fields(schema):
-        inner = configs.without_none(hints[field.name])
+        inner = chosen.get(f"{prefix}{field.name}", without_none(hints[field.name]))
         value = None if tree is None else tree[field.name]
         if dataclasses.is_dataclass(inner) and isinstance(inner, type):
             heading = f"{prefix}{field.name}: {first_sentence(inner)}".rstrip(": ")
             nested += ["", f"  {heading}"]
-            nested += section_lines(inner, value, f"{prefix}{field.name}.")
+            if prefix + field.name in chosen:
+                comment = f"{' | '.join(OBJECTIVES)} | package.module.Class"
+                nested.append(key_line(f"{prefix}{field.name}.name", "str", value["name"], comment))
+            nested += section_lines(inner, value, f"{prefix}{field.name}.", chosen)
         else:
             plain.append(key_line(prefix + field.name, type_name(hints[field.name]), value, comments.get(field.name)))
     return plain + nested

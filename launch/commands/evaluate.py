@@ -31,8 +31,8 @@ class Config:
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     untrained: bool = False  # fresh weights of the checkpoint's model instead of its own
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
-    vision_tokenizer: str | None = None
-    seed: int = 0
+    vision_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
+    seed: int = 0  # of the sampling
     batch_size: int = 256  # prompts answered at a time
     num_samples: int = 12  # answers of each task kept as pictures
     json: bool = False  # answer with one JSON object

@@ -26,7 +26,7 @@ examples:
 @dataclass
 class Config:
     checkpoint: str = ""  # a stage folder (its newest checkpoint) or a checkpoint folder
-    prompt: str | None = None
+    prompt: str | None = None  # one prompt
     prompts_file: str | None = None  # instead of `prompt`: .txt with one a line, or .jsonl
     format: str = "t2i"  # t2i | x2i | interleaved
     images: list[str] = field(default_factory=list)  # source pictures of `prompt`
@@ -36,8 +36,8 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
-    vision_tokenizer: str | None = None
-    seed: int = 0
+    vision_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
+    seed: int = 0  # of the sampling
     json: bool = False  # answer with one JSON object
 
     def validate(self) -> None:

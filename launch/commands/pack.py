@@ -15,7 +15,7 @@ class Config:
     tokens: dict[str, str] = field(default_factory=dict)  # source name -> folder of token files
     target: str = ""  # folder of the packed files
     sequence_length: int = 32_768  # tokens of a row
-    rows_per_shard: int = 8_192
+    rows_per_shard: int = 8_192  # rows of one file
     open_bins: int = 256  # rows being filled at once; more of them fill better
     seed: int = 1234  # of the order of the documents
     json: bool = False  # print one JSON object on stdout at the end

@@ -35,7 +35,10 @@ class Config(TrainConfig):
         problems = Problems()
         stage = self.stage
         problems.check(
-            stage.objective == "next_token", "stage", f"{stage.objective} stages are not planned", "stage=pretrain_1"
+            stage.objective_name == "next_token",
+            "stage",
+            f"{stage.objective_name} stages are not planned",
+            "stage=pretrain_1",
         )
         for name in ("steps", "sequence_length", "global_batch_size"):
             value = getattr(stage, name)

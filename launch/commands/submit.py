@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster.profile import ClusterConfig
+from launch.composition.folders import override_of
 from model.errors import Problems, UserError
 from training.config import TrainConfig
+from training.stage import validate
 
 if TYPE_CHECKING:
     from launch.cluster.submission import Work
@@ -37,6 +39,7 @@ class Config(TrainConfig):
     # task a name, each with these overrides added
     num_accelerators: int = 0  # of that command's job
     shares: int = 1  # of that command: a job array; each task does its share of the input shards
+    config_folder: str | None = None  # your own configs, for that command too; left out: conf/ of the working folder
 
     def validate(self) -> None:
         """In a dry run a configuration that could not be trained is told, and its script shown all the same."""
@@ -59,7 +62,7 @@ class Config(TrainConfig):
         problems.raise_if_any()
         if self.command == "train":
             try:
-                super().validate()
+                validate(self)
             except UserError as error:
                 if not self.dry_run:
                     raise
@@ -90,7 +93,7 @@ def work_of(config: Config) -> Work:
         return training_work(TrainConfig(**own))
     return command_work(
         config.command,
-        config.arguments,
+        [override_of(config.config_folder), *config.arguments] if config.config_folder else config.arguments,
         config.calls,
         shares=config.shares,
         num_accelerators=config.num_accelerators,

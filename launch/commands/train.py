@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from training.config import TrainConfig
-from training.stage import finished_summary, run_stage
+from training.stage import finished_summary, run_stage, validate
 
 HELP = """Train one stage: fresh, from another stage's weights, or on from where it was interrupted.
 
@@ -18,12 +19,16 @@ examples:
   nextstate train stage=toy_sft run_folder=runs/demo parallel.data=1
   nextstate train stage=toy_pretrain_1 stage.optimizer.learning_rate=1e-3 stage.steps=50
   nextstate train -m stage=toy_pretrain_1 stage.optimizer.learning_rate=1e-3,2e-3"""
-Config = TrainConfig
+
+
+@dataclass
+class Config(TrainConfig):
+    def validate(self) -> None:
+        validate(self)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """The stage's summary. Under torchrun or srun this process is one rank, else it starts the ranks itself."""
-    config.validate()
     summary = finished_summary(config)
     if summary is not None:
         return summary

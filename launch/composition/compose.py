@@ -7,14 +7,13 @@ the key and, where one is near, the key that was probably meant.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,10 +21,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from launch.composition import registry
+from launch.composition import folders as places
+from launch.composition import objective, registry
 from model.errors import UserError
-
-CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "conf"
+from model.registry import known_keys, near_miss, without_none
 
 
 def compose_tree(command: str, overrides: list[str]) -> DictConfig:
@@ -33,19 +32,26 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     schema = registry.load_command(command).Config
     store = ConfigStore.instance()
     store.store(name=f"{command}_schema", node=schema)
-    primary = command if (CONFIG_FOLDER / f"{command}.yaml").exists() else f"{command}_schema"
-    parsed = [parse_override(text) for text in overrides]
-    mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one)]
+    parsed = [objective.named(parse_override(text)) for text in overrides]
+    folders = places.config_folders(parsed)
+    primary = command if places.find_config(folders, command) else f"{command}_schema"
+    parsed = [one for one in parsed if one.key_or_group != places.KEY or accepts_config_folder(schema)]
+    mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one, folders)]
+    given = [nested(one) for one in mappings]
     plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
     try:
         tree: Any
-        with initialize_config_module("conf", version_base="1.3"):
+        with places.hydra_in(folders):
             tree = compose(primary, overrides=plain)
         OmegaConf.set_struct(tree, False)
-        tree = OmegaConf.merge(tree, *(nested(one) for one in mappings))
+        if objective.has_objective(schema):
+            objective.start_over_for_another(tree, given)
+        tree = OmegaConf.merge(tree, *given)
         # Merging into a fresh schema refuses what `+key=value` or a YAML file added outside of it.
         tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(tree))
         OmegaConf.resolve(tree)
+        if objective.has_objective(schema):
+            objective.fill_in(tree)
     except (HydraException, OmegaConfBaseException, MissingConfigException) as error:
         raise explain(error, command, schema) from error
     assert isinstance(tree, DictConfig)
@@ -93,7 +99,12 @@ def adds_to_mapping(schema: type, override: Override) -> bool:
     return False
 
 
-def is_plain_text(schema: type, override: Override) -> bool:
+def accepts_config_folder(schema: type) -> bool:
+    """Commands that start other commands hand it on to them."""
+    return places.KEY in {field.name for field in dataclasses.fields(schema)}
+
+
+def is_plain_text(schema: type, override: Override, folders: Sequence[Path]) -> bool:
     """True for a text field that has the name of a config group of other commands (`vision_tokenizer=FOLDER`).
 
     Hydra would look for an option of the group.
@@ -101,14 +112,7 @@ def is_plain_text(schema: type, override: Override) -> bool:
     if override.is_delete() or override.is_sweep_override():
         return False
     annotation = typing.get_type_hints(schema).get(override.key_or_group)
-    return without_none(annotation) is str and (CONFIG_FOLDER / override.key_or_group).is_dir()
-
-
-def without_none(annotation: Any) -> Any:
-    """`X` of `X | None`; anything else unchanged."""
-    members = [member for member in typing.get_args(annotation) if member is not type(None)]
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return members[0] if is_union and len(members) == 1 else annotation
+    return without_none(annotation) is str and places.is_group(folders, override.key_or_group)
 
 
 def nested(override: Override) -> dict[str, Any]:
@@ -116,28 +120,6 @@ def nested(override: Override) -> dict[str, Any]:
     for part in reversed(override.key_or_group.split(".")):
         value = {part: value}
     return value
-
-
-def known_keys(schema: type, prefix: str = "") -> list[str]:
-    """Dotted keys of a dataclass and of the dataclasses in it."""
-    keys = []
-    for name, annotation in typing.get_type_hints(schema).items():
-        keys.append(prefix + name)
-        inner = without_none(annotation)
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-            keys += known_keys(inner, f"{prefix}{name}.")
-    return keys
-
-
-def near_miss(wrong: str, candidates: list[str]) -> str:
-    """The candidate nearest to `wrong`: the whole dotted key first, then the same last part elsewhere."""
-    close = difflib.get_close_matches(wrong, candidates, n=1, cutoff=0.75)
-    if close:
-        return close[0]
-    last = wrong.rsplit(".", 1)[-1]
-    by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(candidates)}
-    close = difflib.get_close_matches(last, list(by_last_part), n=1, cutoff=0.75)
-    return by_last_part[close[0]] if close else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -159,18 +141,25 @@ def explain(error: Exception, command: str, schema: type) -> UserError:
     texts = [str(one) for one in (error, error.__cause__) if one is not None]
     unknown = unknown_key(texts)
     if unknown:
-        guess = near_miss(unknown, known_keys(schema))
+        known = [*known_keys(schema), places.KEY]
+        if objective.has_objective(schema):
+            refusal = objective.renamed(unknown)
+            if refusal is not None:
+                return refusal
+            known += objective.all_known_keys()
+        guess = near_miss(unknown, known)
         return UserError(
             f"unknown key {unknown!r}",
             where=f"configuration of nextstate {command}",
             fix=f"did you mean {guess}?" if guess else f"nextstate {command} --help lists the keys",
         )
     key = re.search(r"full_key: (\S+)", "\n".join(texts))
+    where = key.group(1) if key else f"configuration of nextstate {command}"
     return UserError(
         "a value of the configuration does not fit",
-        where=key.group(1) if key else f"configuration of nextstate {command}",
+        where=where,
         got=first_line(error.__cause__ or error),
-        fix=f"nextstate {command} --help lists keys and types",
+        fix=objective.FORM if where == objective.KEY else f"nextstate {command} --help lists keys and types",
     )
 
 

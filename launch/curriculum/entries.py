@@ -23,6 +23,7 @@ import psutil
 
 from launch.cluster.profile import ClusterConfig
 from launch.command_line.calls import CALL
+from launch.composition.folders import override_of
 from launch.local.subprocesses import run_supervised
 from launch.report.progress import stage_progress
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
@@ -53,16 +54,25 @@ class CurriculumConfig:
     """An ordered set of entries and the folder they work in."""
 
     action: str = "run"  # run | status | cancel | resume | logs
-    name: str = "curriculum"
+    name: str = "curriculum"  # of the curriculum; jobs are named after it
     run_folder: str = "runs/${name}"  # entries write below it
-    entries: dict[str, EntryConfig] = field(default_factory=dict)
+    entries: dict[str, EntryConfig] = field(default_factory=dict)  # by name, each a command or a module
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
     until: str | None = None  # stop after this entry
     force: list[str] = field(default_factory=list)  # entries to run again although nothing has changed
     dry_run: bool = False  # say what would run, run nothing
     entry: str | None = None  # whose log is shown; null: of all
     num_lines: int = 20  # of each log
+    config_folder: str | None = None  # your own configs, for the entries too; left out: conf/ of the working folder
     json: bool = False  # print one JSON object on stdout at the end
+
+    def __post_init__(self) -> None:
+        """An entry's command looks for configurations where this one does."""
+        if self.config_folder is not None:
+            own = override_of(self.config_folder)
+            for entry in self.entries.values():
+                if entry.command and own not in entry.overrides:
+                    entry.overrides = [own, *entry.overrides]
 
     def validate(self) -> None:
         problems = Problems()

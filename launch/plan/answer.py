@@ -13,6 +13,7 @@ from launch.plan.shape import ModelShape
 from launch.plan.timing import Efficiencies
 from model.errors import UserError
 from training.config import TrainConfig
+from training.objectives.registry import options_of
 
 TOKEN_BYTES = 4.024  # of packed files with their sidecars (docs/data_formats.md)
 NUM_RANKED = 10
@@ -23,7 +24,7 @@ def make_problem(
 ) -> Problem:
     stage = config.stage
     row = stage.sequence_length
-    span = row if document_tokens is None or stage.document_attention == "full" else document_tokens
+    span = row if document_tokens is None or options_of(config).document_attention == "full" else document_tokens
     attended = span / 2
     return Problem(
         shape=ModelShape.of(config.model),

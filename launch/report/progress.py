@@ -34,6 +34,7 @@ def num_tokens(folder: StageFolder, last: dict[str, Any], stage: dict[str, Any])
     summary = folder.summary()
     if summary is not None and summary.tokens is not None:
         return summary.tokens
-    if stage.get("objective") != "next_token" or "consumed_samples" not in last:
+    objective = stage.get("objective")
+    if not isinstance(objective, dict) or objective.get("name") != "next_token" or "consumed_samples" not in last:
         return None
     return int(last["consumed_samples"]) * int(stage["sequence_length"])

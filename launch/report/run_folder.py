@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from training.config import translated
 from training.contracts.summary import StageSummary
 
 CURRICULUM_NAME, SUMMARY_NAME, METRICS_NAME, CONFIG_NAME = (
@@ -110,7 +111,7 @@ class StageFolder:
         except (OSError, ValueError, yaml.YAMLError) as error:
             self.damages.note(path, error)
             return {}
-        stage = values.get("stage") if isinstance(values, dict) else None
+        stage = translated(values).get("stage") if isinstance(values, dict) else None
         return stage if isinstance(stage, dict) else {}
 
 

@@ -21,18 +21,18 @@ class VisionTokenizerConfig:
     num_res_blocks: int = 4  # residual blocks a level in the encoder; the decoder has one more
     attn_resolutions: list[int] = field(default_factory=lambda: [16])  # sides, counted down from `resolution`
     resolution: int = 256  # nominal side in pixels; only decides which levels have attention
-    in_channels: int = 3
-    out_ch: int = 3
-    z_channels: int = 256
+    in_channels: int = 3  # of an image
+    out_ch: int = 3  # of a reconstruction
+    z_channels: int = 256  # of the encoder's output
     embed_dim: int = 256  # width of a code
     n_embed: int = 131_072  # number of codes
     beta: float = 0.25  # weight of the term of the quantisation loss that moves the codes
     cosine_similarity: bool = False  # codes and latents compared, and looked up, on the unit sphere
     logit_scale: float = 1.0  # factor on the similarities before the softmax
-    dropout: float = 0.0
-    norm_groups: int = 32
+    dropout: float = 0.0  # within residual blocks
+    norm_groups: int = 32  # groups of channels that are normalised together
     norm_scope: str = "image"  # image: group statistics over all pixels; pixel: over the channels of one pixel
-    mid_attention: bool = True
+    mid_attention: bool = True  # at the lowest resolution, between encoder and decoder
     padding_mode: str = "zeros"  # zeros | replicate: what convolutions see beyond the border
     encoder_kernel_sizes: list[int] = field(default_factory=list)  # one a level, 1 or 3; empty: 3 everywhere
 

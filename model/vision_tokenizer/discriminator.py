@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.errors import Problems
+from model.vision_tokenizer.loss_config import AdversarialConfig
 
 # Of taming-transformers' VQGAN, whose losses the published tokenizer uses.
 GRADIENT_FLOOR = 1e-4
 MAX_ADAPTIVE_WEIGHT = 1e4
 INITIAL_STD = 0.02
 LECAM_DECAY = 0.999  # of the logits' moving averages, as the open IBQ has it
-
-
-WEIGHTINGS = ("adaptive", "fixed")
-
-
-@dataclass
-class AdversarialConfig:
-    """Weight 0 trains without an adversary. Emu3.5 has not published its weight, start or sizes."""
-
-    weight: float = 0.0  # of the adversarial term
-    weighting: str = "adaptive"  # adaptive: times the ratio of gradient norms at the last layer; fixed: as it is
-    generator: str = "hinge"  # hinge | non_saturating, the tokenizer's share; the discriminator's own is the hinge
-    lecam_weight: float = 0.0  # of LeCam's regularisation of the discriminator (arXiv 2104.03310); 0: none
-    start_step: int = 0  # optimizer steps before the adversary joins
-    channels: int = 64
-    num_layers: int = 3  # stride-2 convolutions; each doubles the side of the patch that is judged
-    learning_rate_ratio: float = 1.0  # the discriminator's learning rate / the tokenizer's
-
-    def validate(self, problems: Problems, key: str) -> None:
-        for name in ("weight", "start_step", "lecam_weight"):
-            problems.check(getattr(self, name) >= 0, f"{key}.{name}", "must not be negative")
-        for name, choices in (("weighting", WEIGHTINGS), ("generator", tuple(GENERATOR_LOSSES))):
-            value = getattr(self, name)
-            known = f"choices are {', '.join(choices)}, got {value!r}"
-            problems.check(value in choices, f"{key}.{name}", known, f"{key}.{name}={choices[0]}")
-        for name in ("channels", "num_layers", "learning_rate_ratio"):
-            problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
 
 
 class PatchDiscriminator(nn.Module):

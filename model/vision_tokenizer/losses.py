@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from model.vision_tokenizer.loss_config import LossWeightsConfig
 from model.vision_tokenizer.quantizer import Quantized
-
-
-@dataclass
-class LossWeightsConfig:
-    """Weights of the terms. Emu3.5 has not published its own; these are our choice."""
-
-    l1: float = 1.0
-    l2: float = 1.0
-    quantization: float = 1.0
-    entropy: float = 0.0
-    sample_entropy: float = 1.0  # within the entropy term: certainty of each choice
-    batch_entropy: float = 1.0  # within the entropy term: even use of all codes
-    entropy_temperature: float = 1.0  # on the quantizer's logits
-    contrast: float = 0.0  # extra weight of pixels far from their image's median colour
 
 
 class ReconstructionTerm(Protocol):

@@ -7,7 +7,6 @@ shipped, so both losses are off unless configured.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,47 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from model.errors import Problems, UserError
+from model.errors import UserError
+from model.vision_tokenizer.loss_config import DistillationConfig, PerceptualConfig
 
 NORM_FLOOR = 1e-10
-
-
-@dataclass
-class PerceptualConfig:
-    """A distance between feature maps, as in LPIPS (arXiv 1801.03924). Weight 0: off."""
-
-    weight: float = 0.0
-    backbone: str = "model.vision_tokenizer.perceptual.vgg16"  # factory: () -> module, images to feature maps
-    weights: str | None = None  # safetensors file: the backbone's keys, and lin0.weight, lin1.weight, ... per channel
-
-    def validate(self, problems: Problems, key: str) -> None:
-        problems.check(self.weight >= 0, f"{key}.weight", "must not be negative")
-        problems.check(
-            self.weight == 0 or self.weights is not None,
-            f"{key}.weights",
-            "a perceptual loss needs the weights of its backbone",
-            f"{key}.weights=FILE.safetensors",
-        )
-
-
-@dataclass
-class DistillationConfig:
-    """Features of a level of the decoder learn to predict a teacher's features of the image. Weight 0: off."""
-
-    weight: float = 0.0
-    teacher: str = ""  # dotted path of a factory: () -> module, images [B, 3, H, W] in [-1, 1] to [B, C, h, w]
-    weights: str | None = None  # safetensors file of the teacher
-    level: int = 1  # feature map of the decoder: 0 after the middle, then one a level, lowest resolution first
-
-    def validate(self, problems: Problems, key: str, num_levels: int) -> None:
-        problems.check(self.weight >= 0, f"{key}.weight", "must not be negative")
-        problems.check(
-            self.weight == 0 or bool(self.teacher),
-            f"{key}.teacher",
-            "names no teacher",
-            f"{key}.teacher=package.module.function",
-        )
-        problems.check(0 <= self.level <= num_levels, f"{key}.level", f"must be in [0, {num_levels}]", f"{key}.level=1")
 
 
 def load_network(path: str, weights: str | None, key: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:

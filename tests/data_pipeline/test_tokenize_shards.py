@@ -32,7 +32,7 @@ from launch.commands import tokenize as command
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import StageConfig, TrainConfig
-from training.tokenizers.text import fit
+from training.objectives.registry import make_objective
 
 TEXTS = [
     "a red circle at top left",
@@ -409,6 +409,10 @@ def test_a_tokenizer_too_large_for_the_preset_is_refused(tmp_path: Path) -> None
         command.check_sizes(vocabulary, {"text_size": 101})
 
 
+def fit(config: TrainConfig) -> dict[str, object]:
+    return make_objective(config).fit()
+
+
 def test_the_text_tokenizers_stage(tmp_path: Path) -> None:
     samples = [sample for sample in good_samples() + bad_samples() if "flac" not in sample]
     write_shard(tmp_path / "corpora/mixed/000000.tar", samples * 1)
@@ -416,8 +420,7 @@ def test_the_text_tokenizers_stage(tmp_path: Path) -> None:
     write_shard(tmp_path / "corpora/prose/000000.tar", [prose])
     stage = StageConfig(
         name="text_tokenizer",
-        objective="text_tokenizer",
-        options={"corpora": [str(tmp_path / "corpora/*/*.tar")], "size": 400},
+        objective={"name": "text_tokenizer", "corpora": [str(tmp_path / "corpora/*/*.tar")], "size": 400},
     )
     config = TrainConfig(run_folder=str(tmp_path / "run"), stage=stage)
     summary = fit(config)
@@ -429,15 +432,16 @@ def test_the_text_tokenizers_stage(tmp_path: Path) -> None:
     assert len(tokenizer.encode("assistant")) < len("assistant")  # the template was counted
     assert fit(config)["skipped"]
     fingerprint = tokenizer.fingerprint
-    stage.options["size"] = 350
+    stage.objective["size"] = 350
     assert not fit(config)["skipped"]
     assert load_text_tokenizer(tmp_path / "run/text_tokenizer").fingerprint != fingerprint
-    stage.options = {"corpora": [str(tmp_path / "none/*.tar")]}
+    stage.objective = {"name": "text_tokenizer", "corpora": [str(tmp_path / "none/*.tar")]}
     with pytest.raises(UserError, match="no input shards"):
         fit(config)
-    for options in ({"corpus": []}, {}, {"corpora": ["x"], "size": 10}):
-        stage.options = options
-        with pytest.raises(UserError, match=r"stage\.options"):
+    bad: list[dict[str, object]] = [{"corpus": []}, {}, {"corpora": ["x"], "size": 10}]
+    for options in bad:
+        stage.objective = {"name": "text_tokenizer"} | options
+        with pytest.raises(UserError, match=r"stage\.objective"):
             fit(config)
 
 

@@ -110,7 +110,7 @@ def prepare(folder: Path, *, shuffled: bool) -> Any:
 
 
 def stage_config(folder: Path) -> Any:
-    from training.config import DatasetEntry, LossWeights, OptimizerConfig, StageConfig, TrainConfig
+    from training.config import DatasetEntry, OptimizerConfig, StageConfig, TrainConfig
 
     stage = StageConfig(
         name="stage",
@@ -118,7 +118,7 @@ def stage_config(folder: Path) -> Any:
         sequence_length=256,
         global_batch_size=4,
         micro_batch_size=4,
-        loss_weights=LossWeights(visual=1.0),
+        objective={"name": "next_token", "loss_weights": {"visual": 1.0}},
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
     )
     stage.data.datasets = {"scenes": DatasetEntry(path=str(folder / "packed"))}

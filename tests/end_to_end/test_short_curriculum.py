@@ -16,9 +16,9 @@ SMALL = {
     "corpora": ["num_images=80", "num_clips=16", "num_captioned_clips=4", "num_edits=40"],
     "vision_tokenizer": [
         "stage.steps=60",
-        "stage.options.continuous_steps=30",
-        "stage.options.min_codebook_use=0",
-        "stage.options.data.num_held_back=16",
+        "stage.objective.continuous_steps=30",
+        "stage.objective.min_codebook_use=0",
+        "stage.objective.data.num_held_back=16",
         "logging.wandb_mode=disabled",
     ],
     "pretrain_1": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],

@@ -22,10 +22,10 @@ STEPS = 40
 def fake_submission(run_folder: Path, *, step_seconds: float = 0.0, num_ranks: int = 2) -> submit.Config:
     """One rank a node; a checkpoint every five steps."""
     config = submit.Config(name="test", run_folder=str(run_folder))
-    config.stage.objective, config.stage.name = "slurm_objective.SlurmObjective", "fake"
+    config.stage.name = "fake"
     config.stage.steps, config.stage.global_batch_size = STEPS, 4
     config.stage.optimizer.learning_rate = 0.01
-    config.stage.options = {"step_seconds": step_seconds}
+    config.stage.objective = {"name": "slurm_objective.SlurmObjective", "step_seconds": step_seconds}
     config.checkpoint.every_steps = 5
     config.logging.wandb_mode = "disabled"
     config.parallel.data = num_ranks

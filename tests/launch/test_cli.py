@@ -30,6 +30,7 @@ def test_the_overview_lists_every_command_without_importing_one():
 def test_help_and_config_of_commands_need_no_torch():
     commands = list(registry.command_summaries())
     calls = [[name, *options] for name in commands for options in (["--help"], ["--cfg", "job"])]
+    calls += [["train", f"stage=toy_{name}_tokenizer", "--help"] for name in ("text", "vision")]
     loaded = modules_after(f"from launch.command_line import cli; [cli.main(call) for call in {calls}]")
     assert "launch.commands.train" in loaded
     assert not loaded & {"torch", "megatron"}

@@ -58,8 +58,8 @@ def small_curriculum(run: Path) -> CurriculumConfig:
             overrides=[
                 *own,
                 "stage=toy_text_tokenizer",
-                f"stage.options.corpora=['{run}/corpus/*.tar']",
-                "stage.options.size=310",
+                f"stage.objective.corpora=['{run}/corpus/*.tar']",
+                "stage.objective.size=310",
             ],
         ),
         "tokenize": EntryConfig(

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.commands import train
+from launch.composition.compose import compose_config
 from launch.local.ranks import Worker, judge_exits, run_local
 from launch.local.worker import PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
@@ -76,8 +76,7 @@ def test_a_killed_rank_is_the_cause_of_the_others_complaints(tmp_path, capsys):
 def test_a_mistake_of_two_ranks_is_raised_once(tmp_path, capfd):
     """Real processes; both find the unknown option."""
     config = TrainConfig(run_folder=str(tmp_path))
-    config.stage.objective = "vision_tokenizer"
-    config.stage.options = {"colour": "blue"}
+    config.stage.objective = {"name": "vision_tokenizer", "colour": "blue"}
     config.parallel.data = 2
     with pytest.raises(UserError, match="colour"):
         run_local(config)
@@ -87,9 +86,8 @@ def test_a_mistake_of_two_ranks_is_raised_once(tmp_path, capfd):
 
 
 def test_the_command_validates_before_it_starts_anything(tmp_path):
-    config = TrainConfig(run_folder=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="no dataset is named"):
-        train.run(config)
+    with pytest.raises(UserError, match=r"stage\.steps"):
+        compose_config("train", [f"run_folder={tmp_path}/run", "stage.steps=0"])
     assert not (tmp_path / "run").exists()
 
 

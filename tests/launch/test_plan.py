@@ -113,10 +113,11 @@ def test_legality_is_what_training_accepts(config, shape, tensor, pipeline, cont
     stage = replace(config.stage, micro_batch_size=rows)
     stage.data.datasets = {"one": DatasetEntry("somewhere")}
     from training.config import TrainConfig
+    from training.stage import validate
 
     accepted = True
     try:
-        TrainConfig(model=config.model, stage=stage, parallel=parallel).validate()
+        validate(TrainConfig(model=config.model, stage=stage, parallel=parallel))
     except UserError:
         accepted = False
     layout = Layout(tensor, pipeline, context, data, rows)

@@ -55,7 +55,7 @@ def test_published_hyper_parameters(stage, layout, learning_rate, visual):
     assert (config.parallel.tensor, config.parallel.context) == layout
     assert config.stage.optimizer.learning_rate == learning_rate
     assert (config.stage.optimizer.beta1, config.stage.optimizer.beta2) == (0.9, 0.95)
-    assert config.stage.loss_weights.visual == visual
+    assert config.stage.objective["loss_weights"]["visual"] == visual
     if stage.startswith("pretrain"):
         optimizer = config.stage.optimizer
         assert (optimizer.warmup_steps, optimizer.weight_decay, optimizer.gradient_clip) == (700, 0.1, 5.0)
@@ -75,5 +75,5 @@ def test_toy_stages_inherit_and_form_a_chain():
 def test_a_folder_may_be_given_where_other_commands_have_a_group_of_that_name():
     config = compose_config("generate", ["checkpoint=c", "prompt=p", "vision_tokenizer=runs/a/vision_tokenizer"])
     assert config.vision_tokenizer == "runs/a/vision_tokenizer"
-    options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small").stage.options
+    options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small").stage.objective
     assert options["model"]["ch"] == 16

@@ -194,10 +194,10 @@ class EngineOfARun:
 def fake_config(run_folder: Any, **options: Any) -> TrainConfig:
     """20 steps of 4 samples, a checkpoint every 5, no W&B."""
     config = TrainConfig(run_folder=str(run_folder))
-    config.stage.objective, config.stage.name = "fake_objective.FakeObjective", "fake"
+    config.stage.name = "fake"
+    config.stage.objective = {"name": "fake_objective.FakeObjective"} | options
     config.stage.steps, config.stage.global_batch_size = 20, 4
     config.stage.optimizer.learning_rate = 0.01
-    config.stage.options = options
     config.checkpoint.every_steps = 5
     config.logging.wandb_mode = "disabled"
     return config

@@ -259,7 +259,7 @@ def test_another_configuration_is_refused(tmp_path, monkeypatch):
 def test_changed_data_are_refused_unless_allowed(tmp_path, monkeypatch):
     config = fake_config(tmp_path)
     interrupt_at(monkeypatch, config, 6)
-    config.stage.options["changed_data"] = True
+    config.stage.objective["changed_data"] = True
     with pytest.raises(UserError, match="allow_data_change=true"):
         run_stage(config)
     config.checkpoint.allow_data_change = True

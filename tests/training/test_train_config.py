@@ -5,11 +5,17 @@ from __future__ import annotations
 import ast
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from model.errors import UserError
-from training.config import DatasetEntry, TrainConfig, from_dict, load_yaml, save_yaml
+from model.registry import find_class
+from training.config import CallbackEntry, DatasetEntry, TrainConfig, differences, from_dict, load_yaml, save_yaml
+from training.objectives.checks import complete, fixed_of, in_todays_form
+from training.objectives.registry import OBJECTIVES, OPTIONS
+from training.stage import validate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("model", "data_pipeline", "training", "launch")
@@ -22,7 +28,7 @@ def good() -> TrainConfig:
 
 
 def test_a_good_one_passes():
-    good().validate()
+    validate(good())
 
 
 def test_every_problem_is_told_with_its_fix():
@@ -37,7 +43,7 @@ def test_every_problem_is_told_with_its_fix():
     config.logging.wandb_mode = "loud"
     config.reliability.spike_factor = 0.5
     with pytest.raises(UserError) as caught:
-        config.validate()
+        validate(config)
     message = str(caught.value)
     for key in (
         "stage.steps",
@@ -61,23 +67,119 @@ def test_batch_and_length_fixes_are_valid():
     config.parallel.data, config.stage.global_batch_size = 3, 8
     config.stage.sequence_length, config.parallel.tensor = 511, 2
     with pytest.raises(UserError) as caught:
-        config.validate()
+        validate(config)
     assert "stage.global_batch_size=12" in str(caught.value)
     assert "stage.sequence_length=512" in str(caught.value)
 
 
-def test_other_objectives_need_no_packed_data():
+def of_objective(name: str, **options: Any) -> TrainConfig:
     config = TrainConfig()
-    config.stage.objective = "text_tokenizer"
-    config.validate()
-    config.stage.objective = "next_tokn"
+    config.stage.objective = {"name": name} | options
+    return config
+
+
+def test_other_objectives_need_no_packed_data():
+    validate(of_objective("text_tokenizer", corpora=["x"]))
     with pytest.raises(UserError, match="next_token"):
-        config.validate()
+        validate(of_objective("next_tokn"))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda stage: setattr(stage, "steps", 7), "stage.steps"),
+        (lambda stage: setattr(stage, "initialize_from", "runs/x"), "stage.initialize_from"),
+        (lambda stage: setattr(stage, "sequence_length", 64), "stage.sequence_length"),
+        (lambda stage: setattr(stage.optimizer, "beta1", 0.5), "stage.optimizer.beta1"),
+        (lambda stage: stage.data.datasets.update(a=DatasetEntry("x")), "stage.data.datasets.a"),
+    ],
+)
+def test_keys_of_the_stage_that_an_objective_does_not_read_are_refused(change, key):
+    config = of_objective("text_tokenizer", corpora=["x"])
+    change(config.stage)
+    with pytest.raises(UserError, match=f"{key}.*has no effect with the objective text_tokenizer"):
+        validate(config)
+
+
+def test_the_vision_tokenizer_reads_steps_but_no_packed_rows():
+    config = of_objective("vision_tokenizer", data={"corpora": {"a": {"path": "x"}}})
+    config.stage.steps, config.stage.initialize_from = 7, "runs/x"
+    validate(config)
+    config.stage.data.datasets["a"], config.stage.sequence_length = DatasetEntry("x"), 64
+    with pytest.raises(UserError, match=r"(?s)stage\.data\.datasets\.a.*stage\.sequence_length") as caught:
+        validate(config)
+    assert "2 problems" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"clip_rang": 0.2}, "stage.objective.clip_rang"),
+        ({"loss_weights": {"txt": 1.0}}, "did you mean stage.objective.loss_weights.text"),
+        ({"loss_weight": {"text": 1.0}}, "did you mean stage.objective.loss_weights"),
+        ({"loss_weights": {"text": "much"}}, "stage.objective.loss_weights.text"),
+        ({"loss_weights": {"text": -1.0}}, "stage.objective.loss_weights.text"),
+        ({"loss_weights": {"text": 0, "visual": 0, "structure": 0}}, "nothing would be learned"),
+        ({"document_attention": "none"}, "stage.objective.document_attention=document"),
+    ],
+)
+def test_options_that_the_objective_does_not_own_or_take_are_refused(options, expected):
+    config = good()
+    config.stage.objective |= options
+    with pytest.raises(UserError, match=expected):
+        validate(config)
+
+
+def test_an_engine_and_callbacks_are_looked_up_before_anything_starts():
+    config = good()
+    config.engine = "megatro"
+    with pytest.raises(UserError, match="engine=megatron"):
+        validate(config)
+    config.engine, config.callbacks = None, {"mine": CallbackEntry("mine")}
+    with pytest.raises(UserError, match=r"callbacks\.mine\.path"):
+        validate(config)
+
+
+OLD_STAGE = {
+    "loss_weights": {"text": 0.3, "visual": 1.0, "structure": 0.5},
+    "document_attention": "full",
+    "options": {},
+}
+
+
+def test_a_config_written_before_objectives_had_keys_is_read(tmp_path):
+    old = good().to_dict()
+    old["stage"] |= {"objective": "next_token"} | OLD_STAGE
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(old))
+    config = load_yaml(path)
+    assert config.stage.objective == {
+        "name": "next_token",
+        "loss_weights": OLD_STAGE["loss_weights"],
+        "document_attention": "full",
+    }
+    old["stage"] |= {"objective": "text_tokenizer", "options": {"corpora": ["x"], "size": 400}}
+    today = in_todays_form(old)
+    assert today["stage"]["objective"] == complete({"name": "text_tokenizer", "corpora": ["x"], "size": 400})
+    assert fixed_of(today)["stage"]["objective"] == {"name": "text_tokenizer"}
+    assert in_todays_form(today) is today
+
+
+def test_what_may_not_change_between_a_checkpoint_and_its_run():
+    config = good()
+    config.stage.objective = complete(config.stage.objective)
+    before = fixed_of(config.to_dict())
+    config.stage.objective["loss_weights"]["text"] = 0.1
+    assert fixed_of(config.to_dict()) == before
+    config.stage.objective["document_attention"] = "full"
+    assert differences(before, fixed_of(config.to_dict())) == [
+        "stage.objective.document_attention: 'document' -> 'full'"
+    ]
 
 
 def test_round_trips(tmp_path):
     config = good()
-    config.stage.options = {"nested": {"list": [1, "a", None]}}
+    config.stage.objective["nested"] = {"list": [1, "a", None]}
     config.stage.initialize_from = "runs/x"
     assert from_dict(config.to_dict()) == config
     save_yaml(config, tmp_path / "config.yaml", {"torch": "0"})
@@ -120,13 +222,18 @@ def test_the_fingerprint_sees_what_decides_the_weights():
 
     assert changed(lambda config: setattr(config, "seed", 5))
     assert changed(lambda config: setattr(config.model, "hidden_size", 256))
-    assert changed(lambda config: setattr(config.stage.loss_weights, "text", 0.3))
+    assert changed(lambda config: config.stage.objective.update(loss_weights={"text": 0.3}))
     assert changed(lambda config: setattr(config.stage.data.datasets["one"], "weight", 1.0))
-    assert changed(lambda config: config.stage.options.update(a=1))
+    assert changed(lambda config: config.stage.objective.update(a=1))
     assert not changed(lambda config: setattr(config.parallel, "data", 2))
     assert not changed(lambda config: setattr(config, "run_folder", "elsewhere"))
     assert not changed(lambda config: setattr(config.stage.data.datasets["one"], "path", "moved"))
     assert not changed(lambda config: setattr(config.logging, "every_steps", 7))
+
+
+def test_the_light_options_are_those_of_the_objectives():
+    for name in OBJECTIVES:
+        assert find_class("objective", name, OBJECTIVES, "").Options is find_class("objective", name, OPTIONS, "")
 
 
 def config_classes(cls=TrainConfig) -> set[type]:
@@ -135,7 +242,10 @@ def config_classes(cls=TrainConfig) -> set[type]:
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
         if dataclasses.is_dataclass(default):
             found |= config_classes(type(default))
-    return found | ({DatasetEntry} if cls is TrainConfig else set())
+    if cls is not TrainConfig:
+        return found
+    options = [config_classes(find_class("objective", name, OPTIONS, "")) for name in OPTIONS]
+    return found.union({DatasetEntry, CallbackEntry}, *options)
 
 
 def test_every_key_is_read_by_somebody():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
-from model.registry import typed_options
+from model.registry import checked_options
 from model.vision_tokenizer import load_vision_tokenizer
 from training import stage
 from training.config import StageConfig, TrainConfig
@@ -89,17 +89,16 @@ def make_config(corpora, tmp_path, **options):
     values = {"model": MODEL, "data": data, "continuous_steps": 2, "average_decay": 0.9, "num_threads": 1}
     settings = StageConfig(
         name="vision_tokenizer",
-        objective="vision_tokenizer",
         steps=6,
         global_batch_size=4,
         micro_batch_size=4,
-        options=values | options,
+        objective={"name": "vision_tokenizer"} | values | options,
     )
     return TrainConfig(run_folder=str(tmp_path), seed=5, stage=settings)
 
 
 def parse_options(values):
-    return typed_options(VisionTokenizerOptions, values, "stage.options", "the objective vision_tokenizer")
+    return checked_options(VisionTokenizerOptions, values, "stage.objective", "the objective vision_tokenizer")
 
 
 def build(config):
@@ -231,7 +230,7 @@ def test_collapse_stops_the_stage(corpora, tmp_path):
     ("options", "message"),
     [
         ({"model": {"chanels": 8}}, "chanels"),
-        ({"model": {"ch": "many"}}, "stage.options"),
+        ({"model": {"ch": "many"}}, "stage.objective"),
         ({"data": {"corpora": {}}}, "no corpus given"),
         ({"data": {"corpora": {"a": {"path": "x"}}, "views": [{"crop": 7}]}}, "views.0.crop"),
     ],

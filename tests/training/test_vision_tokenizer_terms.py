@@ -250,8 +250,8 @@ def test_stacks_are_bounded() -> None:
 
 
 def test_the_published_stage_composes_and_a_small_one_runs(corpora: Path, tmp_path: Path, capfd: Any) -> None:
-    config = compose_config("train", ["stage=vision_tokenizer", "stage.options.data.corpora.a.path=x"])
-    options = parse_options(config.stage.options)
+    config = compose_config("train", ["stage=vision_tokenizer", "stage.objective.data.corpora.a.path=x"])
+    options = parse_options(config.stage.objective_options)
     assert options.model == ibq_emu35()
     assert (options.model.factor, options.model.n_embed, options.model.num_res_blocks) == (16, 131_072, 4)
     assert (config.stage.steps, config.stage.optimizer.beta2) == (500_000, 0.9)
@@ -262,15 +262,15 @@ def test_the_published_stage_composes_and_a_small_one_runs(corpora: Path, tmp_pa
                 "stage=vision_tokenizer",
                 "vision_tokenizer=ibq_small",
                 f"run_folder={tmp_path}",
-                f"stage.options.data.corpora.a.path={corpora}/scenes*.tar",
+                f"stage.objective.data.corpora.a.path={corpora}/scenes*.tar",
                 "stage.steps=2",
                 "stage.global_batch_size=2",
                 "stage.optimizer.warmup_steps=0",
                 "stage.micro_batch_size=2",
-                "stage.options.num_threads=1",
-                "stage.options.data.views=[{area: 4096}]",
-                "stage.options.terms.adversarial.start_step=1",
-                "stage.options.min_codebook_use=0",
+                "stage.objective.num_threads=1",
+                "stage.objective.data.views=[{area: 4096}]",
+                "stage.objective.terms.adversarial.start_step=1",
+                "stage.objective.min_codebook_use=0",
                 "logging.wandb_mode=disabled",
                 "json=true",
             ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.registry import find_class
+from model.registry import find_class, made_with
 from training.callbacks.base import Callback
 from training.callbacks.metrics_file import MetricsFile
 from training.callbacks.progress import ProgressLine
@@ -20,5 +20,5 @@ def make_callbacks(config: TrainConfig, events: EventLog, rank: int) -> list[Cal
             callbacks.append(WandbLogger(config.stage_folder, events, config.logging))
     for name, entry in config.callbacks.items():
         callback_class = find_class("callback", entry.path, {}, f"callbacks.{name}.path")
-        callbacks.append(callback_class(**entry.options))
+        callbacks.append(made_with(callback_class, "callback", entry.options, f"callbacks.{name}.options"))
     return callbacks

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.registry import find_class
 from training.config import TrainConfig
-from training.contracts.engine import Engine
+
+if TYPE_CHECKING:
+    from training.contracts.engine import Engine
 
 ENGINES = {
     "megatron": "training.engines.megatron.engine.MegatronEngine",

@@ -5,7 +5,6 @@ A task is any class with the shape of `EvaluationTask`; a configuration names it
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from model.errors import UserError
 from model.generation.settings import SamplingConfig
+from model.registry import find_class, made_with
 from training.inference.prompts import Output, Prompt
 
 WILSON_Z = 1.959964  # of a 95% interval
@@ -56,22 +55,10 @@ class EvaluationModel(Protocol):
 
 def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
     """The task of class `package.module.Class`, made with `arguments`."""
-    module_name, _, class_name = path.rpartition(".")
-    try:
-        task_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            "the evaluation task cannot be imported", where=path, expected="package.module.Class", got=str(error)
-        ) from error
-    try:
-        return task_class(**arguments)
-    except TypeError as error:
-        raise UserError(
-            "the evaluation task does not take these arguments",
-            where=path,
-            got=str(error),
-            fix="give only arguments that the task's class has",
-        ) from error
+    task: EvaluationTask = made_with(
+        find_class("evaluation task", path, {}, "path"), "evaluation task", arguments, path
+    )
+    return task
 
 
 def interval_of(scores: Sequence[float]) -> list[float] | None:

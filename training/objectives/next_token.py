@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
 from training.contracts.objective import StepResult
 from training.objectives.offline_rows import OfflineRows
+from training.objectives.token_options import NextTokenOptions
 
 CHECKPOINT_KIND = "transformer"
 CLASS_NAMES = [kind.name.lower() for kind in TokenClass]
@@ -27,14 +28,11 @@ CLASS_NAMES = [kind.name.lower() for kind in TokenClass]
 class NextToken:
     """Cross entropy of the next token, weighted by the class of the label; see `training.contracts.objective`."""
 
-    @dataclass
-    class Options:
-        """The objective has no options of its own."""
-
+    Options = NextTokenOptions
     engine = "megatron"
 
-    def __init__(self, config: TrainConfig, options: Options):
-        self.config = config
+    def __init__(self, config: TrainConfig, options: NextTokenOptions):
+        self.config, self.options = config, options
         self.vocabulary = Vocabulary.from_config(config.model.vocabulary)
         self.source_names: list[str] = []
         self._tokenizers: dict[str, Any] = {}
@@ -55,8 +53,8 @@ class NextToken:
             micro_batch_size=stage.micro_batch_size,
             data_parallel_rank=ranks.data_parallel_rank,
             data_parallel_size=ranks.data_parallel_size,
-            loss_weights=asdict(stage.loss_weights),
-            document_attention=stage.document_attention,
+            loss_weights=asdict(self.options.loss_weights),
+            document_attention=self.options.document_attention,
             vocabulary=self.vocabulary,
             prefetch_batches=stage.data.prefetch_batches,
         )
@@ -89,8 +87,12 @@ class NextToken:
             by_source += np.bincount(batch.sources[counted], minlength=len(by_source))
         return totals
 
+    def token_losses(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
+        """[T_local], before weights: what an objective derived from this one changes."""
+        return -scores.log_probs(inputs.labels)
+
     def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
-        losses = -scores.log_probs(inputs.labels)
+        losses = self.token_losses(scores, inputs)
         weight = totals[0]
         scale = torch.where(weight > 0, 1.0 / weight, 0.0).to(losses.dtype)
         return LossSums(torch.dot(losses, inputs.weights) * scale, self._sums(losses.detach().double(), inputs))

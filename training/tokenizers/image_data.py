@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import numpy as np
 
@@ -19,63 +19,12 @@ from data_pipeline.sources import BadSample, SampleError, read_shard
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
-from model.errors import Problems, UserError
+from model.errors import UserError
+from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions, View
 
 HELD_BACK_STREAM = 1  # keeps the draws of one purpose apart from another's
 BATCH_STREAM = 2
 MIN_SAMPLES_TO_HOLD_BACK = 4  # a corpus of fewer holds back single pictures
-
-
-@dataclass
-class ImageCorpus:
-    """Shards to take images from: pictures of every kind of sample, and key frames of videos."""
-
-    path: str = ""  # glob of tar shards
-    weight: float = 1.0  # share of the training images
-    max_images: int = 4000  # kept in memory; without streaming
-    random_squares: int = 0  # take this many random squares of each picture instead of the whole of it
-
-
-@dataclass
-class View:
-    """One size at which images are trained on. All images of a step have the same view."""
-
-    area: int = 48 * 48  # pixels; sides are multiples of the factor, the aspect is kept
-    share: float = 1.0  # of the steps
-    crop: int = 0  # side of the squares cut out of an image, on a grid of this step; 0: the whole image
-    crops_per_image: int = 1  # the squares with the largest spread of values
-
-
-@dataclass
-class ImageDataOptions:
-    corpora: dict[str, ImageCorpus] = field(default_factory=dict)
-    views: list[View] = field(default_factory=lambda: [View()])
-    keyframe_seconds: float = 1.0
-    num_held_back: int = 64  # images, over all corpora, never trained on: the stage's figures come from them
-    streaming: bool = False  # read images when they are needed instead of holding all in memory
-    cache_bytes: int = 1 << 30  # streaming: of decoded images that are kept
-    num_readers: int = 4  # streaming: threads that read and decode
-
-    def validate(self, problems: Problems, key: str, factor: int) -> None:
-        problems.check(bool(self.corpora), f"{key}.corpora", "no corpus given")
-        problems.check(self.cache_bytes >= 0, f"{key}.cache_bytes", "must not be negative")
-        problems.check(self.num_readers > 0, f"{key}.num_readers", "must be positive")
-        problems.check(self.num_held_back > 0, f"{key}.num_held_back", "must be positive")
-        for name, corpus in self.corpora.items():
-            problems.check(corpus.weight > 0, f"{key}.corpora.{name}.weight", "must be positive")
-            problems.check(corpus.max_images > 1, f"{key}.corpora.{name}.max_images", "must be above one")
-        problems.check(bool(self.views), f"{key}.views", "no view given")
-        for index, view in enumerate(self.views):
-            where = f"{key}.views.{index}"
-            problems.check(view.area >= factor**2, f"{where}.area", f"must be at least {factor} squared")
-            problems.check(view.share > 0, f"{where}.share", "must be positive")
-            problems.check(
-                view.crop >= 0 and view.crop % factor == 0,
-                f"{where}.crop",
-                f"must be a multiple of {factor}",
-                f"{where}.crop={factor}",
-            )
-            problems.check(view.crops_per_image > 0, f"{where}.crops_per_image", "must be positive")
 
 
 class ImageSource:

@@ -28,8 +28,6 @@ from model.errors import UserError
 from training.tokenizers.image_data import (
     BATCH_STREAM,
     HELD_BACK_STREAM,
-    ImageCorpus,
-    ImageDataOptions,
     busiest_crops,
     images_at_once,
     normalized,
@@ -37,6 +35,7 @@ from training.tokenizers.image_data import (
     squares,
     stack_by_size,
 )
+from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions
 
 MEMBER_DTYPE = np.dtype([("shard", "<i4"), ("kind", "<i2"), ("offset", "<i8"), ("size", "<i8")])
 MAX_DRAWS = 100  # of samples in a row that cannot be read, before the corpus is given up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from data_pipeline.sources import Sample, SampleError, read_shard
 from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
 from data_pipeline.storage.format import checksum_file
 from data_pipeline.video.transcript import join_words, parse_transcript
-from model.errors import Problems, UserError
+from model.errors import UserError
 from training.config import TrainConfig
+from training.tokenizers.tokenizer_options import TextTokenizerOptions
 
 # Raised when the same texts and options would give another tokenizer than before.
 CODE_VERSION = 1
@@ -27,26 +28,6 @@ _TEMPLATE_TEXTS = (
     *(f"You are a helpful assistant for {task} task. USER:  ASSISTANT: " for task in TASKS),
     "0 1 2 3 4 5 6 7 8 9 * 64*64",
 )
-
-
-@dataclass
-class TextTokenizerOptions:
-    """`stage.options` of the objective `text_tokenizer`."""
-
-    corpora: list[str] = field(default_factory=list)  # patterns of raw .tar shards
-    size: int = 1024  # pieces, the 256 bytes among them
-    character_coverage: float = 0.9995  # share of the characters that get pieces, if they fit
-    max_bytes: int = 1 << 30  # of text; beyond it the rest of the corpora is not read
-    template_copies: int = 200  # how often the chat template is counted
-    extra_texts: list[str] = field(default_factory=list)
-
-    def validate(self, problems: Problems, key: str) -> None:
-        problems.check(
-            bool(self.corpora), f"{key}.corpora", "is required", f"{key}.corpora=['runs/demo/corpora/*/*.tar']"
-        )
-        problems.check(self.size > 300, f"{key}.size", "must exceed 300 (256 are bytes)")
-        problems.check(0.9 <= self.character_coverage <= 1.0, f"{key}.character_coverage", "must be in [0.9, 1]")
-        problems.check(self.max_bytes > 0, f"{key}.max_bytes", "must be positive")
 
 
 class TextTokenizer:
@@ -104,7 +85,7 @@ def find_shards(patterns: Iterable[str]) -> list[Path]:
         if not found:
             raise UserError(
                 "no input shards",
-                where=f"stage.options.corpora: {pattern}",
+                where=f"stage.objective.corpora: {pattern}",
                 expected="webdataset .tar files",
                 fix="check the path",
             )

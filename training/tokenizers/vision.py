@@ -9,53 +9,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model.errors import Problems, UserError
-from model.vision_tokenizer.config import VisionTokenizerConfig
+from model.errors import UserError
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
-from model.vision_tokenizer.losses import LossWeightsConfig, psnr_db
+from model.vision_tokenizer.losses import psnr_db
 from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.objective import StepResult
 from training.contracts.shards import ShardReader
 from training.objectives.offline_rows import OfflineRows
-from training.tokenizers.image_data import ImageDataOptions, ImageSource
+from training.tokenizers.image_data import ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
-from training.tokenizers.vision_terms import Adversary, Terms, TermsConfig
+from training.tokenizers.tokenizer_options import VisionTokenizerOptions
+from training.tokenizers.vision_terms import Adversary, Terms
 
 KMEANS_ROUNDS = 4
 CALIBRATION_BATCHES = 30  # batches whose latents the codes start from
-
-
-@dataclass
-class VisionTokenizerOptions:
-    """`stage.options` of the objective `vision_tokenizer`."""
-
-    model: VisionTokenizerConfig = field(default_factory=VisionTokenizerConfig)
-    losses: LossWeightsConfig = field(default_factory=LossWeightsConfig)
-    terms: TermsConfig = field(default_factory=TermsConfig)
-    data: ImageDataOptions = field(default_factory=ImageDataOptions)
-    continuous_steps: int = 0  # first steps without the quantizer; then the codes start from latents
-    average_decay: float = 0.0  # of the moving average of the weights; 0: none is kept
-    num_threads: int = 1  # of torch; small models gain nothing from more
-    min_codebook_use: float = 0.01  # share of codes used on the held-back images, below which the stage fails
-
-    def validate(self, problems: Problems, key: str) -> None:
-        self.model.validate(problems, f"{key}.model")
-        self.terms.validate(problems, f"{key}.terms", len(self.model.ch_mult))
-        self.data.validate(problems, f"{key}.data", self.model.factor)
-        problems.check(self.continuous_steps >= 0, f"{key}.continuous_steps", "must not be negative")
-        problems.check(0 <= self.average_decay < 1, f"{key}.average_decay", "must be in [0, 1)")
-        problems.check(self.num_threads > 0, f"{key}.num_threads", "must be positive")
-        problems.check(0 <= self.min_codebook_use <= 1, f"{key}.min_codebook_use", "must be in [0, 1]")
 
 
 class VisionTokenizer:
@@ -236,10 +213,10 @@ def measure(
     if share < min_codebook_use:
         raise UserError(
             "the vision tokenizer's codebook has collapsed",
-            where="stage.options.min_codebook_use",
+            where="stage.objective.min_codebook_use",
             expected=f"at least {min_codebook_use:.2%} of {model.config.n_embed} codes used",
             got=f"{len(used)} codes on {len(psnr)} held-back images",
-            fix="stage.options.continuous_steps=200, more steps, or model.cosine_similarity=true",
+            fix="stage.objective.continuous_steps=200, more steps, or model.cosine_similarity=true",
         )
     overall = {"psnr_db": float(np.mean(psnr)), "codebook_use": share, "num_codes_used": float(len(used))}
     return overall | figures

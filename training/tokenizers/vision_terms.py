@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
 
-from model.errors import Problems
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.discriminator import (
     GENERATOR_LOSSES,
     LECAM_DECAY,
-    AdversarialConfig,
     PatchDiscriminator,
     adaptive_weight,
     hinge_loss,
@@ -20,27 +16,15 @@ from model.vision_tokenizer.discriminator import (
     lecam_regularisation,
 )
 from model.vision_tokenizer.ibq import IBQ
-from model.vision_tokenizer.losses import LossWeightsConfig, tokenizer_loss
-from model.vision_tokenizer.perceptual import Distillation, DistillationConfig, PerceptualConfig, PerceptualLoss
+from model.vision_tokenizer.loss_config import AdversarialConfig, LossWeightsConfig
+from model.vision_tokenizer.losses import tokenizer_loss
+from model.vision_tokenizer.perceptual import Distillation, PerceptualLoss
 from model.vision_tokenizer.quantizer import Quantized
 from training.config import OptimizerConfig
 from training.engines.adam import adam, moments
+from training.tokenizers.tokenizer_options import TermsConfig
 
-KEY = "stage.options"
-
-
-@dataclass
-class TermsConfig:
-    """The terms of the loss beside the pixels', the quantizer's and the entropy."""
-
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-
-    def validate(self, problems: Problems, key: str, num_levels: int) -> None:
-        self.perceptual.validate(problems, f"{key}.perceptual")
-        self.adversarial.validate(problems, f"{key}.adversarial")
-        self.distillation.validate(problems, f"{key}.distillation", num_levels)
+KEY = "stage.objective.terms"
 
 
 class Adversary:

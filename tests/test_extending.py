@@ -1,0 +1,124 @@
+"""docs/extending.md as a user's own folder: everything on the page runs, and nothing of ours is changed for it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documented_files import write_shown_files
+from tiny_stage import write_packed
+
+from launch.command_line import cli
+from launch.commands import submit
+from launch.composition.compose import compose_config
+from model.errors import UserError
+from training.inference.evaluation import evaluate, load_task
+from training.metrics import METRICS_NAME
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_shown_files(PAGE, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As the installed command runs: the working folder is not where Python looks first (`-P`)."""
+    command = [sys.executable, "-P", "-m", "launch.command_line.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_page_trains(own_folder):
+    """Objective, engine, callback, model, stage and curriculum of the user's own, in the ranks of a curriculum's entry."""
+    run = own_folder / "runs" / "mine"
+    write_packed(run)
+    finished = nextstate("curriculum", "curriculum=mine", "json=true")
+    assert finished.returncode == 0, finished.stderr
+    assert {entry["state"] for entry in json.loads(finished.stdout)["entries"]} == {"done"}
+    summary = json.loads((run / "focal" / "summary.json").read_text())
+    assert (summary["objective"], summary["steps"], summary["data"]) == ("my_lab.objectives.Focal", 4, 2)
+    lines = [json.loads(line) for line in (run / "focal" / METRICS_NAME).read_text().splitlines()]
+    written = [line.split() for line in (run / "focal" / "losses.txt").read_text().splitlines()]
+    assert [(int(step), float(loss)) for step, loss in written] == [
+        (line["step"], line["loss"]) for line in lines if line["step"] % 2 == 0
+    ]
+    assert "forward and backward: " in finished.stderr
+    # Focal: (1 - p)^2 leaves nearly all of the loss of a fresh model, and never more than it.
+    assert 0.9 < lines[0]["loss"] / np.log(160) < 1.1
+    manifest = json.loads(next((run / "focal" / "checkpoints").glob("step_*/manifest.json")).read_text())
+    assert manifest["config"]["stage"]["objective"]["gamma"] == 2.0
+
+
+def test_options_of_the_users_objective_are_typed_and_listed(own_folder, capsys):
+    config = compose_config("train", ["model=nano", "stage=focal", "stage.objective.gamma=1"])
+    assert config.stage.objective["gamma"] == 1.0
+    assert config.stage.objective["loss_weights"] == {"text": 1.0, "visual": 0.5, "structure": 1.0}
+    for override, message in (("gama=1", "did you mean stage.objective.gamma"), ("gamma=-1", "must not be negative")):
+        with pytest.raises(UserError, match=message):
+            compose_config("train", ["model=nano", "stage=focal", f"stage.objective.{override}"])
+    assert cli.main(["train", "stage=focal", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "0: plain cross entropy" in shown
+    for option in ("nano", "focal"):
+        assert f"{option}, " in shown
+
+
+def test_the_users_task_judges(own_folder):
+    class Painter:
+        def generate(self, prompts, sampling, seed, first_index=0):
+            from training.inference.prompts import Output
+
+            red = np.zeros((16, 16, 3), np.uint8)
+            red[..., 0] = 200
+            return [Output("", [red], [red], np.zeros(1), np.zeros(1), True) for _ in prompts]
+
+    config = compose_config("evaluate", ["evaluation=colours"])
+    arguments = {key: value for key, value in config.tasks["red"].items() if key != "path"}
+    task = load_task(config.tasks["red"]["path"], arguments)
+    result = evaluate(Painter(), {"red": task}, config.sampling)["red"]
+    assert (result["accuracy"], result["count"]) == (1.0, 4)
+
+
+def script_of(*overrides: str) -> str:
+    answer = submit.run(compose_config("submit", ["cluster=ours", "model=nano", "dry_run=true", *overrides]))
+    return str(answer["script"])
+
+
+def test_the_users_cluster_and_folder_reach_a_job(own_folder, monkeypatch):
+    script = script_of("stage=focal", "run_folder=runs/mine")
+    assert "#SBATCH --partition=gpu" in script
+    assert f"work_folder={own_folder}" in script
+    assert '"$code${PYTHONPATH:+:$PYTHONPATH}:$work_folder"' in script
+    (own_folder / "elsewhere").mkdir()
+    monkeypatch.chdir(own_folder / "elsewhere")
+    folder = "config_folder=../conf"
+    job = script_of(folder, "command=evaluate", 'arguments=["evaluation=colours"]')
+    assert shlex.join(["evaluate", "config_folder='../conf'", "evaluation=colours"]) in job
+    config = compose_config("curriculum", ["curriculum=mine", folder])
+    assert config.entries["focal"].overrides[0] == "config_folder='../conf'"
+    assert config.entries["note"].overrides == ["runs/mine/note.txt"]
+
+
+def test_where_configurations_are_looked_for(own_folder):
+    with pytest.raises(UserError, match="no stage named 'focal'"):
+        compose_config("train", ["stage=focal", "config_folder=null"])
+    with pytest.raises(UserError, match="no such folder"):
+        compose_config("train", ["config_folder=nowhere"])
+    (own_folder / "conf" / "model" / "toy.yaml").write_text("name: mine\n")
+    assert compose_config("convert", ["action=init", "target=x", "model=toy"]).model.name == "mine"
+    assert compose_config("convert", ["action=init", "target=x", "model=toy", "config_folder=null"]).model.name == "toy"
+
+
+def test_the_help_tells_of_the_folder(own_folder, capsys):
+    """Also of commands that have no field for it because they start no other command."""
+    for command in ("train", "submit", "curriculum", "report"):
+        assert cli.main([command, "--help"]) == 0
+        assert "    config_folder " in capsys.readouterr().out, command

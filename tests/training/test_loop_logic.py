@@ -244,6 +244,61 @@ def test_resume_around_a_roll_back_is_bitwise(tmp_path, monkeypatch, step):
     assert_same_weights(unbroken, broken)
 
 
+def all_finite(folder: Path) -> bool:
+    with CheckpointReader(folder) as reader:
+        return all(bool(torch.isfinite(reader.read_full(key).float()).all()) for key in reader.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("sample", [36, 40, 76])  # the update of step 10 (saved at once), 11 and 20 (the last)
+def test_weights_that_are_not_finite_are_never_published(tmp_path, capsys, sample):
+    config = fake_config(tmp_path, poisoning_samples=[sample])
+    summary = run_stage(config)
+    assert summary["steps"] == 20
+    assert len(events(config, "roll_back")) == 1
+    assert "weights are not finite (model/weight" in events(config, "roll_back")[0]["reason"]
+    assert "weights are not finite (model/weight" in capsys.readouterr().err
+    found = list_checkpoints(config.stage_folder)
+    assert len(found) == 2
+    assert all(all_finite(folder) for folder in found)
+    assert [line["step"] for line in metric_lines(config)] == list(range(1, 21))
+    if sample != 40:  # no save fell into the three steps that were skipped
+        aside = list((config.stage_folder / "checkpoints").glob("non_finite_*"))
+        assert [folder.name for folder in aside] == [f"non_finite_step_{sample // 4 + 1:08d}"]
+        assert not all_finite(aside[0])
+
+
+def test_weights_that_stay_not_finite_end_the_run_with_the_reason(tmp_path):
+    config = fake_config(tmp_path, poisoning_samples=list(range(36, 400, 4)))
+    with pytest.raises(UserError, match="weights are not finite"):
+        run_stage(config)
+    assert len(events(config, "roll_back")) == config.reliability.max_rollbacks
+    assert all(all_finite(folder) for folder in list_checkpoints(config.stage_folder))
+
+
+def test_a_stop_with_weights_that_are_not_finite_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = fake_config(tmp_path, poisoning_samples=[28])
+    interrupt_at(monkeypatch, config, 9)
+    assert latest_checkpoint(config.stage_folder).name == "step_00000005"
+    assert all_finite(latest_checkpoint(config.stage_folder))
+
+
+def test_skipped_steps_push_no_good_checkpoint_out(tmp_path, monkeypatch):
+    """A checkpoint at every step, two kept, three skipped: the two of before the first skip are still there."""
+    config = fake_config(tmp_path, bad_samples=[28, 32, 36])
+    config.checkpoint.every_steps = 1
+    original, seen = FakeEngine.forward_backward, {}
+
+    def forward_backward(engine, batches, objective):
+        seen[objective.data.requested[-1]] = {path.name for path in list_checkpoints(config.stage_folder)}
+        return original(engine, batches, objective)
+
+    monkeypatch.setattr(FakeEngine, "forward_backward", forward_backward)
+    run_stage(config)
+    assert len(events(config, "skip")) == 3
+    assert seen[40] >= {"step_00000006", "step_00000007"}
+    assert seen[44] == {"step_00000011", "step_00000010"}  # after a good step two are kept again
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

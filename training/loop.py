@@ -46,14 +46,17 @@ def train(run: Run) -> str:
 
     Raises `UserError` when the run cannot go on. No error path uses a collective: the other ranks may be gone.
     """
-    status = "failed"
+    status, enter = "failed", run.heartbeat.enter
     try:
+        enter("callbacks at the start", run.state.step)
         for callback in run.callbacks:
             callback.on_start(run)
         status = _run_steps(run)
         return status
     finally:
+        enter("close the data")
         run.job.batches.close()
+        enter("callbacks at the end")
         for callback in run.callbacks:
             callback.on_end(run, status)
 

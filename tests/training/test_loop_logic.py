@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -113,7 +115,7 @@ def test_signal_then_resume_is_bitwise(tmp_path, monkeypatch, step):
     assert strip(metric_lines(broken)) == strip(metric_lines(unbroken))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_every_stop_signal(tmp_path, monkeypatch, number):
     config = fake_config(tmp_path)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -123,6 +125,32 @@ def test_every_stop_signal(tmp_path, monkeypatch, number):
             run_stage(config)
     assert events(config, "stopped")[0]["signal"] == signal.Signals(number).name
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_nohup_is_respected(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, 2, signal.SIGHUP)
+        assert run_stage(config)["steps"] == 20
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_stops_nothing(tmp_path, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    nobody = open(write_end, "wb", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(nobody, write_through=True))
+    assert run_stage(fake_config(tmp_path, bad_samples=[28]))["skipped_steps"] == 1
+
+
+def test_heartbeats_that_cannot_be_written_fail_nothing(tmp_path, capsys):
+    config = fake_config(tmp_path)
+    config.stage_folder.mkdir(parents=True)
+    (config.stage_folder / "heartbeats").write_text("a file is in the way, as a folder without permission would be")
+    assert run_stage(config)["peak_memory_bytes"] > 1 << 20
+    assert capsys.readouterr().err.count("the heartbeat of rank 0 cannot be written") == 1
 
 
 def test_signal_while_waiting_for_data(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_objective
 import pytest
@@ -19,6 +20,9 @@ from small_disk import small_disk
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 from training import stage
+from training.callbacks.metrics_file import MetricsFile
+from training.metrics import first_and_last_loss
+from training.reliability.events import EventLog
 from training.reliability.json_lines import read_json_lines
 from training.schedule import learning_rate
 from training.stage import StoppedEarly, run_stage
@@ -461,6 +465,46 @@ def test_metrics_file_that_was_cut_or_removed(tmp_path, monkeypatch):
     steps = [line["step"] for line in metric_lines(config)]
     assert steps == sorted(set(steps))
     assert steps[-12:] == list(range(9, 21))
+
+
+def test_a_damaged_line_of_metrics_blocks_nothing(tmp_path, monkeypatch, capsys):
+    config = fake_config(tmp_path)
+    interrupt_at(monkeypatch, config, 8)
+    path = config.stage_folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[7] = lines[7].replace(b'"step"', b'"st\xffp"')  # the last one, where a resume looks
+    lines[2] = lines[2].replace(b'"loss"', b'"lpss"')
+    path.write_bytes(b"".join(lines))
+    summary = run_stage(config)
+    assert (summary["steps"], summary["loss_first"]) == (20, json.loads(lines[0])["loss"])
+    assert [line["step"] for line in metric_lines(config)] == [1, 2, 3, 4, 5, 6, 7, *range(9, 21)]
+    assert "1 lines of" in capsys.readouterr().err
+    assert events(config, "metrics_damaged")[0]["num_lines"] == 1
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x10, 0x80])
+def test_any_flipped_byte_of_metrics_is_survived(tmp_path, mask):
+    """Every byte of the file: it is cut and read, and no more than two lines are lost (where two became one)."""
+    lines = [{"step": step, "loss": 1.0 / step} for step in range(1, 8)]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    noted = len(content) - len(content.splitlines(keepends=True)[-1])  # the checkpoint is that of step 6
+    run = SimpleNamespace(state=SimpleNamespace(step=6))
+    path = tmp_path / "metrics.jsonl"
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= mask
+        path.write_bytes(flipped)
+        callback = MetricsFile(tmp_path, EventLog(tmp_path, 0), 1)
+        callback.load_state({"num_bytes": noted})
+        callback.on_start(run)
+        callback.on_end(run, "stopped")
+        first_and_last_loss(tmp_path)
+        left = read_json_lines(path)
+        assert len(left) >= 4, (place, bytes(flipped))
+        assert sum(line in lines[:6] for line in left) >= 4
+        assert lines[6] not in left
+    path.write_bytes(b"\x00" * 100)
+    MetricsFile(tmp_path, EventLog(tmp_path, 0), 1).on_start(run)
 
 
 def test_wandb_failure_is_told_once(tmp_path, monkeypatch, capsys):

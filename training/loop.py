@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from training.contracts.objective import StepResult
 from training.contracts.run_view import LoopState
 from training.metrics import StepRecord
 from training.objectives.checks import fixed_of, in_todays_form
-from training.reliability.checkpoint import CheckpointFailed, CheckpointStore
+from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite
 from training.reliability.events import EventLog, tell
 from training.reliability.guard import Decision, StepGuard, Verdict
 from training.reliability.signals import StopSignals
@@ -46,14 +47,17 @@ def train(run: Run) -> str:
 
     Raises `UserError` when the run cannot go on. No error path uses a collective: the other ranks may be gone.
     """
-    status = "failed"
+    status, enter = "failed", run.heartbeat.enter
     try:
+        enter("callbacks at the start", run.state.step)
         for callback in run.callbacks:
             callback.on_start(run)
         status = _run_steps(run)
         return status
     finally:
+        enter("close the data")
         run.job.batches.close()
+        enter("callbacks at the end")
         for callback in run.callbacks:
             callback.on_end(run, status)
 
@@ -80,15 +84,14 @@ def _run_steps(run: Run) -> str:
         else:
             engine.discard_gradients()
             if decision.verdict is not Verdict.SKIP:
-                _roll_back_or_end(run, decision)
+                _roll_back_or_end(run, _with_state_of_weights(run, decision))
                 continue
         record = _count_step(run, result, decision, rate, time.monotonic() - started)
         enter("callbacks")
         for callback in run.callbacks:
             callback.on_step(run, record)
-        if state.step % run.config.checkpoint.every_steps == 0:
-            save(run)
-    save(run)
+        if state.step % run.config.checkpoint.every_steps == 0 or state.step == run.config.stage.steps:
+            _save_or_roll_back(run)
     return "finished"
 
 
@@ -112,25 +115,40 @@ def _count_step(run: Run, result: StepResult, decision: Decision, rate: float, s
 
 
 def _stop(run: Run) -> str:
-    save(run)
+    with contextlib.suppress(NotFinite):  # told; the next start goes on from the checkpoint before
+        save(run)
     run.events.record("stopped", step=run.state.step, signal=run.signals.received or "on another rank")
     return "stopped"
 
 
-def _roll_back_or_end(run: Run, decision: Decision) -> None:
+def _save_or_roll_back(run: Run) -> None:
+    try:
+        save(run)
+    except NotFinite as error:
+        _roll_back_or_end(run, run.guard.judge_weights(str(error)), num_refused_steps=0)
+
+
+def _with_state_of_weights(run: Run, decision: Decision) -> Decision:
+    """The reason why steps failed one after another may be that the weights themselves are not finite."""
+    non_finite = run.store.find_non_finite()
+    return replace(decision, reason=f"{decision.reason}; {non_finite}") if non_finite else decision
+
+
+def _roll_back_or_end(run: Run, decision: Decision, num_refused_steps: int = 1) -> None:
     """Load the last checkpoint and go on behind the data that led here, or end the run with a `UserError`.
 
     The whole window since that checkpoint is left out, not only the batch that failed: bad steps are never applied,
-    so repeating the same good ones would lead to the same place.
+    so repeating the same good ones would lead to the same place. `num_refused_steps` are not counted in the state.
     """
     before, reason = replace(run.state), decision.reason
+    failed_step = before.step + num_refused_steps
     folder = None
     if decision.verdict is Verdict.ROLL_BACK:
         folder = run.store.find_usable(lambda folder, damage: report_damage(run, folder, damage))
     if folder is None:
-        run.events.record("stop", step=before.step + 1, reason=reason)
+        run.events.record("stop", step=failed_step, reason=reason)
         raise UserError(
-            f"training does not recover at step {before.step + 1}: {reason}",
+            f"training does not recover at step {failed_step}: {reason}",
             got=f"{run.guard.num_consecutive_skips} skipped steps in a row, {run.guard.num_rollbacks} rollbacks"
             + ("" if decision.verdict is Verdict.STOP else ", no checkpoint to go back to"),
             where=str(run.events.path),
@@ -139,16 +157,17 @@ def _roll_back_or_end(run: Run, decision: Decision) -> None:
     num_rollbacks = run.guard.num_rollbacks + 1
     _load(run, folder)
     run.guard.has_rolled_back(num_rollbacks)
-    window = [run.state.next_sample, before.next_sample + run.config.stage.global_batch_size]
+    num_refused_samples = num_refused_steps * run.config.stage.global_batch_size
+    window = [run.state.next_sample, before.next_sample + num_refused_samples]
     run.state.next_sample = window[1]
     run.state.skipped_windows = [*before.skipped_windows, window]
     run.state.wall_seconds = before.wall_seconds
     _announce(
         run,
         "roll_back",
-        f"step {before.step + 1} failed ({reason}): back to step {run.state.step}, leaving out samples {window}",
+        f"step {failed_step} failed ({reason}): back to step {run.state.step}, leaving out samples {window}",
         reason,
-        failed_step=before.step + 1,
+        failed_step=failed_step,
         window=window,
         checkpoint=folder.name,
     )
@@ -160,13 +179,20 @@ def save(run: Run) -> None:
     """Write a checkpoint of the present state, unless there is one already.
 
     A failure costs no more than the interval since the last complete one: training goes on if there is one and
-    steps are left, otherwise it is a `UserError`.
+    steps are left, otherwise it is a `UserError`. While steps are being skipped older checkpoints are kept: the fault
+    may be older than the newest ones. Raises `NotFinite` when the weights or moments are not finite.
     """
     state = run.state
     if state.step == run.saved_step:
         return
     try:
-        folder = run.store.save(state.step, manifest_metadata(run), run.config_yaml)
+        is_failing = run.guard.num_consecutive_skips > 0
+        folder = run.store.save(state.step, manifest_metadata(run), run.config_yaml, keep_older=is_failing)
+    except NotFinite as error:
+        run.events.record("not_finite", step=state.step, reason=str(error), folder=error.folder.name)
+        if run.job.engine.ranks.rank == 0:
+            tell(f"no checkpoint of step {state.step}: {error}; kept aside in {error.folder}")
+        raise
     except CheckpointFailed as error:
         run.events.record("checkpoint_failed", step=state.step, error=str(error))
         is_last = state.step >= run.config.stage.steps or run.signals.received is not None

@@ -47,11 +47,8 @@ class StepRecord:
 
 def first_and_last_loss(stage_folder: Path) -> tuple[float | None, float | None]:
     """Loss of the first step, and the mean over the last 10 logged steps; skipped steps do not count."""
-    losses = [
-        line["loss"]
-        for line in read_json_lines(stage_folder / METRICS_NAME)
-        if line["loss"] is not None and "skipped" not in line
-    ]
+    lines = [line for line in read_json_lines(stage_folder / METRICS_NAME) if "skipped" not in line]
+    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), int | float)]
     if not losses:
         return None, None
     last = losses[-NUM_LAST_STEPS:]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from training.contracts.objective import Objective
     from training.contracts.shards import ShardStore
     from training.loop import Run
+    from training.reliability.events import EventLog
+    from training.reliability.signals import StopSignals
+    from training.reliability.watchdog import Heartbeat
 
 CONFIG_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
@@ -98,16 +101,22 @@ def learn(config: TrainConfig) -> dict[str, Any]:
     """Fit, or train step by step, what the stage's objective says; the figures of the summary."""
     from training.contracts.objective import FittedObjective
     from training.objectives.registry import make_objective
+    from training.reliability.events import EventLog
     from training.reliability.signals import StopSignals
+    from training.reliability.watchdog import Heartbeat, Watchdog
 
-    objective = make_objective(config)
-    if isinstance(objective, FittedObjective):
-        return objective.fit()
-    with StopSignals() as signals:
-        job = build(config, objective)
-        with told_to_the_user(config.stage_folder):
-            run = assemble(config, job, signals)
-        return run_to_the_end(run)
+    with StopSignals() as signals:  # a signal that comes while the parts are made is heard by the loop
+        objective = make_objective(config)
+        if isinstance(objective, FittedObjective):
+            return objective.fit()
+        rank, world_size = int(os.environ.get("RANK", "0")), config.parallel.world_size
+        heartbeat, events = Heartbeat(config.stage_folder, rank), EventLog(config.stage_folder, rank)
+        with Watchdog(heartbeat, events, world_size, config.reliability.hang_timeout_seconds):
+            heartbeat.enter("build the engine and open the data")
+            job = build(config, objective)
+            with told_to_the_user(config.stage_folder):
+                run = assemble(config, job, signals, heartbeat, events)
+            return run_to_the_end(run)
 
 
 def build(config: TrainConfig, objective: Objective) -> Job:
@@ -121,18 +130,15 @@ def build(config: TrainConfig, objective: Objective) -> Job:
 
 def run_to_the_end(run: Run) -> dict[str, Any]:
     from training.loop import train
-    from training.reliability.watchdog import Watchdog
 
     engine = run.job.engine
-    timeout = run.config.reliability.hang_timeout_seconds
-    with Watchdog(run.heartbeat, run.events, engine.ranks.world_size, timeout):
-        prepare(run)
-        status = train(run)
-        summary = summarize(run)
-        run.heartbeat.enter("close")
-        # Not after an error: an engine is closed by all ranks together, and the others may be gone.
-        engine.ranks.barrier()
-        engine.close()
+    prepare(run)
+    status = train(run)
+    summary = summarize(run)
+    run.heartbeat.enter("close")
+    # Not after an error: an engine is closed by all ranks together, and the others may be gone.
+    engine.ranks.barrier()
+    engine.close()
     run.events.record(status, step=run.state.step)
     run.events.close()
     if status == "stopped":
@@ -140,7 +146,7 @@ def run_to_the_end(run: Run) -> dict[str, Any]:
     return summary
 
 
-def assemble(config: TrainConfig, job: Job, signals: Any) -> Run:
+def assemble(config: TrainConfig, job: Job, signals: StopSignals, heartbeat: Heartbeat, events: EventLog) -> Run:
     """Put the loop's parts together for this rank. Files for people are written by rank 0 only."""
     from omegaconf import OmegaConf
 
@@ -148,13 +154,10 @@ def assemble(config: TrainConfig, job: Job, signals: Any) -> Run:
     from training.callbacks.registry import make_callbacks
     from training.loop import Run
     from training.reliability.checkpoint import CheckpointStore
-    from training.reliability.events import EventLog
     from training.reliability.guard import StepGuard
-    from training.reliability.watchdog import Heartbeat
 
     folder, ranks = config.stage_folder, job.engine.ranks
-    events = EventLog(folder, ranks.rank)
-    heartbeat = Heartbeat(folder, ranks.rank)
+    heartbeat.enter("find checkpoints")
     return Run(
         config=config,
         job=job,
@@ -177,6 +180,7 @@ def prepare(run: Run) -> None:
     source = run.config.stage.initialize_from
     run.events.record("start", initialize_from=source, world_size=run.job.engine.ranks.world_size)
     if source is not None:
+        run.heartbeat.enter("load the weights to start from")
         load_weights(run.job.engine.shards, Path(source))
 
 
@@ -193,14 +197,15 @@ def summarize(run: Run) -> dict[str, Any]:
     """The stage's figures, of its whole life over all restarts; memory is summed over the ranks."""
     from model.checkpoint.reader import step_folder_name
     from training.metrics import first_and_last_loss
-    from training.reliability.watchdog import read_heartbeats
+    from training.reliability.watchdog import peak_memory_bytes, read_heartbeats
 
     run.heartbeat.enter("summarize")
     run.heartbeat.write()
     ranks = run.job.engine.ranks
     ranks.barrier()
     config, state = run.config, run.state
-    beats = read_heartbeats(config.stage_folder, ranks.world_size)
+    peaks = {beat["rank"]: beat["peak_memory_bytes"] for beat in read_heartbeats(config.stage_folder, ranks.world_size)}
+    peaks[ranks.rank] = peak_memory_bytes()
     loss_first, loss_last = first_and_last_loss(config.stage_folder)
     layout = {name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context", "data")}
     return (
@@ -212,7 +217,7 @@ def summarize(run: Run) -> dict[str, Any]:
             "loss_first": loss_first,
             "loss_last": loss_last,
             "wall_seconds": round(state.wall_seconds, 3),
-            "peak_memory_bytes": sum(beat["peak_memory_bytes"] for beat in beats),
+            "peak_memory_bytes": sum(peaks.values()),
             "skipped_steps": state.num_skipped_steps,
             "skipped_windows": state.skipped_windows,
             "checkpoint": str(run.store.folder / step_folder_name(state.step)),

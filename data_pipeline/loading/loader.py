@@ -8,13 +8,14 @@ same global batch however many they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.read_ahead import Readers
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.packed_files import PackedDataset
 from model.durable import fingerprint_of
@@ -72,9 +73,7 @@ class PackedDataSource:
         ]
         self.fingerprint = self._compute_fingerprint()
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
-        self._executor: ThreadPoolExecutor | None = None
-        if prefetch_batches > 0:
-            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._reader = Readers(1, "prefetch") if prefetch_batches > 0 else None
         self._closed = False
 
     def batch(self, first_sample: int) -> list[MicroBatch]:
@@ -83,21 +82,25 @@ class PackedDataSource:
         Errors of the background thread are raised here, in the call that asks for the batch they belong to.
         """
         assert not self._closed, "the data source is closed"
-        if self._executor is None:
+        if self._reader is None:
             return self._read(first_sample)
         wanted = [first_sample + number * self._global_batch_size for number in range(self._prefetch_batches + 1)]
         for sample in [sample for sample in self._ahead if sample not in wanted]:
             self._ahead.pop(sample).cancel()
         for sample in wanted:
             if sample not in self._ahead:
-                self._ahead[sample] = self._executor.submit(self._read, sample)
+                self._ahead[sample] = self._reader.submit(self._read, sample)
         return self._ahead.pop(first_sample).result()
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread to end. May be called twice."""
+        if self._closed:
+            return
         self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        for future in self._ahead.values():
+            future.cancel()
+        if self._reader is not None:
+            self._reader.close()
         self._ahead.clear()
         self._descriptors.close()
 

@@ -1,22 +1,30 @@
 """Writes the batch script of a job: asks the scheduler, prepares the environment, runs the ranks, restarts them.
 
-Every value that comes from a configuration is quoted by `shlex.quote`; nothing is pasted into the script as it is.
+Every value that comes from a configuration is quoted by `shlex.quote`; nothing is pasted into the script as it is. Values
+with control characters are refused: a line break ends the comment that a directive is, quoted or not. Secrets of the
+environment are not in the script, which others may read, but in a file of its own that it sources.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.scheduling import DIRECTIVES
+from model.errors import Problems
 
 ENDED_NAME = "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
 ATTEMPTS_NAME = "attempts"  # one line a start of the ranks
 PROGRESS_NAME = "progress"  # "restarts in a row without progress, progress at the last start"
 LOG_NAME = "log.txt"
+SECRETS_NAME = "secrets.sh"  # readable by its owner only
+# Names of variables whose values are secrets: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM.
+SECRET_NAME = re.compile(r"(?i)(^|_)(key|apikey|token|secret|password|passwd|passphrase|credentials?|auth)(_|$)")
 SHARE = "task=<number of the array task>"  # the argument that this task's number replaces
 
 
@@ -50,11 +58,15 @@ class BatchJob:
 
 
 def render(job: BatchJob, cluster: ClusterConfig) -> str:
-    """The whole script, for `sbatch` or, where the cluster is this machine, for `bash`."""
+    """The whole script, for `sbatch` or, where the cluster is this machine, for `bash`.
+
+    Raises `UserError` that names every value with a control character.
+    """
+    check_values(job, cluster)
     parts = ["#!/bin/bash", f"# {printable(job.description)}"]
     if cluster.kind == "slurm":
         parts += directives(job, cluster)
-    parts += ["", "set -u", *places(job, cluster), "", *environment(cluster), "", *calls(job)]
+    parts += ["", "set -u", *places(job, cluster), "", *environment(job, cluster), "", *calls(job)]
     if cluster.kind == "slurm":
         parts += ["", RENDEZVOUS if job.checkpoints else NO_RENDEZVOUS]
         launch = "\n".join(f"  {line}" for line in srun(job, cluster))
@@ -67,6 +79,18 @@ def render(job: BatchJob, cluster: ClusterConfig) -> str:
 def printable(text: str) -> str:
     """`text` on one line: a comment must not become a command."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def check_values(job: BatchJob, cluster: ClusterConfig) -> None:
+    problems = Problems()
+    folders = [job.folder, job.code, job.work_folder, job.checkpoints or "", *job.outputs, *job.must_exist]
+    values = {"name": [job.name, job.key], "run_folder or working folder": list(map(str, folders))}
+    values |= {"arguments": [word for call in job.calls for word in call], "cluster": cluster.texts()}
+    for key, texts in values.items():
+        for text in texts:
+            is_clean = all(unicodedata.category(letter) not in ("Cc", "Zl", "Zp") for letter in text)
+            problems.check(is_clean, key, f"a control character in {text!r}", "remove it")
+    problems.raise_if_any()
 
 
 def directives(job: BatchJob, cluster: ClusterConfig) -> list[str]:
@@ -124,14 +148,22 @@ def places(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     return [*lines, 'cd -- "$work_folder" || exit 1']
 
 
-def environment(cluster: ClusterConfig) -> list[str]:
+def secrets(cluster: ClusterConfig) -> str:
+    """What stands in the file `SECRETS_NAME`; empty when the environment has no secrets."""
+    found = {name: value for name, value in cluster.environment.items() if SECRET_NAME.search(name)}
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in found.items())
+
+
+def environment(job: BatchJob, cluster: ClusterConfig) -> list[str]:
     lines = [f"module load {shlex.quote(name)}" for name in cluster.modules]
-    variables = dict(cluster.environment)
+    variables = {name: value for name, value in cluster.environment.items() if not SECRET_NAME.search(name)}
     if cluster.network_interface:
         variables["GLOO_SOCKET_IFNAME"] = variables["NCCL_SOCKET_IFNAME"] = cluster.network_interface
     if cluster.infiniband_devices:
         variables["NCCL_IB_HCA"] = cluster.infiniband_devices
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    if secrets(cluster):
+        lines.append(f". {shlex.quote(str(job.folder / SECRETS_NAME))} || exit 1")
     lines.append(
         "# The snapshot comes before anything else that could be imported, the working folder (modules of your own) last."
     )

@@ -75,7 +75,7 @@ class Scheduling:
                 f"{key}.options",
                 f"{name!r} is no sbatch option; write it without dashes in front",
             )
-        for text in self._texts():
+        for text in self.texts():
             problems.check(text.isprintable(), key, f"a control character in {text!r}", "remove it")
 
     def _validate_container(self, problems: Problems, key: str) -> None:
@@ -97,7 +97,8 @@ class Scheduling:
                 ":" in mount and "," not in mount, f"{key}.container_mounts", f"{mount!r} is not outside:inside"
             )
 
-    def _texts(self) -> list[str]:
+    def texts(self) -> list[str]:
+        """Every free text of a profile, as it reaches a batch script."""
         names = (*DIRECTIVES, "memory", "gres", "network_interface", "infiniband_devices", "container_image", "python")
         texts = [getattr(self, name) for name in names]
         texts += [*self.modules, *self.container_mounts]

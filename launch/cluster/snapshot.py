@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+from training.reliability.events import tell
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("model", "data_pipeline", "training", "launch", "conf", "examples")
 SUFFIXES = (".py", ".yaml", ".css")
+# Files that look like credentials stay where they are: a snapshot lies in a run folder that others may read.
+CREDENTIALS = re.compile(
+    r"\.env(\..*)?|.*\.(env|pem|key|p12|pfx|jks|keytab|kdbx|ovpn)|\.?(netrc|pypirc|npmrc|pgpass|htpasswd|git-credentials)"
+    r"|id_(rsa|dsa|ecdsa|ed25519).*|(?!.*\.py$).*(secret|credential|password|api[-_]?key|access[-_]?token).*",
+    re.IGNORECASE,
+)
 
 
 def code_files() -> list[Path]:
@@ -36,7 +45,14 @@ def code_files() -> list[Path]:
             for path in (ROOT / package).rglob("*")
             if path.suffix in SUFFIXES
         ]
-    return sorted(found)
+    left_out = sorted(str(path) for path in found if looks_like_credentials(path))
+    if left_out:
+        tell(f"not copied for the job, because they look like credentials: {', '.join(left_out)}")
+    return sorted(path for path in found if not looks_like_credentials(path))
+
+
+def looks_like_credentials(path: Path) -> bool:
+    return any(CREDENTIALS.fullmatch(part) for part in (path.name, *path.parent.parts[1:]))
 
 
 def snapshot(folder: Path) -> Path:

@@ -5,6 +5,7 @@ What is done, queued or running is left alone, so every submission may be given 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch.cluster import slurm
-from launch.cluster.batch_script import SHARE, BatchJob, render
+from launch.cluster.batch_script import SECRETS_NAME, SHARE, BatchJob, render, secrets
 from launch.cluster.job_folders import CODE_FOLDER, CONFIG_NAME, JobFolder, JobRecord, find_lost, job_state, locked
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.snapshot import snapshot
@@ -201,13 +202,23 @@ def enqueue(
 def prepare(work: Work, cluster: ClusterConfig, folder: JobFolder, code: Path) -> BatchJob:
     """Script and resolved configuration in the job folder."""
     job = describe(work, cluster, folder, code)
+    script = render(job, cluster)  # refuses what must not reach a script before anything is written
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.forget_endings()
     if work.training is not None:
         save_yaml(work.training, folder.path / CONFIG_NAME)
     replace_file(folder.path / "fingerprint", work.fingerprint + "\n")
-    replace_file(folder.script, render(job, cluster))
+    write_private(folder.path / SECRETS_NAME, secrets(cluster))
+    replace_file(folder.script, script)
     return job
+
+
+def write_private(path: Path, content: str) -> None:
+    """A file that only its owner may read, from its first byte on; none for no content."""
+    path.unlink(missing_ok=True)
+    if content:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(content)
 
 
 def submit_summary(folder: Path, name: str, cluster: ClusterConfig, after: list[str]) -> str:

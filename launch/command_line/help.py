@@ -75,6 +75,7 @@ def section_lines(schema: type, tree: DictConfig | None, prefix: str, chosen: Ma
             heading = f"{prefix}{field.name}: {first_sentence(inner)}".rstrip(": ")
             nested += ["", f"  {heading}"]
             if prefix + field.name in chosen:
+                assert value is not None, "its name has decided the fields"
                 comment = f"{' | '.join(OBJECTIVES)} | package.module.Class"
                 nested.append(key_line(f"{prefix}{field.name}.name", "str", value["name"], comment))
             nested += section_lines(inner, value, f"{prefix}{field.name}.", chosen)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from training.inference.scoring import ScoreConfig, save_config
@@ -31,12 +29,11 @@ def run(config: ScoreConfig) -> dict[str, Any]:
         answer = score(config)
         assert answer is not None, "rank 0 answers"
         return answer
-    from launch.local.ranks import run_ranks
+    from launch.local.ranks import meeting_folder, run_ranks
     from training.inference.scoring import open_inputs
 
     open_inputs(config)  # what is wrong is told before any rank starts
-    with tempfile.TemporaryDirectory(prefix="nextstate-score-") as name:
-        folder = Path(name)
+    with meeting_folder() as folder:
         save_config(config, folder / "config.json")
         return run_ranks("score", folder / "config.json", folder, folder, config.parallel.world_size)
 

@@ -239,11 +239,13 @@ def measure(path: Path) -> tuple[int, int]:
 
 
 def alive(process: list[float]) -> bool:
-    """True while the recorded process exists; a process id used again by another process does not count."""
+    """True while the recorded process runs; a process id used again by another process does not count."""
     if not process:
         return False
     try:
-        return abs(psutil.Process(int(process[0])).create_time() - process[1]) < 1.0
+        found = psutil.Process(int(process[0]))
+        is_same = abs(found.create_time() - process[1]) < 1.0
+        return is_same and found.status() != psutil.STATUS_ZOMBIE  # ended, but its parent never asked
     except psutil.Error:
         return False
 
@@ -268,9 +270,9 @@ def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
         for position, name in enumerate(curriculum.order, 1):
             label = f"[{position}/{len(curriculum.order)}] {name}"
             if name not in config.force and curriculum.is_done(name):
-                print(f"{label}: up to date", file=sys.stderr)
+                say(f"{label}: up to date")
             elif config.dry_run:
-                print(f"{label}: {' '.join(command_line(config.entries[name]))}", file=sys.stderr)
+                say(f"{label}: {' '.join(command_line(config.entries[name]))}")
             else:
                 exit_code = run_entry(curriculum, name, label)
                 ran.append(name)
@@ -306,11 +308,14 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
         record.wall_seconds, record.peak_memory_bytes = 0.0, 0
     record.fingerprint, record.arguments = fingerprint, command_line(entry)
     record.state, record.exit_code, record.started_at = "running", None, time.time()
-    print(f"{label}: starts", file=sys.stderr, flush=True)
+    say(f"{label}: starts")
 
     def note_process(pid: int) -> None:
         record.process = [pid, psutil.Process(pid).create_time()]
-        curriculum.save()
+        try:
+            curriculum.save()
+        except OSError as error:  # the entry runs, and may well end when there is space again
+            say(f"{label}: the curriculum's state cannot be written: {error}")
 
     log = curriculum.folder / "logs" / f"{name}.log"
     outcome = run_supervised(record.arguments, log, prefix=f"{name} | ", on_start=note_process)
@@ -321,7 +326,7 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     exit_code = outcome.exit_code
     if exit_code == 0 and not curriculum.outputs_present(name):
         missing = [output for output, (files, _) in record.outputs.items() if files == 0]
-        print(f"{label}: ended well but did not write {', '.join(missing)}", file=sys.stderr)
+        say(f"{label}: ended well but did not write {', '.join(missing)}")
         exit_code = 1
     record.state = {0: "done", 3: "stopped"}.get(exit_code, "failed")
     if exit_code == 0:
@@ -329,8 +334,14 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     curriculum.save()
     memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
     ending = "done" if exit_code == 0 else f"{record.state} with exit code {outcome.exit_code}, log {log}"
-    print(f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})", file=sys.stderr, flush=True)
+    say(f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})")
     return exit_code
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal, which may be gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def new_result(fingerprint: str) -> str:
@@ -363,7 +374,7 @@ def supersede(folder: Path, name: str, outputs: list[str]) -> None:
         target = aside / output
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / output).rename(target)
-    print(f"{name}: earlier outputs moved to {aside}", file=sys.stderr)
+    say(f"{name}: earlier outputs moved to {aside}")
 
 
 def summary(curriculum: Curriculum) -> dict[str, Any]:

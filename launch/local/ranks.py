@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.local.worker import ANSWER_NAME, PARENT_VARIABLE, REPORT_VARIABLE
+from launch.local.worker import ANSWER_NAME, MEETING_PREFIX, PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
 from model.parallel.groups import RENDEZVOUS_VARIABLE
 from training.config import TrainConfig, save_yaml
+from training.reliability.signals import STOP_SIGNALS, heard_signals
 from training.stage import EXIT_STOPPED, StoppedEarly, run_stage
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHER_LOCK = "launcher.lock"  # held by the process that made a meeting folder
+SECONDS_TO_LOCK = 60.0  # a folder without a holder is left alone for so long: it may just be being made
 SECONDS_BETWEEN_LOOKS = 0.05
 # After one rank failed the others get this long to notice, tell their own story and end.
 GRACE_SECONDS = 5.0
@@ -52,14 +58,20 @@ class Supervisor:
         self._read_end, self._write_end = os.pipe()
         self.signals_sent: set[int] = set()
         self.workers: list[Worker] = []
+        self._previous: dict[int, Any] = {}  # handlers to put back
         log_folder.mkdir(parents=True, exist_ok=True)
-        for rank in range(world_size):
-            self.workers.append(self._start(rank, world_size, config_path, folder, log_folder))
+        # Signals wait until all ranks are there to hear of them, and in a rank until it is ready for them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for rank in range(world_size):
+                self.workers.append(self._start(rank, world_size, config_path, folder, log_folder))
+            self._previous = {number: signal.signal(number, self._forward) for number in heard_signals()}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(self._read_end)
 
     def wait(self) -> list[int]:
         """Exit codes by rank, negative for a signal; those that this process killed have the code -SIGKILL."""
-        previous = {number: signal.signal(number, self._forward) for number in FORWARDED_SIGNALS}
         try:
             deadline = None
             while any(worker.process.poll() is None for worker in self.workers):
@@ -70,7 +82,7 @@ class Supervisor:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
             self.kill()
-            for number, handler in previous.items():
+            for number, handler in self._previous.items():
                 signal.signal(number, handler)
             os.close(self._write_end)
         return [worker.process.returncode for worker in self.workers]
@@ -131,11 +143,36 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
     world_size = config.parallel.world_size
     if world_size == 1:
         return run_stage(config)
-    with tempfile.TemporaryDirectory(prefix="nextstate-") as name:
-        folder = Path(name)
+    with meeting_folder() as folder:
         save_yaml(config, folder / "config.yaml")
         logs = config.stage_folder / "logs"
         return run_ranks("train", folder / "config.yaml", folder, logs, world_size)
+
+
+@contextlib.contextmanager
+def meeting_folder() -> Iterator[Path]:
+    """Where the ranks meet, report and answer. It goes with this process, however that ends.
+
+    The ranks remove it when this process was killed; where all were killed at once, the next launcher does.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    with (
+        tempfile.TemporaryDirectory(prefix=MEETING_PREFIX, ignore_cleanup_errors=True) as name,
+        open(Path(name) / LAUNCHER_LOCK, "w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Path(name)
+
+
+def _sweep(temporary: Path) -> None:
+    """Remove meeting folders whose launcher is no more: the system has freed their locks."""
+    for folder in temporary.glob(f"{MEETING_PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, held, or just removed
+            if time.time() - folder.stat().st_mtime < SECONDS_TO_LOCK:
+                continue
+            with open(folder / LAUNCHER_LOCK) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_ranks(task: str, config_path: Path, folder: Path, log_folder: Path, world_size: int) -> dict[str, Any]:

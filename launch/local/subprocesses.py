@@ -17,7 +17,9 @@ from typing import IO
 
 import psutil
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from training.reliability.events import tell
+from training.reliability.signals import heard_signals
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -38,12 +40,12 @@ def run_supervised(
 ) -> Outcome:
     """Runs `arguments` to the end. Its stdout and stderr go to our stderr, each line with `prefix`, and into `log`.
 
-    SIGTERM, SIGUSR1 and SIGINT that arrive here are passed on, so that a training stage can save and exit 3. The
+    The signals that stop a run are passed on when they arrive here, so that a training stage can save and exit 3. The
     child gets SIGTERM when this process dies.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with log.open("ab") as stream:
+    with log.open("ab", buffering=0) as stream:
         child = subprocess.Popen(
             arguments,
             stdout=subprocess.PIPE,
@@ -71,11 +73,22 @@ def end_with_parent() -> None:
 
 
 def relay_lines(source: IO[bytes], log: IO[bytes], prefix: str) -> None:
+    """Read to the end whatever becomes of the lines: a child whose pipe nobody reads would stop for ever.
+
+    A log on a full disk is told once and goes on when there is space again; stderr may be closed.
+    """
+    is_full = False
     for line in source:
-        log.write(line)
-        log.flush()
-        sys.stderr.write(prefix + line.decode("utf-8", "replace"))
-        sys.stderr.flush()
+        try:
+            log.write(line)
+            log.flush()
+        except OSError as error:
+            if not is_full:
+                tell(f"{prefix}its log can no longer be written: {error}; it goes on")
+            is_full = True
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(prefix + line.decode("utf-8", "replace"))
+            sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -89,7 +102,7 @@ def signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in heard_signals()}
     try:
         yield
     finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -16,6 +19,7 @@ from model.errors import UserError
 
 REPORT_VARIABLE = "NEXTSTATE_REPORT_FILE"
 PARENT_VARIABLE = "NEXTSTATE_PARENT_PIPE"
+MEETING_PREFIX = "nextstate-ranks-"  # of the temporary folder of reports and rendezvous
 ANSWER_NAME = "answer.json"  # rank 0's, in the folder of the reports
 
 
@@ -26,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path)
     options = parser.parse_args(arguments)
     end_with_parent()
+    hear_signals()
     try:
         answer = TASKS[options.task](options.config)
         if os.environ["RANK"] == "0":
@@ -62,12 +67,26 @@ def report(kind: str, message: str, exit_code: int) -> int:
     return exit_code
 
 
+def hear_signals() -> None:
+    """Let the signals in that the launcher held back. Until training listens, a Ctrl-C ends without a traceback."""
+    from training.reliability.signals import STOP_SIGNALS
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def end_with_parent() -> None:
-    """End this process when the launcher is gone: its end of the pipe closes however it died."""
+    """End this process when the launcher is gone: its end of the pipe closes however it died.
+
+    The temporary folder that the launcher can no longer remove goes too.
+    """
     descriptor = int(os.environ[PARENT_VARIABLE])
+    folder = Path(os.environ[REPORT_VARIABLE]).parent
 
     def wait_for_end() -> None:
         os.read(descriptor, 1)
+        if folder.name.startswith(MEETING_PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait_for_end, name="parent", daemon=True).start()
@@ -75,7 +94,8 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     if code:
         os._exit(code)  # without waiting for libraries' threads, which may hang after an error

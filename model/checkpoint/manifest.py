@@ -30,9 +30,16 @@ def list_checkpoints(stage_folder: Path) -> list[Path]:
     found = []
     for folder in (Path(stage_folder) / CHECKPOINTS_FOLDER).glob("step_*"):
         match = STEP_FOLDER_PATTERN.fullmatch(folder.name)
-        if match and (folder / MANIFEST_NAME).is_file():
+        if match and _has_manifest(folder):
             found.append((int(match.group(1)), folder))
     return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST_NAME).is_file()
+    except OSError:  # no permission, a broken disk: listed, so that whoever opens it says so
+        return True
 
 
 def latest_checkpoint(path: Path | str) -> Path:
@@ -60,6 +67,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("not a checkpoint: it has no manifest", where=str(folder)) from None
+    except OSError as error:
+        raise UserError("the checkpoint's manifest cannot be read", where=str(path), got=str(error)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError("the checkpoint's manifest is damaged", where=str(path), got=str(error)) from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None

@@ -1,5 +1,6 @@
 """The curriculum: order, skipping, what makes an entry run again, failures, signals, and its state on disk."""
 
+import io
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from small_disk import small_disk
 
 from launch.command_line.calls import split_calls
 from launch.commands import curriculum as command
@@ -16,6 +19,7 @@ from launch.curriculum.entries import (
     Curriculum,
     CurriculumConfig,
     EntryConfig,
+    alive,
     command_line,
     measure,
     ordered,
@@ -265,3 +269,36 @@ def test_measure_counts_files_and_bytes(tmp_path):
     (tmp_path / "x" / "two").write_bytes(b"4")
     assert measure(tmp_path / "x") == (2, 4)
     assert measure(tmp_path / "nothing") == (0, 0)
+
+
+TALKER = "for number in range(20_000): print('a line of a talkative entry', number, flush=True)"
+
+
+def test_a_full_disk_never_blocks_an_entry_on_its_pipe(tmp_path, capfd):
+    with small_disk(tmp_path / "small", 64) as folder:
+        outcome = run_supervised([sys.executable, "-c", TALKER], folder / "log", prefix="entry | ")
+        assert outcome.exit_code == 0
+    told = capfd.readouterr().err
+    assert told.count("log can no longer be written") == 1
+    assert "entry | a line of a talkative entry 19999" in told
+
+
+def test_a_closed_stderr_never_blocks_an_entry_on_its_pipe(tmp_path, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # as of a terminal that is gone: every write fails
+    with open(write_end, "wb", buffering=0) as nobody:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(nobody, write_through=True))
+        outcome = run_supervised([sys.executable, "-c", TALKER], tmp_path / "log")
+    assert outcome.exit_code == 0
+    assert (tmp_path / "log").read_text().count("\n") == 20_000
+
+
+def test_a_zombie_is_not_running(make):
+    """Under a first process that does not reap, an entry that was killed stays in the table for ever."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    created = psutil.Process(process.pid).create_time()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not alive([process.pid, created])
+    process.wait()
+    assert alive([os.getpid(), psutil.Process().create_time()])

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from launch.composition.compose import compose_config
-from launch.local.ranks import Worker, judge_exits, run_local
-from launch.local.worker import PARENT_VARIABLE, REPORT_VARIABLE
+from launch.local import ranks
+from launch.local.ranks import Worker, judge_exits, meeting_folder, run_local
+from launch.local.worker import MEETING_PREFIX, PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
 from training.config import TrainConfig
 from training.stage import StoppedEarly
@@ -91,22 +92,61 @@ def test_the_command_validates_before_it_starts_anything(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_worker_ends_with_its_parent(tmp_path):
-    """It hangs on reading its config; then the other end of the pipe is closed, as by a kill -9."""
-    os.mkfifo(tmp_path / "config.yaml")
-    read_end, write_end = os.pipe()
+def start_worker(folder: Path, config: Path, parent: int) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
-        PARENT_VARIABLE: str(read_end),
-        REPORT_VARIABLE: str(tmp_path / "report.json"),
+        PARENT_VARIABLE: str(parent),
+        REPORT_VARIABLE: str(folder / "report.json"),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.local.worker", "--config", tmp_path / "config.yaml"],
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.local.worker", "--config", config],
         env=environment,
-        pass_fds=(read_end,),
+        pass_fds=(parent,),
+        stderr=subprocess.PIPE,
     )
+
+
+def test_a_worker_ends_with_its_parent_and_removes_their_folder(tmp_path):
+    """It hangs on reading its config; then the other end of the pipe is closed, as by a kill -9."""
+    os.mkfifo(tmp_path / "config.yaml")
+    folder = tmp_path / f"{MEETING_PREFIX}x"
+    folder.mkdir()
+    read_end, write_end = os.pipe()
+    process = start_worker(folder, tmp_path / "config.yaml", read_end)
     os.close(read_end)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     os.close(write_end)
     assert process.wait(30) == 1
+    assert not folder.exists()
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_ctrl_c_during_the_start_of_a_rank_prints_no_traceback(tmp_path):
+    """The launcher starts ranks with their signals held back: not even Python's own start can be hit."""
+    os.mkfifo(tmp_path / "config.yaml")
+    read_end, write_end = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        process = start_worker(tmp_path, tmp_path / "config.yaml", read_end)
+        process.send_signal(signal.SIGINT)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _, told = process.communicate(timeout=60)
+    os.close(read_end)
+    os.close(write_end)
+    assert process.returncode == -signal.SIGINT
+    assert told == b""
+
+
+def test_meeting_folders_go_with_their_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ranks, "SECONDS_TO_LOCK", -1.0)
+    killed = tmp_path / f"{MEETING_PREFIX}killed"
+    killed.mkdir()
+    (killed / ranks.LAUNCHER_LOCK).touch()
+    with meeting_folder() as one, meeting_folder() as other:
+        assert one.exists()
+        assert other.exists()
+        assert not killed.exists()
+    assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,11 @@ from slurm_runs import fake_submission
 from launch.cluster import job_folders as jobs
 from launch.cluster import snapshot
 from launch.cluster import submission as submit
+from launch.cluster.batch_script import SECRET_NAME, SECRETS_NAME
+from launch.cluster.job_folders import JobFolder
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.rank import rank_variables
+from launch.cluster.submission import prepare
 from launch.command_line import cli
 from launch.commands import submit as command
 from launch.report.sweep import losses_by_value
@@ -140,6 +143,75 @@ def test_nothing_in_a_name_becomes_a_command(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("pwned"))
     (line,) = [line for line in script.splitlines() if "--partition" in line]
     assert shlex.split(line.removeprefix("#SBATCH ")) == [f"--partition={NASTY}"]
+
+
+@pytest.mark.parametrize("letter", ["\n", "\r", "\x1b", "\x00", "\x85", "\u2028"])
+@pytest.mark.parametrize("place", ["name", "run_folder", "stage_name", "arguments", "working folder"])
+def test_a_control_character_in_any_value_is_refused(tmp_path, monkeypatch, letter, place):
+    """A line break would end the comment that a directive is, and what follows would be run."""
+    nasty = f"a{letter}touch pwned"
+    if place == "working folder":
+        if letter == "\x00":
+            return  # no folder can have it
+        (tmp_path / nasty).mkdir()
+        monkeypatch.chdir(tmp_path / nasty)
+    config = fake_submission(tmp_path / (nasty if place == "run_folder" else "run"))
+    config.name = nasty if place == "name" else "fine"
+    config.stage.name = nasty if place == "stage_name" else config.stage.name
+    if place == "arguments":
+        monkeypatch.setattr(submit, "PYTHON_MODULE", [nasty])
+    with pytest.raises(UserError, match=r"control character|cannot name a folder"):
+        script_of(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_secrets_are_in_no_file_that_others_may_read(tmp_path, capfd):
+    """The script of this machine is run for real: the job has its secret, the script and the log do not."""
+    config = fake_submission(tmp_path)
+    config.cluster.kind = "local"
+    config.cluster.environment = {"WANDB_API_KEY": "hunter2 'x'", "TOKENIZERS_PARALLELISM": "false"}
+    assert "hunter2" not in script_of(config)
+    folder = JobFolder(tmp_path, "fake")
+    config.dry_run = False
+    prepare(command.work_of(config), config.cluster, folder, tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and b"hunter2" in path.read_bytes():
+            assert path.stat().st_mode & 0o077 == 0
+            assert path.name == SECRETS_NAME
+    script = folder.script.read_text()
+    check_syntax(script)
+    assert "export TOKENIZERS_PARALLELISM=false" in script
+    show = script[: script.index("exec ")] + 'echo "$WANDB_API_KEY"'
+    told = subprocess.run(["bash"], input=show, text=True, capture_output=True, check=True)
+    assert told.stdout == "hunter2 'x'\n"
+    config.cluster.environment.clear()
+    prepare(command.work_of(config), config.cluster, folder, tmp_path)
+    assert not (folder.path / SECRETS_NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db_password", "KEY"])
+def test_names_of_secrets(name):
+    assert SECRET_NAME.search(name)
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "AUTHOR", "MONKEY"])
+def test_names_of_no_secrets(name):
+    assert not SECRET_NAME.search(name)
+
+
+def test_a_snapshot_leaves_credentials_where_they_are_and_says_so(tmp_path, monkeypatch, capsys):
+    names = [".env", "conf/.env.local", "conf/secrets.yaml", "launch/id_ed25519", "model/wandb_api_key.txt"]
+    names += ["training/server.pem", "launch/.netrc", "launch/.aws/credentials", "conf/hf_access_token"]
+    for name in [*names, "launch/secrets.py", "conf/model/keyframes.yaml"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(snapshot, "ROOT", tmp_path)
+    copied = snapshot.code_files()
+    assert [str(path) for path in copied] == ["conf/model/keyframes.yaml", "launch/secrets.py"]
+    told = capsys.readouterr().err
+    assert all(name in told for name in names if name != ".env")  # that one is in no package
 
 
 def test_control_characters_and_other_mistakes_are_all_named():

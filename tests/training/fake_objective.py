@@ -2,7 +2,7 @@
 
 They are classes of a user's own as far as the product can tell. The objective's options steer faults: `bad_samples`
 (batches starting there give NaN), `spiking_samples` (huge gradients), `empty_samples` (nothing to learn from),
-`changed_data` (another data fingerprint).
+`poisoning_samples` (the update leaves a NaN in the weights), `changed_data` (another data fingerprint).
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class FakeEngine:
         assert self.gradient is not None
         self.momentum = 0.9 * self.momentum + self.gradient
         self.weight = self.weight - learning_rate * self.momentum
+        if self.objective and self.objective.data.requested[-1] in self.objective.options.poisoning_samples:
+            self.weight[0, 0] = float("nan")
         self.num_updates += 1
         self.gradient = None
 
@@ -157,6 +159,7 @@ class FakeObjective:
         bad_samples: list[int] = field(default_factory=list)
         spiking_samples: list[int] = field(default_factory=list)
         empty_samples: list[int] = field(default_factory=list)
+        poisoning_samples: list[int] = field(default_factory=list)
         changed_data: bool = False
 
     engine = "fake_objective.EngineOfARun"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -11,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from fake_objective import FakeCluster, FakeEngine
+from hypothesis import given
+from hypothesis import strategies as st
 from small_disk import small_disk
 
-from model.checkpoint.reader import CheckpointReader, list_checkpoints
+from model.checkpoint.reader import CheckpointReader, list_checkpoints, manifest_checksum
 from model.errors import UserError
-from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, find_damage, resolve_initial
+from training.reliability import checkpoint
+from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite, find_damage, resolve_initial
+from training.reliability.finite import is_finite
 
 
 def nothing(_phase: str) -> None:
@@ -212,3 +218,112 @@ def test_reader_sees_the_pieces(tmp_path):
     with CheckpointReader(folder) as reader:
         assert reader.global_shape("model/weight") == (8, 4)
         assert torch.equal(reader.read("model/weight", (3, 1), (2, 2)), FakeEngine(7).weight[3:5, 1:3])
+
+
+# --- weights that are not finite, disks that do not read ------------------------------------------------------------
+
+
+@given(
+    st.lists(st.floats(width=32), max_size=40),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_is_finite_is_isfinite(values, dtype):
+    tensor = torch.tensor(values, dtype=torch.float32).to(dtype)
+    assert is_finite(tensor) == bool(torch.isfinite(tensor).all())
+
+
+def test_one_rank_with_a_nan_keeps_all_from_publishing(tmp_path):
+    on_ranks(2, lambda rank, engine: save(make_store(tmp_path, engine), 5))
+
+    def write(rank, engine):
+        engine.momentum[6, 1] = torch.inf  # a row of rank 1; the other has nothing wrong
+        save(make_store(tmp_path, engine), 10)
+
+    results = on_ranks(2, write)
+    assert all(isinstance(result, NotFinite) for result in results)
+    assert "moments are not finite (optimizer/momentum)" in str(results[0])
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000005"]
+    aside = tmp_path / "checkpoints/non_finite_step_00000010"
+    assert json.loads((aside / "manifest.json").read_text())["non_finite"] == ["optimizer/momentum"]
+
+
+def poisoned_by_an_older_version(store: CheckpointStore, step: int, monkeypatch) -> Path:
+    """Published with a NaN, and with a manifest that says nothing of it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "non_finite_keys", lambda tensors: [])
+        store.shards.weight[0, 0] = torch.nan
+        folder = save(store, step)
+    path = folder / "manifest.json"
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "non_finite"}
+    path.write_text(json.dumps(manifest | {"manifest_crc32": manifest_checksum(manifest)}))
+    return folder
+
+
+def test_a_poisoned_checkpoint_is_not_loaded(tmp_path, monkeypatch):
+    store = make_store(tmp_path, FakeEngine())
+    good = save(store, 5)
+    poisoned = poisoned_by_an_older_version(store, 10, monkeypatch)
+    assert find_damage(poisoned) == ""
+    assert resolve_initial(tmp_path) == good
+    told = []
+    assert store.find_usable(lambda folder, text: told.append((folder, text))) == good
+    assert told == [(poisoned, "the weights are not finite (model/weight)")]
+    assert (store.folder / "non_finite_step_00000010").is_dir()
+    assert list_checkpoints(tmp_path) == [good]
+
+
+def test_nothing_but_poisoned_checkpoints(tmp_path, monkeypatch):
+    store = make_store(tmp_path, FakeEngine())
+    poisoned = poisoned_by_an_older_version(store, 10, monkeypatch)
+    with pytest.raises(UserError, match="damaged or not finite"):
+        store.find_usable(lambda folder, text: None)
+    assert list_checkpoints(tmp_path) == [poisoned]  # a restart must not begin anew without a word
+
+
+def test_damaged_checkpoints_push_no_good_one_out(tmp_path):
+    store = make_store(tmp_path, FakeEngine(), keep=2)
+    older, newest = save(store, 10), save(store, 15)
+    damage_flip(newest)
+    assert store.find_usable(lambda folder, text: None) == older
+    save(store, 12)
+    assert older.is_dir()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank_00000.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, name, number):
+    """A broken disk cannot be had here: opening one file of the newest checkpoint fails as it would there."""
+    store = make_store(tmp_path, FakeEngine())
+    older, newest = save(store, 5), save(store, 10)
+    original = io.open
+
+    def broken_open(file, *arguments, **options):
+        if str(file) == str(newest / name):
+            raise OSError(number, os.strerror(number), str(file))
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", broken_open)  # pathlib's
+    monkeypatch.setattr("builtins.open", broken_open)
+    told = []
+    assert store.find_usable(lambda folder, text: told.append((folder, text))) == older
+    assert told[0][0] == newest
+    assert os.strerror(number) in told[0][1]
+    assert resolve_initial(tmp_path) == older
+    assert newest.is_dir()  # it may be readable again
+
+
+def test_a_checkpoint_folder_without_permission_is_passed_over(tmp_path, monkeypatch):
+    """Tests run as root too, whom no permission stops: looking into the newest folder fails as it would for others."""
+    store = make_store(tmp_path, FakeEngine())
+    older, newest = save(store, 5), save(store, 10)
+    original = Path.stat
+
+    def refused(path, **options):
+        if path.is_relative_to(newest) and path != newest:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    told = []
+    assert store.find_usable(lambda folder, text: told.append(folder)) == older
+    assert told == [newest]

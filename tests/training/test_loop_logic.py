@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_objective
 import pytest
@@ -17,6 +20,9 @@ from small_disk import small_disk
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 from training import stage
+from training.callbacks.metrics_file import MetricsFile
+from training.metrics import first_and_last_loss
+from training.reliability.events import EventLog
 from training.reliability.json_lines import read_json_lines
 from training.schedule import learning_rate
 from training.stage import StoppedEarly, run_stage
@@ -113,7 +119,7 @@ def test_signal_then_resume_is_bitwise(tmp_path, monkeypatch, step):
     assert strip(metric_lines(broken)) == strip(metric_lines(unbroken))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_every_stop_signal(tmp_path, monkeypatch, number):
     config = fake_config(tmp_path)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -123,6 +129,32 @@ def test_every_stop_signal(tmp_path, monkeypatch, number):
             run_stage(config)
     assert events(config, "stopped")[0]["signal"] == signal.Signals(number).name
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_nohup_is_respected(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, 2, signal.SIGHUP)
+        assert run_stage(config)["steps"] == 20
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_stops_nothing(tmp_path, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    nobody = open(write_end, "wb", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(nobody, write_through=True))
+    assert run_stage(fake_config(tmp_path, bad_samples=[28]))["skipped_steps"] == 1
+
+
+def test_heartbeats_that_cannot_be_written_fail_nothing(tmp_path, capsys):
+    config = fake_config(tmp_path)
+    config.stage_folder.mkdir(parents=True)
+    (config.stage_folder / "heartbeats").write_text("a file is in the way, as a folder without permission would be")
+    assert run_stage(config)["peak_memory_bytes"] > 1 << 20
+    assert capsys.readouterr().err.count("the heartbeat of rank 0 cannot be written") == 1
 
 
 def test_signal_while_waiting_for_data(tmp_path, monkeypatch):
@@ -242,6 +274,61 @@ def test_resume_around_a_roll_back_is_bitwise(tmp_path, monkeypatch, step):
     interrupt_at(monkeypatch, broken, step)
     run_stage(broken)
     assert_same_weights(unbroken, broken)
+
+
+def all_finite(folder: Path) -> bool:
+    with CheckpointReader(folder) as reader:
+        return all(bool(torch.isfinite(reader.read_full(key).float()).all()) for key in reader.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("sample", [36, 40, 76])  # the update of step 10 (saved at once), 11 and 20 (the last)
+def test_weights_that_are_not_finite_are_never_published(tmp_path, capsys, sample):
+    config = fake_config(tmp_path, poisoning_samples=[sample])
+    summary = run_stage(config)
+    assert summary["steps"] == 20
+    assert len(events(config, "roll_back")) == 1
+    assert "weights are not finite (model/weight" in events(config, "roll_back")[0]["reason"]
+    assert "weights are not finite (model/weight" in capsys.readouterr().err
+    found = list_checkpoints(config.stage_folder)
+    assert len(found) == 2
+    assert all(all_finite(folder) for folder in found)
+    assert [line["step"] for line in metric_lines(config)] == list(range(1, 21))
+    if sample != 40:  # no save fell into the three steps that were skipped
+        aside = list((config.stage_folder / "checkpoints").glob("non_finite_*"))
+        assert [folder.name for folder in aside] == [f"non_finite_step_{sample // 4 + 1:08d}"]
+        assert not all_finite(aside[0])
+
+
+def test_weights_that_stay_not_finite_end_the_run_with_the_reason(tmp_path):
+    config = fake_config(tmp_path, poisoning_samples=list(range(36, 400, 4)))
+    with pytest.raises(UserError, match="weights are not finite"):
+        run_stage(config)
+    assert len(events(config, "roll_back")) == config.reliability.max_rollbacks
+    assert all(all_finite(folder) for folder in list_checkpoints(config.stage_folder))
+
+
+def test_a_stop_with_weights_that_are_not_finite_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    config = fake_config(tmp_path, poisoning_samples=[28])
+    interrupt_at(monkeypatch, config, 9)
+    assert latest_checkpoint(config.stage_folder).name == "step_00000005"
+    assert all_finite(latest_checkpoint(config.stage_folder))
+
+
+def test_skipped_steps_push_no_good_checkpoint_out(tmp_path, monkeypatch):
+    """A checkpoint at every step, two kept, three skipped: the two of before the first skip are still there."""
+    config = fake_config(tmp_path, bad_samples=[28, 32, 36])
+    config.checkpoint.every_steps = 1
+    original, seen = FakeEngine.forward_backward, {}
+
+    def forward_backward(engine, batches, objective):
+        seen[objective.data.requested[-1]] = {path.name for path in list_checkpoints(config.stage_folder)}
+        return original(engine, batches, objective)
+
+    monkeypatch.setattr(FakeEngine, "forward_backward", forward_backward)
+    run_stage(config)
+    assert len(events(config, "skip")) == 3
+    assert seen[40] >= {"step_00000006", "step_00000007"}
+    assert seen[44] == {"step_00000011", "step_00000010"}  # after a good step two are kept again
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -378,6 +465,46 @@ def test_metrics_file_that_was_cut_or_removed(tmp_path, monkeypatch):
     steps = [line["step"] for line in metric_lines(config)]
     assert steps == sorted(set(steps))
     assert steps[-12:] == list(range(9, 21))
+
+
+def test_a_damaged_line_of_metrics_blocks_nothing(tmp_path, monkeypatch, capsys):
+    config = fake_config(tmp_path)
+    interrupt_at(monkeypatch, config, 8)
+    path = config.stage_folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[7] = lines[7].replace(b'"step"', b'"st\xffp"')  # the last one, where a resume looks
+    lines[2] = lines[2].replace(b'"loss"', b'"lpss"')
+    path.write_bytes(b"".join(lines))
+    summary = run_stage(config)
+    assert (summary["steps"], summary["loss_first"]) == (20, json.loads(lines[0])["loss"])
+    assert [line["step"] for line in metric_lines(config)] == [1, 2, 3, 4, 5, 6, 7, *range(9, 21)]
+    assert "1 lines of" in capsys.readouterr().err
+    assert events(config, "metrics_damaged")[0]["num_lines"] == 1
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x10, 0x80])
+def test_any_flipped_byte_of_metrics_is_survived(tmp_path, mask):
+    """Every byte of the file: it is cut and read, and no more than two lines are lost (where two became one)."""
+    lines = [{"step": step, "loss": 1.0 / step} for step in range(1, 8)]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    noted = len(content) - len(content.splitlines(keepends=True)[-1])  # the checkpoint is that of step 6
+    run = SimpleNamespace(state=SimpleNamespace(step=6))
+    path = tmp_path / "metrics.jsonl"
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= mask
+        path.write_bytes(flipped)
+        callback = MetricsFile(tmp_path, EventLog(tmp_path, 0), 1)
+        callback.load_state({"num_bytes": noted})
+        callback.on_start(run)
+        callback.on_end(run, "stopped")
+        first_and_last_loss(tmp_path)
+        left = read_json_lines(path)
+        assert len(left) >= 4, (place, bytes(flipped))
+        assert sum(line in lines[:6] for line in left) >= 4
+        assert lines[6] not in left
+    path.write_bytes(b"\x00" * 100)
+    MetricsFile(tmp_path, EventLog(tmp_path, 0), 1).on_start(run)
 
 
 def test_wandb_failure_is_told_once(tmp_path, monkeypatch, capsys):

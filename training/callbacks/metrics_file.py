@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,14 @@ from training.callbacks.base import Callback
 from training.contracts.run_view import RunView
 from training.metrics import METRICS_NAME, StepRecord
 from training.reliability.events import EventLog, tell
-from training.reliability.json_lines import JsonLines
+from training.reliability.json_lines import JsonLines, parse_line
 
 
 class MetricsFile(Callback):
     """Writes the metrics of rank 0. The length of the file is part of each checkpoint.
 
     On resume and on rollback the file is cut to that length, so steps in it only ever go up. A disk that takes no
-    more costs lines, never the run.
+    more, and damage in what was written, cost lines, never the run; both are told.
     """
 
     order = 10
@@ -61,26 +60,36 @@ class MetricsFile(Callback):
 
     def _cut_to(self, step: int) -> None:
         """Keep the lines up to `step`: by the length noted in the checkpoint, else by reading the file."""
+        content = self.path.read_bytes()
         length = min(self._num_bytes_at_checkpoint, self._lines.num_bytes)
-        with open(self.path, "rb") as file:
-            if not self._ends_with_step_up_to(file.read(length), step):
-                file.seek(0)
-                length = _length_up_to_step(file.read().splitlines(keepends=True), step)
+        if not _ends_with_step_up_to(content[:length], step):
+            length = _length_up_to_step(content.splitlines(keepends=True), step)
         self._lines.truncate(length)
+        num_damaged = sum(_step_of(line) is None for line in content.splitlines())
+        if num_damaged:
+            tell(f"{num_damaged} lines of {self.path} are damaged; they stay as they are and nobody counts them")
+            self.events.record("metrics_damaged", step=step, num_lines=num_damaged)
 
-    @staticmethod
-    def _ends_with_step_up_to(content: bytes, step: int) -> bool:
-        if not content:
-            return True
-        last_line = content[:-1].rpartition(b"\n")[2]
-        return content.endswith(b"\n") and json.loads(last_line)["step"] <= step
+
+def _step_of(line: bytes) -> int | None:
+    """None where the line is damaged."""
+    step = (parse_line(line) or {}).get("step")
+    return step if type(step) is int else None
+
+
+def _ends_with_step_up_to(content: bytes, step: int) -> bool:
+    """Of the last line that can be read."""
+    steps = (_step_of(line) for line in reversed(content.splitlines()))
+    last = next((one for one in steps if one is not None), None)
+    return not content or (content.endswith(b"\n") and last is not None and last <= step)
 
 
 def _length_up_to_step(lines: list[bytes], step: int) -> int:
-    """Bytes of the leading lines whose step is at most `step`."""
-    num_bytes = 0
+    """Bytes up to the last line that is known to be of a step up to `step`."""
+    ends, num_bytes = [0], 0
     for line in lines:
-        if json.loads(line)["step"] > step:
-            break
         num_bytes += len(line)
-    return num_bytes
+        found = _step_of(line)
+        if found is not None and found <= step:
+            ends.append(num_bytes)
+    return ends[-1]

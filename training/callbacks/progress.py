@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -40,7 +41,8 @@ class ProgressLine(Callback):
         )
         ending = "\n" if is_last or not self._is_terminal else ""
         start = "\r\x1b[K" if self._is_terminal else ""
-        print(start + text, end=ending, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            print(start + text, end=ending, file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds: float) -> str:

@@ -7,6 +7,7 @@ leaves the others waiting.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -36,13 +37,23 @@ from model.durable import crc32_of, flush_to_disk, replace_file
 from model.errors import UserError
 from training.contracts.batches import Ranks
 from training.contracts.shards import Shard, ShardStore
+from training.reliability.finite import describe_non_finite, non_finite_in, non_finite_keys
 
 TEMPORARY_PREFIX = ".tmp-"
+NON_FINITE_PREFIX = "non_finite_"  # of a folder kept for eyes; no reader takes it for a checkpoint
 TRASH_PREFIX = ".trash-"
 
 
 class CheckpointFailed(Exception):  # noqa: N818 (a state of the disk, told to the loop)
     """The checkpoint could not be written on some rank. What was published before is untouched."""
+
+
+class NotFinite(Exception):  # noqa: N818 (a state of the weights, told to the loop)
+    """What was to be saved is not finite. It lies aside in `folder`; what was published before is untouched."""
+
+    def __init__(self, folder: Path, keys: list[str]):
+        super().__init__(describe_non_finite(keys))
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class CheckpointStore:
         self.stage_folder, self.ranks, self.shards, self.keep = stage_folder, ranks, shards, keep
         self.folder = stage_folder / CHECKPOINTS_FOLDER
         self.enter_phase = enter_phase
+        self._non_finite: list[str] = []  # keys of the last save; on rank 0 those of all ranks
+        self._passed_over: set[Path] = set()  # damaged: they never count as one of `keep`
         if ranks.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -74,43 +87,68 @@ class CheckpointStore:
         """The same answer on every rank, even where a network file system shows a rename late."""
         return self.ranks.any_rank(bool(list_checkpoints(self.stage_folder)))
 
-    def save(self, step: int, metadata: dict[str, Any], config_yaml: str) -> Path:
-        """Write and publish one checkpoint; every rank calls it. Raises `CheckpointFailed` on every rank or none.
+    def save(self, step: int, metadata: dict[str, Any], config_yaml: str, *, keep_older: bool = False) -> Path:
+        """Write and publish one checkpoint; every rank calls it. Raises on every rank or none.
 
-        `metadata` goes into the manifest (rank 0's is taken).
+        `metadata` goes into the manifest (rank 0's is taken). `keep_older`: no checkpoint is removed for this one.
+        Raises `CheckpointFailed` when a rank cannot write, and `NotFinite` when a weight or moment is not finite.
         """
         final = self.folder / step_folder_name(step)
         temporary = self.folder / f"{TEMPORARY_PREFIX}{final.name}"
-        parts = (
+        for phase, action in (
             ("checkpoint: make folder", lambda: self._make_folder(temporary)),
             ("checkpoint: write tensors", lambda: self._write_own_files(temporary)),
             ("checkpoint: write manifest", lambda: self._write_manifest(temporary, metadata, config_yaml)),
-            ("checkpoint: publish", lambda: self._publish(temporary, final)),
-        )
-        for phase, action in parts:
+        ):
             self.enter_phase(phase)
             self._together(action, temporary)
+        self.enter_phase("checkpoint: publish")
+        if self.ranks.any_rank(bool(self._non_finite)):
+            aside = self.folder / f"{NON_FINITE_PREFIX}{final.name}"
+            self._together(lambda: self._set_aside(temporary, aside), temporary)
+            raise NotFinite(aside, self._non_finite)
+        self._together(lambda: self._publish(temporary, final), temporary)
         self.enter_phase("checkpoint: prune")
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 and not keep_older:
             self.prune()
         return final
 
+    def find_non_finite(self) -> str:
+        """What is not finite in the present weights and moments, or "". Every rank calls it."""
+        self.enter_phase("look for weights that are not finite")
+        shards = self.shards.model_shards() + self.shards.optimizer_shards()
+        keys = non_finite_keys((shard.key, shard.tensor) for shard in shards)
+        return describe_non_finite(keys) if self.ranks.any_rank(bool(keys)) else ""
+
     def find_usable(self, report_damage: Callable[[Path, str], Any]) -> Path | None:
-        """The newest undamaged checkpoint; damaged ones are reported and passed over. None when there is none.
+        """The newest checkpoint that is undamaged and finite; others are reported and passed over. None: there is none.
 
         The ranks share the work of checking. If all are damaged, it is a `UserError`: starting over silently would
         throw the run away.
         """
         folders = list_checkpoints(self.stage_folder)
-        for folder in folders:
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        non_finite = []
+        for number, folder in enumerate(folders):
             self.enter_phase(f"verify {folder.name}")
-            damage = find_damage(folder, self.ranks.rank, self.ranks.world_size)
-            if not self.ranks.any_rank(bool(damage)):
-                return folder
-            report_damage(folder, damage or "found by another rank")
+            damage = find_damage(folder, rank, world_size)
+            if self.ranks.any_rank(bool(damage)):
+                report_damage(folder, damage or "found by another rank")
+                continue
+            keys = non_finite_in(folder, rank, world_size)
+            if self.ranks.any_rank(bool(keys)):
+                report_damage(folder, describe_non_finite(keys))
+                non_finite.append(folder)
+                continue
+            self._passed_over = set(folders[:number]) - set(non_finite)
+            if rank == 0:
+                for other in reversed(non_finite):
+                    with contextlib.suppress(OSError):  # it stays, and is passed over again
+                        self._set_aside(other, self.folder / f"{NON_FINITE_PREFIX}{other.name}")
+            return folder
         if folders:
             raise UserError(
-                "every checkpoint of this stage is damaged",
+                "every checkpoint of this stage is damaged or not finite",
                 where=str(self.folder),
                 fix="bring one back from a copy, or remove the stage folder to start over",
             )
@@ -136,12 +174,16 @@ class CheckpointStore:
     def prune(self) -> None:
         """Remove all but the newest `keep`. The manifest goes first: half a checkpoint never looks like a whole one.
 
-        A folder that cannot be removed stays for the next time.
+        A folder that cannot be removed stays for the next time. Damaged ones that are newer stay until the run has
+        passed them: they do not count, or they would push a good one out.
         """
-        kept = set(list_checkpoints(self.stage_folder)[: self.keep])
+        found = list_checkpoints(self.stage_folder)
+        good = [folder for folder in found if folder not in self._passed_over][: self.keep]
+        kept = {*good, *found[: found.index(good[0])]} if good else set(found)
         for folder in self.folder.glob("step_*"):
             if folder not in kept:
-                (folder / MANIFEST_NAME).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (folder / MANIFEST_NAME).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _together(self, action: Callable[[], None], temporary: Path) -> None:
@@ -172,8 +214,10 @@ class CheckpointStore:
             shards.append(Shard(prefix + name, state, shape, (0,) * len(shape)))
         path = temporary / f"rank_{rank:05d}.safetensors"
         tensors, table = lay_out(shards, path.name)
+        self._non_finite = non_finite_keys((name.rpartition("@")[0], tensor) for name, tensor in tensors.items())
         save_file(tensors, path)
         entry = {"file": path.name, "bytes": path.stat().st_size, "crc32": crc32_of(path), "keys": table}
+        entry["non_finite"] = self._non_finite
         flush_to_disk(path)
         (temporary / f"rank_{rank:05d}.json").write_text(json.dumps(entry))
 
@@ -188,6 +232,7 @@ class CheckpointStore:
             entry = json.loads(path.read_text())
             files[entry["file"]] = {"bytes": entry["bytes"], "crc32": entry["crc32"]}
             merge_tables(keys, entry["keys"])
+            self._non_finite = sorted({*self._non_finite, *entry["non_finite"]})
             path.unlink()
         check_cover(keys)
         manifest = metadata | {
@@ -195,6 +240,7 @@ class CheckpointStore:
             "layout": self.shards.describe(),
             "files": files,
             "keys": keys,
+            "non_finite": self._non_finite,
         }
         manifest["manifest_crc32"] = manifest_checksum(manifest)
         replace_file(temporary / MANIFEST_NAME, json.dumps(manifest, allow_nan=False))
@@ -208,6 +254,15 @@ class CheckpointStore:
             os.rename(final, trash)
         os.rename(temporary, final)
         flush_to_disk(self.folder)
+        self._passed_over.discard(final)
+
+    def _set_aside(self, folder: Path, aside: Path) -> None:
+        """Keep a checkpoint that is not finite where nobody loads it; only the last one is kept."""
+        if self.ranks.rank != 0:
+            return
+        for older in self.folder.glob(f"{NON_FINITE_PREFIX}*"):
+            shutil.rmtree(older, ignore_errors=True)
+        os.rename(folder, aside)
 
     def _remove_leftovers(self) -> None:
         """What a killed run left behind; the stage's lock says that nobody else is writing here."""
@@ -238,6 +293,8 @@ def resolve_initial(path: Path) -> Path:
     damages = []
     for candidate in candidates:
         damage = find_damage(candidate)
+        if not damage and (keys := non_finite_in(candidate)):
+            damage = describe_non_finite(keys)
         if not damage:
             return candidate
         damages.append(f"{candidate.name}: {damage}")
@@ -248,18 +305,20 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
     """What is wrong with a checkpoint, or "". Sizes of all files, checksums of this rank's share of them."""
     try:
         manifest = read_manifest(folder)
+        if manifest.get("manifest_crc32") != manifest_checksum(manifest):
+            return "the manifest does not have its checksum"
+        for index, (name, expected) in enumerate(sorted(manifest["files"].items())):
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if index % world_size == rank and crc32_of(path) != expected["crc32"]:
+                return f"{name} does not have its checksum"
     except UserError as error:
         return f"{error.what} {error.got}".strip()
-    if manifest.get("manifest_crc32") != manifest_checksum(manifest):
-        return "the manifest does not have its checksum"
-    for index, (name, expected) in enumerate(sorted(manifest["files"].items())):
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if index % world_size == rank and crc32_of(path) != expected["crc32"]:
-            return f"{name} does not have its checksum"
+    except OSError as error:  # a broken disk, no permission
+        return f"it cannot be read: {error}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -40,5 +41,6 @@ class EventLog:
 
 
 def tell(message: str) -> None:
-    """One message for the person at the terminal; stdout is kept for answers."""
-    print(f"nextstate: {message}", file=sys.stderr, flush=True)
+    """One message for the person at the terminal; stdout is kept for answers. No terminal any more: no message."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"nextstate: {message}", file=sys.stderr, flush=True)

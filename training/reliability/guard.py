@@ -54,9 +54,12 @@ class StepGuard:
         if self.num_consecutive_skips < self.config.max_consecutive_skips:
             self.num_consecutive_skips += 1
             return Decision(Verdict.SKIP, reason)
-        if self.num_rollbacks < self.config.max_rollbacks:
-            return Decision(Verdict.ROLL_BACK, reason)
-        return Decision(Verdict.STOP, reason)
+        return self.judge_weights(reason)
+
+    def judge_weights(self, reason: str) -> Decision:
+        """Of weights that cannot be gone on with: no skip mends them."""
+        is_allowed = self.num_rollbacks < self.config.max_rollbacks
+        return Decision(Verdict.ROLL_BACK if is_allowed else Verdict.STOP, reason)
 
     def has_rolled_back(self, num_rollbacks: int) -> None:
         """Called after the state of the checkpoint was loaded: the count of rollbacks does not go back with it."""

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
-
 
 class JsonLines:
     """An append-only file of one JSON object a line, each handed to the system at once.
@@ -46,19 +44,18 @@ class JsonLines:
         self._file.close()
 
 
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object of one line; None where the line is damaged."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line cut short by a kill is left out. Raises `UserError` that names a damaged line."""
+    """All complete lines; damaged ones, and a last one cut short by a kill, are left out."""
     if not path.exists():
         return []
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                "a line of a log is damaged",
-                where=f"{path}, line {number}",
-                got=str(error),
-                fix="remove this line and start the same command again",
-            ) from None
-    return found
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [value for line in lines if (value := parse_line(line)) is not None]

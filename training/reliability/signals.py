@@ -7,11 +7,18 @@ import threading
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGHUP: the terminal is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+def heard_signals() -> list[signal.Signals]:
+    """The signals to listen to here: `nohup` asks that SIGHUP goes unheard."""
+    is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (is_deaf and number == signal.SIGHUP)]
 
 
 class StopSignals:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT came; the loop asks `received` and stops at a safe point.
+    """Remembers that SIGTERM, SIGUSR1, SIGINT or SIGHUP came; the loop asks `received` and stops at a safe point.
 
     The handler only notes the name, so it may run at any moment: while waiting for data, between micro-batches, in
     the middle of a checkpoint. After the first SIGINT the next one has its ordinary effect: it ends at once.
@@ -24,7 +31,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
+            for number in heard_signals():
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -19,6 +19,12 @@ from training.reliability.events import EventLog, tell
 HEARTBEATS_FOLDER = "heartbeats"
 HANG_MARKER = "hang"
 LONGEST_TICK_SECONDS = 5.0
+PATIENCE_WITHOUT_WATCHDOG_SECONDS = 1800.0  # torch's own default
+
+
+def collective_timeout_seconds(hang_timeout_seconds: float) -> float:
+    """How long a collective may wait for a rank: longer than the watchdog, which knows more, needs to end the run."""
+    return 2 * hang_timeout_seconds + 60.0 if hang_timeout_seconds else PATIENCE_WITHOUT_WATCHDOG_SECONDS
 
 
 def peak_memory_bytes() -> int:
@@ -28,12 +34,15 @@ def peak_memory_bytes() -> int:
 
 
 class Heartbeat:
-    """What this rank is doing now. `enter` is called with each change of phase and costs nothing."""
+    """What this rank is doing now. `enter` is called with each change of phase and costs nothing.
+
+    A folder that cannot be written is told once: nobody sees the heartbeat then, and nothing else is lost.
+    """
 
     def __init__(self, stage_folder: Path, rank: int):
         self.folder = stage_folder / HEARTBEATS_FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.rank = rank
+        self._has_warned = False
         self.step = 0
         self.phase = "start"
         self.since = time.monotonic()
@@ -58,20 +67,40 @@ class Heartbeat:
         }
         path = self.folder / f"rank_{self.rank:05d}.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(beat))
-        os.replace(temporary, path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(beat))
+            os.replace(temporary, path)
+        except OSError as error:
+            if not self._has_warned:
+                tell(f"the heartbeat of rank {self.rank} cannot be written: {error}; training goes on")
+                self._has_warned = True
 
 
 def read_heartbeats(stage_folder: Path, world_size: int) -> list[dict[str, Any]]:
-    """The last heartbeat of each rank of the present run; ranks without a readable one are left out.
+    """The last heartbeat of each rank; ranks without a readable one are left out.
 
     Heartbeats are replaced often and not flushed to the disk: a power cut may leave an empty one.
     """
-    found = []
+    beats = []
     for rank in range(world_size):
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            found.append(json.loads((stage_folder / HEARTBEATS_FOLDER / f"rank_{rank:05d}.json").read_text()))
-    return found
+        with contextlib.suppress(OSError, ValueError):
+            beats.append(json.loads((stage_folder / HEARTBEATS_FOLDER / f"rank_{rank:05d}.json").read_text()))
+    return beats
+
+
+def rank_behind(beats: list[dict[str, Any]], world_size: int, oldest: float, now: float) -> tuple[int, str]:
+    """(rank, phase) of the rank to look at: ranks that wait for another one are ahead of it.
+
+    A heartbeat from before `oldest` is that of an earlier run. A rank that is stopped leaves an old heartbeat; since
+    then its phase went on.
+    """
+    present = {beat["rank"]: beat for beat in beats if beat["time"] >= oldest}
+    missing = [rank for rank in range(world_size) if rank not in present]
+    if missing:
+        return missing[0], "not started"
+    behind = min(present.values(), key=lambda beat: (beat["step"], beat["time"] - now - beat["seconds_in_phase"]))
+    return behind["rank"], behind["phase"]
 
 
 class Watchdog:
@@ -79,7 +108,7 @@ class Watchdog:
 
     The rank whose time runs out first leaves a marker, on which the other ranks write their stacks too. A process
     that cannot even run this thread (a C call that keeps the interpreter's lock) is ended by faulthandler's own
-    timer, which needs no lock.
+    timer, which needs no lock. It is there before the ranks meet, so that a start that hangs is named too.
     """
 
     def __init__(
@@ -98,7 +127,6 @@ class Watchdog:
         self._end_process = end_process
         self._started = time.time()
         self._closed = threading.Event()
-        self._has_warned = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -110,26 +138,28 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        with open(self.stacks_path, "w") as stacks:
+        with self._open_stacks() as stacks:
             while True:
-                self._beat()
+                self.heartbeat.write()
                 if self.timeout_seconds:
                     self._check(stacks)
                 if self._closed.wait(self.tick_seconds):
                     break
             faulthandler.cancel_dump_traceback_later()
-            is_empty = stacks.tell() == 0
-        self._beat()
-        if is_empty:
-            self.stacks_path.unlink()
+            if self.timeout_seconds and self._another_rank_hangs():  # its end broke what this rank was doing
+                faulthandler.dump_traceback(file=stacks, all_threads=True)
+        self.heartbeat.write()
+        with contextlib.suppress(OSError):
+            if self.stacks_path.stat().st_size == 0:
+                self.stacks_path.unlink()
 
-    def _beat(self) -> None:
+    def _open_stacks(self) -> TextIO:
+        """Where stacks go: the file, or stderr where it cannot be made."""
         try:
-            self.heartbeat.write()
+            return open(self.stacks_path, "w")
         except OSError as error:
-            if not self._has_warned:
-                tell(f"the heartbeat of rank {self.heartbeat.rank} cannot be written: {error}")
-                self._has_warned = True
+            tell(f"{self.stacks_path} cannot be written: {error}; stacks would go to stderr")
+            return os.fdopen(os.dup(2), "w")
 
     def _check(self, stacks: TextIO) -> None:
         if self.heartbeat.seconds_in_phase() > self.timeout_seconds:
@@ -140,29 +170,31 @@ class Watchdog:
             faulthandler.dump_traceback_later(self.timeout_seconds + 2 * self.tick_seconds, exit=True, file=stacks)
 
     def _another_rank_hangs(self) -> bool:
-        marker = self.heartbeat.folder / HANG_MARKER
-        return marker.exists() and marker.stat().st_mtime >= self._started
+        try:
+            return (self.heartbeat.folder / HANG_MARKER).stat().st_mtime >= self._started
+        except OSError:
+            return False
 
     def _report_and_end(self, stacks: TextIO) -> None:
         heartbeat = self.heartbeat
         faulthandler.dump_traceback(file=stacks, all_threads=True)
-        (heartbeat.folder / HANG_MARKER).touch()
-        beats = read_heartbeats(self.stage_folder, self.world_size)
-        # Ranks that wait for another one are ahead of it: the one that is behind is the one to look at.
-        behind = min(beats, key=lambda beat: (beat["step"], -beat["seconds_in_phase"]))
+        with contextlib.suppress(OSError):
+            (heartbeat.folder / HANG_MARKER).touch()
+        beats, now = read_heartbeats(self.stage_folder, self.world_size), time.time()
+        behind, phase_behind = rank_behind(beats, self.world_size, self._started - self.timeout_seconds, now)
         self.events.record(
             "hang",
             step=heartbeat.step,
             phase=heartbeat.phase,
             seconds=round(heartbeat.seconds_in_phase(), 3),
-            rank_behind=behind["rank"],
-            phase_behind=behind["phase"],
+            rank_behind=behind,
+            phase_behind=phase_behind,
             stacks=self.stacks_path.name,
         )
         tell(
             f"rank {heartbeat.rank} made no progress for {heartbeat.seconds_in_phase():.0f} seconds in phase "
             f"{heartbeat.phase!r} of step {heartbeat.step + 1}; the rank behind all others is "
-            f"{behind['rank']} in phase {behind['phase']!r}; stacks: {self.stacks_path}"
+            f"{behind} in phase {phase_behind!r}; stacks: {self.stacks_path}"
         )
         time.sleep(2 * self.tick_seconds)  # the other ranks write their stacks
         self._end_process(1)

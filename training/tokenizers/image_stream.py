@@ -14,12 +14,12 @@ import tarfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.loading.read_ahead import Readers
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.sources.shards import split_name
@@ -135,7 +135,7 @@ class StreamingImageSource:
         self._cache: OrderedDict[tuple[int, int], list[np.ndarray]] = OrderedDict()
         self.cached_bytes = 0
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(options.num_readers, "images")
+        self._readers = Readers(options.num_readers, "images")
         self._held_back_samples = [self._choose_held_back(index) for index in range(len(self.corpora))]
         self._held_back_files = {
             file_digest(data)
@@ -176,10 +176,10 @@ class StreamingImageSource:
         view = self.options.views[view_index]
         corpora = rng.choice(len(self.corpora), size=self.global_batch_size, p=self._corpus_shares)
         seeds = rng.integers(2**63, size=self.global_batch_size)
-        pictures = self._readers.map(self._draw, corpora.tolist(), seeds.tolist())
+        drawn = [self._readers.submit(self._draw, *one) for one in zip(corpora.tolist(), seeds.tolist(), strict=True)]
         chosen: list[np.ndarray] = []
-        for picture in pictures:
-            image = self._resize(picture, view.area)
+        for picture in drawn:
+            image = self._resize(picture.result(), view.area)
             chosen += busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
         return stack_by_size(chosen, images_at_once(view, self.micro_batch_size))
 
@@ -226,4 +226,4 @@ class StreamingImageSource:
         return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
 
     def close(self) -> None:
-        self._readers.shutdown()
+        self._readers.close()

@@ -119,10 +119,10 @@ class Terms(nn.Module):
             terms["distillation"] = self.distillation(images, features[config.level])
             loss = loss + config.weight * terms["distillation"]
         if adversary is not None:
-            config = self.config.adversarial
-            terms["adversarial"] = GENERATOR_LOSSES[config.generator](adversary.judge(reconstructions))
-            weighted = config.weight * terms["adversarial"]
-            if config.weighting == "adaptive":
+            chosen = self.config.adversarial
+            terms["adversarial"] = GENERATOR_LOSSES[chosen.generator](adversary.judge(reconstructions))
+            weighted = chosen.weight * terms["adversarial"]
+            if chosen.weighting == "adaptive":
                 terms["adaptive_weight"] = self._balance(model, terms)
                 weighted = terms["adaptive_weight"] * weighted
             loss = loss + weighted

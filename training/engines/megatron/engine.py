@@ -30,6 +30,7 @@ from training.contracts.objective import TokenObjective
 from training.engines.forward import Forward
 from training.engines.megatron.optimizer import build_optimizer, set_learning_rate, squared_gradient_norm
 from training.engines.megatron.state import MegatronShards
+from training.reliability.watchdog import collective_timeout_seconds
 
 
 class MegatronEngine:
@@ -48,7 +49,7 @@ class MegatronEngine:
                 pipeline=layout.pipeline,
                 context=layout.context,
                 init_method=f"file://{rendezvous}" if rendezvous else None,
-                timeout_seconds=config.reliability.hang_timeout_seconds or 1800.0,
+                timeout_seconds=collective_timeout_seconds(config.reliability.hang_timeout_seconds),
             )
         self.config = config
         self.ranks = groups.MegatronRanks()

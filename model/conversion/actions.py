@@ -23,6 +23,7 @@ from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards
 from model.conversion.record import (
     CARRIED,
     PADDING_NAME,
+    expect_recorded,
     layout_record,
     model_metadata,
     read_record,
@@ -125,6 +126,7 @@ def from_published(
     try:
         layout, values = identify(source_path, layout_name)
         record = read_record(source_path) if source_path.is_dir() else None
+        expect_recorded(with_source, record, source_path)
         config = config or _recorded_config(record, values, source_path)
         check_model(values, config, options, source_path)
         found = {
@@ -257,6 +259,7 @@ def _padding_source(
     """The rows that pad the vocabulary: those of the export's record where they fit, otherwise fresh ones."""
     if record and (path / PADDING_NAME).is_file():
         kept = SafetensorsSource(path / PADDING_NAME)
+        expect_recorded(kept, record, path)
         wanted = {
             one.ours: (one.num_padding_rows, *one.our_shape[1:])
             for one in mapped_tensors(OUR_RULES, config)
@@ -280,6 +283,9 @@ class _Nothing:
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         raise AssertionError(f"there is no tensor {name}")
+
+    def verify(self) -> None:
+        pass
 
     def rows_at_once(self, name: str) -> int | None:
         return None

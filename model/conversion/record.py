@@ -8,6 +8,7 @@ back every bit.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from model.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_checksum
 from model.config import ModelConfig, count_parameters
 from model.conversion.plan import Target
-from model.conversion.sources import INDEX_NAME
+from model.conversion.sources import INDEX_NAME, SafetensorsSource
 from model.conversion.writer import Written
 from model.errors import UserError
 from model.vocabulary import Vocabulary
@@ -23,7 +24,7 @@ from model.vocabulary import Vocabulary
 RECORD_FOLDER = "nextstate"
 RECORD_NAME = f"{RECORD_FOLDER}/record.json"
 PADDING_NAME = f"{RECORD_FOLDER}/padding.safetensors"
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # 2: the record has a checksum of itself
 # Of a manifest, what describes the training rather than this copy of it.
 CARRIED = (
     "kind",
@@ -82,6 +83,7 @@ def write_manifest(folder: Path, metadata: dict[str, Any], targets: list[Target]
                     "name": piece.stored_name,
                     "offset": list(piece.offset),
                     "shape": list(piece.shape),
+                    "crc32": written.tensors.get(piece.stored_name, f"{0:08x}"),
                 }
                 for piece in target.pieces
             ],
@@ -111,7 +113,20 @@ def write_record(folder: Path, layout: str, metadata: dict[str, Any], written: W
         "tensors_crc32": written.tensors,
         "checkpoint": {name: metadata[name] for name in (*CARRIED, "model", "vocabulary") if name in metadata},
     }
-    write_json(folder / RECORD_NAME, record)
+    write_json(folder / RECORD_NAME, record | {"record_crc32": record_checksum(record)})
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """Of all else in the record."""
+    rest = {name: value for name, value in record.items() if name != "record_crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+def expect_recorded(source: object, record: dict[str, Any] | None, folder: Path) -> None:
+    """Have a source of an export of ours compare what it reads with the export's record."""
+    if record and isinstance(source, SafetensorsSource):
+        fix = f"fetch the export again; if its weights were changed on purpose, remove {folder / RECORD_FOLDER}"
+        source.expect(record["tensors_crc32"], fix)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -130,5 +145,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             where=str(path),
             expected=f"format_version {RECORD_VERSION}",
             got=str(version),
+            fix=f"convert it again, or remove {path.parent} to read it as any other tool's",
+        )
+    if record.get("record_crc32") != record_checksum(record):
+        raise UserError(
+            "the record of the export is damaged",
+            where=str(path),
+            expected=f"record_crc32 {record_checksum(record)}, as its content has",
+            got=str(record.get("record_crc32")),
+            fix="fetch the export again",
         )
     return record

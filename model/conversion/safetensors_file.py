@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from model.checkpoint.checksums import BLOCK_BYTES, MAX_HEADER_BYTES, PartSums
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError
 
@@ -32,7 +35,6 @@ DTYPE_CODES = {
     "float8_e5m2": "F8_E5M2",
 }
 DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._expected: dict[str, str] = {}
+        self._sums: dict[str, PartSums] = defaultdict(PartSums)
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -61,14 +65,45 @@ class SafetensorsFile:
             os.close(self._descriptor)
             raise
 
-    def read_into(self, position: int, out: np.ndarray) -> None:
-        """Fill the contiguous array `out` with the bytes at `position`."""
-        view = out.reshape(-1).view(np.uint8).data
+    def expect(self, sums: dict[str, str]) -> None:
+        """What the tensors' crc32 must be (eight hexadecimal digits by stored name); `verify` compares."""
+        self._expected |= sums
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> int:
+        """Fill the contiguous array `out` with a tensor's bytes from `offset` on; their crc32."""
+        whole = view = out.reshape(-1).view(np.uint8).data
+        position = self.tensors[name].position + offset
         while len(view):
             num_read = os.preadv(self._descriptor, [view], position)
             if num_read == 0:
                 raise UserError("the file became shorter while it was read", where=str(self.path))
             view, position = view[num_read:], position + num_read
+        crc = zlib.crc32(whole)
+        self._sums[name].add(offset, len(whole), crc)
+        return crc
+
+    def verify(self) -> list[str]:
+        """The tensors that were read, in part at least, and do not have their checksum.
+
+        Those that were read once from end to end cost nothing more; the others are read again.
+        """
+        return [
+            f"{name} has crc32 {got}, not {self._expected[name]}"
+            for name in sorted(self._sums.keys() & self._expected.keys())
+            if (got := f"{self._sum_of(name):08x}") != self._expected[name]
+        ]
+
+    def _sum_of(self, name: str) -> int:
+        num_bytes = self.tensors[name].info.num_bytes
+        whole = self._sums[name].whole(num_bytes)
+        if whole is not None:
+            return whole
+        crc, block = 0, np.empty(BLOCK_BYTES, np.uint8)
+        for start in range(0, num_bytes, BLOCK_BYTES):
+            part = block[: min(BLOCK_BYTES, num_bytes - start)]
+            self.read_into(name, start, part)
+            crc = zlib.crc32(part.data, crc)
+        return crc
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -58,8 +58,8 @@ class TensorSource(Protocol):
     place: str  # for messages: a folder, a file, or how the values are made
     tensors: dict[str, TensorInfo]
 
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
-        """Fill `out`, uint8 [stop - start, row_bytes], with rows [start, stop)."""
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> int | None:
+        """Fill `out`, uint8 [stop - start, row_bytes], with rows [start, stop); their crc32 where it is known."""
         ...
 
     def rows_at_once(self, name: str) -> int | None:
@@ -68,6 +68,10 @@ class TensorSource(Protocol):
 
     def identity(self) -> Any:
         """JSON that differs when the values may differ: a resumed conversion compares it."""
+        ...
+
+    def verify(self) -> None:
+        """Compare what was read with its recorded checksums, if there are any. Raises `UserError`."""
         ...
 
     def close(self) -> None: ...

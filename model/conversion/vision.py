@@ -17,7 +17,7 @@ from model.conversion.actions import PREFIX, Options, our_weights
 from model.conversion.checks import check_tensors
 from model.conversion.mappings import VISION_LAYOUT
 from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards
-from model.conversion.record import read_record, write_manifest, write_record
+from model.conversion.record import expect_recorded, read_record, write_manifest, write_record
 from model.conversion.safetensors_file import SafetensorsFile
 from model.conversion.sources import CheckpointSource, open_foreign
 from model.conversion.tensors import TensorInfo
@@ -154,6 +154,8 @@ def from_published(source_path: Path, target: Path, config: VisionTokenizerConfi
     refuse_existing(target)
     source = open_foreign(source_path)
     try:
+        folder = source_path if source_path.is_dir() else source_path.parent
+        expect_recorded(source, read_record(folder), folder)
         config = config or find_config(source_path)
         problems = Problems()
         config.validate(problems, "vision_tokenizer")

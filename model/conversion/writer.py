@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from model.conversion.checksums import join_crc32
-from model.conversion.plan import Piece, Plan, Target
-from model.conversion.tensors import ITEM_BYTES, cast_rows
+from model.checkpoint.checksums import join_crc32
+from model.conversion.plan import Piece, Plan, Segment, Target
+from model.conversion.tensors import ITEM_BYTES, TensorInfo, cast_rows
 from model.durable import NO_SPACE, flush_to_disk, lock, replace_file
 from model.errors import UserError
 
@@ -83,6 +83,8 @@ def execute(plan: Plan, target: Path, finish: Callable[[Path, Written], None], *
         resumed = writer.progress.num_bytes
         try:
             writer.write(threads)
+            for source in plan.sources:
+                source.verify()
             written = writer.read_back(threads)
             finish(work / "output", written)
             _sync_folder(work / "output")
@@ -160,7 +162,7 @@ class _Writer:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _convert(self, block: Block) -> None:
-        rows = gather(block)
+        rows, crc = gather(block)
         item = ITEM_BYTES[block.target.info.dtype]
         sums = []
         for piece in block.target.pieces:
@@ -172,7 +174,9 @@ class _Writer:
             columns = slice(piece.first_column * item, (piece.first_column + piece.num_columns) * item)
             part = np.ascontiguousarray(rows[low - block.start : high - block.start, columns])
             view = part.reshape(-1).data
-            sums.append(zlib.crc32(view))
+            # What the source said of these very bytes, so that no pass over them is needed; made and cut ones have none.
+            known = crc is not None and part.nbytes == rows.nbytes
+            sums.append(crc if known and crc is not None else zlib.crc32(view))
             start = self.positions[piece.file][piece.stored_name]
             start += (low - piece.first_row) * piece.num_columns * item
             _write_all(self._descriptors[piece.file], view, start)
@@ -243,7 +247,8 @@ class _Writer:
             for name in file.positions:
                 value, length = tensors.get((file.name, name), (0, 0))
                 crc = join_crc32(crc, value, length)
-            files[file.name] = {"bytes": file.num_bytes, "crc32": f"{crc:08x}"}
+            header = f"{zlib.crc32(file.header):08x}"
+            files[file.name] = {"bytes": file.num_bytes, "crc32": f"{crc:08x}", "header_crc32": header}
         return Written(files, {name: f"{crc:08x}" for (_, name), (crc, _) in tensors.items()})
 
     def close(self) -> None:
@@ -311,25 +316,30 @@ def _block_bytes(block: Block) -> int:
     return (block.stop - block.start) * block.target.info.row_bytes
 
 
-def gather(block: Block) -> np.ndarray:
-    """The block's rows from all segments that have some of them; uint8 [rows, row_bytes]."""
+def gather(block: Block) -> tuple[np.ndarray, int | None]:
+    """The block's rows from all segments that have some of them, uint8 [rows, row_bytes], and their crc32 if known."""
     info = block.target.info
     rows = np.empty((block.stop - block.start, info.row_bytes), np.uint8)
     position = 0
+    joined: int | None = 0
     for segment in block.target.segments:
         low, high = max(block.start, position), min(block.stop, position + segment.count)
         if low < high:
             into = rows[low - block.start : high - block.start]
-            first = segment.start + low - position
-            if segment.dtype == info.dtype:
-                segment.source.read_rows(segment.name, first, first + high - low, into)
-            else:
-                width = info.row_elements * ITEM_BYTES[segment.dtype]
-                raw = np.empty((high - low, width), np.uint8)
-                segment.source.read_rows(segment.name, first, first + high - low, raw)
-                into[:] = cast_rows(raw, segment.dtype, info.dtype)
+            crc = _read_segment(segment, segment.start + low - position, into, info)
+            joined = None if joined is None or crc is None else join_crc32(joined, crc, into.nbytes)
         position += segment.count
-    return rows
+    return rows, joined
+
+
+def _read_segment(segment: Segment, first: int, into: np.ndarray, info: TensorInfo) -> int | None:
+    """Rows of a source from `first` on, cast where dtypes differ; crc32 of what is in `into`, if the source knows it."""
+    if segment.dtype == info.dtype:
+        return segment.source.read_rows(segment.name, first, first + len(into), into)
+    raw = np.empty((len(into), info.row_elements * ITEM_BYTES[segment.dtype]), np.uint8)
+    segment.source.read_rows(segment.name, first, first + len(into), raw)
+    into[:] = cast_rows(raw, segment.dtype, info.dtype)
+    return None
 
 
 def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:

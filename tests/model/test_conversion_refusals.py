@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from handmade_checkpoints import publish_manifest
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig
@@ -198,7 +199,7 @@ def test_a_newer_checkpoint_and_one_of_another_kind_are_refused(fresh, tmp_path)
     shutil.copytree(fresh, tmp_path / "newer")
     manifest = json.loads((fresh / "manifest.json").read_text())
     for fields, expected in (({"format_version": 2}, "format_version 2"), ({"kind": "vision_tokenizer"}, "layout=ibq")):
-        (tmp_path / "newer" / "manifest.json").write_text(json.dumps(manifest | fields))
+        publish_manifest(tmp_path / "newer", manifest | fields)
         with pytest.raises(UserError, match=expected):
             actions.to_published(tmp_path / "newer", tmp_path / "out", "emu35", Options())
     (tmp_path / "newer" / "manifest.json").write_text(json.dumps(manifest))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade_checkpoints import publish_manifest
 from safetensors.torch import save_file
 
 from data_pipeline.documents.builder import DocumentBuilder, Picture, Text
@@ -254,7 +255,7 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, metadata: dict[str, A
         keys[f"model/{logical.name}"] = entry
     for rank, tensors in enumerate(files):
         save_file(tensors, folder / f"{rank}.safetensors")
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "keys": keys} | metadata))
+    publish_manifest(folder, {"format_version": 1, "keys": keys} | metadata)
     return folder
 
 

@@ -35,6 +35,8 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     store.store(name=f"{command}_schema", node=schema)
     primary = command if (CONFIG_FOLDER / f"{command}.yaml").exists() else f"{command}_schema"
     parsed = [parse_override(text) for text in overrides]
+    defaults = default_groups(primary)
+    parsed = choose_options(schema, parsed, defaults)
     mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one)]
     plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
     try:
@@ -58,6 +60,53 @@ def compose_config(command: str, overrides: list[str]) -> Any:
     if hasattr(config, "validate"):
         config.validate()
     return config
+
+
+def default_groups(primary: str) -> dict[str, str | None]:
+    """The groups in the defaults list of a command's file, with the option that each starts with."""
+    path = CONFIG_FOLDER / f"{primary}.yaml"
+    entries = OmegaConf.to_container(OmegaConf.load(path))["defaults"] if path.exists() else []  # type: ignore[index,call-overload]
+    return {str(key): value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
+
+
+def choose_options(schema: type, parsed: list[Override], defaults: dict[str, str | None]) -> list[Override]:
+    """Overrides of optional groups (`model`, `vision_tokenizer`), refused where Hydra would end with an assertion.
+
+    A key of a group needs an option to change; `NAME=null` asks for none.
+    """
+    hints = typing.get_type_hints(schema)
+    optional = {
+        name
+        for name, annotation in hints.items()
+        if dataclasses.is_dataclass(without_none(annotation)) and without_none(annotation) is not annotation
+    }
+    chosen = {name for name in optional if defaults.get(name) or defaults.get(f"{name}@{name}")}
+    kept = []
+    for one in parsed:
+        name = one.key_or_group
+        if name in optional and not one.is_sweep_override():
+            value = one.value()
+            if value is None and name not in chosen:
+                continue
+            if not isinstance(value, str):
+                raise no_option(name, f"{name}={value}")
+            chosen.add(name)
+        kept.append(one)
+    for one in kept:
+        group, _, rest = one.key_or_group.partition(".")
+        if rest and group in optional - chosen:
+            raise no_option(group, one.input_line or group)
+    return kept
+
+
+def no_option(group: str, got: str) -> UserError:
+    options = sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+    return UserError(
+        f"{group} has no values to change: no option of it is chosen",
+        expected=f"{group}=NAME, and then {group}.KEY=VALUE; NAME one of {', '.join(options)}",
+        got=got,
+        fix=f"add {group}={options[0] if options else 'NAME'}",
+    )
 
 
 def to_object(tree: DictConfig) -> Any:

@@ -6,12 +6,14 @@ The format itself is described in `model/checkpoint/reader.py`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from model.checkpoint.small_files import read_object
 from model.durable import record_of
 from model.errors import UserError
 
@@ -57,15 +59,10 @@ def latest_checkpoint(path: Path | str) -> Path:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, refused when it cannot be understood or does not have its checksum."""
     path = Path(folder) / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("not a checkpoint: it has no manifest", where=str(folder)) from None
-    except OSError as error:
-        raise UserError("the checkpoint's manifest cannot be read", where=str(path), got=str(error.strerror)) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError("the checkpoint's manifest is damaged", where=str(path), got=str(error)) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not os.path.lexists(path):
+        raise UserError("not a checkpoint: it has no manifest", where=str(folder))
+    manifest = read_object(path, "the checkpoint's manifest")
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION or not isinstance(manifest.get("keys"), dict):
         raise UserError(
             "this checkpoint cannot be read by this version",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_checksum
+from model.checkpoint.small_files import read_object
 from model.config import ModelConfig, count_parameters
 from model.conversion.plan import Target
 from model.conversion.sources import INDEX_NAME, SafetensorsSource
@@ -132,13 +133,10 @@ def expect_recorded(source: object, record: dict[str, Any] | None, folder: Path)
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of an export of ours; None for a folder that another tool wrote."""
     path = folder / RECORD_NAME
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        record = json.loads(path.read_bytes())
-        version = record["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("the record of the export is damaged", where=str(path), got=repr(error)) from None
+    record = read_object(path, "the record of the export")
+    version = record.get("format_version")
     if version != RECORD_VERSION:
         raise UserError(
             "this export was written by another version",

@@ -13,10 +13,12 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from model.checkpoint.checksums import BLOCK_BYTES, MAX_HEADER_BYTES, PartSums
+from model.checkpoint.small_files import open_regular
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError
 
@@ -52,17 +54,17 @@ class SafetensorsFile:
         self.path = path
         self._expected: dict[str, str] = {}
         self._sums: dict[str, PartSums] = defaultdict(PartSums)
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(
-                "a file of the checkpoint cannot be read", where=str(path), got=str(error.strerror)
-            ) from None
+        self._descriptor = open_regular(path, "a file of the checkpoint")
         try:
             self.num_bytes = os.fstat(self._descriptor).st_size
             self.tensors = self._read_header()
+        except OSError as error:
+            self.close()
+            raise UserError(
+                "a file of the checkpoint cannot be read", where=str(path), got=str(error.strerror)
+            ) from None
         except BaseException:
-            os.close(self._descriptor)
+            self.close()
             raise
 
     def expect(self, sums: dict[str, str]) -> None:
@@ -120,16 +122,17 @@ class SafetensorsFile:
             entries = {name: value for name, value in header.items() if name != "__metadata__"}
             found = {
                 name: StoredTensor(
-                    TensorInfo(tuple(int(n) for n in value["shape"]), DTYPE_NAMES[value["dtype"]]),
-                    8 + length + int(value["data_offsets"][0]),
+                    TensorInfo(tuple(map(_size, value["shape"])), DTYPE_NAMES[value["dtype"]]),
+                    8 + length + _span(value)[0],
                 )
                 for name, value in entries.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged("a safetensors header of known dtypes", f"{type(error).__name__}: {error}") from None
         end = 8 + length
         for name, stored in sorted(found.items(), key=lambda item: (item[1].position, item[0])):
-            if stored.position != end or stored.info.num_bytes != _span(entries[name]):
+            first, last = _span(entries[name])
+            if stored.position != end or stored.info.num_bytes != last - first:
                 raise self._damaged("tensors behind each other without holes", name)
             end += stored.info.num_bytes
         if end != self.num_bytes:
@@ -146,9 +149,16 @@ class SafetensorsFile:
         )
 
 
-def _span(entry: dict) -> int:
+def _size(value: Any) -> int:
+    """A count of the header: a whole number, not negative, of a size that a file can have."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
-    return int(end) - int(begin)
+    return _size(begin), _size(end)
 
 
 @dataclass(frozen=True)

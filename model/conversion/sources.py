@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from model.checkpoint.checksums import file_damage
 from model.checkpoint.manifest import FIX, latest_checkpoint, read_manifest
+from model.checkpoint.small_files import open_regular, read_object
 from model.conversion.safetensors_file import SafetensorsFile
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError
@@ -103,9 +103,9 @@ def index_entries(path: Path) -> dict[str, str]:
     if not index.is_file():
         return {}
     try:
-        entries = json.loads(index.read_bytes())["weight_map"]
-        assert all("/" not in name and name != ".." for name in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        entries = read_object(index, "the index of the checkpoint")["weight_map"]
+        assert all("/" not in name and name not in ("", ".", "..") for name in entries.values())
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             "the index of the checkpoint is damaged",
             where=str(index),
@@ -220,10 +220,22 @@ class TorchSource:
         self.place = ", ".join(map(str, paths))
         self._paths = paths
         self._values: dict[str, Any] = {}
+        problems: list[str] = []
         for path in paths:
             for name, value in _load_state_dict(path).items():
                 if isinstance(value, torch.Tensor):
-                    self._values[name] = value.detach().contiguous()
+                    if problem := _unreadable(value):
+                        problems.append(f"{name}: {problem}")
+                    else:
+                        self._values[name] = value.detach().contiguous()
+        if problems:
+            raise UserError(
+                "the file holds tensors that are no plain tables of numbers",
+                where=self.place,
+                expected="dense tensors with values, of the known dtypes",
+                got=listed(problems),
+                fix="save dense tensors with the tool that made this file",
+            )
         self.tensors = {
             name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for name, value in self._values.items()
@@ -249,6 +261,20 @@ class TorchSource:
         self._values.clear()
 
 
+def _unreadable(value: Any) -> str:
+    """Why a tensor of torch has no rows of bytes that mean its values, or ""."""
+    import torch
+
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.layout != torch.strided:
+        return f"{value.layout} layout".removeprefix("torch.")
+    if value.is_meta:
+        return "a meta tensor, without values"
+    if value.is_quantized or dtype not in ITEM_BYTES:
+        return f"dtype {dtype}"
+    return ""
+
+
 def _load_state_dict(path: Path) -> dict[str, Any]:
     """The tensors by name; of a training checkpoint those under `state_dict`."""
     import pickle
@@ -256,6 +282,7 @@ def _load_state_dict(path: Path) -> dict[str, Any]:
 
     import torch
 
+    os.close(open_regular(path, "the file"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -266,7 +293,16 @@ def _load_state_dict(path: Path) -> dict[str, Any]:
             got=first_line(error),
             fix="save the tensors alone as safetensors, with the tool that made this file",
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise UserError("the file cannot be read by torch", where=str(path), got=first_line(error)) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -308,7 +344,7 @@ class MadeSource:
 
 def open_foreign(path: Path) -> SafetensorsSource | TorchSource:
     """The tensors of a checkpoint that is not ours: a file or a folder."""
-    if not path.exists():
+    if not path.exists():  # a link to itself neither
         raise UserError("there is no such file or folder", got=str(path), fix="source=FOLDER of the checkpoint")
     if path.is_dir():
         if safetensors_paths(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -26,8 +27,8 @@ import numpy as np
 
 from model.checkpoint.checksums import join_crc32
 from model.conversion.plan import Piece, Plan, Segment, Target
-from model.conversion.tensors import ITEM_BYTES, TensorInfo, cast_rows
-from model.durable import NO_SPACE, flush_to_disk, lock, replace_file
+from model.conversion.tensors import ITEM_BYTES, TensorInfo, cast_rows, is_finite
+from model.durable import NO_SPACE, flush_to_disk, replace_file
 from model.errors import UserError
 
 BLOCK_BYTES = 2 << 20  # of one read and write: small enough to be in the cache when it is checksummed and written
@@ -51,6 +52,7 @@ class Written:
 
     files: dict[str, dict[str, Any]]
     tensors: dict[str, str]  # stored name -> crc32
+    non_finite: list[str] = field(default_factory=list)  # targets with infinities or NaN
 
 
 @dataclass
@@ -83,8 +85,7 @@ def execute(plan: Plan, target: Path, finish: Callable[[Path, Written], None], *
         resumed = writer.progress.num_bytes
         try:
             writer.write(threads)
-            for source in plan.sources:
-                source.verify()
+            _verify_sources(plan, work)
             written = writer.read_back(threads)
             finish(work / "output", written)
             _sync_folder(work / "output")
@@ -94,6 +95,16 @@ def execute(plan: Plan, target: Path, finish: Callable[[Path, Written], None], *
         flush_to_disk(target.parent)
         _remove_work(work)
     return Result(plan.num_bytes, time.monotonic() - started, resumed)
+
+
+def _verify_sources(plan: Plan, work: Path) -> None:
+    """What was made of damaged tensors is not kept for the next run."""
+    try:
+        for source in plan.sources:
+            source.verify()
+    except UserError:
+        (work / "plan.json").unlink(missing_ok=True)
+        raise
 
 
 def refuse_existing(target: Path) -> None:
@@ -125,6 +136,7 @@ class _Writer:
         self.plan, self.work = plan, work
         self.blocks = list(_blocks(plan))
         self.done = done
+        self.non_finite: set[str] = set()
         self.inherited = set(done)  # blocks of an earlier run
         self.positions = {file.name: file.positions for file in plan.files}
         self._descriptors: dict[str, int] = {}
@@ -163,6 +175,7 @@ class _Writer:
 
     def _convert(self, block: Block) -> None:
         rows, crc = gather(block)
+        self._note_non_finite(block, rows)
         item = ITEM_BYTES[block.target.info.dtype]
         sums = []
         for piece in block.target.pieces:
@@ -189,6 +202,10 @@ class _Writer:
             self.done[block.number] = sums
         self.progress.add(_block_bytes(block))
 
+    def _note_non_finite(self, block: Block, rows: np.ndarray) -> None:
+        if not is_finite(rows, block.target.info.dtype):
+            self.non_finite.add(block.target.name)
+
     def read_back(self, threads: int) -> Written:
         """Check what an earlier run has written while the disk takes the rest; the checksums of all of it."""
         inherited = [block for block in self.blocks if block.number in self.inherited]
@@ -213,6 +230,7 @@ class _Writer:
             content = self._read(piece.file, position, (high - low) * width)
             if zlib.crc32(content.data) != expected:
                 raise self._differs(piece)
+            self._note_non_finite(block, content)
         self.progress.add(_block_bytes(block))
 
     def _read(self, file: str, position: int, num_bytes: int) -> np.ndarray:
@@ -249,7 +267,7 @@ class _Writer:
                 crc = join_crc32(crc, value, length)
             header = f"{zlib.crc32(file.header):08x}"
             files[file.name] = {"bytes": file.num_bytes, "crc32": f"{crc:08x}", "header_crc32": header}
-        return Written(files, {name: f"{crc:08x}" for (_, name), (crc, _) in tensors.items()})
+        return Written(files, {name: f"{crc:08x}" for (_, name), (crc, _) in tensors.items()}, sorted(self.non_finite))
 
     def close(self) -> None:
         for descriptor in (*self._descriptors.values(), self._journal):
@@ -348,6 +366,7 @@ def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
     with contextlib.suppress(OSError, ValueError, KeyError):
         if json.loads(description.read_bytes())["fingerprint"] == fingerprint:
             (work / "output").mkdir(exist_ok=True)
+            _remove_all_but(work / "output", {file.name for file in plan.files})
             return _read_journal(work / "progress.jsonl")
     description.unlink(missing_ok=True)
     (work / "progress.jsonl").unlink(missing_ok=True)
@@ -355,6 +374,16 @@ def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
     (work / "output").mkdir()
     replace_file(description, json.dumps({"fingerprint": fingerprint, "what": plan.what}))
     return {}
+
+
+def _remove_all_but(output: Path, names: set[str]) -> None:
+    """What `finish` of a killed run has added, whole or half-written: it is added again."""
+    for path in sorted(output.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it holds files of the plan
+                path.rmdir()
+        elif str(path.relative_to(output)) not in names:
+            path.unlink()
 
 
 def _read_journal(path: Path) -> dict[int, list[int]]:
@@ -412,17 +441,41 @@ def _no_space_told(folder: Path, num_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """The work folder for this process alone; the system frees the lock of one that died."""
+    """The work folder for this process alone; the system frees the lock of one that died.
+
+    Only who holds the lock removes anything: a process that is refused leaves the folder as it is.
+    """
+    descriptor = _lock(work)
+    try:
+        yield
+    finally:
+        # Nothing begun, or all published: no folder stays behind.
+        if not (work / "plan.json").exists():
+            _remove_work(work)
+        os.close(descriptor)
+
+
+def _lock(work: Path) -> int:
+    """The locked descriptor of `lock` in the work folder, which another process may be removing at this moment."""
     work.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
-    taken = "another process is writing this target"
-    with lock(work / "lock", taken, fix="wait for it, or name another target"):
+    while True:
+        work.mkdir(exist_ok=True)
         try:
-            yield
-        finally:
-            # A refusal leaves no empty folder behind.
-            if not (work / "plan.json").exists():
-                _remove_work(work)
+            descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock on a file that its last holder has removed locks nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(work / "lock"), os.fstat(descriptor)):
+                    return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                "another process is writing this target", where=str(work), fix="wait for it, or name another target"
+            ) from None
+        os.close(descriptor)
 
 
 def _remove_work(work: Path) -> None:

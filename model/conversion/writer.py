@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import zlib
@@ -27,12 +26,12 @@ import numpy as np
 
 from model.checkpoint.checksums import join_crc32
 from model.conversion.plan import Piece, Plan, Segment, Target
+from model.conversion.progress import Progress
 from model.conversion.tensors import ITEM_BYTES, TensorInfo, cast_rows, is_finite
 from model.durable import NO_SPACE, flush_to_disk, replace_file
 from model.errors import UserError
 
 BLOCK_BYTES = 2 << 20  # of one read and write: small enough to be in the cache when it is checksummed and written
-PROGRESS_SECONDS = 2.0
 FLUSH_SECONDS = 0.05
 
 
@@ -272,38 +271,6 @@ class _Writer:
     def close(self) -> None:
         for descriptor in (*self._descriptors.values(), self._journal):
             os.close(descriptor)
-
-
-class Progress:
-    """Bytes done, bytes a second and the time left, on stderr now and then."""
-
-    def __init__(self, label: str, total_bytes: int, num_bytes: int):
-        self.label, self.total_bytes, self.num_bytes = label, total_bytes, num_bytes
-        self._first_bytes, self._started = num_bytes, time.monotonic()
-        self._shown, self._lock = self._started, threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self.num_bytes += num_bytes
-            if time.monotonic() - self._shown >= PROGRESS_SECONDS:
-                self._shown = time.monotonic()
-                self._show()
-
-    def finish(self) -> None:
-        if time.monotonic() - self._started >= PROGRESS_SECONDS:
-            self._show()
-
-    def _show(self) -> None:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = (self.num_bytes - self._first_bytes) / seconds
-        left = (self.total_bytes - self.num_bytes) / rate if rate else float("inf")
-        share = self.num_bytes / self.total_bytes if self.total_bytes else 1.0
-        print(
-            f"{self.label}: {share:6.1%} of {self.total_bytes / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
-            f"{left:,.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def run_all(work: Callable[[Any], None], items: list[Any], threads: int) -> None:

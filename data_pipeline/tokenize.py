@@ -75,6 +75,9 @@ class TokenizeConfig:
         self.layout.validate(problems, "layout")
         problems.check(self.image.max_area > 0, "image.max_area", "must be positive")
         problems.check(
+            self.image.resize in ("bounded", "emu35"), "image.resize", "unknown value", "image.resize=bounded"
+        )
+        problems.check(
             0 <= self.image.min_area <= self.image.max_area, "image.min_area", "must be in [0, image.max_area]"
         )
         problems.check(self.video.keyframe_seconds > 0, "video.keyframe_seconds", "must be positive")

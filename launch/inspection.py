@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -93,7 +92,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Read from the manifest; no weights are opened."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     shapes: dict[str, list[int]] = {key: value["global_shape"] for key, value in manifest.get("keys", {}).items()}
     weights = {key: shape for key, shape in shapes.items() if key.startswith("model/")}
     return {

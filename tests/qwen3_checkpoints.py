@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from handmade_checkpoints import publish_manifest
 from safetensors.torch import save_file
 
 from model.config import ModelConfig
@@ -111,5 +111,5 @@ def write_checkpoint(folder: Path, theirs: dict[str, torch.Tensor], config: Mode
         "vocabulary": Vocabulary.from_config(config.vocabulary).describe(),
         "keys": keys,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest | metadata))
+    publish_manifest(folder, manifest | metadata)
     return folder

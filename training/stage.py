@@ -189,7 +189,7 @@ def load_weights(shards: ShardStore, source: Path) -> None:
     from model.checkpoint.reader import CheckpointReader
     from training.reliability.checkpoint import resolve_initial
 
-    with CheckpointReader(resolve_initial(source)) as reader:
+    with CheckpointReader(resolve_initial(source), verified=True) as reader:
         shards.load_model(reader)
 
 

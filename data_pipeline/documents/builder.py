@@ -34,6 +34,8 @@ __all__ = [
 
 IMAGE_FORMATS = ("emu35", "emu3")
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
+# What the released configurations add to the system's words, by task: the model knows the task by it.
+TASK_SENTENCES = {"howto": " Please generate a response with interleaved text and images."}
 
 
 @dataclass(frozen=True)
@@ -189,15 +191,17 @@ class DocumentBuilder:
         self._add_parts(draft, response_so_far)
         return draft.tokens()
 
-    def unconditional_prompt(self, images: Sequence[Picture] = ()) -> list[int]:
-        """The chat prompt without task and question, reference images kept: for guidance."""
-        return self._chat_prompt("", "", images, unconditional=True).tokens()
+    def unconditional_prompt(self, images: Sequence[Picture] = (), response_so_far: Sequence[Part] = ()) -> list[int]:
+        """The chat prompt without task and question, for guidance. Reference images and all that is answered stay."""
+        draft = self._chat_prompt("", "", images, unconditional=True)
+        self._add_parts(draft, response_so_far)
+        return draft.tokens()
 
     def _chat_prompt(self, task: str, question: str, images: Sequence[Picture], unconditional: bool) -> _Draft:
         if unconditional:
             before, after = "You are a helpful assistant. USER: ", " ASSISTANT: "
         else:
-            opening = f"You are a helpful assistant for {task} task. USER: "
+            opening = f"You are a helpful assistant for {task} task.{TASK_SENTENCES.get(task, '')} USER: "
             # Only edits show the pictures before the words about them.
             before, after = (
                 (opening, f"{question} ASSISTANT: ") if task == "x2i" else (f"{opening}{question}", " ASSISTANT: ")

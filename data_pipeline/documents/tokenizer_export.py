@@ -16,6 +16,7 @@ from data_pipeline.documents.tokenizers import (
     _parse_ranks,
     load_text_tokenizer,
     read_description,
+    sole_tokenizer_file,
 )
 from model.errors import UserError
 from model.vocabulary import EMU35_TEXT_SIZE, Vocabulary
@@ -92,11 +93,13 @@ def export_text_tokenizer(source: Path, vocabulary: Vocabulary, target: Path) ->
 
 
 def tokenizer_file(source: Path) -> Path:
-    """The tokenizer's own file: `source`, or the one that its folder describes."""
+    """The tokenizer's own file: `source`, or the one that its folder describes or consists of."""
     if not source.is_dir():
         return source
     description = read_description(source)
-    return source / str(description["file"]) if description else source / "tokenizer.json"
+    if description is None:
+        return sole_tokenizer_file(source) or source / "tokenizer.json"
+    return source / Path(str(description["file"])).name
 
 
 def _check_size(size: int, vocabulary: Vocabulary, path: Path) -> None:

@@ -26,8 +26,8 @@ DESCRIPTION_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 FORMAT_VERSION = 1
 
-# Longer texts are encoded piece by piece: the tokenizers' time grows faster than the text.
-_MAX_CHARACTERS = 100_000
+_MAX_BLANKS = 100_000  # of a run that is encoded at once
+_ENDLESS_BLANKS = re.compile(rf"\s{{{_MAX_BLANKS},}}")
 _NUM_BYTES = 256  # pieces that every model has, to write any character
 _MAX_LINE_BYTES = 4096  # of the SentencePiece trainer; longer lines would be ignored
 
@@ -67,8 +67,7 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         for number, piece in enumerate(text.split("\u2581")):
             ids.extend(self._block_ids if number else [])
-            for part in _split_long(piece):
-                ids.extend(self._processor.encode(part))
+            ids.extend(self._processor.encode(piece))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -156,15 +155,16 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
 def _load_folder(folder: Path) -> TextTokenizer:
     description = read_description(folder)
     if description is None:
-        if (folder / DESCRIPTION_FILE).is_file():  # a model folder of Hugging Face
-            return load_text_tokenizer(folder / DESCRIPTION_FILE)
+        found = sole_tokenizer_file(folder)
+        if found is not None:
+            return load_text_tokenizer(found)
         raise UserError(
             "the folder holds no text tokenizer",
             where=str(folder),
-            expected=DESCRIPTION_FILE,
+            expected=f"{DESCRIPTION_FILE}, or one .tiktoken or .model file",
             fix="train one with `nextstate train stage=text_tokenizer`",
         )
-    path = folder / str(description["file"])
+    path = folder / Path(str(description["file"])).name
     data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != description["sha256"]:
         raise UserError(
@@ -175,6 +175,14 @@ def _load_folder(folder: Path) -> TextTokenizer:
             fix="remove the folder and train it again",
         )
     return _tokenizer_of_file(path, data)
+
+
+def sole_tokenizer_file(folder: Path) -> Path | None:
+    """Of a folder that another tool made: `tokenizer.json` of Hugging Face, or the only ranks or model file."""
+    if (folder / DESCRIPTION_FILE).is_file():
+        return folder / DESCRIPTION_FILE
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in (".tiktoken", ".model")]
+    return found[0] if len(found) == 1 else None
 
 
 def _tokenizer_of_file(path: Path, data: bytes) -> TextTokenizer:
@@ -197,7 +205,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     """What `train_sentencepiece` recorded, None where the folder is not one of its own."""
     try:
         description = json.loads((folder / DESCRIPTION_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     ours = isinstance(description, dict) and {"kind", "file", "sha256"} <= description.keys()
     return description if ours else None
@@ -329,14 +337,16 @@ def _parse_ranks(data: bytes, name: str) -> dict[bytes, int]:
 
 
 def _split_long(text: str) -> Iterator[str]:
-    """The text in pieces of bounded length, cut before whitespace where there is any."""
+    """The whole text; only a run of blanks beyond any real one is cut, inside.
+
+    tiktoken and Hugging Face cut text by patterns that look ahead over blanks, and end the process on a million of
+    them. Any other cut could change the ids around it, and none is needed: time grows with the length.
+    """
     start = 0
-    while len(text) - start > _MAX_CHARACTERS:
-        end = start + _MAX_CHARACTERS
-        spaces = [text.rfind(space, start + 1, end) for space in (" ", "\n")]
-        end = max(spaces) if max(spaces) > start else end
-        yield text[start:end]
-        start = end
+    for run in _ENDLESS_BLANKS.finditer(text):
+        for end in range(run.start() + _MAX_BLANKS, run.end(), _MAX_BLANKS):
+            yield text[start:end]
+            start = end
     if text[start:]:
         yield text[start:]
 

@@ -34,8 +34,10 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     store.store(name=f"{command}_schema", node=schema)
     parsed = [objective.named(parse_override(text)) for text in overrides]
     folders = places.config_folders(parsed)
-    primary = command if places.find_config(folders, command) else f"{command}_schema"
+    own_file = places.find_config(folders, command)
+    primary = command if own_file else f"{command}_schema"
     parsed = [one for one in parsed if one.key_or_group != places.KEY or accepts_config_folder(schema)]
+    parsed = choose_options(schema, parsed, default_groups(own_file), folders)
     mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one, folders)]
     given = [nested(one) for one in mappings]
     plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
@@ -64,6 +66,54 @@ def compose_config(command: str, overrides: list[str]) -> Any:
     if hasattr(config, "validate"):
         config.validate()
     return config
+
+
+def default_groups(path: Path | None) -> dict[str, str | None]:
+    """The groups in the defaults list of a command's file, with the option that each starts with."""
+    entries = OmegaConf.to_container(OmegaConf.load(path))["defaults"] if path else []  # type: ignore[index,call-overload]
+    return {str(key): value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
+
+
+def choose_options(
+    schema: type, parsed: list[Override], defaults: dict[str, str | None], folders: Sequence[Path]
+) -> list[Override]:
+    """Overrides of optional groups (`model`, `vision_tokenizer`), refused where Hydra would end with an assertion.
+
+    A key of a group needs an option to change; `NAME=null` asks for none.
+    """
+    hints = typing.get_type_hints(schema)
+    optional = {
+        name
+        for name, annotation in hints.items()
+        if dataclasses.is_dataclass(without_none(annotation)) and without_none(annotation) is not annotation
+    }
+    chosen = {name for name in optional if defaults.get(name) or defaults.get(f"{name}@{name}")}
+    kept = []
+    for one in parsed:
+        name = one.key_or_group
+        if name in optional and not one.is_sweep_override():
+            value = one.value()
+            if value is None and name not in chosen:
+                continue
+            if not isinstance(value, str):
+                raise no_option(name, f"{name}={value}", folders)
+            chosen.add(name)
+        kept.append(one)
+    for one in kept:
+        group, _, rest = one.key_or_group.partition(".")
+        if rest and group in optional - chosen:
+            raise no_option(group, one.input_line or group, folders)
+    return kept
+
+
+def no_option(group: str, got: str, folders: Sequence[Path]) -> UserError:
+    options = places.group_options(folders, group)
+    return UserError(
+        f"{group} has no values to change: no option of it is chosen",
+        expected=f"{group}=NAME, and then {group}.KEY=VALUE; NAME one of {', '.join(options)}",
+        got=got,
+        fix=f"add {group}={options[0] if options else 'NAME'}",
+    )
 
 
 def to_object(tree: DictConfig) -> Any:

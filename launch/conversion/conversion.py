@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from launch.conversion.certificate import certify_written, verify
 from launch.conversion.options import ConvertConfig
 from model.checkpoint.manifest import CheckpointManifest, latest_checkpoint
-from model.config import ModelConfig, count_parameters
 from model.conversion import actions, surgery, vision
 from model.conversion.actions import Options, Outcome
-from model.conversion.compare import compare
 from model.conversion.hugging_face import model_config
 from model.conversion.mappings import VISION_LAYOUT
-from model.conversion.record import RECORD_FOLDER, write_json
+from model.conversion.record import RECORD_FOLDER
+from model.conversion.sources import listed
 from model.conversion.writer import Result, Written
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
-CERTIFICATE_NAME = "parity.json"
 TOKENIZER_FOLDER = "text_tokenizer"
-MODES = {"auto": "logits", "logits": "logits", "keys": "keys"}  # of the certificate
-# Both sides in float32 and room to work in.
-BYTES_A_PARAMETER = 10
+# Beside a tokenizer's own file: its description (ours), settings and the list of visual tokens (released).
+TOKENIZER_COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "emu3_vision_tokens.txt")
 
 Extra = Callable[[Path, Written], None]
 
@@ -34,6 +33,8 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     """Run the configured action; the command's answer."""
     if config.action == "verify":
         return verify(config)
+    if config.layout is None and config.vision_tokenizer is not None:
+        config.layout = VISION_LAYOUT
     source, target = Path(config.source or "."), Path(config.target or ".")
     actions.refuse_existing(target)
     answer: dict[str, Any] = {"action": config.action, "target": str(target), "layout": config.layout}
@@ -45,10 +46,13 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         assert config.model is not None, "validated"
         outcome = actions.initialize(target, config.model, options)
     elif config.action == "from_hf":
+        options = replace(options, text_tokenizer=extras.bind_tokenizer())
         outcome = actions.from_published(source, target, config.model, config.layout, options)
     elif config.action == "to_hf":
         outcome = actions.to_published(source, target, config.layout or "", options)
     elif config.action == "reshard":
+        inside = latest_checkpoint(source) / TOKENIZER_FOLDER
+        extras.tokenizer = inside if os.path.lexists(inside) else None
         outcome = actions.reshard(source, target, options)
     else:
         assert config.model is not None, "validated"
@@ -88,14 +92,31 @@ class Extras:
         self.config, self.source = config, source
         self.notes: list[str] = []
         self.answer: dict[str, Any] = {}
+        self.tokenizer: Path | None = None  # that goes into a checkpoint
 
     def __call__(self, folder: Path, written: Written) -> None:
-        if self.config.action == "to_hf":
-            self._export_tokenizer(folder)
-        elif self.config.action == "from_hf":
-            self._import_tokenizer(folder)
+        if self.config.layout != VISION_LAYOUT:
+            if self.config.action == "to_hf":
+                self._export_tokenizer(folder)
+            elif self.tokenizer is not None:
+                copy_tokenizer(self.tokenizer, folder / TOKENIZER_FOLDER)
+        if self.config.verify == "none" and written.non_finite:
+            self.notes.append(f"weights that are not finite: {listed(written.non_finite)}")
         if self.config.action != "init" and self.config.verify != "none":
-            self._certify(folder, written)
+            self.answer["parity"] = certify_written(self.config, self.source, folder, written)
+
+    def bind_tokenizer(self) -> dict[str, Any] | None:
+        """Find and load the tokenizer that goes into the checkpoint: what the manifest will say of it, None without one."""
+        kept = self.source / RECORD_FOLDER / TOKENIZER_FOLDER
+        given = self.config.text_tokenizer
+        if given is None and not os.path.lexists(kept):
+            return None
+        from data_pipeline.documents.tokenizers import load_text_tokenizer
+
+        self.tokenizer = Path(given) if given is not None else kept
+        tokenizer_files(self.tokenizer)
+        tokenizer = load_text_tokenizer(self.tokenizer)
+        return {"path": TOKENIZER_FOLDER, "fingerprint": tokenizer.fingerprint, "size": tokenizer.size}
 
     def _export_tokenizer(self, folder: Path) -> None:
         """Its own file, the Hugging Face directory, and a copy in the record for the way back."""
@@ -118,91 +139,39 @@ class Extras:
                 got=exported["fingerprint"],
                 fix="text_tokenizer=FOLDER of the right one",
             )
-        copy = folder / RECORD_FOLDER / TOKENIZER_FOLDER
-        shutil.rmtree(copy, ignore_errors=True)
-        copy.mkdir(parents=True)
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if path.is_file():
-                shutil.copyfile(path, copy / path.name)
+        copy_tokenizer(place, folder / RECORD_FOLDER / TOKENIZER_FOLDER)
         self.answer["text_tokenizer"] = exported
 
-    def _import_tokenizer(self, folder: Path) -> None:
-        kept = self.source / RECORD_FOLDER / TOKENIZER_FOLDER
-        given = self.config.text_tokenizer
-        if given is not None or kept.is_dir():
-            place = Path(given) if given is not None else kept
-            if not place.is_dir():
-                raise UserError("the text tokenizer is not a folder", where=str(place))
-            shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-            shutil.copytree(place, folder / TOKENIZER_FOLDER)
 
-    def _certify(self, folder: Path, written: Written) -> None:
-        """Written into the folder before it is published: what fails is never published."""
-        config = self.config
-        if config.action not in ("from_hf", "to_hf") or not self._certify_both_sides(folder):
-            certificate = {
-                "passed": True,
-                "mode": "keys",
-                "num_tensors": len(written.tensors),
-                "tensors_crc32": written.tensors,
-                "message": "every tensor was read back after writing; conversion moves rows and changes none",
-            }
-            self._publish_certificate(folder, certificate)
+def copy_tokenizer(place: Path, target: Path) -> None:
+    """The files that the tokenizer consists of, and no others (a released folder has programs beside them)."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in tokenizer_files(place):
+        # The library's own file may have any name; in a folder it is known by this one.
+        name = "tokenizer.json" if path.suffix == ".json" and not place.is_dir() else path.name
+        shutil.copyfile(path, target / name, follow_symlinks=False)
 
-    def _certify_both_sides(self, folder: Path) -> bool:
-        """Compare source and output by independent code; False where that would need more memory than there is."""
-        config = self.config
-        source = self.source
-        ours, theirs = (folder, source) if config.action == "from_hf" else (source, folder)
-        sizes = model_config(CheckpointManifest.read(latest_checkpoint(ours)).model or {}, str(ours))
-        has_config = theirs.is_dir() and (theirs / "config.json").is_file()
-        if not has_config or (config.verify == "auto" and not fits_memory(sizes)):
-            return False
-        from model.conversion.parity import certify
 
-        certificate = certify(
-            ours,
-            theirs,
-            config.layout or self._detected(theirs),
-            mode=MODES[config.verify],
-            num_tokens=config.num_tokens,
-            seed=config.seed,
-            out=folder / CERTIFICATE_NAME,
-        )
-        # The output's own name, not that of the folder where it is being made.
-        target = str(config.target)
-        certificate |= {"checkpoint": target} if config.action == "from_hf" else {"hugging_face": target}
-        if config.dtype is not None and certificate["mode"] == "logits":
-            certificate["message"] += f"; the weights were cast to {config.dtype} on purpose"
-        elif not certificate["passed"]:
+def tokenizer_files(place: Path) -> list[Path]:
+    """Refuses links: what they lead to may be any file of this machine."""
+    from data_pipeline.documents.tokenizer_export import tokenizer_file
+
+    if not place.exists():
+        raise UserError("the text tokenizer does not exist", where=str(place))
+    own = tokenizer_file(place)
+    beside = [own.with_name(name) for name in TOKENIZER_COMPANIONS] if place.is_dir() else []
+    files = [own, *(path for path in beside if path != own and os.path.lexists(path))]
+    for path in (place, *files):
+        if path.is_symlink():
             raise UserError(
-                "the certificate failed: both sides are not the same model",
-                where=f"{source} and {target}",
-                got=differences(certificate),
-                fix="nothing was published; report this with both configurations",
+                "the text tokenizer holds a symbolic link",
+                where=str(path),
+                expected="files and folders",
+                got=f"a link to {os.readlink(path)}",
+                fix="name a copy without links (cp -rL), if you know where they lead",
             )
-        self._publish_certificate(folder, certificate)
-        return True
-
-    @staticmethod
-    def _detected(folder: Path) -> str:
-        return actions.identify(folder, None)[0].name
-
-    def _publish_certificate(self, folder: Path, certificate: dict[str, Any]) -> None:
-        write_json(folder / CERTIFICATE_NAME, certificate)
-        self.answer["parity"] = {name: value for name, value in certificate.items() if not name.startswith("tensors")}
-
-
-def differences(certificate: dict[str, Any]) -> str:
-    """What is not equal in a certificate, in one line."""
-    names = [name for name, one in certificate["tensors"].items() if not one["equal"]]
-    logits = certificate["logits"] or {}
-    parts = [f"{len(names)} tensors differ: {', '.join(names[:10])}"] if names else []
-    if logits:
-        parts.append(
-            f"logits differ by {logits['max_difference']:.3g} at most, argmax agrees at {logits['argmax_agreement']:.2%}"
-        )
-    return "; ".join(parts)
+    return files
 
 
 def find_text_tokenizer(manifest: CheckpointManifest, checkpoint: Path, given: str | None) -> Path | None:
@@ -222,61 +191,13 @@ def find_text_tokenizer(manifest: CheckpointManifest, checkpoint: Path, given: s
     return folder if folder.exists() else None
 
 
-def fits_memory(config: ModelConfig) -> bool:
-    import psutil
-
-    needed = count_parameters(config, padded=True)["total"] * BYTES_A_PARAMETER
-    return needed < psutil.virtual_memory().available
-
-
-def verify(config: ConvertConfig) -> dict[str, Any]:
-    """Compare a checkpoint with an export; a difference is a `UserError` that names the tensors.
-
-    First every byte through the tables, then, unless `verify=keys`, both sides as models. The certificate goes beside
-    the export.
-    """
-    source, target = latest_checkpoint(config.source or "."), Path(config.target or ".")
-    layout = config.layout or ""
-    certificate = compare(source, target, layout, config.threads)
-    problems = {name: certificate[name] for name in ("missing", "extra", "misshaped", "different") if certificate[name]}
-    if problems:
-        raise UserError(
-            "the export is not the checkpoint",
-            where=f"{source} and {target}",
-            got="; ".join(f"{name}: {', '.join(names[:20])}" for name, names in problems.items()),
-            fix="convert it again",
-        )
-    if layout != VISION_LAYOUT and config.verify in ("auto", "logits"):
-        from model.conversion.parity import certify
-
-        models = certify(
-            source,
-            target,
-            layout,
-            mode="logits",
-            num_tokens=config.num_tokens,
-            seed=config.seed,
-            out=target / CERTIFICATE_NAME,
-        )
-        certificate = certificate | models | {"tensors_crc32": certificate["tensors_crc32"]}
-        if not models["passed"]:
-            raise UserError(
-                "both sides hold the same tensors but are not the same model",
-                where=f"{source} and {target}",
-                got=differences(models),
-                fix="compare config.json with the checkpoint's manifest",
-            )
-    write_json(target / CERTIFICATE_NAME, certificate)
-    shown = {name: value for name, value in certificate.items() if not name.startswith("tensors")}
-    return {"action": "verify", "source": str(source), "target": str(target), "layout": layout, "parity": shown}
-
-
 def convert_vision(config: ConvertConfig, source: Path, target: Path) -> dict[str, Any]:
-    options = read_options(config, None)
+    extras = Extras(config, source)
+    options = read_options(config, extras)
     if config.action == "to_hf":
         result = vision.to_published(source, target, options)
     elif config.action == "from_hf":
         result = vision.from_published(source, target, config.vision_tokenizer, options)
     else:
         raise UserError(f"layout={VISION_LAYOUT} has no action {config.action}", expected="to_hf, from_hf or verify")
-    return _sizes(result)
+    return _sizes(result) | {"notes": extras.notes} | extras.answer

@@ -40,9 +40,10 @@ class ConvertConfig:
     threads: int = 4  # reading and writing at a time
     untie: bool = False  # copy a tied embedding into an output head of its own
     ignore: list[str] = field(default_factory=list)  # patterns of source tensors to leave out
-    verify: str = "auto"  # auto (logits where memory allows, else keys) | logits | keys | none
+    verify: str = "auto"  # auto (logits up to 300 million parameters, else keys) | logits | keys | none
     num_tokens: int = 256  # that verify runs through both sides
-    text_tokenizer: str | None = None  # to export with the model; null: the one of the run, if found
+    # Folder or file that goes along; null: that of the run or of the export, if found.
+    text_tokenizer: str | None = None
     surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
     json: bool = False  # print one JSON object on stdout
 
@@ -86,6 +87,6 @@ class ConvertConfig:
         if self.action in ("init", "surgery"):
             problems.check(self.model is not None, "model", "is required", "model=toy")
         if self.action in ("to_hf", "verify"):
-            problems.check(self.layout is not None, "layout", "is required", f"layout={LAYOUT_NAMES[0]}")
+            problems.check(self.layout is not None, "layout", "is required", f"layout={' | '.join(LAYOUT_NAMES)}")
         if self.action == "init":
             problems.check(self.source is None, "source", "fresh weights have no source", "leave source out")

@@ -6,18 +6,21 @@ The format itself is described in `model/checkpoint/reader.py`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from model.checkpoint.small_files import read_object
 from model.durable import record_of
 from model.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+FIX = "bring the checkpoint back from a copy, or use another one"  # of whatever is damaged in one
 STEP_FOLDER_PATTERN = re.compile(r"step_(\d{8,})")
 
 
@@ -61,23 +64,26 @@ def latest_checkpoint(path: Path | str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, refused when it cannot be understood."""
+    """The manifest of a checkpoint folder, refused when it cannot be understood or does not have its checksum."""
     path = Path(folder) / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("not a checkpoint: it has no manifest", where=str(folder)) from None
-    except OSError as error:
-        raise UserError("the checkpoint's manifest cannot be read", where=str(path), got=str(error)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError("the checkpoint's manifest is damaged", where=str(path), got=str(error)) from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not os.path.lexists(path):
+        raise UserError("not a checkpoint: it has no manifest", where=str(folder))
+    manifest = read_object(path, "the checkpoint's manifest")
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION or not isinstance(manifest.get("keys"), dict):
         raise UserError(
             "this checkpoint cannot be read by this version",
             where=str(path),
             expected=f"format_version {FORMAT_VERSION} and a table of keys",
             got=f"format_version {version}",
+        )
+    if manifest.get("manifest_crc32") != manifest_checksum(manifest) or not isinstance(manifest.get("files"), dict):
+        raise UserError(
+            "the checkpoint's manifest is damaged",
+            where=str(path),
+            expected=f"manifest_crc32 {manifest_checksum(manifest)}, as its content has",
+            got=str(manifest.get("manifest_crc32")),
+            fix=FIX,
         )
     return manifest
 
@@ -95,6 +101,7 @@ class PieceEntry(TypedDict):
     name: str
     offset: list[int]
     shape: list[int]
+    crc32: NotRequired[str]  # of its bytes; absent in checkpoints from before pieces had one
 
 
 class TensorEntry(TypedDict):
@@ -106,6 +113,7 @@ class TensorEntry(TypedDict):
 class FileEntry(TypedDict):
     bytes: int
     crc32: str  # eight hexadecimal digits
+    header_crc32: NotRequired[str]  # of the header, with the eight bytes of its length
 
 
 class TokenizerReference(NamedTuple):

@@ -3,15 +3,20 @@
 A checkpoint folder `step_00000020/` holds safetensors files and `manifest.json`, which is published last: a folder
 without one is not a checkpoint. The manifest's `keys` maps a logical name to
 
-    {"global_shape": [...], "dtype": "float32", "pieces": [{"file", "name", "offset", "shape"}, ...]}
+    {"global_shape": [...], "dtype": "float32", "pieces": [{"file", "name", "offset", "shape", "crc32"}, ...]}
 
 where each piece is a rectangle of the logical tensor, stored under `name` in `file`; the pieces cover the tensor
-once. All else in the manifest is metadata of whoever wrote it.
+once. `crc32` is that of the piece's bytes: whoever reads a part of a piece verifies the whole piece first, and need
+not read the rest of a file (weights are a quarter of a checkpoint, or less). `files` has, by name, `bytes`, `crc32` and
+`header_crc32` of each file. Checkpoints from before pieces had checksums are verified file by file.
+
+All else in the manifest is metadata of whoever wrote it.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +24,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from model.checkpoint.checksums import BLOCK_BYTES, file_damage
 from model.checkpoint.manifest import (
     CHECKPOINTS_FOLDER,
+    FIX,
     FORMAT_VERSION,
     MANIFEST_NAME,
     STEP_FOLDER_PATTERN,
@@ -72,11 +79,14 @@ class CheckpointReader:
     """Reads any rectangle of any logical tensor of one checkpoint folder, from all pieces that overlap it.
 
     Implements `training.contracts.shards.ShardReader`. Files are opened on first use and memory-mapped; `close` (or
-    leaving the `with` block) lets them go.
+    leaving the `with` block) lets them go. Each piece is verified on first use, in blocks: a damaged one is a
+    `UserError`. `verified` says that the caller has just compared every file with its checksum.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, *, verified: bool = False):
         self.folder = Path(folder)
+        self._verified = verified
+        self._verified_pieces: set[tuple[str, str]] = set()
         self.manifest = read_manifest(self.folder)
         self.metadata: dict[str, Any] = {name: value for name, value in self.manifest.items() if name != "keys"}
         self._table: dict[str, dict[str, Any]] = self.manifest["keys"]
@@ -142,25 +152,65 @@ class CheckpointReader:
                 return 0
             source.append(slice(low - piece_start, high - piece_start))
             target.append(slice(low - start, high - start))
-        file = self._open(piece["file"])
         try:
+            file = self._verified_file(piece, result.dtype)
             # A scalar has no dimension to slice.
             values = file.get_slice(piece["name"])[tuple(source)] if source else file.get_tensor(piece["name"])
         except SafetensorError as error:
-            raise UserError(
-                "the checkpoint's file does not hold what its manifest says",
-                where=f"{self.folder / piece['file']}: {piece['name']}",
-                got=str(error),
-            ) from None
+            raise self._damaged(piece["file"], f"{piece['name']} as the manifest says", str(error)) from None
         result[tuple(target)] = values
         return values.numel()
 
+    def _verified_file(self, piece: dict[str, Any], dtype: torch.dtype) -> Any:
+        """The file of a piece, once the piece is found as the manifest describes it. Raises `SafetensorError`."""
+        name, stored = piece["file"], piece["name"]
+        file = self._open(name)
+        if self._verified or (name, stored) in self._verified_pieces:
+            return file
+        whole = file.get_slice(stored)
+        if whole.get_shape() != piece["shape"]:
+            raise self._damaged(name, f"{stored} with shape {piece['shape']}", str(whole.get_shape()))
+        if "crc32" in piece:
+            got, found_dtype = self._sum_of_piece(file, piece)
+            if found_dtype != dtype:
+                raise self._damaged(name, f"{stored} of {dtype_name(dtype)}", dtype_name(found_dtype))
+            if got != piece["crc32"]:
+                raise self._damaged(name, f"{stored} with crc32 {piece['crc32']}", got)
+        self._verified_pieces.add((name, stored))
+        return file
+
+    @staticmethod
+    def _sum_of_piece(file: Any, piece: dict[str, Any]) -> tuple[str, torch.dtype]:
+        """crc32 of a piece's bytes, a few megabytes of the mapped file at a time, and its dtype."""
+        shape = piece["shape"]
+        if not shape or not math.prod(shape):
+            values = file.get_tensor(piece["name"])
+            return f"{zlib.crc32(_bytes_of(values)):08x}", values.dtype
+        whole, crc = file.get_slice(piece["name"]), 0
+        step = max(1, BLOCK_BYTES // (8 * math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            values = whole[start : start + step]
+            crc = zlib.crc32(_bytes_of(values), crc)
+        return f"{crc:08x}", values.dtype
+
     def _open(self, name: str) -> Any:
         if name not in self._files:
+            path = self.folder / name
             try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
+                if not self._verified and (damage := file_damage(path, self.manifest["files"].get(name))):
+                    raise self._damaged(name, "", damage)
+                self._files[name] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    "a file of the checkpoint cannot be read", where=str(self.folder / name), got=str(error)
+                    "a file of the checkpoint cannot be read", where=str(path), got=str(error), fix=FIX
                 ) from None
         return self._files[name]
+
+    def _damaged(self, name: str, expected: str, got: str) -> UserError:
+        return UserError(
+            "a file of the checkpoint is damaged", where=str(self.folder / name), expected=expected, got=got, fix=FIX
+        )
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,11 +18,12 @@ from model.config import ModelConfig
 from model.conversion import hugging_face
 from model.conversion.checks import check_tensors
 from model.conversion.generated_tensors import fresh_weights, ones
-from model.conversion.mappings import OUR_RULES, VOCABULARY, Layout, Mapped, find_layout, mapped_tensors
+from model.conversion.mappings import LAYOUT_HINT, OUR_RULES, VOCABULARY, Layout, Mapped, find_layout, mapped_tensors
 from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards, whole_piece
 from model.conversion.record import (
     CARRIED,
     PADDING_NAME,
+    expect_recorded,
     layout_record,
     model_metadata,
     read_record,
@@ -36,6 +37,7 @@ from model.conversion.tensors import TensorInfo, TensorSource
 from model.conversion.writer import Result, Written, execute, refuse_existing
 from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, split_problems
+from model.vocabulary import Vocabulary
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PREFIX = "model/"
@@ -54,6 +56,7 @@ class Options:
     untie: bool = False
     ignore: tuple[str, ...] = ()
     extras: Callable[[Path, Written], None] | None = None
+    text_tokenizer: dict[str, Any] | None = None  # path, fingerprint and size of one that goes into a checkpoint
 
 
 @dataclass
@@ -125,6 +128,7 @@ def from_published(
     try:
         layout, values = identify(source_path, layout_name)
         record = read_record(source_path) if source_path.is_dir() else None
+        expect_recorded(with_source, record, source_path)
         config = config or _recorded_config(record, values, source_path)
         check_model(values, config, options, source_path)
         found = {
@@ -169,11 +173,39 @@ def from_published(
         metadata = model_metadata(config, options.seed)
         if record and record.get("layout") == layout.name:
             metadata |= {name: record["checkpoint"][name] for name in CARRIED if name in record["checkpoint"]}
+        if options.text_tokenizer:
+            metadata["text_tokenizer"] = _bound_tokenizer(options.text_tokenizer, metadata, config, source_path)
         outcome = to_checkpoint(target, targets, sources, config, metadata, what, options)
     finally:
         with_source.close()
     outcome.layout, outcome.notes = layout.name, notes
     return outcome
+
+
+def _bound_tokenizer(
+    tokenizer: dict[str, Any], metadata: dict[str, Any], config: ModelConfig, place: Path
+) -> dict[str, Any]:
+    """What the manifest says of a text tokenizer that fits the vocabulary and is the one of an export's record."""
+    size, expected = tokenizer["size"], Vocabulary.from_config(config.vocabulary).text_size
+    if size != expected:
+        raise UserError(
+            "the text tokenizer is not of this vocabulary",
+            where=str(place),
+            expected=f"{expected} text ids",
+            got=str(size),
+            fix="text_tokenizer=FOLDER of the one that the model was trained with",
+        )
+    recorded = metadata.get("text_tokenizer")
+    fingerprint = recorded["fingerprint"] if isinstance(recorded, dict) else recorded
+    if fingerprint and fingerprint != tokenizer["fingerprint"]:
+        raise UserError(
+            "the text tokenizer is not the one that the checkpoint was trained with",
+            where=str(place),
+            expected=f"fingerprint {fingerprint}",
+            got=tokenizer["fingerprint"],
+            fix="text_tokenizer=FOLDER of the right one",
+        )
+    return {"path": tokenizer["path"], "fingerprint": tokenizer["fingerprint"]}
 
 
 def identify(path: Path, layout_name: str | None) -> tuple[Layout, dict[str, Any]]:
@@ -182,7 +214,7 @@ def identify(path: Path, layout_name: str | None) -> tuple[Layout, dict[str, Any
     if values is None:
         if layout_name is None:
             raise UserError(
-                "the layout cannot be told: there is no config.json", where=str(path), fix="layout=emu35, qwen3 or emu3"
+                "the layout cannot be told: there is no config.json", where=str(path), fix=f"layout={LAYOUT_HINT}"
             )
         return find_layout(layout_name), {}
     layout = hugging_face.find_layout_of(values, path)
@@ -257,6 +289,7 @@ def _padding_source(
     """The rows that pad the vocabulary: those of the export's record where they fit, otherwise fresh ones."""
     if record and (path / PADDING_NAME).is_file():
         kept = SafetensorsSource(path / PADDING_NAME)
+        expect_recorded(kept, record, path)
         wanted = {
             one.ours: (one.num_padding_rows, *one.our_shape[1:])
             for one in mapped_tensors(OUR_RULES, config)
@@ -280,6 +313,9 @@ class _Nothing:
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         raise AssertionError(f"there is no tensor {name}")
+
+    def verify(self) -> None:
+        pass
 
     def rows_at_once(self, name: str) -> int | None:
         return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.small_files import read_object
 from model.config import ModelConfig
 from model.conversion.mappings import LAYOUTS, Layout
-from model.durable import read_json_object
 from model.errors import Problems, UserError
 from model.vocabulary import EMU35_VISUAL_SIZE, EMU35_VISUAL_START, Vocabulary, VocabularyConfig
 
@@ -32,8 +33,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
-    "rope_scaling": (None,),
 }
+# Where a configuration may say the base of the rotary embedding, and all else that these tables may have.
+ROPE_TABLES = ("rope_parameters", "rope_scaling")
+ROPE_TYPES = ("default", None)
+ROPE_NAME = re.compile(r"rope|rotary|yarn|mrope", re.IGNORECASE)
 
 
 def to_config(layout: Layout, config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -91,12 +95,55 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME if folder.is_dir() else folder.parent / CONFIG_NAME
     if not path.is_file():
         return None
-    values = read_json_object(path, damaged="config.json is damaged", fix="bring this file again")
-    rope = values.get("rope_parameters") or {}
-    values.setdefault("rope_theta", rope.get("rope_theta"))
-    if rope.get("rope_type", "default") != "default":
-        values["rope_scaling"] = rope
+    values = read_object(path, "config.json")
+    found = [theta for theta in rope_bases(values) if theta is not None]
+    values.setdefault("rope_theta", found[0] if found else None)
     return values
+
+
+def rope_bases(values: dict[str, Any]) -> list[Any]:
+    """Every base of the rotary embedding that a `config.json` names."""
+    tables = [values.get(name) for name in ROPE_TABLES]
+    return [values.get("rope_theta"), *(table.get("rope_theta") for table in tables if isinstance(table, dict))]
+
+
+def rope_problems(values: dict[str, Any]) -> list[str]:
+    """Everything about positions that this backbone does not do, or that contradicts itself; found by reading alone."""
+    problems = []
+    bases = {float(base) for base in rope_bases(values) if isinstance(base, int | float)}
+    if len(bases) > 1:
+        problems.append(f"rope_theta: {' and '.join(f'{base:g}' for base in sorted(bases))} in one configuration")
+    if any(base is not None and not isinstance(base, int | float) for base in rope_bases(values)):
+        problems.append("rope_theta: not a number")
+    for name in ROPE_TABLES:
+        table = values.get(name)
+        if table is None:
+            continue
+        if not isinstance(table, dict):
+            problems.append(f"{name}: {table!r} is not a model of this backbone")
+            continue
+        kinds = [table[key] for key in ("rope_type", "type") if key in table]
+        problems += [
+            f"{name}.rope_type: {kind!r} is not a model of this backbone" for kind in kinds if kind not in ROPE_TYPES
+        ]
+        neutral = {"rope_type", "type", "rope_theta"}
+        problems += [
+            f"{name}.{key}: {value!r} is not known here"
+            for key, value in table.items()
+            if key not in neutral and value is not None and not _is_whole(key, value)
+        ]
+    problems += [
+        f"{name}: {value!r} is not known here"
+        for name, value in values.items()
+        if name not in ("rope_theta", *ROPE_TABLES)
+        and (ROPE_NAME.search(name) and value not in (None, False) and not _is_whole(name, value))
+    ]
+    return problems
+
+
+def _is_whole(name: str, value: Any) -> bool:
+    """All of each head rotates: what this backbone does."""
+    return name == "partial_rotary_factor" and value == 1
 
 
 def find_layout_of(values: dict[str, Any], place: Path) -> Layout:
@@ -115,9 +162,18 @@ def find_layout_of(values: dict[str, Any], place: Path) -> Layout:
     )
 
 
+def refuse_rope(values: dict[str, Any], place: Path) -> None:
+    problems = rope_problems(values)
+    if problems:
+        raise UserError(
+            "config.json describes positions that this backbone cannot say", where=str(place), got="; ".join(problems)
+        )
+
+
 def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
     """A ModelConfig from `config.json` alone, for the published vocabulary."""
     published = EMU35_VISUAL_START + EMU35_VISUAL_SIZE
+    refuse_rope(values, place)
     missing = sorted(name for name in FIELDS if name != "head_dim" and values.get(name) is None)
     if missing:
         raise UserError("config.json lacks sizes", where=str(place), expected=", ".join(missing))
@@ -159,6 +215,8 @@ def check_config(
         expected = getattr(config, ours)
         if found is not None and found != expected:
             problems.add(f"model.{ours}", f"{expected}, but config.json has {theirs} {found}", f"model.{ours}={found}")
+    for problem in rope_problems(values):
+        problems.add(f"config.json {problem.split(':')[0]}", problem.split(": ", 1)[1])
     for name, allowed in FIXED.items():
         if values.get(name, allowed[0]) not in allowed:
             problems.add(f"config.json {name}", f"{values[name]!r} is not a model of this backbone")

@@ -105,6 +105,7 @@ LAYOUTS = {
 }
 VISION_LAYOUT = "ibq"
 LAYOUT_NAMES = (*LAYOUTS, VISION_LAYOUT)
+LAYOUT_HINT = f"{', '.join(LAYOUTS)}, or {VISION_LAYOUT} for a vision tokenizer"
 OUR_RULES = _COMMON + _HEAD_NORMS
 
 
@@ -185,8 +186,6 @@ def _runs(rule: Rule, rows: list[int], config: ModelConfig) -> list[tuple[int, i
 def find_layout(name: str) -> Layout:
     if name not in LAYOUTS:
         raise UserError(
-            f"there is no layout {name!r} of language models",
-            expected=", ".join(LAYOUTS),
-            fix=f"layout={next(iter(LAYOUTS))}",
+            f"there is no layout {name!r} of language models", expected=", ".join(LAYOUTS), fix=f"layout={LAYOUT_HINT}"
         )
     return LAYOUTS[name]

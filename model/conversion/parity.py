@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from model import reference
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig, count_parameters
-from model.conversion.hugging_face import model_config, read_config
+from model.conversion.hugging_face import model_config, read_config, refuse_rope
 from model.conversion.sources import open_foreign
 from model.durable import write_json
 from model.errors import UserError
@@ -42,15 +43,17 @@ def certify(
     num_tokens: int = 256,
     seed: int = 0,
     out: Path | None = None,
+    cast: str | None = None,
 ) -> dict[str, Any]:
     """Compare a checkpoint of ours with a folder of the published layout; the certificate, also written to a file.
 
     The file is `out`, by default `parity.json` beside the checkpoint.
 
-    Every tensor is compared bitwise (theirs cast to our dtype where that differs). With mode `logits`, random tokens
+    Every tensor is compared bitwise, and one with infinities or NaN is named. With `cast` (`bfloat16`) the weights of
+    both sides are rounded to that dtype first, for a conversion that was asked to. With mode `logits`, random tokens
     run through both sides in float32: ours as it trains, theirs in transformers where it has the architecture, else
     in the plain reference. A model that does not fit in memory gets mode `keys`, and `message` says so. `passed` is
-    true when all tensors are equal, logits differ by 1e-4 at most and every argmax agrees. Raises `UserError` when one
+    true when all tensors are equal and finite, logits differ by 1e-4 at most and every argmax agrees. Raises `UserError` when one
     of the sides cannot be read.
     """
     assert mode in MODES, mode
@@ -58,13 +61,17 @@ def certify(
     values = read_config(hf_folder)
     if values is None:
         raise UserError("there is no config.json to compare with", where=str(hf_folder))
+    refuse_rope(values, hf_folder)
     with CheckpointReader(folder) as reader:
         config = model_config(reader.manifest["model"], str(folder))
-        theirs = _Foreign(hf_folder, values, config)
+        theirs = _Foreign(hf_folder, values, config, cast)
         ours = reference.weights_of_checkpoint(reader, config)
         try:
             tensors = _compare_tensors(ours, theirs, config)
+            non_finite = [name for name, one in tensors.items() if not one.pop("finite")]
             mode, message = _choose_mode(mode, layout, config)
+            if non_finite:
+                mode, message = "keys", "no logits: there are weights that are not finite"
             logits = {}
             if mode == "logits":
                 logits = _compare_logits(reader, config, theirs, num_tokens, seed)
@@ -73,7 +80,7 @@ def certify(
     num_different = sum(not one["equal"] for one in tensors.values())
     same_logits = not logits or (logits["max_difference"] <= MAX_LOGIT_DIFFERENCE and logits["argmax_agreement"] == 1.0)
     certificate = {
-        "passed": num_different == 0 and same_logits,
+        "passed": num_different == 0 and not non_finite and same_logits,
         "mode": mode,
         "message": message,
         "layout": layout,
@@ -82,6 +89,7 @@ def certify(
         "logits": logits or None,
         "num_tensors": len(tensors),
         "num_different": num_different,
+        "non_finite": non_finite,
         "tensors": tensors,
     }
     _write(out or folder / CERTIFICATE_NAME, certificate)
@@ -91,8 +99,9 @@ def certify(
 class _Foreign:
     """The other side's tensors by name."""
 
-    def __init__(self, folder: Path, values: dict[str, Any], config: ModelConfig):
+    def __init__(self, folder: Path, values: dict[str, Any], config: ModelConfig, cast: str | None):
         self.folder, self.values = folder, values
+        self.cast = getattr(torch, cast) if cast else None
         self.source = open_foreign(folder)
         self.num_ids = Vocabulary.from_config(config.vocabulary).size
 
@@ -112,22 +121,28 @@ class _Foreign:
         dtype = getattr(torch, info.dtype)
         return torch.from_numpy(content.reshape(-1)).view(dtype).view(rows, *info.shape[1:])
 
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """As a conversion to another dtype leaves it."""
+        return weight if self.cast is None else weight.to(self.cast)
+
 
 def _compare_tensors(ours: reference.GetWeight, theirs: _Foreign, config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """By their names: checksum (crc32 of the bytes in our dtype) of both sides, and whether they are equal."""
+    """By their names: checksum (crc32 of the bytes in one dtype) of both sides, whether they are equal and finite."""
     found = {}
     for name in reference.weight_names(config.num_layers):
         if ("q_norm" in name or "k_norm" in name) and name not in theirs.source.tensors:
             continue
         mine, other = ours(name), theirs.weight(name)
         same = mine.shape == other.shape
-        other = other.to(mine.dtype)
+        mine = theirs.rounded(mine)
+        other = theirs.rounded(other).to(mine.dtype)
         sums = [_checksum(mine), _checksum(other)]
         found[name] = {
             "shape": list(mine.shape),
             "ours": sums[0],
             "theirs": sums[1],
             "equal": same and sums[0] == sums[1],
+            "finite": bool(torch.isfinite(mine).all()),
         }
     return found
 
@@ -163,7 +178,7 @@ def _compare_logits(
     tokens = torch.randint(0, theirs.num_ids, (num_tokens,), generator=generator)
     expected, against = _their_logits(theirs, tokens)
     gc.collect()  # one side's weights go before the other's come
-    got = _our_logits(reader, config, tokens)
+    got = _our_logits(reader, config, tokens, theirs.rounded)
     expected = expected[:, : got.shape[1]]
     difference = (got - expected).abs()
     agreement = (got.argmax(-1) == expected.argmax(-1)).double().mean()
@@ -189,16 +204,20 @@ def _their_logits(theirs: _Foreign, tokens: torch.Tensor) -> tuple[torch.Tensor,
             name = None
     if not name:
         sizes = reference.Sizes.from_hugging_face(theirs.values)
-        return reference.logits(theirs.weight, sizes, tokens), "model.reference"
+        return reference.logits(lambda name: theirs.rounded(theirs.weight(name)), sizes, tokens), "model.reference"
     # The class by name: a folder cannot bring code of its own.
     model = getattr(transformers, name).from_pretrained(
         theirs.folder, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
+    for parameter in model.parameters():
+        parameter.data = theirs.rounded(parameter.data).float()
     return model.eval()(tokens[None]).logits[0], f"transformers {transformers.__version__} {name}"
 
 
 @torch.no_grad()
-def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
+def _our_logits(
+    reader: CheckpointReader, config: ModelConfig, tokens: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Logits [T, V] over the real ids of the model that trains, in this process alone."""
     from model.backbone.attention_plan import packed_documents
     from model.backbone.packed_attention import prepare_attention
@@ -212,6 +231,8 @@ def _our_logits(reader: CheckpointReader, config: ModelConfig, tokens: torch.Ten
     try:
         model = build_model(replace(config, dtype="float32"), sequence_parallel=False).eval()
         load_weights(model, reader)
+        for parameter in model.parameters():
+            parameter.data = rounded(parameter.data).float()
         device = torch.device("cuda" if cpu_backend.has_accelerator() else "cpu")
         tokens = tokens.to(device)
         packed = prepare_attention(

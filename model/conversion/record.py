@@ -8,14 +8,16 @@ back every bit.
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint.manifest import FORMAT_VERSION, MANIFEST_NAME, manifest_checksum
+from model.checkpoint.small_files import read_object
 from model.config import ModelConfig, count_parameters
 from model.conversion.plan import Target
-from model.conversion.sources import INDEX_NAME
+from model.conversion.sources import INDEX_NAME, SafetensorsSource
 from model.conversion.writer import Written
 from model.errors import UserError
 from model.vocabulary import Vocabulary
@@ -23,7 +25,7 @@ from model.vocabulary import Vocabulary
 RECORD_FOLDER = "nextstate"
 RECORD_NAME = f"{RECORD_FOLDER}/record.json"
 PADDING_NAME = f"{RECORD_FOLDER}/padding.safetensors"
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # 2: the record has a checksum of itself
 # Of a manifest, what describes the training rather than this copy of it.
 CARRIED = (
     "kind",
@@ -82,6 +84,7 @@ def write_manifest(folder: Path, metadata: dict[str, Any], targets: list[Target]
                     "name": piece.stored_name,
                     "offset": list(piece.offset),
                     "shape": list(piece.shape),
+                    "crc32": written.tensors.get(piece.stored_name, f"{0:08x}"),
                 }
                 for piece in target.pieces
             ],
@@ -111,24 +114,43 @@ def write_record(folder: Path, layout: str, metadata: dict[str, Any], written: W
         "tensors_crc32": written.tensors,
         "checkpoint": {name: metadata[name] for name in (*CARRIED, "model", "vocabulary") if name in metadata},
     }
-    write_json(folder / RECORD_NAME, record)
+    write_json(folder / RECORD_NAME, record | {"record_crc32": record_checksum(record)})
+
+
+def record_checksum(record: dict[str, Any]) -> str:
+    """Of all else in the record."""
+    rest = {name: value for name, value in record.items() if name != "record_crc32"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+def expect_recorded(source: object, record: dict[str, Any] | None, folder: Path) -> None:
+    """Have a source of an export of ours compare what it reads with the export's record."""
+    if record and isinstance(source, SafetensorsSource):
+        fix = f"fetch the export again; if its weights were changed on purpose, remove {folder / RECORD_FOLDER}"
+        source.expect(record["tensors_crc32"], fix)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of an export of ours; None for a folder that another tool wrote."""
     path = folder / RECORD_NAME
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        record = json.loads(path.read_bytes())
-        version = record["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("the record of the export is damaged", where=str(path), got=repr(error)) from None
+    record = read_object(path, "the record of the export")
+    version = record.get("format_version")
     if version != RECORD_VERSION:
         raise UserError(
             "this export was written by another version",
             where=str(path),
             expected=f"format_version {RECORD_VERSION}",
             got=str(version),
+            fix=f"convert it again, or remove {path.parent} to read it as any other tool's",
+        )
+    if record.get("record_crc32") != record_checksum(record):
+        raise UserError(
+            "the record of the export is damaged",
+            where=str(path),
+            expected=f"record_crc32 {record_checksum(record)}, as its content has",
+            got=str(record.get("record_crc32")),
+            fix="fetch the export again",
         )
     return record

@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from model.checkpoint.checksums import BLOCK_BYTES, MAX_HEADER_BYTES, PartSums
+from model.checkpoint.small_files import open_regular
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError
 
@@ -32,7 +37,6 @@ DTYPE_CODES = {
     "float8_e5m2": "F8_E5M2",
 }
 DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -48,27 +52,60 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(
-                "a file of the checkpoint cannot be read", where=str(path), got=str(error.strerror)
-            ) from None
+        self._expected: dict[str, str] = {}
+        self._sums: dict[str, PartSums] = defaultdict(PartSums)
+        self._descriptor = open_regular(path, "a file of the checkpoint")
         try:
             self.num_bytes = os.fstat(self._descriptor).st_size
             self.tensors = self._read_header()
+        except OSError as error:
+            self.close()
+            raise UserError(
+                "a file of the checkpoint cannot be read", where=str(path), got=str(error.strerror)
+            ) from None
         except BaseException:
-            os.close(self._descriptor)
+            self.close()
             raise
 
-    def read_into(self, position: int, out: np.ndarray) -> None:
-        """Fill the contiguous array `out` with the bytes at `position`."""
-        view = out.reshape(-1).view(np.uint8).data
+    def expect(self, sums: dict[str, str]) -> None:
+        """What the tensors' crc32 must be (eight hexadecimal digits by stored name); `verify` compares."""
+        self._expected |= sums
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> int:
+        """Fill the contiguous array `out` with a tensor's bytes from `offset` on; their crc32."""
+        whole = view = out.reshape(-1).view(np.uint8).data
+        position = self.tensors[name].position + offset
         while len(view):
             num_read = os.preadv(self._descriptor, [view], position)
             if num_read == 0:
                 raise UserError("the file became shorter while it was read", where=str(self.path))
             view, position = view[num_read:], position + num_read
+        crc = zlib.crc32(whole)
+        self._sums[name].add(offset, len(whole), crc)
+        return crc
+
+    def verify(self) -> list[str]:
+        """The tensors that were read, in part at least, and do not have their checksum.
+
+        Those that were read once from end to end cost nothing more; the others are read again.
+        """
+        return [
+            f"{name} has crc32 {got}, not {self._expected[name]}"
+            for name in sorted(self._sums.keys() & self._expected.keys())
+            if (got := f"{self._sum_of(name):08x}") != self._expected[name]
+        ]
+
+    def _sum_of(self, name: str) -> int:
+        num_bytes = self.tensors[name].info.num_bytes
+        whole = self._sums[name].whole(num_bytes)
+        if whole is not None:
+            return whole
+        crc, block = 0, np.empty(BLOCK_BYTES, np.uint8)
+        for start in range(0, num_bytes, BLOCK_BYTES):
+            part = block[: min(BLOCK_BYTES, num_bytes - start)]
+            self.read_into(name, start, part)
+            crc = zlib.crc32(part.data, crc)
+        return crc
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -85,16 +122,17 @@ class SafetensorsFile:
             entries = {name: value for name, value in header.items() if name != "__metadata__"}
             found = {
                 name: StoredTensor(
-                    TensorInfo(tuple(int(n) for n in value["shape"]), DTYPE_NAMES[value["dtype"]]),
-                    8 + length + int(value["data_offsets"][0]),
+                    TensorInfo(tuple(map(_size, value["shape"])), DTYPE_NAMES[value["dtype"]]),
+                    8 + length + _span(value)[0],
                 )
                 for name, value in entries.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged("a safetensors header of known dtypes", f"{type(error).__name__}: {error}") from None
         end = 8 + length
         for name, stored in sorted(found.items(), key=lambda item: (item[1].position, item[0])):
-            if stored.position != end or stored.info.num_bytes != _span(entries[name]):
+            first, last = _span(entries[name])
+            if stored.position != end or stored.info.num_bytes != last - first:
                 raise self._damaged("tensors behind each other without holes", name)
             end += stored.info.num_bytes
         if end != self.num_bytes:
@@ -111,9 +149,16 @@ class SafetensorsFile:
         )
 
 
-def _span(entry: dict) -> int:
+def _size(value: Any) -> int:
+    """A count of the header: a whole number, not negative, of a size that a file can have."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
-    return int(end) - int(begin)
+    return _size(begin), _size(end)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from model.checkpoint.manifest import latest_checkpoint, read_manifest
+from model.checkpoint.checksums import file_damage
+from model.checkpoint.manifest import FIX, latest_checkpoint, read_manifest
+from model.checkpoint.small_files import open_regular, read_object
 from model.conversion.safetensors_file import SafetensorsFile
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
 from model.errors import UserError
@@ -33,6 +34,7 @@ class SafetensorsSource:
         self._homes: dict[str, SafetensorsFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._paths = safetensors_paths(path)
+        self._fix = ""
         problems: list[str] = []
         for file_path in self._paths:
             file = self._files[file_path.name] = SafetensorsFile(file_path)
@@ -49,9 +51,17 @@ class SafetensorsSource:
         if problems:
             raise UserError("the files of the checkpoint contradict each other", where=self.place, got=listed(problems))
 
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
-        stored = self._homes[name].tensors[name]
-        self._homes[name].read_into(stored.position + start * stored.info.row_bytes, out)
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> int | None:
+        return self._homes[name].read_into(name, start * self.tensors[name].row_bytes, out)
+
+    def expect(self, sums: dict[str, str], fix: str) -> None:
+        """crc32 by name, as a record beside the files has them; `verify` compares. `fix`: what to do if they differ."""
+        self._fix = fix
+        for file in self._files.values():
+            file.expect({name: sums[name] for name in file.tensors if name in sums})
+
+    def verify(self) -> None:
+        refuse_damage(self._files.values(), self._fix)
 
     def rows_at_once(self, name: str) -> int | None:
         return None
@@ -62,6 +72,12 @@ class SafetensorsSource:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def refuse_damage(files: Iterable[SafetensorsFile], fix: str) -> None:
+    damaged = [f"{file.path}: {problem}" for file in files for problem in file.verify()]
+    if damaged:
+        raise UserError("the checkpoint's files do not have their checksums", got=listed(damaged), fix=fix)
 
 
 def safetensors_paths(path: Path) -> list[Path]:
@@ -87,9 +103,9 @@ def index_entries(path: Path) -> dict[str, str]:
     if not index.is_file():
         return {}
     try:
-        entries = json.loads(index.read_bytes())["weight_map"]
-        assert all("/" not in name and name != ".." for name in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        entries = read_object(index, "the index of the checkpoint")["weight_map"]
+        assert all("/" not in name and name not in ("", ".", "..") for name in entries.values())
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             "the index of the checkpoint is damaged",
             where=str(index),
@@ -118,35 +134,52 @@ class CheckpointSource:
             raise UserError("the checkpoint's manifest is damaged", where=self.place, got=repr(error)) from None
         if unknown:
             raise UserError("the checkpoint has unknown dtypes", where=self.place, got=listed(unknown))
-        for name in sorted(names):
-            self._files[name] = SafetensorsFile(self.folder / name)
-        self._check_pieces()
+        try:
+            for name in sorted(names):
+                self._files[name] = SafetensorsFile(self.folder / name)
+                damage = file_damage(self.folder / name, self.manifest["files"].get(name))
+                if damage:
+                    raise UserError("the checkpoint is damaged", where=str(self.folder / name), got=damage, fix=FIX)
+            self._check_pieces()
+        except BaseException:
+            self.close()
+            raise
 
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> int | None:
         info = self.tensors[name]
-        num_read = 0
+        num_read, crcs = 0, []
         for piece in self.manifest["keys"][name]["pieces"]:
-            num_read += self._read_piece(piece, info, start, stop, out)
+            one_read, crc = self._read_piece(piece, info, start, stop, out)
+            num_read += one_read
+            if one_read:
+                crcs.append(crc)
         assert num_read == out.size, f"{name}: {num_read} bytes of {out.size}"
+        return crcs[0] if len(crcs) == 1 else None
 
-    def _read_piece(self, piece: dict[str, Any], info: TensorInfo, start: int, stop: int, out: np.ndarray) -> int:
+    def verify(self) -> None:
+        refuse_damage(self._files.values(), FIX)
+
+    def _read_piece(
+        self, piece: dict[str, Any], info: TensorInfo, start: int, stop: int, out: np.ndarray
+    ) -> tuple[int, int | None]:
+        """Bytes that the piece had of the rows, and their crc32 if they are whole rows."""
         offset, shape = piece["offset"] or [0], piece["shape"] or [1]
         low, high = max(start, offset[0]), min(stop, offset[0] + shape[0])
         if low >= high:
-            return 0
+            return 0, None
         item = ITEM_BYTES[info.dtype]
         file = self._files[piece["file"]]
         width = (out.shape[1] // item) if len(shape) != 2 else shape[1]
-        position = file.tensors[piece["name"]].position + (low - offset[0]) * width * item
+        first_byte = (low - offset[0]) * width * item
         rows = slice(low - start, high - start)
         if width * item == out.shape[1]:
-            file.read_into(position, out[rows])
+            crc: int | None = file.read_into(piece["name"], first_byte, out[rows])
         else:
             part = np.empty((high - low, width * item), np.uint8)
-            file.read_into(position, part)
-            first = offset[1] * item
+            file.read_into(piece["name"], first_byte, part)
+            first, crc = offset[1] * item, None
             out[rows, first : first + width * item] = part
-        return (high - low) * width * item
+        return (high - low) * width * item, crc
 
     def _check_pieces(self) -> None:
         problems = []
@@ -158,6 +191,8 @@ class CheckpointSource:
                     problems.append(f"{piece['file']} does not hold {piece['name']} as the manifest says")
                     continue
                 covered += stored.info.num_bytes
+                if "crc32" in piece:
+                    self._files[piece["file"]].expect({piece["name"]: piece["crc32"]})
                 whole_rows = list(piece["shape"][1:]) == list(info.shape[1:])
                 assert whole_rows or len(info.shape) == 2, f"{name}: pieces are blocks of a matrix"
             if covered != info.num_bytes:
@@ -185,10 +220,22 @@ class TorchSource:
         self.place = ", ".join(map(str, paths))
         self._paths = paths
         self._values: dict[str, Any] = {}
+        problems: list[str] = []
         for path in paths:
             for name, value in _load_state_dict(path).items():
                 if isinstance(value, torch.Tensor):
-                    self._values[name] = value.detach().contiguous()
+                    if problem := _unreadable(value):
+                        problems.append(f"{name}: {problem}")
+                    else:
+                        self._values[name] = value.detach().contiguous()
+        if problems:
+            raise UserError(
+                "the file holds tensors that are no plain tables of numbers",
+                where=self.place,
+                expected="dense tensors with values, of the known dtypes",
+                got=listed(problems),
+                fix="save dense tensors with the tool that made this file",
+            )
         self.tensors = {
             name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for name, value in self._values.items()
@@ -201,6 +248,9 @@ class TorchSource:
         rows = value.reshape(1) if value.dim() == 0 else value[start:stop]
         out[:] = rows.reshape(-1).view(torch.uint8).numpy().reshape(out.shape)
 
+    def verify(self) -> None:
+        pass
+
     def rows_at_once(self, name: str) -> int | None:
         return None
 
@@ -211,6 +261,20 @@ class TorchSource:
         self._values.clear()
 
 
+def _unreadable(value: Any) -> str:
+    """Why a tensor of torch has no rows of bytes that mean its values, or ""."""
+    import torch
+
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.layout != torch.strided:
+        return f"{value.layout} layout".removeprefix("torch.")
+    if value.is_meta:
+        return "a meta tensor, without values"
+    if value.is_quantized or dtype not in ITEM_BYTES:
+        return f"dtype {dtype}"
+    return ""
+
+
 def _load_state_dict(path: Path) -> dict[str, Any]:
     """The tensors by name; of a training checkpoint those under `state_dict`."""
     import pickle
@@ -218,6 +282,7 @@ def _load_state_dict(path: Path) -> dict[str, Any]:
 
     import torch
 
+    os.close(open_regular(path, "the file"))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -228,7 +293,16 @@ def _load_state_dict(path: Path) -> dict[str, Any]:
             got=first_line(error),
             fix="save the tensors alone as safetensors, with the tool that made this file",
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise UserError("the file cannot be read by torch", where=str(path), got=first_line(error)) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -255,6 +329,9 @@ class MadeSource:
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         self._make(name, start, stop, out)
 
+    def verify(self) -> None:
+        pass
+
     def rows_at_once(self, name: str) -> int | None:
         return self._rows_at_once(name) if self._rows_at_once else None
 
@@ -267,7 +344,7 @@ class MadeSource:
 
 def open_foreign(path: Path) -> SafetensorsSource | TorchSource:
     """The tensors of a checkpoint that is not ours: a file or a folder."""
-    if not path.exists():
+    if not path.exists():  # a link to itself neither
         raise UserError("there is no such file or folder", got=str(path), fix="source=FOLDER of the checkpoint")
     if path.is_dir():
         if safetensors_paths(path):

@@ -262,6 +262,8 @@ def read_codebook(surgery: SurgeryOptions, config: ModelConfig) -> np.ndarray:
                 expected=f"{name} with {size} rows",
                 got=str(list(info.shape)) if info else "no such tensor",
             )
-        return read_floats(source, name, 0, size)
+        values = read_floats(source, name, 0, size)
+        source.verify()
+        return values
     finally:
         source.close()

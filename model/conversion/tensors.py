@@ -58,8 +58,8 @@ class TensorSource(Protocol):
     place: str  # for messages: a folder, a file, or how the values are made
     tensors: dict[str, TensorInfo]
 
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
-        """Fill `out`, uint8 [stop - start, row_bytes], with rows [start, stop)."""
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> int | None:
+        """Fill `out`, uint8 [stop - start, row_bytes], with rows [start, stop); their crc32 where it is known."""
         ...
 
     def rows_at_once(self, name: str) -> int | None:
@@ -68,6 +68,10 @@ class TensorSource(Protocol):
 
     def identity(self) -> Any:
         """JSON that differs when the values may differ: a resumed conversion compares it."""
+        ...
+
+    def verify(self) -> None:
+        """Compare what was read with its recorded checksums, if there are any. Raises `UserError`."""
         ...
 
     def close(self) -> None: ...
@@ -97,3 +101,20 @@ def _from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     quiet_nan = ((bits >> 16) | 0x40).astype(np.uint16)  # rounding could carry a NaN to infinity
     return np.where(np.isnan(values), quiet_nan, rounded).view(np.uint8)
+
+
+# Exponents of all ones: infinities and NaN.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+    "float32": (np.uint32, 0x7F800000),
+    "float64": (np.uint64, 0x7FF0000000000000),
+}
+
+
+def is_finite(rows: np.ndarray, dtype: str) -> bool:
+    """Whether rows of bytes of a float dtype hold neither infinities nor NaN. Other dtypes always do."""
+    if dtype not in _EXPONENTS or not rows.size:
+        return True
+    words, mask = _EXPONENTS[dtype]
+    return int((rows.view(words) & words(mask)).max()) != mask

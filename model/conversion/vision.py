@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from model.checkpoint.small_files import read_text
 from model.conversion.actions import PREFIX, Options, our_weights
 from model.conversion.checks import check_tensors
 from model.conversion.mappings import VISION_LAYOUT
 from model.conversion.plan import Plan, Segment, Target, into_ranks, into_shards
-from model.conversion.record import read_record, write_manifest, write_record
+from model.conversion.record import expect_recorded, read_record, write_manifest, write_record
 from model.conversion.safetensors_file import SafetensorsFile
 from model.conversion.sources import CheckpointSource, open_foreign
 from model.conversion.tensors import TensorInfo
@@ -39,9 +40,12 @@ NETWORK_FIELDS = (
     "attn_resolutions",
     "dropout",
 )
-CLASS_FIELDS = ("n_embed", "embed_dim", "beta", "cosine_similarity")
-# Our own fields that change the function: the released code knows their defaults only.
-OWN_FIELDS = ("norm_groups", "norm_scope", "mid_attention", "padding_mode", "encoder_kernel_sizes")
+CLASS_FIELDS = ("n_embed", "embed_dim", "beta")
+# Fields that only training sees. Every other field changes the function: the released code knows its default only
+# (it takes `cosine_similarity` and never looks at it).
+TRAINING_FIELDS = ("logit_scale",)
+# Of the released network, with the only values that ours has.
+FIXED_NETWORK = {"double_z": False, "resamp_with_conv": True, "give_pre_end": False}
 
 
 def expected_shapes(config: VisionTokenizerConfig) -> dict[str, tuple[int, ...]]:
@@ -126,6 +130,7 @@ def to_published(source_path: Path, target: Path, options: Options) -> Result:
     source = CheckpointSource(source_path)
     try:
         config = config_of(source)
+        check_released(config, source.place)
         expected = expected_shapes(config)
         dtype = check_tensors(
             source.place, our_weights(source), {name: [shape] for name, shape in expected.items()}, options.dtype
@@ -154,6 +159,8 @@ def from_published(source_path: Path, target: Path, config: VisionTokenizerConfi
     refuse_existing(target)
     source = open_foreign(source_path)
     try:
+        folder = source_path if source_path.is_dir() else source_path.parent
+        expect_recorded(source, read_record(folder), folder)
         config = config or find_config(source_path)
         problems = Problems()
         config.validate(problems, "vision_tokenizer")
@@ -204,16 +211,25 @@ def config_of(source: CheckpointSource) -> VisionTokenizerConfig:
         raise UserError(
             "the manifest does not describe a vision tokenizer", where=source.place, got=repr(error)
         ) from None
+    return config
+
+
+def check_released(config: VisionTokenizerConfig, place: str) -> None:
+    """Refuse a tokenizer that the released code would run as another function."""
     published = VisionTokenizerConfig()
-    own = [name for name in OWN_FIELDS if getattr(config, name) != getattr(published, name)]
+    known = (*NETWORK_FIELDS, *CLASS_FIELDS, *TRAINING_FIELDS)
+    own = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in known and getattr(config, field.name) != getattr(published, field.name)
+    ]
     if own:
         raise UserError(
             "the released code cannot run this tokenizer: it has structure of our own",
-            where=source.place,
+            where=place,
             expected=", ".join(f"{name}={getattr(published, name)}" for name in own),
             got=", ".join(f"{name}={getattr(config, name)}" for name in own),
         )
-    return config
 
 
 def find_config(path: Path) -> VisionTokenizerConfig:
@@ -228,40 +244,67 @@ def find_config(path: Path) -> VisionTokenizerConfig:
             "the tokenizer's sizes cannot be told",
             where=str(folder),
             expected=CONFIG_NAME,
-            fix="vision_tokenizer=ibq_emu35",
+            fix="vision_tokenizer=ibq_emu35 (or its sizes one by one)",
         )
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    tree = read_class_config(file)
+    known = {name: tree["ddconfig"][name] for name in NETWORK_FIELDS if name in tree["ddconfig"]}
+    known |= {name: tree[name] for name in CLASS_FIELDS if name in tree}
+    try:
+        return VisionTokenizerConfig(**known)
+    except TypeError as error:
+        raise UserError("config.yaml is not that of an IBQ tokenizer", where=str(file), got=str(error)) from None
+
+
+def released_network(path: Path, config: VisionTokenizerConfig) -> dict[str, Any]:
+    """`ddconfig` of the `config.yaml` beside released weights; where there is none, what an export would say."""
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    return read_class_config(file)["ddconfig"] if file.is_file() else class_config(config)["ddconfig"]
+
+
+def read_class_config(file: Path) -> dict[str, Any]:
+    """Arguments of the released class. Raises `UserError` for a file that is none of it, or of another network."""
+    import yaml
 
     try:
-        tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+        # Nothing is resolved: `${...}` in a file from elsewhere is text.
+        tree: Any = yaml.safe_load(read_text(file, "config.yaml"))
         for level in ("model", "init_args", "params"):
             tree = tree.get(level, tree)
         network = tree["ddconfig"]
-        if network.get("double_z"):
-            raise UserError("double_z has no place in an IBQ tokenizer", where=str(file))
-        known = {name: network[name] for name in NETWORK_FIELDS if name in network}
-        known |= {name: tree[name] for name in CLASS_FIELDS if name in tree}
-        return VisionTokenizerConfig(**known)
-    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, AttributeError, OSError) as error:
+        other = [
+            f"{name}={network[name]}" for name, value in FIXED_NETWORK.items() if network.get(name, value) != value
+        ]
+        if not isinstance(tree["n_embed"], int):
+            raise TypeError(f"n_embed {tree['n_embed']!r}")
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(
             "config.yaml is not that of an IBQ tokenizer",
             where=str(file),
             expected="ddconfig, n_embed, embed_dim",
             got=f"{type(error).__name__}: {error}",
         ) from None
+    if other:
+        expected = ", ".join(f"{name}={value}" for name, value in FIXED_NETWORK.items())
+        raise UserError(
+            "this network has no place in our IBQ tokenizer", where=str(file), expected=expected, got=", ".join(other)
+        )
+    return tree
+
+
+def class_config(config: VisionTokenizerConfig) -> dict[str, Any]:
+    """What the released class is built with."""
+    return {
+        "ddconfig": {"double_z": False} | {name: getattr(config, name) for name in NETWORK_FIELDS},
+        **{name: getattr(config, name) for name in CLASS_FIELDS},
+        "cosine_similarity": False,  # the released code takes it and never looks at it
+        "use_entropy_loss": False,
+    }
 
 
 def write_class_config(path: Path, config: VisionTokenizerConfig) -> None:
     from omegaconf import OmegaConf
 
-    values = {
-        "ddconfig": {"double_z": False} | {name: getattr(config, name) for name in NETWORK_FIELDS},
-        **{name: getattr(config, name) for name in CLASS_FIELDS},
-        "use_entropy_loss": False,
-    }
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(class_config(config))), encoding="utf-8")
 
 
 def save_state_dict(folder: Path, targets: list[Target]) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 import zlib
@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from model.conversion.checksums import join_crc32
-from model.conversion.plan import Piece, Plan, Target
-from model.conversion.tensors import ITEM_BYTES, cast_rows
-from model.durable import NO_SPACE, flush_to_disk, lock, replace_file
+from model.checkpoint.checksums import join_crc32
+from model.conversion.plan import Piece, Plan, Segment, Target
+from model.conversion.progress import Progress
+from model.conversion.tensors import ITEM_BYTES, TensorInfo, cast_rows, is_finite
+from model.durable import NO_SPACE, flush_to_disk, replace_file
 from model.errors import UserError
 
 BLOCK_BYTES = 2 << 20  # of one read and write: small enough to be in the cache when it is checksummed and written
-PROGRESS_SECONDS = 2.0
 FLUSH_SECONDS = 0.05
 
 
@@ -51,6 +51,7 @@ class Written:
 
     files: dict[str, dict[str, Any]]
     tensors: dict[str, str]  # stored name -> crc32
+    non_finite: list[str] = field(default_factory=list)  # targets with infinities or NaN
 
 
 @dataclass
@@ -83,6 +84,7 @@ def execute(plan: Plan, target: Path, finish: Callable[[Path, Written], None], *
         resumed = writer.progress.num_bytes
         try:
             writer.write(threads)
+            _verify_sources(plan, work)
             written = writer.read_back(threads)
             finish(work / "output", written)
             _sync_folder(work / "output")
@@ -92,6 +94,16 @@ def execute(plan: Plan, target: Path, finish: Callable[[Path, Written], None], *
         flush_to_disk(target.parent)
         _remove_work(work)
     return Result(plan.num_bytes, time.monotonic() - started, resumed)
+
+
+def _verify_sources(plan: Plan, work: Path) -> None:
+    """What was made of damaged tensors is not kept for the next run."""
+    try:
+        for source in plan.sources:
+            source.verify()
+    except UserError:
+        (work / "plan.json").unlink(missing_ok=True)
+        raise
 
 
 def refuse_existing(target: Path) -> None:
@@ -123,6 +135,7 @@ class _Writer:
         self.plan, self.work = plan, work
         self.blocks = list(_blocks(plan))
         self.done = done
+        self.non_finite: set[str] = set()
         self.inherited = set(done)  # blocks of an earlier run
         self.positions = {file.name: file.positions for file in plan.files}
         self._descriptors: dict[str, int] = {}
@@ -160,7 +173,8 @@ class _Writer:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _convert(self, block: Block) -> None:
-        rows = gather(block)
+        rows, crc = gather(block)
+        self._note_non_finite(block, rows)
         item = ITEM_BYTES[block.target.info.dtype]
         sums = []
         for piece in block.target.pieces:
@@ -172,7 +186,9 @@ class _Writer:
             columns = slice(piece.first_column * item, (piece.first_column + piece.num_columns) * item)
             part = np.ascontiguousarray(rows[low - block.start : high - block.start, columns])
             view = part.reshape(-1).data
-            sums.append(zlib.crc32(view))
+            # What the source said of these very bytes, so that no pass over them is needed; made and cut ones have none.
+            known = crc is not None and part.nbytes == rows.nbytes
+            sums.append(crc if known and crc is not None else zlib.crc32(view))
             start = self.positions[piece.file][piece.stored_name]
             start += (low - piece.first_row) * piece.num_columns * item
             _write_all(self._descriptors[piece.file], view, start)
@@ -184,6 +200,10 @@ class _Writer:
             _write_all(self._journal, memoryview(line), None)
             self.done[block.number] = sums
         self.progress.add(_block_bytes(block))
+
+    def _note_non_finite(self, block: Block, rows: np.ndarray) -> None:
+        if not is_finite(rows, block.target.info.dtype):
+            self.non_finite.add(block.target.name)
 
     def read_back(self, threads: int) -> Written:
         """Check what an earlier run has written while the disk takes the rest; the checksums of all of it."""
@@ -209,6 +229,7 @@ class _Writer:
             content = self._read(piece.file, position, (high - low) * width)
             if zlib.crc32(content.data) != expected:
                 raise self._differs(piece)
+            self._note_non_finite(block, content)
         self.progress.add(_block_bytes(block))
 
     def _read(self, file: str, position: int, num_bytes: int) -> np.ndarray:
@@ -243,44 +264,13 @@ class _Writer:
             for name in file.positions:
                 value, length = tensors.get((file.name, name), (0, 0))
                 crc = join_crc32(crc, value, length)
-            files[file.name] = {"bytes": file.num_bytes, "crc32": f"{crc:08x}"}
-        return Written(files, {name: f"{crc:08x}" for (_, name), (crc, _) in tensors.items()})
+            header = f"{zlib.crc32(file.header):08x}"
+            files[file.name] = {"bytes": file.num_bytes, "crc32": f"{crc:08x}", "header_crc32": header}
+        return Written(files, {name: f"{crc:08x}" for (_, name), (crc, _) in tensors.items()}, sorted(self.non_finite))
 
     def close(self) -> None:
         for descriptor in (*self._descriptors.values(), self._journal):
             os.close(descriptor)
-
-
-class Progress:
-    """Bytes done, bytes a second and the time left, on stderr now and then."""
-
-    def __init__(self, label: str, total_bytes: int, num_bytes: int):
-        self.label, self.total_bytes, self.num_bytes = label, total_bytes, num_bytes
-        self._first_bytes, self._started = num_bytes, time.monotonic()
-        self._shown, self._lock = self._started, threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self.num_bytes += num_bytes
-            if time.monotonic() - self._shown >= PROGRESS_SECONDS:
-                self._shown = time.monotonic()
-                self._show()
-
-    def finish(self) -> None:
-        if time.monotonic() - self._started >= PROGRESS_SECONDS:
-            self._show()
-
-    def _show(self) -> None:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = (self.num_bytes - self._first_bytes) / seconds
-        left = (self.total_bytes - self.num_bytes) / rate if rate else float("inf")
-        share = self.num_bytes / self.total_bytes if self.total_bytes else 1.0
-        print(
-            f"{self.label}: {share:6.1%} of {self.total_bytes / 1e9:.2f} GB, {rate / 1e6:,.0f} MB/s, "
-            f"{left:,.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def run_all(work: Callable[[Any], None], items: list[Any], threads: int) -> None:
@@ -311,25 +301,30 @@ def _block_bytes(block: Block) -> int:
     return (block.stop - block.start) * block.target.info.row_bytes
 
 
-def gather(block: Block) -> np.ndarray:
-    """The block's rows from all segments that have some of them; uint8 [rows, row_bytes]."""
+def gather(block: Block) -> tuple[np.ndarray, int | None]:
+    """The block's rows from all segments that have some of them, uint8 [rows, row_bytes], and their crc32 if known."""
     info = block.target.info
     rows = np.empty((block.stop - block.start, info.row_bytes), np.uint8)
     position = 0
+    joined: int | None = 0
     for segment in block.target.segments:
         low, high = max(block.start, position), min(block.stop, position + segment.count)
         if low < high:
             into = rows[low - block.start : high - block.start]
-            first = segment.start + low - position
-            if segment.dtype == info.dtype:
-                segment.source.read_rows(segment.name, first, first + high - low, into)
-            else:
-                width = info.row_elements * ITEM_BYTES[segment.dtype]
-                raw = np.empty((high - low, width), np.uint8)
-                segment.source.read_rows(segment.name, first, first + high - low, raw)
-                into[:] = cast_rows(raw, segment.dtype, info.dtype)
+            crc = _read_segment(segment, segment.start + low - position, into, info)
+            joined = None if joined is None or crc is None else join_crc32(joined, crc, into.nbytes)
         position += segment.count
-    return rows
+    return rows, joined
+
+
+def _read_segment(segment: Segment, first: int, into: np.ndarray, info: TensorInfo) -> int | None:
+    """Rows of a source from `first` on, cast where dtypes differ; crc32 of what is in `into`, if the source knows it."""
+    if segment.dtype == info.dtype:
+        return segment.source.read_rows(segment.name, first, first + len(into), into)
+    raw = np.empty((len(into), info.row_elements * ITEM_BYTES[segment.dtype]), np.uint8)
+    segment.source.read_rows(segment.name, first, first + len(into), raw)
+    into[:] = cast_rows(raw, segment.dtype, info.dtype)
+    return None
 
 
 def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
@@ -338,6 +333,7 @@ def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
     with contextlib.suppress(OSError, ValueError, KeyError):
         if json.loads(description.read_bytes())["fingerprint"] == fingerprint:
             (work / "output").mkdir(exist_ok=True)
+            _remove_all_but(work / "output", {file.name for file in plan.files})
             return _read_journal(work / "progress.jsonl")
     description.unlink(missing_ok=True)
     (work / "progress.jsonl").unlink(missing_ok=True)
@@ -345,6 +341,16 @@ def _prepare(plan: Plan, work: Path, fingerprint: str) -> dict[int, list[int]]:
     (work / "output").mkdir()
     replace_file(description, json.dumps({"fingerprint": fingerprint, "what": plan.what}))
     return {}
+
+
+def _remove_all_but(output: Path, names: set[str]) -> None:
+    """What `finish` of a killed run has added, whole or half-written: it is added again."""
+    for path in sorted(output.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it holds files of the plan
+                path.rmdir()
+        elif str(path.relative_to(output)) not in names:
+            path.unlink()
 
 
 def _read_journal(path: Path) -> dict[int, list[int]]:
@@ -402,17 +408,41 @@ def _no_space_told(folder: Path, num_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """The work folder for this process alone; the system frees the lock of one that died."""
+    """The work folder for this process alone; the system frees the lock of one that died.
+
+    Only who holds the lock removes anything: a process that is refused leaves the folder as it is.
+    """
+    descriptor = _lock(work)
+    try:
+        yield
+    finally:
+        # Nothing begun, or all published: no folder stays behind.
+        if not (work / "plan.json").exists():
+            _remove_work(work)
+        os.close(descriptor)
+
+
+def _lock(work: Path) -> int:
+    """The locked descriptor of `lock` in the work folder, which another process may be removing at this moment."""
     work.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
-    taken = "another process is writing this target"
-    with lock(work / "lock", taken, fix="wait for it, or name another target"):
+    while True:
+        work.mkdir(exist_ok=True)
         try:
-            yield
-        finally:
-            # A refusal leaves no empty folder behind.
-            if not (work / "plan.json").exists():
-                _remove_work(work)
+            descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock on a file that its last holder has removed locks nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(work / "lock"), os.fstat(descriptor)):
+                    return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                "another process is writing this target", where=str(work), fix="wait for it, or name another target"
+            ) from None
+        os.close(descriptor)
 
 
 def _remove_work(work: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.documents.builder import (
+    TASKS,
     Document,
     DocumentBuilder,
     ImageBlock,
@@ -259,6 +260,27 @@ def test_the_unconditional_prompt_keeps_the_pictures() -> None:
     )
     document = BUILDER.chat(1, "x2i", "Q", images, images, unconditional=True)
     assert document.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_guidance_leaves_what_is_answered_where_the_answer_is() -> None:
+    """As condition-dropout documents have it: later pictures stand behind BSS, not in the user's turn."""
+    images, answered = [Picture(codes(2, 2))], [Text("then"), Picture(codes(1, 2))]
+    prompt = BUILDER.unconditional_prompt(images, answered)
+    document = BUILDER.chat(1, "explore", "Q", images, answered, unconditional=True)
+    assert document.tokens[: len(prompt)].tolist() == prompt
+    assert len(document.tokens) == len(prompt) + 2
+
+
+@pytest.mark.parametrize("images", [[], [Picture(codes(2, 2))]])
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_those_of_the_released_configurations(task: str, images: list[Picture]) -> None:
+    """The strings that `configs/` of the released code make, character by character."""
+    extra = " Please generate a response with interleaved text and images." if task == "howto" else ""
+    image = "<image 2*2>" if images else ""
+    words = f"{image}Draw it" if task == "x2i" else f"Draw it{image}"
+    expected = f"<bos>You are a helpful assistant for {task} task.{extra} USER: {words} ASSISTANT: <bss>"
+    shown = describe(BUILDER.chat_prompt(task, "Draw it", images), VOCABULARY, TOKENIZER)
+    assert shown.replace(" ", "") == expected.replace(" ", "")
 
 
 def test_document_ids_tell_datasets_and_keys_apart() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 from data_pipeline.documents.builder import Text
 from data_pipeline.filters.base import FILTERS, FilterChain, FilterConfig
 from data_pipeline.sources import SampleError
-from data_pipeline.sources.image import ImageConfig, decode_image, fit_size, smart_resize
+from data_pipeline.sources.image import ImageConfig, decode_image, fit_size, released_size, smart_resize
 from data_pipeline.sources.prepare import Pixels, PreparedSample
 from model.errors import Problems
 
@@ -167,3 +169,23 @@ def test_filter_configs_are_checked() -> None:
     FilterConfig("beauty", minimum=1).validate(problems, "filters[0]")
     FilterConfig("min_size").validate(problems, "filters[1]")
     assert len(problems.found) == 2
+
+
+def test_the_released_sizes_enlarge_too_and_may_pass_the_area() -> None:
+    """3,000 sizes at the released area of 1,024 tokens, each held against the rule in exact numbers."""
+    rng, excess = np.random.default_rng(0), 0.0
+    for height, width in rng.integers(64, 4096, (3000, 2)).tolist():
+        rows, columns = released_size(height, width, factor=16, area=512 * 512)
+        ideal = [math.isqrt(512 * 512 * height // width), 0]  # whole pixels of the height
+        ideal[1] = int(Fraction(ideal[0]) * width / height)
+        for side, wanted in zip((rows, columns), ideal, strict=True):
+            assert side % 16 == 0
+            assert abs(side - max(16, wanted)) <= 9  # half a token, and a pixel of rounding in floating point
+        excess = max(excess, rows * columns / 512**2 - 1) if max(height, width) <= 4 * min(height, width) else excess
+    assert excess == 0.03125  # sides at most four times as long as the other
+    assert released_size(48, 48, factor=16, area=512 * 512) == (512, 512)
+    assert released_size(480, 640, factor=16, area=720 * 720) == (624, 832)
+    assert released_size(1, 9999, factor=16, area=512 * 512)[0] == 16
+    small = np.zeros((32, 48, 3), np.uint8)
+    assert smart_resize(small, ImageConfig(max_area=96 * 96, resize="emu35"), 16).shape == (80, 112, 3)
+    assert smart_resize(small, ImageConfig(max_area=96 * 96), 16).shape == (32, 48, 3)

@@ -7,6 +7,7 @@ import json
 import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -232,3 +233,22 @@ def test_the_description_says_what_the_tokenizer_is(tmp_path: Path) -> None:
     assert description["kind"] == "sentencepiece"
     assert description["size"] == 350
     assert description["inputs"] == {"shards": {"a": "b"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts_have_the_ids_of_the_whole(tokenizers: dict[str, TextTokenizer], kind: str) -> None:
+    """No cut changes ids: the libraries' own answer for the whole text is the measure."""
+    tokenizer: Any = tokenizers[kind]
+    whole = {
+        "sentencepiece": lambda text: tokenizer._processor.encode(text),
+        "tiktoken": lambda text: tokenizer._encoding.encode_ordinary(text),
+        "huggingface": lambda text: tokenizer._tokenizer.encode(text, add_special_tokens=False).ids,
+    }[kind]
+    for text in ("a" * 250_000, "red\n\n  disc " * 10_000, "一" * 120_000):
+        assert tokenizer.encode(text) == list(whole(text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_million_blanks_end_no_process(tokenizers: dict[str, TextTokenizer], kind: str) -> None:
+    text = "a" + " " * 1_000_000 + "b"
+    assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text

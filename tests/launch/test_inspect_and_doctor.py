@@ -13,6 +13,7 @@ from data_pipeline.storage.token_files import TokenFileWriter
 from launch.command_line import cli
 from launch.doctor import machine as doctor
 from launch.inspection import inspect_path
+from model.checkpoint.manifest import manifest_checksum
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -96,6 +97,8 @@ def test_a_checkpoint_is_read_from_its_manifest(tmp_path, capsys):
         }
         path = folder / f"step_{step:08d}"
         path.mkdir(parents=True)
+        manifest |= {"format_version": 1}
+        manifest["manifest_crc32"] = manifest_checksum(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest))
     (folder / "step_00000030").mkdir()  # without a manifest it does not exist
     answer = inspect(capsys, str(tmp_path / "sft"))

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from handmade_checkpoints import publish_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_ch
 from model.errors import UserError
 
 
-def write_tiled(folder, name, tensor, row_cuts, column_cuts, num_files=2):
+def write_tiled(folder, name, tensor, row_cuts, column_cuts, num_files=2, by_piece=True):
     """Write a 2-d tensor as a grid of pieces spread over files."""
     folder.mkdir(parents=True, exist_ok=True)
     files, pieces = {}, []
@@ -31,7 +32,7 @@ def write_tiled(folder, name, tensor, row_cuts, column_cuts, num_files=2):
     for file, tensors in files.items():
         save_file(tensors, folder / file)
     entry = {"global_shape": list(tensor.shape), "dtype": "float32", "pieces": pieces}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "step": 7, "keys": {name: entry}}))
+    publish_manifest(folder, {"format_version": 1, "step": 7, "keys": {name: entry}}, by_piece=by_piece)
 
 
 @settings(max_examples=30, deadline=None)
@@ -48,14 +49,14 @@ def test_any_rectangle_out_of_any_tiling(tmp_path_factory, data):
         part = reader.read("model/weight", (row, column), (height, width))
         assert torch.equal(part, tensor[row : row + height, column : column + width])
         assert torch.equal(reader.read_full("model/weight"), tensor)
-        assert reader.metadata == {"format_version": 1, "step": 7}
+        assert reader.metadata["step"] == 7
 
 
 def test_scalar_and_missing_key(tmp_path):
     save_file({"step": torch.tensor(3)}, tmp_path / "a.safetensors")
     piece = {"file": "a.safetensors", "name": "step", "offset": [], "shape": []}
     keys = {"optimizer/step": {"global_shape": [], "dtype": "int64", "pieces": [piece]}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": 1, "keys": keys}))
+    publish_manifest(tmp_path, {"format_version": 1, "keys": keys})
     reader = CheckpointReader(tmp_path)
     assert reader.read_full("optimizer/step").item() == 3
     with pytest.raises(UserError, match="no such tensor"):
@@ -67,7 +68,7 @@ def test_incomplete_tensor_is_refused(tmp_path):
     write_tiled(tmp_path, "model/weight", tensor, [2], [])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["keys"]["model/weight"]["pieces"].pop()
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    publish_manifest(tmp_path, manifest)
     with pytest.raises(UserError, match="does not hold the whole"):
         CheckpointReader(tmp_path).read_full("model/weight")
 
@@ -76,7 +77,7 @@ def test_damaged_files_are_refused(tmp_path):
     write_tiled(tmp_path, "model/weight", torch.ones(4, 4), [], [])
     file = tmp_path / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged"):
         CheckpointReader(tmp_path).read_full("model/weight")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

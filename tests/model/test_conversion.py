@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from handmade_checkpoints import publish_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from model.checkpoint.checksums import join_crc32
 from model.checkpoint.reader import CheckpointReader
 from model.config import ModelConfig
 from model.conversion import actions, vision
 from model.conversion.actions import Options
-from model.conversion.checksums import join_crc32
 from model.conversion.compare import compare
 from model.conversion.mappings import LAYOUTS, OUR_RULES, mapped_tensors
 from model.conversion.tensors import cast_rows
@@ -194,7 +195,7 @@ def test_optimizer_state_moves_with_its_weights(fresh, tmp_path):
     step = {"file": "optimizer.safetensors", "name": "step", "offset": [0], "shape": [1]}
     manifest["keys"][name] = {"global_shape": [24, 40], "dtype": "float32", "pieces": pieces}
     manifest["keys"]["optimizer/step"] = {"global_shape": [1], "dtype": "int64", "pieces": [step]}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    publish_manifest(folder, manifest)
     actions.reshard(folder, tmp_path / "split", Options(tensor=4, pipeline=2))
     found = weights(tmp_path / "split")
     assert torch.equal(found[name], moment)

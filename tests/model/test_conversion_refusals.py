@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from handmade_checkpoints import publish_manifest
 from safetensors.torch import load_file, save_file
 
 from model.config import ModelConfig
@@ -198,7 +199,7 @@ def test_a_newer_checkpoint_and_one_of_another_kind_are_refused(fresh, tmp_path)
     shutil.copytree(fresh, tmp_path / "newer")
     manifest = json.loads((fresh / "manifest.json").read_text())
     for fields, expected in (({"format_version": 2}, "format_version 2"), ({"kind": "vision_tokenizer"}, "layout=ibq")):
-        (tmp_path / "newer" / "manifest.json").write_text(json.dumps(manifest | fields))
+        publish_manifest(tmp_path / "newer", manifest | fields)
         with pytest.raises(UserError, match=expected):
             actions.to_published(tmp_path / "newer", tmp_path / "out", "emu35", Options())
     (tmp_path / "newer" / "manifest.json").write_text(json.dumps(manifest))
@@ -374,3 +375,67 @@ def test_surgery_refuses_a_codebook_of_another_size(tmp_path, export):
     chosen = SurgeryOptions(rows="codebook", codebook=str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="with 9 rows"):
         surgery.operate(export, tmp_path / "out", CONFIG, "qwen3", Options(), chosen)
+
+
+def test_what_a_killed_run_added_is_not_published(fresh, tmp_path, monkeypatch):
+    """Killed while the certificate is flushed: its temporary is in the folder that becomes the target."""
+    target = tmp_path / "out"
+
+    def killed(folder, written):
+        (folder / "parity.json.tmp-123").write_text("half")
+        (folder / "text_tokenizer").mkdir()
+        (folder / "text_tokenizer" / "stale.model").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        actions.reshard(fresh, target, Options(extras=killed))
+    assert (tmp_path / ".out.converting" / "output" / "parity.json.tmp-123").exists()
+    result = actions.reshard(fresh, target, Options())
+    assert result.result.resumed_bytes > 0
+    assert sorted(path.name for path in target.rglob("*")) == ["manifest.json", "rank_00000.safetensors"]
+
+
+def test_who_is_refused_removes_nothing_of_who_works(fresh, tmp_path):
+    """The other one has the lock and has not written its plan yet."""
+    target = tmp_path / "out"
+    work = tmp_path / ".out.converting"
+    with writer._locked(work):
+        (work / "precious").write_text("x")
+        with pytest.raises(UserError, match="another process"):
+            actions.reshard(fresh, target, Options())
+        assert (work / "precious").read_text() == "x"
+    assert not work.exists()
+    actions.reshard(fresh, target, Options())
+
+
+def test_a_lock_whose_file_was_removed_locks_nothing(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its last holder removed it."""
+    work, real = tmp_path / ".out.converting", writer.fcntl.flock
+    removed = []
+
+    def flock(descriptor, how):
+        real(descriptor, how)
+        if not removed:
+            removed.append(shutil.rmtree(work))
+
+    monkeypatch.setattr(writer.fcntl, "flock", flock)
+    with writer._locked(work):
+        monkeypatch.undo()
+        assert (work / "lock").exists()
+        with pytest.raises(UserError, match="another process"), writer._locked(work):
+            pass
+
+
+def test_many_converters_on_one_target(fresh, tmp_path):
+    """One publishes, whoever is refused is told, nothing is left over."""
+    code = (
+        "import sys; from pathlib import Path; from model.conversion import actions; from model.errors import UserError\n"
+        "try: actions.reshard(Path(sys.argv[1]), Path(sys.argv[2]), actions.Options())\n"
+        "except UserError: sys.exit(2)"
+    )
+    call = [sys.executable, "-c", code, str(fresh), str(tmp_path / "out")]
+    codes = [process.wait() for process in [subprocess.Popen(call) for _ in range(4)]]
+    assert set(codes) <= {0, 2}
+    assert 0 in codes
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

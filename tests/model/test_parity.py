@@ -11,9 +11,9 @@ import torch
 from qwen3_checkpoints import config_of, transformers_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from model.conversion import parity
+from model.conversion import hugging_face, parity
 from model.conversion.parity import certify
-from model.errors import UserError
+from model.errors import Problems, UserError
 
 CONFIG = config_of(48, 4, 2, 32)
 
@@ -97,3 +97,63 @@ def test_what_cannot_be_read_is_the_users(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match="missing"):
         certify(ours, theirs, "qwen3")
+
+
+CONFLICTS = [
+    {"rope_theta": 10_000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "default", "factor": 2.0}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 10_000.0}}},
+    {"rope_parameters": [10_000.0]},
+    {"rope_theta": "10000"},
+    {"partial_rotary_factor": 0.5},
+    {"rope_local_base_freq": 10_000.0},
+]
+
+
+@pytest.mark.parametrize("fields", CONFLICTS, ids=lambda fields: ",".join(fields))
+def test_positions_that_contradict_or_are_unknown_are_refused_by_reading(fields: dict, tmp_path: Path) -> None:
+    """Without running anything: transformers may not be there, and has opinions of its own."""
+    ours, theirs = write_pair(tmp_path, "Emu3", **fields)
+    with pytest.raises(UserError, match="positions"):
+        certify(ours, theirs, "emu35", mode="keys")
+    problems = Problems()
+    hugging_face.check_config(hugging_face.read_config(theirs), CONFIG, problems, untie=False)
+    assert any("rope" in one or "rotary" in one for one in problems.found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}},
+        {"rope_scaling": {"type": "default"}, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_positions_that_are_ours_pass(fields: dict, tmp_path: Path) -> None:
+    _, theirs = write_pair(tmp_path, "Emu3", **fields)
+    assert hugging_face.rope_problems(hugging_face.read_config(theirs) or {}) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
+    model = transformers_model(CONFIG)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.state_dict()[name][3, 2] = value
+    ours = write_checkpoint(tmp_path / "ours", model.state_dict(), CONFIG)
+    model.save_pretrained(tmp_path / "theirs")
+    certificate = certify(ours, tmp_path / "theirs", "qwen3")
+    assert (certificate["passed"], certificate["non_finite"], certificate["num_different"]) == (False, [name], 0)
+
+
+def test_a_cast_on_request_passes_on_either_side(tmp_path: Path) -> None:
+    ours, theirs = write_pair(tmp_path)
+    for path in theirs.glob("*.safetensors"):
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    assert not certify(ours, theirs, "qwen3", mode="keys")["passed"]
+    certificate = certify(ours, theirs, "qwen3", num_tokens=40, cast="bfloat16")
+    assert certificate["passed"]
+    assert certificate["logits"]["max_difference"] <= 1e-4

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
+from handmade_checkpoints import publish_manifest
 from safetensors.torch import save_file
 
 from model.errors import Problems, UserError
@@ -233,7 +233,7 @@ def save_checkpoint(folder, model, /, **changes):
         "model": dataclasses.asdict(model.config),
         "keys": keys,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    publish_manifest(folder, manifest | changes)
 
 
 def test_loads_from_a_checkpoint(tmp_path):

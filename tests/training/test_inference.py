@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade_checkpoints import publish_manifest
 from safetensors.torch import save_file
 
 from data_pipeline.documents.builder import DocumentBuilder, Picture, Text
@@ -162,6 +163,37 @@ def test_interleaved_prompts_as_chat_go_on_with_the_answer(tokenizer: SentencePi
         assert np.array_equal(answer.images[0], expected)
 
 
+def test_the_prompt_of_guidance_keeps_answered_pictures_in_the_answer(tokenizer: SentencePieceTokenizer) -> None:
+    model = make_model([], tokenizer, interleaved_as="chat", context_frames=1)
+    parts: list[str | np.ndarray] = ["one", picture(1), "two", picture(2), "three"]
+    (item,) = model._encode_prompts([Prompt("interleaved", parts=parts)])
+    conditional, free = model._prompt_tokens(item), model._unconditional_tokens(item)
+    vocabulary = model.vocabulary
+    answers = [ids[ids.index(vocabulary.bss) :] for ids in (conditional, free)]
+    assert answers[0] == answers[1]
+    assert answers[1].count(vocabulary.boi) == 1
+    assert free[: free.index(vocabulary.bss)].count(vocabulary.boi) == 1
+
+
+def test_grids_follow_the_released_policy(tokenizer: SentencePieceTokenizer) -> None:
+    """An edit of one picture has its grid, of several the model chooses; a continuation has the last picture's."""
+    released, free = (make_model([], tokenizer, grids=grids) for grids in ("released", "free"))
+    one, two = picture(1), picture(2, 24, 16)
+
+    def grids(model: InferenceModel, *prompts: Prompt) -> list[Any]:
+        return [model._grid(item) for item in model._encode_prompts(prompts)]
+
+    edit, several = Prompt("x2i", "q", [one]), Prompt("x2i", "q", [one, two])
+    continued, plain = Prompt("interleaved", parts=["a", one, two]), Prompt("t2i", "q")
+    shapes = [codes_of(image).codes.shape for image in (one, two)]
+    assert grids(released, edit, several, continued, plain) == [shapes[0], None, shapes[1], None]
+    assert grids(free, edit, several, continued, plain) == [None] * 4
+    assert released._grammar_options(continued).repeat_grid
+    assert not free._grammar_options(continued).repeat_grid
+    narrow = make_model([], tokenizer, max_grid_side=99)
+    assert narrow._grammar_options(plain).max_side == 99
+
+
 def test_picture_cut_short_is_left_out(tokenizer: SentencePieceTokenizer) -> None:
     builder = DocumentBuilder(VOCABULARY, tokenizer)
     document = builder.chat(0, "t2i", TEXTS[0], [], [codes_of(picture(0))])
@@ -254,7 +286,7 @@ def write_checkpoint(folder: Path, model: torch.nn.Module, metadata: dict[str, A
         keys[f"model/{logical.name}"] = entry
     for rank, tensors in enumerate(files):
         save_file(tensors, folder / f"{rank}.safetensors")
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "keys": keys} | metadata))
+    publish_manifest(folder, {"format_version": 1, "keys": keys} | metadata)
     return folder
 
 
@@ -284,7 +316,7 @@ def checkpoint(
 
 def change_manifest(stage: Path, **values: Any) -> None:
     path = stage / "checkpoints" / "step_00000003" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    publish_manifest(path.parent, json.loads(path.read_text()) | values)
 
 
 def test_loaded_model_answers_like_the_one_that_was_saved(

@@ -76,17 +76,18 @@ def check_kind(manifest: CheckpointManifest, folder: Path) -> None:
 
 
 def tokenizer_folder(manifest: CheckpointManifest, checkpoint: Path, name: str, given: Path | str | None) -> Path:
-    """Where a tokenizer is: `given`, or the recorded place below the run folder of `checkpoint`."""
+    """Where a tokenizer is: `given`, inside the checkpoint, or the recorded place below its run folder."""
     if given is not None:
         return Path(given)
+    if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
+        return checkpoint / name
     recorded = manifest.tokenizer(name)
     if recorded is None:
         raise UserError(
             f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint), fix=f"{name}=FOLDER"
         )
-    if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
-        return checkpoint / name
-    run_folder = checkpoint.absolute().parents[2]  # run / stage / checkpoints / step
+    above = checkpoint.absolute().parents
+    run_folder = above[min(2, len(above) - 1)]  # run / stage / checkpoints / step
     return run_folder / recorded.path
 
 

@@ -94,7 +94,7 @@ class InferenceModel:
                 conditional,
                 self._fit(sampling, conditional),
                 seed,
-                [self._grid(prompts[index]) for index in indices],
+                [self._grid(with_codes[index]) for index in indices],
                 unconditional,
                 [first_index + index for index in indices],
             )
@@ -135,7 +135,11 @@ class InferenceModel:
         return _by_shape(codes, self.vision_tokenizer.decode)
 
     def _grammar_options(self, prompt: Prompt) -> GrammarOptions:
-        base = GrammarOptions(emu3_format=self.builder.image_format == "emu3")
+        base = GrammarOptions(
+            emu3_format=self.builder.image_format == "emu3",
+            repeat_grid=self.options.grids == "released",
+            max_side=self.options.max_grid_side,
+        )
         if prompt.format != "interleaved":
             return replace(base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first)
         ends_with_text = bool(prompt.parts) and isinstance(prompt.parts[-1], str)
@@ -153,13 +157,23 @@ class InferenceModel:
         return self.builder.chat_prompt(INTERLEAVED_TASK, question, context, answered)
 
     def _unconditional_tokens(self, item: _EncodedPrompt) -> list[int]:
-        """The prompt of guidance: the pictures stay, the words go."""
-        if item.prompt.format == "interleaved" and self.options.interleaved_as == "document":
+        """The prompt of guidance: the pictures stay, the words of the question go; what is answered stays answered."""
+        if item.prompt.format != "interleaved":
+            return self.builder.unconditional_prompt(item.pictures)
+        if self.options.interleaved_as == "document":
             return self.builder.interleaved_prompt(item.pictures)
-        return self.builder.unconditional_prompt(item.pictures)
+        _, context, answered = split_context(item.parts, self.options.context_frames)
+        return self.builder.unconditional_prompt(context, answered)
 
-    def _grid(self, prompt: Prompt) -> Grid | None:
-        height, width = prompt.image_size
+    def _grid(self, item: _EncodedPrompt) -> Grid | None:
+        """The grid of the pictures to make; None: the model chooses (once, if later ones follow the first)."""
+        height, width = item.prompt.image_size
+        if self.options.grids == "released" and item.pictures:
+            is_edit = item.prompt.format == "x2i" and len(item.pictures) == 1
+            is_continued = item.prompt.format == "interleaved" and not height
+            if is_edit or is_continued:
+                rows, columns = item.pictures[-1].codes.shape
+                return rows, columns
         factor = self.vision_tokenizer.factor
         if height % factor or width % factor:
             raise UserError(

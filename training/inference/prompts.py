@@ -48,6 +48,10 @@ class InferenceOptions:
     context_frames: int = 1  # of interleaved prompts as chat: what follows them belongs to the answer
     max_images: int = 1  # in the answer to an interleaved prompt; other answers hold one
     image_first: bool = True  # answers start with a picture, except after an interleaved one
+    # released: an edit of one picture has that picture's grid, later pictures that of the one before; free: the model
+    # chooses every time. An image size that a prompt gives stands above the model's choice.
+    grids: str = "released"
+    max_grid_side: int = 999  # in tokens, of a grid that the model chooses; 99: two digits a side
     max_batch_size: int = 256  # sequences decoded at once
 
     def validate(self, problems: Problems, key: str) -> None:
@@ -59,4 +63,8 @@ class InferenceOptions:
         )
         problems.check(self.context_frames > 0, f"{key}.context_frames", "must be positive")
         problems.check(self.max_images > 0, f"{key}.max_images", "must be positive")
+        problems.check(
+            self.grids in ("released", "free"), f"{key}.grids", f"unknown value {self.grids!r}", f"{key}.grids=released"
+        )
+        problems.check(1 <= self.max_grid_side <= 999, f"{key}.max_grid_side", "must be in [1, 999]")
         problems.check(self.max_batch_size > 0, f"{key}.max_batch_size", "must be positive")

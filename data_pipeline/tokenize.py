@@ -24,9 +24,10 @@ from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Pic
 from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
-from data_pipeline.sources import BadSample, SampleError, read_shard
+from data_pipeline.kinds.base import MediaDecoder, Pixels, PreparedSample
+from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.sources import BadSample, SampleError
 from data_pipeline.sources.image import ImageConfig
-from data_pipeline.sources.prepare import Pixels, PreparedSample, SamplePreparer
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.format import checksum_file, suffixed
 from data_pipeline.storage.segments import count_classes
@@ -66,6 +67,8 @@ class TokenizeConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    # Kinds of samples that the input may hold: names, or dotted paths of classes; empty: all that come with the project.
+    kinds: list[str] = field(default_factory=list)
     filters: list[FilterConfig] = field(default_factory=list)
 
     def validate_tokenize(self, problems: Problems) -> None:
@@ -104,7 +107,8 @@ class ShardTokenizer:
         self.text_tokenizer = text_tokenizer
         self.vision_tokenizer = vision_tokenizer
         factor = vision_tokenizer.factor if vision_tokenizer else 1
-        self.preparer = SamplePreparer(config.image, config.video, factor)
+        self.decoder = MediaDecoder(config.image, config.video, factor)
+        self.kinds = KindSet(config.kinds)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
         self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
@@ -116,7 +120,13 @@ class ShardTokenizer:
         values = dataclasses.asdict(self.config)
         content = {
             "code_version": CODE_VERSION,
-            "config": {name: values[name] for name in names},
+            "config": {name: values[name] for name in names if name != "kinds"},
+            # What was tokenized before kinds could be chosen is not done again.
+            **(
+                {"kinds": [[name, kind.version] for name, kind in self.kinds.by_name.items()]}
+                if values["kinds"]
+                else {}
+            ),
             **self._describe_tokenizers(),
         }
         return hashlib.blake2b(encode_json(content), digest_size=16).hexdigest()
@@ -181,19 +191,20 @@ class ShardTokenizer:
                     part if isinstance(part, Text) else Picture(next(codes), part.time_ms) for part in sample.parts
                 ]
                 try:
-                    yield self.layout.build(sample.key, sample.kind, parts, sample.metadata)
+                    yield self.layout.build(self.kinds[sample.kind], sample.key, parts, sample.metadata)
                 except SampleError as error:
                     quarantine.append(BadSample(sample.key, error.reason, error.detail))
 
     def _windows(self, shard: Path, quarantine: list[BadSample]) -> Iterator[list[PreparedSample]]:
         window: list[PreparedSample] = []
         num_pictures = num_pixels = 0
-        for item in read_shard(shard):
+        for item in read_shard(shard, self.kinds):
             if isinstance(item, BadSample):
                 quarantine.append(item)
                 continue
             try:
-                sample = self.preparer.prepare(item)
+                parts = self.kinds[item.kind].prepare(item, self.decoder)
+                sample = PreparedSample(item.key, item.kind, parts, item.metadata)
                 self.filters.check(sample)
             except SampleError as error:
                 quarantine.append(BadSample(item.key, error.reason, error.detail))

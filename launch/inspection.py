@@ -120,7 +120,8 @@ def product(shape: list[int]) -> int:
 
 def inspect_raw(path: Path, num_samples: int) -> dict[str, Any]:
     """Samples by kind and unreadable ones by reason; the first samples with the sizes of their parts."""
-    from data_pipeline.sources import BadSample, read_shard
+    from data_pipeline.kinds.registry import read_shard
+    from data_pipeline.sources import BadSample
 
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

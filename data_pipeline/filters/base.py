@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from data_pipeline.dotted_path import find_class
 from data_pipeline.filters.basic import AspectRatio, BlankImage, MinSize, TextLength
-from data_pipeline.sources.prepare import PreparedSample
+from data_pipeline.kinds.base import PreparedSample
 from data_pipeline.sources.samples import SampleError
 from model.errors import Problems
 
@@ -30,13 +31,16 @@ FILTERS: dict[str, type[Filter]] = {kind.name: kind for kind in (MinSize, Aspect
 class FilterConfig:
     """Keeps samples with minimum <= score <= maximum; a bound that is null does not bind."""
 
-    name: str = ""
+    name: str = ""  # one of FILTERS, or the dotted path of a class like `Filter`
     minimum: float | None = None
     maximum: float | None = None
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
-            self.name in FILTERS, f"{key}.name", f"unknown filter {self.name!r}", f"one of {', '.join(FILTERS)}"
+            self.name in FILTERS or "." in self.name,
+            f"{key}.name",
+            f"unknown filter {self.name!r}",
+            f"one of {', '.join(FILTERS)}, or the dotted path of a class",
         )
         problems.check(
             self.minimum is not None or self.maximum is not None,
@@ -50,10 +54,10 @@ class FilterChain:
     """The filters of a configuration, in its order."""
 
     def __init__(self, configs: Sequence[FilterConfig]):
-        self.filters = [(FILTERS[config.name](), config) for config in configs]
+        self.filters = [(find_class(config.name, FILTERS, Filter, "filter")(), config) for config in configs]
 
     def check(self, sample: PreparedSample) -> None:
-        """Raises `SampleError("filter_<name>")` at the first filter that refuses the sample."""
+        """Raises `SampleError("filter_<name>")` at the first filter that refuses the sample; `<name>` is the class's."""
         for quality, config in self.filters:
             score = quality.score(sample)
             if score is None:
@@ -61,4 +65,4 @@ class FilterChain:
             too_low = config.minimum is not None and score < config.minimum
             too_high = config.maximum is not None and score > config.maximum
             if too_low or too_high:
-                raise SampleError(f"filter_{config.name}", f"{score:.4g} {quality.unit}")
+                raise SampleError(f"filter_{quality.name}", f"{score:.4g} {quality.unit}")

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.sources.samples import BadSample, Sample, SampleError, make_sample
+from data_pipeline.sources.samples import BadSample
 from model.errors import UserError
 
 _END_BLOCK = bytes(tarfile.BLOCKSIZE)
@@ -21,8 +21,11 @@ class _DamageError(Exception):
         self.key = key
 
 
-def read_shard(path: str | Path) -> Iterator[Sample | BadSample]:
-    """The samples of one tar shard, in its order; unusable ones as `BadSample`.
+Group = tuple[str, dict[str, bytes]]  # key, and the files of one sample by extension
+
+
+def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
+    """The files of each sample of one tar shard, in its order; what cannot be read as `BadSample`.
 
     Files of one sample stand together and share a key: the path up to the first dot of the file
     name, as webdataset has it. A damaged tar gives everything before the damage and then one
@@ -60,13 +63,8 @@ def read_shard(path: str | Path) -> Iterator[Sample | BadSample]:
         yield _finish(key, parts, duplicate)
 
 
-def _finish(key: str, parts: dict[str, bytes], duplicate: str) -> Sample | BadSample:
-    if duplicate:
-        return BadSample(key, "duplicate_part", duplicate)
-    try:
-        return make_sample(key, parts)
-    except SampleError as error:
-        return BadSample(key, error.reason, error.detail)
+def _finish(key: str, parts: dict[str, bytes], duplicate: str) -> Group | BadSample:
+    return BadSample(key, "duplicate_part", duplicate) if duplicate else (key, parts)
 
 
 def split_name(path: str) -> tuple[str, str]:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_pipeline.documents.builder import Text
 from data_pipeline.filters.base import FILTERS, FilterChain, FilterConfig
+from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.sources import SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, fit_size, smart_resize
-from data_pipeline.sources.prepare import Pixels, PreparedSample
 from model.errors import Problems
 
 

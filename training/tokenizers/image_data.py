@@ -12,10 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.sources import BadSample, SampleError, read_shard
+from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.sources import BadSample, SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
@@ -32,6 +34,8 @@ class ImageCorpus:
     path: str = ""  # glob of tar shards
     weight: float = 1.0  # share of the training images
     max_images: int = 4000  # kept in memory; without streaming
+    # Without streaming: kinds of samples in the shards, names or dotted paths; empty: all that come with the project.
+    kinds: list[str] = field(default_factory=list)
     random_squares: int = 0  # take this many random squares of each picture instead of the whole of it
 
 
@@ -89,7 +93,7 @@ class ImageSource:
         self.num_bad: Counter[str] = Counter()  # by reason
         self.held_back: list[np.ndarray] = []  # at the first view's size
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([asdict(options), seed, global_batch_size]).encode())
+        digest.update(json.dumps([_described(options), seed, global_batch_size]).encode())
         # [area][corpus][image], uint8 [H, W, 3]; views of the same area share them
         self.images: dict[int, list[list[np.ndarray]]] = {
             view.area: [[] for _ in self.source_names] for view in options.views
@@ -131,12 +135,13 @@ class ImageSource:
                 "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
             )
         num_left = corpus.max_images
+        kinds = KindSet(corpus.kinds)
         for path in paths:
-            for sample in read_shard(path):
+            for sample in read_shard(path, kinds):
                 if isinstance(sample, BadSample):
                     self.num_bad[sample.reason] += 1
                     continue
-                for picture in sample_pictures(sample.parts, self.options, self.num_bad):
+                for picture in sample_pictures(kinds[sample.kind].images(sample), self.options, self.num_bad):
                     for square in squares(picture, corpus.random_squares, rng):
                         if num_left == 0:
                             return
@@ -160,6 +165,15 @@ class ImageSource:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _described(options: ImageDataOptions) -> dict[str, Any]:
+    """What decides the images. An empty list of kinds is left out: it says what was so before there was one."""
+    described = asdict(options)
+    for corpus in described["corpora"].values():
+        if not corpus["kinds"]:
+            del corpus["kinds"]
+    return described
 
 
 def sample_pictures(parts: dict[str, bytes], options: ImageDataOptions, num_bad: Counter[str]) -> list[np.ndarray]:

@@ -30,7 +30,6 @@ class VideoScan:
     times: np.ndarray  # float64 [F]; seconds from the first frame
     intra: np.ndarray  # bool [F]; can decoding start here?
     views: np.ndarray  # uint8 [F, 3, VIEW_SIZE, VIEW_SIZE]; Y, U, V sampled on a grid
-    num_errors: int  # packets that could not be decoded
 
     @property
     def duration_seconds(self) -> float:
@@ -70,7 +69,7 @@ def scan_video(data: bytes) -> VideoScan:
     order = np.argsort(numbers, kind="stable")
     numbers = numbers[order]
     times = (numbers - numbers[0]) * (seconds_per_stamp if seekable else seconds_per_frame)
-    return VideoScan(numbers, seekable, times, np.asarray(intra)[order], np.stack(views)[order], num_errors)
+    return VideoScan(numbers, seekable, times, np.asarray(intra)[order], np.stack(views)[order])
 
 
 def read_frames(data: bytes, scan: VideoScan, indices: Sequence[int]) -> list[np.ndarray]:

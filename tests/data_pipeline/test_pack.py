@@ -427,8 +427,10 @@ def test_the_command_answers(sources, tmp_path):
         sequence_length=512,
         rows_per_shard=64,
         open_bins=8,
+        minimum_piece_tokens=5,
     )
     answer = run(config)
+    assert json.loads((tmp_path / "target" / "dataset.json").read_text())["config"]["minimum_piece_tokens"] == 5
     assert json.loads(json.dumps(answer)) == answer
     assert {"fill", "num_rows", "num_tokens", "num_real_tokens", "sources", "target"} <= set(answer)
     with pytest.raises(UserError, match="target"):

@@ -73,8 +73,6 @@ def micro_batch(rows: Sequence[dict[str, np.ndarray]]) -> MicroBatch:
     return MicroBatch(
         **arrays,
         cu_seqlens=cu_seqlens.astype(np.int32),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
-        num_real_tokens=ROW_TOKENS * len(rows),
     )
 
 

@@ -18,7 +18,7 @@ from data_pipeline.documents.builder import Document, Text
 from data_pipeline.documents.templates import Chat, DocumentLayout, EncodedSample
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample, SampleError
-from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
+from data_pipeline.video.keyframes import VideoConfig, read_key_frames
 
 TEXT_EXTENSIONS = ("txt", "instruction.txt")
 
@@ -64,10 +64,12 @@ class MediaDecoder:
 
     def frames(self, data: bytes) -> list[Pixels]:
         """The key frames of a video. Raises `SampleError`."""
-        return [
-            self._resized(frame.pixels, round(frame.time_seconds * 1000))
-            for frame in extract_key_frames(data, self.video)
-        ]
+        return self.film(data)[0]
+
+    def film(self, data: bytes) -> tuple[list[Pixels], float]:
+        """The key frames of a video and the seconds until its end. Raises `SampleError`."""
+        frames, seconds = read_key_frames(data, self.video)
+        return [self._resized(frame.pixels, round(frame.time_seconds * 1000)) for frame in frames], seconds
 
     def _resized(self, pixels: np.ndarray, time_ms: int = 0) -> Pixels:
         original_size = (pixels.shape[0], pixels.shape[1])

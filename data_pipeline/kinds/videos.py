@@ -8,9 +8,11 @@ from collections.abc import Set as AbstractSet
 from data_pipeline.documents.builder import Text
 from data_pipeline.documents.templates import Chat, DocumentLayout, EncodedSample, split_video
 from data_pipeline.kinds.base import MediaDecoder, Pixels, SampleKind
-from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS, VIDEO_EXTENSIONS, Sample
+from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS, VIDEO_EXTENSIONS, Sample, SampleError
 from data_pipeline.storage.segments import Kind
 from data_pipeline.video.transcript import interleave, join_words, parse_transcript
+
+END_TOLERANCE_SECONDS = 1.0  # a transcript's times are rounded, and so is a video's length
 
 
 class VideoText(SampleKind):
@@ -43,7 +45,10 @@ class InterleavedVideo(SampleKind):
     def prepare(self, sample: Sample, decoder: MediaDecoder) -> list[Text | Pixels]:
         extension = sample.extension_among(TRANSCRIPT_EXTENSIONS)
         words = parse_transcript(extension, sample.text(extension))
-        frames = decoder.frames(sample.parts[sample.extension_among(VIDEO_EXTENSIONS)])
+        frames, seconds = decoder.film(sample.parts[sample.extension_among(VIDEO_EXTENSIONS)])
+        if words[-1].start_seconds > seconds + END_TOLERANCE_SECONDS or words[0].start_seconds < -END_TOLERANCE_SECONDS:
+            times = f"{words[0].start_seconds:g} to {words[-1].start_seconds:g}"
+            raise SampleError("bad_transcript", f"words at {times} s of a video of {seconds:g} s")
         parts: list[Text | Pixels] = []
         for item in interleave(words, [frame.time_ms / 1000 for frame in frames]):
             if isinstance(item, int):

@@ -17,6 +17,7 @@ from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.mixture import Cursor, Mixture
 from data_pipeline.loading.reading_record import ReadingRecord
 from data_pipeline.storage.descriptors import DescriptorCache
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.packed_files import PackedDataset
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
@@ -39,6 +40,7 @@ class PackedDataSource:
     vocabulary or of tokenizers that differ.
     """
 
+    @file_errors_are_user_errors("a packed dataset")
     def __init__(
         self,
         datasets: Mapping[str, str | Path],
@@ -110,6 +112,7 @@ class PackedDataSource:
         self._ahead.clear()
         self._descriptors.close()
 
+    @file_errors_are_user_errors("a packed dataset")
     def _read(self, first_sample: int) -> list[MicroBatch]:
         stride = self._micro_batch_size * self._num_ranks
         offsets = np.arange(0, self._global_batch_size, stride) + self._rank * self._micro_batch_size

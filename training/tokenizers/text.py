@@ -14,6 +14,7 @@ from data_pipeline.documents.prompts import EMPTY_PROMPTS
 from data_pipeline.documents.tokenizers import read_description, train_sentencepiece
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import Sample, SampleError
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.format import checksum_file
 from model.errors import Problems, UserError
 from training.config import TrainConfig
@@ -54,6 +55,7 @@ class TextTokenizer:
     def __init__(self, config: TrainConfig, options: TextTokenizerOptions):
         self.config, self.options = config, options
 
+    @file_errors_are_user_errors("the corpora or the stage's folder")
     def fit(self) -> dict[str, Any]:
         """Train the tokenizer and publish it in the stage's folder, `run_folder`/`stage.name`.
 

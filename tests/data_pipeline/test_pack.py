@@ -20,6 +20,7 @@ from data_pipeline.packing import pack as pack_module
 from data_pipeline.packing.best_fit import BestFitPacker, Piece
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
+from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset
 from data_pipeline.storage.segments import Flag, Kind
@@ -417,6 +418,20 @@ def test_bad_input_is_named(sources, tmp_path):
     (tmp_path / "damaged" / "000000.bin").write_bytes(b"\0" * 48)
     with pytest.raises(UserError, match="checksum"):
         pack({"a": tmp_path / "damaged"}, tmp_path / "target", CONFIG)
+
+
+def test_a_folder_that_another_command_writes_is_refused_and_a_finished_one_is_only_read(sources, packed, tmp_path):
+    with (
+        claim_folder(tmp_path / "target", "pack"),
+        pytest.raises(UserError, match=r"another command[\s\S]*pack, process"),
+    ):
+        pack(sources, tmp_path / "target", CONFIG)
+    assert not list((tmp_path / "target").glob("*.json"))
+    with claim_folder(packed, "pack"):
+        pack(sources, packed, CONFIG)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        pack(sources, tmp_path / "file" / "target", CONFIG)
 
 
 def test_the_command_answers(sources, tmp_path):

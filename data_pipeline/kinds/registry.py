@@ -7,17 +7,18 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dotted_path import find_class
 from data_pipeline.kinds.base import SampleKind
-from data_pipeline.kinds.pictures import AnyToImage, ImageText
-from data_pipeline.kinds.text import PlainText
-from data_pipeline.kinds.videos import InterleavedVideo, VideoText
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, Sample, SampleError
 from data_pipeline.sources.shards import read_groups
 from model.errors import UserError
+from model.registry import find_class
 
-KINDS: dict[str, type[SampleKind]] = {
-    kind.name: kind for kind in (PlainText, ImageText, VideoText, InterleavedVideo, AnyToImage)
+KINDS = {
+    "text": "data_pipeline.kinds.text.PlainText",
+    "image_text": "data_pipeline.kinds.pictures.ImageText",
+    "video_text": "data_pipeline.kinds.videos.VideoText",
+    "video_interleaved": "data_pipeline.kinds.videos.InterleavedVideo",
+    "x2i": "data_pipeline.kinds.pictures.AnyToImage",
 }
 
 
@@ -28,7 +29,7 @@ class KindSet:
     """
 
     def __init__(self, names: Sequence[str] = ()):
-        classes = [find_class(name, KINDS, SampleKind, "kind of sample") for name in names or KINDS]
+        classes = [_find_kind(name) for name in names or KINDS]
         self.by_name = {kind.name: kind() for kind in classes}
         if len(self.by_name) < len(classes):
             raise UserError("two kinds of sample have the same name", got=", ".join(kind.name for kind in classes))
@@ -54,6 +55,15 @@ class KindSet:
         return sample
 
 
+def _find_kind(name: str) -> type[SampleKind]:
+    found = find_class("kind of sample", name, KINDS, "kinds")
+    if not issubclass(found, SampleKind):
+        raise UserError(
+            "not a kind of sample", where=name, expected="a class derived from data_pipeline.kinds.base.SampleKind"
+        )
+    return found
+
+
 def read_shard(path: str | Path, kinds: KindSet | None = None) -> Iterator[Sample | BadSample]:
     """The samples of one tar shard, in its order; unusable ones as `BadSample`. See `read_groups` for damage."""
     kinds = kinds or KindSet()
@@ -61,10 +71,19 @@ def read_shard(path: str | Path, kinds: KindSet | None = None) -> Iterator[Sampl
         if isinstance(group, BadSample):
             yield group
             continue
-        try:
-            yield kinds.sample(*group)
-        except SampleError as error:
-            yield BadSample(group[0], error.reason, error.detail)
+        yield _checked(kinds, *group)
+
+
+def _checked(kinds: KindSet, key: str, parts: dict[str, bytes]) -> Sample | BadSample:
+    """Whatever a kind of somebody's own raises is the sample's reason, as in `data_pipeline.tokenize`."""
+    try:
+        return kinds.sample(key, parts)
+    except SampleError as error:
+        return BadSample(key, error.reason, error.detail)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        return BadSample(key, f"unexpected_{type(error).__name__}", str(error)[:500])
 
 
 def _reason_of_empty(extension: str) -> str:

@@ -148,11 +148,11 @@ def test_only_the_kinds_that_are_asked_for_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pictures", "unknown kind of sample"),
+        ("pictures", "there is no kind of sample"),
         ("no_such_package.Kind", "cannot be imported"),
         ("users_corpus.parts.Missing", "cannot be imported"),
-        ("users_corpus.parts.answer", "not a kind of sample"),
-        ("users_corpus.parts.Nothing", "without accepts, "),
+        ("users_corpus.parts.answer", "is no class"),
+        ("users_corpus.parts.Nothing", "not a kind of sample"),
     ],
 )
 def test_what_is_no_kind_is_one_message(name: str, message: str) -> None:
@@ -162,7 +162,7 @@ def test_what_is_no_kind_is_one_message(name: str, message: str) -> None:
 
 @pytest.mark.usefixtures("users_package")
 def test_what_is_no_filter_is_one_message() -> None:
-    with pytest.raises(UserError, match="without score, unit"):
+    with pytest.raises(UserError, match="without unit, score"):
         FilterChain([FilterConfig("users_corpus.parts.Nothing", maximum=1.0)])
     with pytest.raises(UserError, match="same name"):
         KindSet([QA, QA])

@@ -32,7 +32,7 @@ from launch.commands import tokenize as command
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import StageConfig, TrainConfig
-from training.tokenizers.text import fit
+from training.objectives.registry import make_objective
 
 TEXTS = [
     "a red circle at top left",
@@ -420,25 +420,25 @@ def test_the_text_tokenizers_stage(tmp_path: Path) -> None:
         options={"corpora": [str(tmp_path / "corpora/*/*.tar")], "size": 400},
     )
     config = TrainConfig(run_folder=str(tmp_path / "run"), stage=stage)
-    summary = fit(config)
+    summary = make_objective(config).fit()
     assert summary["size"] == 400
     assert not summary["skipped"]
     tokenizer = load_text_tokenizer(tmp_path / "run/text_tokenizer")
     assert tokenizer.size == 400
     assert tokenizer.decode(tokenizer.encode("hello 你好")) == "hello 你好"
     assert len(tokenizer.encode("assistant")) < len("assistant")  # the template was counted
-    assert fit(config)["skipped"]
+    assert make_objective(config).fit()["skipped"]
     fingerprint = tokenizer.fingerprint
     stage.options["size"] = 350
-    assert not fit(config)["skipped"]
+    assert not make_objective(config).fit()["skipped"]
     assert load_text_tokenizer(tmp_path / "run/text_tokenizer").fingerprint != fingerprint
     stage.options = {"corpora": [str(tmp_path / "none/*.tar")]}
     with pytest.raises(UserError, match="no input shards"):
-        fit(config)
+        make_objective(config).fit()
     for options in ({"corpus": []}, {}, {"corpora": ["x"], "size": 10}):
         stage.options = options
         with pytest.raises(UserError, match=r"stage\.options"):
-            fit(config)
+            make_objective(config).fit()
 
 
 def test_fingerprints_do_not_depend_on_the_commands_other_keys(

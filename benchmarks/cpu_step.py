@@ -56,8 +56,6 @@ def synthetic_batch(num_rows: int, seed: int) -> Any:
         sources=np.zeros(shape, np.uint16),
         position_ids=positions.reshape(shape),
         cu_seqlens=cu_seqlens,
-        max_seqlen=int(lengths.max()),
-        num_real_tokens=tokens.size,
     )
 
 

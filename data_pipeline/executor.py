@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.workers import run_supervised
 from model.errors import UserError
 
 EXECUTORS = ("auto", "local", "datatrove")
@@ -68,7 +67,8 @@ def run_tasks(
 ) -> None:
     """Call `work` with every task's jobs, `workers` tasks at a time; the first error stops it all.
 
-    `work` must be picklable: with several workers it runs in processes started afresh.
+    `work` must be picklable: with several workers it runs in processes started afresh (`data_pipeline.workers`), whose
+    sudden end is noticed: their shards are done again by another one.
     """
     filled = [list(task) for task in tasks if task]
     workers = max(1, min(workers, len(filled)))
@@ -76,15 +76,38 @@ def run_tasks(
         return
     if executor == "datatrove":
         _run_on_datatrove(work, filled, workers, log_folder)
-    elif workers == 1:
-        for task in filled:
+    else:
+        _run_all(work, filled, workers)
+
+
+def _run_all(work: Callable[[Sequence[ShardJob]], None], tasks: list[list[ShardJob]], workers: int) -> None:
+    if workers == 1:
+        for task in tasks:
             work(task)
     else:
-        # A process that had torch's threads running must not be forked.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for future in as_completed([pool.submit(work, task) for task in filled]):
-                future.result()
+        run_supervised(work, tasks, workers)
+
+
+@dataclass
+class _DatatroveTask:
+    """A task as datatrove runs one: with a log of its own and statistics."""
+
+    work: Callable[[Sequence[ShardJob]], None]
+    log_folder: str
+    numbers: dict[str, int]  # of the task that a shard belongs to
+    num_tasks: int
+
+    def __call__(self, jobs: Sequence[ShardJob]) -> None:
+        from datatrove.executor.local import LocalPipelineExecutor
+
+        rank = self.numbers[str(jobs[0].prefix)]
+        # Marks of completed ranks are datatrove's own; the manifests know better.
+        executor = LocalPipelineExecutor(
+            [_Step(self.work, list(jobs))], self.num_tasks, 1, self.log_folder, skip_completed=False
+        )
+        # Its `run` starts a pool, which waits for ever for a worker that was killed. What runs a single rank has an
+        # underscore, but it is what a pool of its own calls. Local rank 1: the log goes to its file only.
+        executor._run_for_rank(rank, local_rank=1)
 
 
 @dataclass
@@ -92,25 +115,17 @@ class _Step:
     """One pipeline step in datatrove's sense: called with (data, rank, world size)."""
 
     work: Callable[[Sequence[ShardJob]], None]
-    tasks: list[list[ShardJob]]
+    jobs: list[ShardJob]
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        self.work(self.tasks[rank])
+        self.work(self.jobs)
 
 
 def _run_on_datatrove(
     work: Callable[[Sequence[ShardJob]], None], tasks: list[list[ShardJob]], workers: int, log_folder: Path
 ) -> None:
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    LocalPipelineExecutor(
-        pipeline=[_Step(work, tasks)],
-        tasks=len(tasks),
-        workers=workers,
-        logging_dir=str(log_folder),
-        skip_completed=False,  # its marks are per task; the manifests know better
-        start_method="spawn",
-    ).run()
+    numbers = {str(job.prefix): number for number, task in enumerate(tasks) for job in task}
+    _run_all(_DatatroveTask(work, str(log_folder), numbers, len(tasks)), tasks, workers)
 
 
 def threads_per_worker(workers: int) -> int:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,15 +25,16 @@ from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Pic
 from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
-from data_pipeline.sources import BadSample, SampleError, read_shard
+from data_pipeline.kinds.base import MediaDecoder, Pixels, PreparedSample
+from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
-from data_pipeline.sources.prepare import Pixels, PreparedSample, SamplePreparer
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
-from data_pipeline.storage.format import checksum_file, suffixed
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from data_pipeline.storage.format import checksum_file, read_manifest, suffixed
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
-from model.durable import read_json
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary
 
@@ -66,6 +68,7 @@ class TokenizeConfig:
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
+    kinds: list[str] = field(default_factory=list)  # of samples that the input may hold: names or paths; empty: ours
     filters: list[FilterConfig] = field(default_factory=list)  # in this order; the first that refuses counts
 
     def validate_tokenize(self, problems: Problems) -> None:
@@ -107,7 +110,8 @@ class ShardTokenizer:
         self.text_tokenizer = text_tokenizer
         self.vision_tokenizer = vision_tokenizer
         factor = vision_tokenizer.factor if vision_tokenizer else 1
-        self.preparer = SamplePreparer(config.image, config.video, factor)
+        self.decoder = MediaDecoder(config.image, config.video, factor)
+        self.kinds = KindSet(config.kinds)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
         self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
@@ -119,7 +123,13 @@ class ShardTokenizer:
         values = dataclasses.asdict(self.config)
         content = {
             "code_version": CODE_VERSION,
-            "config": {name: values[name] for name in names},
+            "config": {name: values[name] for name in names if name != "kinds"},
+            # What was tokenized before kinds could be chosen is not done again.
+            **(
+                {"kinds": [[name, kind.version] for name, kind in self.kinds.by_name.items()]}
+                if values["kinds"]
+                else {}
+            ),
             **self._describe_tokenizers(),
         }
         return hashlib.blake2b(encode_json(content), digest_size=16).hexdigest()
@@ -137,7 +147,7 @@ class ShardTokenizer:
         path = suffixed(prefix, ".json")
         if not path.is_file() or not shard.is_file():
             return False
-        manifest = read_json(path)
+        manifest = read_manifest(prefix, "tokens")
         inputs = manifest.get("inputs") or [{}]
         return (
             manifest.get("config_fingerprint") == self.fingerprint
@@ -145,17 +155,18 @@ class ShardTokenizer:
             and _is_unchanged(shard, inputs[0])
         )
 
+    @file_errors_are_user_errors("the shard or the token file")
     def tokenize(self, shard: Path, prefix: Path) -> ShardResult:
-        """Write `prefix`.{bin,idx,seg.npy,quarantine.jsonl,json}, the manifest last.
+        """Write `prefix`.{bin,idx,seg.npy,crc.npy,quarantine.jsonl,json}, the manifest last.
 
         Nothing is done where they exist for the same shard, configuration and tokenizers.
         """
         if self.is_done(shard, prefix):
-            return ShardResult(read_json(suffixed(prefix, ".json")), skipped=True)
+            return ShardResult(read_manifest(prefix, "tokens"), skipped=True)
         started = time.monotonic()
         quarantine: list[BadSample] = []
         counts: Counter[str] = Counter()
-        with TokenFileWriter(prefix) as writer:
+        with TokenFileWriter(prefix, with_crc=True) as writer:
             for document in self._documents(shard, quarantine):
                 writer.add(document.tokens, document.segments)
                 counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
@@ -183,23 +194,29 @@ class ShardTokenizer:
                 parts: list[Part] = [
                     part if isinstance(part, Text) else Picture(next(codes), part.time_ms) for part in sample.parts
                 ]
-                try:
-                    yield self.layout.build(sample.key, sample.kind, parts, sample.metadata)
-                except SampleError as error:
-                    quarantine.append(BadSample(sample.key, error.reason, error.detail))
+                document = None
+                with _quarantining(sample.key, quarantine):
+                    document = self.layout.build(self.kinds[sample.kind], sample.key, parts, sample.metadata)
+                if document is not None:
+                    yield document
+
+    def _prepare(self, item: Sample, quarantine: list[BadSample]) -> PreparedSample | None:
+        with _quarantining(item.key, quarantine):
+            parts = self.kinds[item.kind].prepare(item, self.decoder)
+            sample = PreparedSample(item.key, item.kind, parts, item.metadata)
+            self.filters.check(sample)
+            return sample
+        return None
 
     def _windows(self, shard: Path, quarantine: list[BadSample]) -> Iterator[list[PreparedSample]]:
         window: list[PreparedSample] = []
         num_pictures = num_pixels = 0
-        for item in read_shard(shard):
+        for item in read_shard(shard, self.kinds):
             if isinstance(item, BadSample):
                 quarantine.append(item)
                 continue
-            try:
-                sample = self.preparer.prepare(item)
-                self.filters.check(sample)
-            except SampleError as error:
-                quarantine.append(BadSample(item.key, error.reason, error.detail))
+            sample = self._prepare(item, quarantine)
+            if sample is None:
                 continue
             window.append(sample)
             num_pictures += len(sample.pictures)
@@ -230,6 +247,24 @@ class ShardTokenizer:
             encoded = vision.encode(np.stack([pictures[number].pixels for number in numbers]))
             codes.update(zip(numbers, encoded, strict=True))
         return iter([codes[number] for number in range(len(pictures))])
+
+
+@contextmanager
+def _quarantining(key: str, quarantine: list[BadSample]) -> Iterator[None]:
+    """One bad sample never ends a job: whatever it raises is its reason.
+
+    What is the user's (`UserError`) or the system's (files, memory of the whole process) does end it.
+    """
+    try:
+        yield
+    except SampleError as error:
+        quarantine.append(BadSample(key, error.reason, error.detail))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise
+        quarantine.append(BadSample(key, f"unexpected_{type(error).__name__}", str(error)[:500]))
 
 
 def tokenize_shard(

@@ -119,7 +119,8 @@ def product(shape: list[int]) -> int:
 
 def inspect_raw(path: Path, num_samples: int) -> dict[str, Any]:
     """Samples by kind and unreadable ones by reason; the first samples with the sizes of their parts."""
-    from data_pipeline.sources import BadSample, read_shard
+    from data_pipeline.kinds.registry import read_shard
+    from data_pipeline.sources import BadSample
 
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -174,9 +175,12 @@ def find_prefixes(path: Path) -> list[Path]:
 def inspect_tokens(path: Path, prefixes: list[Path], num_samples: int, tokenizer_path: Path | None) -> dict[str, Any]:
     """Counts of the manifests, and the first documents or rows decoded to readable text and image sizes."""
     from data_pipeline.storage.format import read_manifest
+    from data_pipeline.storage.packed_files import check_listed_shard
     from data_pipeline.storage.token_files import TokenFileReader
 
     manifests = [read_manifest(prefix) for prefix in prefixes]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        check_listed_shard(prefix, manifest)
     tokenizer = None
     if tokenizer_path:
         from data_pipeline.documents.tokenizers import load_text_tokenizer

@@ -21,7 +21,13 @@ ALLOWED = {
     "launch": {"launch", "training", "data_pipeline", "model"},
 }
 # Of `model`, the data pipeline sees the ids, the errors, how files are published, and the vision tokenizer.
-MODEL_PARTS_OF_DATA_PIPELINE = ("model.vocabulary", "model.errors", "model.durable", "model.vision_tokenizer")
+MODEL_PARTS_OF_DATA_PIPELINE = (
+    "model.vocabulary",
+    "model.errors",
+    "model.durable",
+    "model.registry",
+    "model.vision_tokenizer",
+)
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 80, 500
 MAX_ENTRIES = {"launch": 12, "training": 13, "data_pipeline": 12, "model": 12}  # files and folders of a room
 # Base names that stand twice in a room and say the same thing of two parts.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.documents.prompts import around_pictures
 from data_pipeline.documents.reading import ImageBlock, MalformedImageError, describe, parse_image_block
 from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
@@ -33,9 +34,6 @@ __all__ = [
 ]
 
 IMAGE_FORMATS = ("emu35", "emu3")
-TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
-# What the released configurations add to the system's words, by task: the model knows the task by it.
-TASK_SENTENCES = {"howto": " Please generate a response with interleaved text and images."}
 
 
 @dataclass(frozen=True)
@@ -198,14 +196,7 @@ class DocumentBuilder:
         return draft.tokens()
 
     def _chat_prompt(self, task: str, question: str, images: Sequence[Picture], unconditional: bool) -> _Draft:
-        if unconditional:
-            before, after = "You are a helpful assistant. USER: ", " ASSISTANT: "
-        else:
-            opening = f"You are a helpful assistant for {task} task.{TASK_SENTENCES.get(task, '')} USER: "
-            # Only edits show the pictures before the words about them.
-            before, after = (
-                (opening, f"{question} ASSISTANT: ") if task == "x2i" else (f"{opening}{question}", " ASSISTANT: ")
-            )
+        before, after = around_pictures("", "") if unconditional else around_pictures(task, question)
         parts: list[Part] = [Text(before), *images, Text(after)]
         if not images:  # one text, so that it is tokenized as a whole
             parts = [Text(before + after)]

@@ -103,6 +103,34 @@ def read_items(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_
     return items
 
 
+def split_parts(
+    tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer
+) -> list[np.ndarray]:
+    """Text ids [n] and whole images as codes [h, w], in order. Other structure is left out.
+
+    So is an image that is cut short or malformed, to its EOI or to the end.
+    """
+    ids = np.asarray(tokens, np.int64)
+    parts: list[np.ndarray] = []
+    position = 0
+    while position < len(ids):
+        starts = np.flatnonzero(ids[position:] == vocabulary.boi)
+        start = position + int(starts[0]) if len(starts) else len(ids)
+        text = ids[position:start]
+        parts.append(text[text < vocabulary.text_size])
+        position = start
+        if start < len(ids):
+            try:
+                block = parse_image_block(ids[start:], vocabulary, text_tokenizer)
+            except MalformedImageError:
+                ends = np.flatnonzero(ids[start:] == vocabulary.eoi)
+                position = start + int(ends[0]) + 1 if len(ends) else len(ids)
+            else:
+                parts.append(block.codes)
+                position += block.num_tokens
+    return [part for part in parts if part.size]
+
+
 def describe(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer) -> str:
     """One readable line: `<bos> a red circle <image 6*6> <eos>`."""
     words = []

@@ -1,10 +1,10 @@
-"""Which document a sample of each kind becomes, in pretraining and in chat format."""
+"""Documents of samples: the formats, the choices they leave, and what a kind of sample is asked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture, Text, document_id, fraction
 from data_pipeline.sources.samples import SampleError
@@ -33,6 +33,41 @@ class LayoutConfig:
         problems.check(self.context_frames > 0, f"{key}.context_frames", "must be positive")
 
 
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample whose pictures have codes; `parts` in the order in which its kind prepared them."""
+
+    key: str
+    identity: int  # the document's id, see `document_id`
+    parts: Sequence[Part]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        return [part.text for part in self.parts if isinstance(part, Text)]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A sample as a question about pictures, and its answer."""
+
+    task: str  # one of `documents.prompts.TASKS`
+    question: str
+    images: Sequence[Picture]
+    response: Sequence[Part]
+
+
+class DocumentKind(Protocol):
+    """What a document needs to know of its sample's kind (`data_pipeline.kinds.base.SampleKind`)."""
+
+    def document(self, sample: EncodedSample, layout: DocumentLayout) -> Document: ...
+    def chat(self, sample: EncodedSample, layout: DocumentLayout) -> Chat: ...
+
+
 class DocumentLayout:
     """Turns the parts of a sample into its document. Choices depend on (seed, key) only."""
 
@@ -44,41 +79,20 @@ class DocumentLayout:
         self.source = source
         self.seed = seed
 
-    def build(self, key: str, kind: str, parts: Sequence[Part], metadata: dict[str, Any]) -> Document:
-        """`parts` in the order that `PreparedSample` documents. Raises `SampleError`."""
-        identity = document_id(self.source, key)
-        if self.format == "chat":
-            return self._chat(identity, key, kind, parts)
-        if kind == "text":
-            text = parts[0]
-            assert isinstance(text, Text)
-            splittable = bool(metadata.get("split_ok", self.config.splittable_text))
-            return self.builder.text(identity, text.text, splittable=splittable)
-        if kind == "image_text":
-            chance = fraction(self.seed, "image_first", key)
-            if chance < self.config.image_first_probability:
-                parts = parts[::-1]
-        return self.builder.interleaved(identity, parts)
+    def chance(self, purpose: str, key: str) -> float:
+        """A number in [0, 1) that a rerun repeats; choices of one purpose do not depend on those of another."""
+        return fraction(self.seed, purpose, key)
 
-    def _chat(self, identity: int, key: str, kind: str, parts: Sequence[Part]) -> Document:
-        texts = [part.text for part in parts if isinstance(part, Text)]
-        pictures = [part for part in parts if isinstance(part, Picture)]
-        chance = fraction(self.seed, "condition_dropout", key)
-        unconditional = chance < self.config.condition_dropout_probability
-        response: Sequence[Part]
-        if kind == "image_text":
-            task, question, images, response = "t2i", texts[0], [], pictures
-        elif kind == "x2i":
-            task, question = "x2i", texts[0]
-            images, response = pictures[:-1], pictures[-1:]
-        elif kind == "video_text":
-            task, question, images, response = "story", texts[0], [], pictures
-        elif kind == "video_interleaved":
-            task = "explore"
-            question, images, response = split_video(parts, self.config.context_frames)
-        else:
-            raise SampleError("no_chat_format", f"samples of kind {kind} have no question")
-        return self.builder.chat(identity, task, question, images, response, unconditional=unconditional)
+    def build(self, kind: DocumentKind, key: str, parts: Sequence[Part], metadata: dict[str, Any]) -> Document:
+        """`parts` in the order that the kind prepared them in. Raises `SampleError`."""
+        sample = EncodedSample(key, document_id(self.source, key), parts, metadata)
+        if self.format == "pretrain":
+            return kind.document(sample, self)
+        chat = kind.chat(sample, self)
+        unconditional = self.chance("condition_dropout", key) < self.config.condition_dropout_probability
+        return self.builder.chat(
+            sample.identity, chat.task, chat.question, chat.images, chat.response, unconditional=unconditional
+        )
 
 
 def split_video(parts: Sequence[Part], num_context_frames: int) -> tuple[str, list[Picture], Sequence[Part]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.errors import UserError
 
 DESCRIPTION_FILE = "tokenizer.json"
@@ -107,7 +108,11 @@ class HuggingFaceTokenizer:
         except Exception as error:
             raise UserError("not a tokenizer.json of Hugging Face", got=str(error)) from error
         self._tokenizer.encode_special_tokens = True  # names of special tokens are mere text
-        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # A file saved by a training script may cut or fill every text.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # The number of entries says less: a vocabulary may have holes.
+        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.fingerprint = _fingerprint("huggingface", definition)
 
     def encode(self, text: str) -> list[int]:
@@ -137,6 +142,7 @@ def encode_grid(tokenizer: TextTokenizer, height: int, width: int) -> list[int]:
     return ids
 
 
+@file_errors_are_user_errors("the text tokenizer")
 def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     """From a folder that `train_sentencepiece` wrote, or a .model, .tiktoken or .json file."""
     path = Path(path)

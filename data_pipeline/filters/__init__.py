@@ -1,1 +1,1 @@
-"""Quality filters. A new one is a class with `name`, `unit`, `score`, entered in `base.FILTERS`."""
+"""Quality filters. A new one is a class like `base.Filter`, of any package, named by its dotted path."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.sources.prepare import PreparedSample
+from data_pipeline.kinds.base import PreparedSample
 
 
 class MinSize:

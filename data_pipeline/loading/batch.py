@@ -25,8 +25,6 @@ class MicroBatch:
     sources: np.ndarray  # uint16 [B, S]; index of the label's source dataset in the loader's `source_names`
     position_ids: np.ndarray  # int64 [B, S]; restart with each attention span
     cu_seqlens: np.ndarray  # int32 [spans + 1]; attention spans over the flattened B * S tokens, never across rows
-    max_seqlen: int  # longest span
-    num_real_tokens: int  # tokens that are not padding
 
 
 def build_micro_batch(
@@ -64,8 +62,6 @@ def build_micro_batch(
         sources=_next(np.repeat(segments["source"], lengths), shape, 0),
         position_ids=positions.reshape(shape),
         cu_seqlens=cu_seqlens.astype(np.int32),
-        max_seqlen=int(span_lengths.max()),
-        num_real_tokens=int(lengths[~padding].sum()),
     )
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
-from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.mixture import Cursor, Mixture
 from data_pipeline.loading.read_ahead import Readers
+from data_pipeline.loading.reading_record import ReadingRecord
 from data_pipeline.storage.descriptors import DescriptorCache
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.packed_files import PackedDataset
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
@@ -32,12 +34,14 @@ class PackedDataSource:
     datasets: name -> packed folder; weights: name -> weight in the mixture. loss_weights: weight of each class of
     label, {"text", "visual", "structure"}. document_attention: "document" (attention and positions restart with each
     document) or "full" (with each row). prefetch_batches: global batches read ahead by one background thread; 0 reads
-    in the caller. `fingerprint` changes with what any sample holds, not with batch sizes or ranks.
+    in the caller. stage: its name, which enters the order. read_before: where earlier stages stopped in a dataset, by
+    the dataset's fingerprint; `record` says the same of this stage. `fingerprint` changes with what any sample holds, not with batch sizes or ranks.
 
     Raises `UserError` for a missing or unfinished dataset, another sequence length, and packed files of another
     vocabulary or of tokenizers that differ.
     """
 
+    @file_errors_are_user_errors("a packed dataset")
     def __init__(
         self,
         datasets: Mapping[str, str | Path],
@@ -52,6 +56,8 @@ class PackedDataSource:
         document_attention: str,
         vocabulary: Vocabulary,
         prefetch_batches: int = 2,
+        stage: str = "",
+        read_before: Mapping[str, Cursor] | None = None,
     ):
         self._sequence_length, self._global_batch_size = sequence_length, global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -63,7 +69,12 @@ class PackedDataSource:
         descriptors = DescriptorCache()
         opened = {name: PackedDataset(folder, descriptors) for name, folder in sorted(datasets.items())}
         _check_datasets(opened, sequence_length, vocabulary)
-        self.mixture = Mixture({name: len(dataset) for name, dataset in opened.items()}, weights, seed)
+        fingerprints = {name: dataset.fingerprint for name, dataset in opened.items()}
+        before = dict(read_before or {})
+        cursors = {name: before[known] for name, known in fingerprints.items() if known in before}
+        sizes = {name: len(dataset) for name, dataset in opened.items()}
+        self.mixture = Mixture(sizes, weights, seed, stage, cursors)
+        self.record = ReadingRecord.of(self.mixture, fingerprints, before)
         self._datasets = [opened[name] for name in self.mixture.names]
         self._descriptors = descriptors
         self.source_names = sorted({source for dataset in self._datasets for source in dataset.sources})
@@ -104,6 +115,7 @@ class PackedDataSource:
         self._ahead.clear()
         self._descriptors.close()
 
+    @file_errors_are_user_errors("a packed dataset")
     def _read(self, first_sample: int) -> list[MicroBatch]:
         stride = self._micro_batch_size * self._num_ranks
         offsets = np.arange(0, self._global_batch_size, stride) + self._rank * self._micro_batch_size

@@ -1,4 +1,4 @@
-"""Which sequence is read at which step: a pure function of (seed, mixture, n).
+"""Which sequence is read at which step: a pure function of (seed, stage, mixture, n).
 
 Global sample n maps to (dataset, epoch, row) in O(1) time and with memory that does not grow with the number of rows:
 
@@ -8,7 +8,8 @@ Global sample n maps to (dataset, epoch, row) in O(1) time and with memory that 
    n * c_i / P times to within 1 - 1 / (2k - 2), which is less than one sequence, for any weights and any number k
    of datasets. After P samples every count is exact, so the schedule repeats.
 3. The q-th sample of a dataset is row q % size of epoch q // size in the order of a permutation keyed by
-   (seed, dataset, epoch): every row once an epoch.
+   (seed, stage, dataset, epoch): every row once an epoch. A stage that goes on where an earlier one stopped in a
+   dataset has that stage's key and counts q from where it stopped (`Cursor`).
 
 What is approximate: c_i / P differs from the weight asked for by at most `Mixture.weight_error` (never above 1 / P,
 zero for weights with a common denominator up to 65,536 such as 0.55 / 0.25 / 0.2), and over n samples a
@@ -37,6 +38,13 @@ class Location(NamedTuple):
     dataset: str
     epoch: int
     row: int
+
+
+class Cursor(NamedTuple):
+    """A place in one order of a dataset's rows: `stream` names the order, `position` counts the rows read in it."""
+
+    stream: str
+    position: int
 
 
 class Locations(NamedTuple):
@@ -119,11 +127,19 @@ def _release(item: int, share: int, period: int, scale: int) -> int:
 class Mixture:
     """Random access to the order in which the rows of several datasets are read.
 
-    `sizes`: rows of each dataset. `weights`: relative, any scale; a dataset of weight 0 is never read. The order
-    does not depend on the order of the mappings' keys.
+    `sizes`: rows of each dataset. `weights`: relative, any scale; a dataset of weight 0 is never read. `stage`: name
+    of the stage that reads; stages of other names have other orders. `cursors`: datasets that an earlier stage has
+    read, and where it stopped. The order does not depend on the order of the mappings' keys.
     """
 
-    def __init__(self, sizes: Mapping[str, int], weights: Mapping[str, float], seed: int):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float],
+        seed: int,
+        stage: str = "",
+        cursors: Mapping[str, Cursor] | None = None,
+    ):
         _check(sizes, weights)
         self.seed = int(seed)
         self.names = [name for name in sorted(sizes) if weights[name] > 0]
@@ -134,13 +150,16 @@ class Mixture:
         self.weight_error = float(np.abs(self.shares / self.period - asked / asked.sum()).max())
         self._schedule = schedule_period(self.shares)
         self._ranks = _occurrence_ranks(self._schedule, len(self.names))
-        self._keys = [derive_key("mixture", self.seed, name) for name in self.names]
+        known = cursors or {}
+        self.cursors = [known.get(name, Cursor(f"{self.seed}/{stage}/{name}", 0)) for name in self.names]
+        self._keys = [derive_key("mixture", cursor.stream) for cursor in self.cursors]
+        self._positions = np.array([cursor.position for cursor in self.cursors], np.int64)
         described = {
             "seed": self.seed,
             "period": self.period,
             "datasets": {
-                name: [int(size), int(share)]
-                for name, size, share in zip(self.names, self.sizes, self.shares, strict=True)
+                name: [int(size), int(share), *cursor]
+                for name, size, share, cursor in zip(self.names, self.sizes, self.shares, self.cursors, strict=True)
             },
         }
         self.fingerprint = fingerprint_of(described)
@@ -155,7 +174,7 @@ class Mixture:
         samples = np.asarray(samples, np.int64)
         cycles, phases = np.divmod(samples, self.period)
         datasets = self._schedule[phases].astype(np.int64)
-        ordinals = cycles * self.shares[datasets] + self._ranks[phases]
+        ordinals = self._positions[datasets] + cycles * self.shares[datasets] + self._ranks[phases]
         epochs, indices = np.divmod(ordinals, self.sizes[datasets])
         rows = np.empty_like(indices)
         for dataset in np.unique(datasets):
@@ -163,6 +182,12 @@ class Mixture:
             keys = epoch_keys(self._keys[dataset], epochs[here])
             rows[here] = permute(indices[here], int(self.sizes[dataset]), keys)
         return Locations(datasets, epochs, rows)
+
+
+def count_samples(schedule: np.ndarray, shares: np.ndarray, num_samples: int) -> np.ndarray:
+    """How many of the first samples are of each dataset; int64 [k]. `schedule` as `schedule_period(shares)`."""
+    cycles, phase = divmod(num_samples, len(schedule))
+    return cycles * shares + np.bincount(schedule[:phase], minlength=len(shares))
 
 
 def _occurrence_ranks(schedule: np.ndarray, num_datasets: int) -> np.ndarray:

@@ -24,19 +24,14 @@ import numpy as np
 from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
 from data_pipeline.packing.pool import Pool
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
-from data_pipeline.storage.format import (
-    FORMAT_VERSION,
-    TOKEN_DTYPE,
-    published_prefixes,
-    read_manifest,
-    suffixed,
-    verify_outputs,
-)
-from data_pipeline.storage.packed_files import DATASET_NAME, read_dataset_manifest
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from data_pipeline.storage.folder_claim import claim_folder
+from data_pipeline.storage.format import FORMAT_VERSION, TOKEN_DTYPE, published_prefixes, read_manifest, seal, suffixed
+from data_pipeline.storage.packed_files import DATASET_NAME, check_shard, read_dataset_manifest
 from data_pipeline.storage.permutation import derive_key, permute
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind, count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
-from model.durable import fingerprint_of, read_json
+from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
@@ -79,13 +74,15 @@ class PackSummary:
     quarantined: dict[str, int] = field(default_factory=dict)  # documents left out, by reason
 
 
+@file_errors_are_user_errors("the token files or the target")
 def pack(
     token_folders: Mapping[str, str | Path | Sequence[str | Path]], target: str | Path, config: PackConfig
 ) -> PackSummary:
     """Pack the token files of `token_folders` (source name -> folder or folders) into `target`.
 
     Raises `UserError` for a bad configuration, missing or damaged input, token files of different vocabularies or
-    tokenizers, a target that holds something else, and a full disk.
+    tokenizers, a target that holds something else or that another process packs, and files that cannot be read or
+    written.
     """
     problems = Problems()
     config.validate(problems, "")
@@ -98,7 +95,8 @@ def pack(
         identity = {"config": asdict(config), "inputs": inputs, "format_version": FORMAT_VERSION}
         fingerprint = fingerprint_of(identity)
         if not _is_complete(target, fingerprint):
-            _Packing(pool, target, config, fingerprint, inputs).run()
+            with claim_folder(target, "pack"):
+                _write_rows(_Packing(pool, target, config, fingerprint, inputs))
     finally:
         pool.close()
     return summarise(target)
@@ -117,6 +115,12 @@ def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return [folders] if isinstance(folders, (str, Path)) else list(folders)
 
 
+def _write_rows(packing: _Packing) -> None:
+    """In a folder that this process holds: another one may have finished, or begun, while it waited."""
+    if not _is_complete(packing.target, packing.fingerprint):
+        packing.run()
+
+
 def _is_complete(target: Path, fingerprint: str) -> bool:
     """Is the whole folder packed already? Raises `UserError` when it holds rows of other input or configuration."""
     if not target.is_dir():
@@ -124,7 +128,7 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
     dataset = target / DATASET_NAME
     found = {prefix.name: read_manifest(prefix, "packed") for prefix in published_prefixes(target)}
     if dataset.exists():
-        found[dataset.stem] = read_json(dataset)
+        found[dataset.stem] = read_dataset_manifest(target)
     for name, manifest in found.items():
         if manifest.get("config_fingerprint") != fingerprint:
             raise UserError(
@@ -134,7 +138,13 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
                 got=str(manifest.get("config_fingerprint")),
                 fix="choose another target, or delete that folder when its rows are no longer needed",
             )
-    return dataset.stem in found and len(found) == 1 + len(found[dataset.stem]["shards"])
+    if dataset.stem not in found:
+        return False
+    shards = found[dataset.stem]["shards"]
+    for entry in shards:
+        if entry["name"] in found:
+            check_shard(target / entry["name"], found[entry["name"]], entry)
+    return len(found) == 1 + len(shards)
 
 
 class _Packing:
@@ -146,10 +156,9 @@ class _Packing:
         self.quarantine: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        self.target.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(self.target, "dataset.")
         for file in self.pool.files:
-            verify_outputs(file.prefix, file.manifest)
+            file.verify()
         rows = self.plan()
         manifests: list[dict[str, Any]] = []
         while shard_rows := list(islice(rows, self.config.rows_per_shard)):
@@ -264,7 +273,7 @@ class _Packing:
             )
         lines = [json.dumps(entry, sort_keys=True) for entry in self.quarantine]
         atomic_write_bytes(self.target / QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode())
-        atomic_write_json(self.target / DATASET_NAME, self.describe_dataset(manifests))
+        atomic_write_json(self.target / DATASET_NAME, seal(self.describe_dataset(manifests)))
 
     def describe_dataset(self, manifests: list[dict[str, Any]]) -> dict[str, Any]:
         by_class = _sum_counts(manifest["counts_by_class"] for manifest in manifests)

@@ -36,12 +36,26 @@ def decode_image(data: bytes) -> np.ndarray:
                 layer = upright.convert("RGBA")
                 white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
                 upright = Image.alpha_composite(white, layer)
-            return np.array(upright.convert("RGB"))
+            return _to_rgb(upright)
     except Image.DecompressionBombError as error:
         raise SampleError("image_too_large", str(error)) from error
     # Pillow's decoders raise these on bytes that are not what they claim to be.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
         raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(picture: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3]. Pillow's own conversion cuts grey values of 16 bits and floats off at 255."""
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        sixteen_bits = picture.mode != "I" or values.max(initial=0) > 255
+        grey = np.clip(values >> 8 if sixteen_bits else values, 0, 255)
+    elif picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture), nan=0.0, posinf=1.0, neginf=0.0)
+        grey = np.clip(values * 255 if values.max(initial=0.0) <= 1.0 else values, 0, 255).round()
+    else:
+        return np.array(picture.convert("RGB"))
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def fit_size(height: int, width: int, *, factor: int, max_area: int, min_area: int = 0) -> tuple[int, int]:

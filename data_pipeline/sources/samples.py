@@ -1,8 +1,7 @@
-"""Raw samples: what one is, which kinds there are, and how a bad one is named."""
+"""Raw samples: what one is, and how a bad one is named."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
 TRANSCRIPT_EXTENSIONS = ("words.json", "vtt", "srt")
-KINDS = ("image_text", "video_text", "video_interleaved", "x2i", "text")
 
 _SOURCE_IMAGE = re.compile(r"source_(\d+)\.(\w+)")
 
@@ -30,7 +28,7 @@ class Sample:
     """One sample of a shard. `parts` maps a file's extension (`jpg`, `words.json`) to its bytes."""
 
     key: str
-    kind: str  # one of KINDS
+    kind: str  # name of its `data_pipeline.kinds.base.SampleKind`
     parts: dict[str, bytes]
     metadata: dict[str, Any] = field(default_factory=dict)  # the optional `{key}.json`
 
@@ -75,55 +73,3 @@ def source_images(extensions: Collection[str]) -> list[str]:
     matches = [_SOURCE_IMAGE.fullmatch(extension) for extension in extensions]
     found = [match for match in matches if match and match[2] in IMAGE_EXTENSIONS]
     return [match.string for match in sorted(found, key=lambda match: int(match[1]))]
-
-
-def detect_kind(extensions: Collection[str]) -> str | None:
-    """The kind that a set of extensions makes, None when it makes none. Metadata does not count."""
-    names = set(extensions) - {"json"}
-    images = {name for name in names if is_image(name)}
-    videos = names & set(VIDEO_EXTENSIONS)
-    transcripts = names & set(TRANSCRIPT_EXTENSIONS)
-    if names == {"txt"}:
-        return "text"
-    if len(images) == 1 and names == images | {"txt"}:
-        return "image_text"
-    if len(videos) == 1 and names == videos | {"txt"}:
-        return "video_text"
-    if len(videos) == 1 and len(transcripts) == 1 and names == videos | transcripts:
-        return "video_interleaved"
-    sources = set(source_images(names))
-    targets = {name for name in names if is_image(name, "target")}
-    if sources and len(targets) == 1 and names == sources | targets | {"instruction.txt"}:
-        return "x2i"
-    return None
-
-
-def make_sample(key: str, parts: dict[str, bytes]) -> Sample:
-    """A sample from the files of one key. Raises `SampleError` for what shows without decoding."""
-    kind = detect_kind(parts)
-    if kind is None:
-        raise SampleError("unknown_kind", "parts: " + ", ".join(sorted(parts)))
-    for extension, data in parts.items():
-        if not data:
-            raise SampleError(_reason_of_empty(extension), extension)
-    return Sample(key, kind, parts, _read_metadata(parts))
-
-
-def _reason_of_empty(extension: str) -> str:
-    if extension in VIDEO_EXTENSIONS:
-        return "empty_video"
-    if extension.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS:
-        return "empty_image"
-    return "empty_text"
-
-
-def _read_metadata(parts: dict[str, bytes]) -> dict[str, Any]:
-    if "json" not in parts:
-        return {}
-    try:
-        metadata = json.loads(parts["json"])
-    except ValueError as error:
-        raise SampleError("bad_metadata", str(error)) from error
-    if not isinstance(metadata, dict):
-        raise SampleError("bad_metadata", "not a JSON object")
-    return metadata

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.sources.samples import BadSample, Sample, SampleError, make_sample
+from data_pipeline.sources.samples import BadSample
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.errors import UserError
 
 _END_BLOCK = bytes(tarfile.BLOCKSIZE)
+MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax record, which tarfile reads into memory
+MAX_PART_BYTES = 2 << 30  # of one file of a sample
+MAX_PARTS = 1_000  # files of one sample
+MAX_HELD_BYTES = 1 << 30  # of samples whose files do not stand together, until their last file comes
+
+Group = tuple[str, dict[str, bytes]]  # key, and the files of one sample by extension
 
 
 class _DamageError(Exception):
@@ -21,52 +31,135 @@ class _DamageError(Exception):
         self.key = key
 
 
-def read_shard(path: str | Path) -> Iterator[Sample | BadSample]:
-    """The samples of one tar shard, in its order; unusable ones as `BadSample`.
+class _BoundedTarInfo(tarfile.TarInfo):
+    """Refuses headers that would be read into memory whatever their size."""
 
-    Files of one sample stand together and share a key: the path up to the first dot of the file
-    name, as webdataset has it. A damaged tar gives everything before the damage and then one
-    `BadSample` with the reason `truncated_tar`, which covers the sample that the damage cut.
-    A missing or unreadable file raises `UserError`.
+    _LONG_HEADERS = (
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+    )
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # where tarfile dispatches on the type
+        if self.type in self._LONG_HEADERS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.SubsequentHeaderError(  # type: ignore[attr-defined]
+                f"a header of {self.size} bytes"
+            )
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+@dataclass
+class _Open:
+    """A sample of which files may still come."""
+
+    parts: dict[str, bytes] = field(default_factory=dict)
+    reason: str = ""  # why it cannot be used
+    detail: str = ""
+    num_members: int = 0
+
+    def add(self, member: _Member) -> None:
+        self.num_members += 1
+        if member.extension in self.parts:
+            self.refuse("duplicate_part", member.extension)
+        elif member.problem:
+            self.refuse(member.problem, member.extension)
+        elif len(self.parts) == MAX_PARTS:
+            self.refuse("too_many_parts", f"more than {MAX_PARTS}")
+        if not self.reason:
+            self.parts[member.extension] = member.data
+
+    def refuse(self, reason: str, detail: str) -> None:
+        if not self.reason:
+            self.reason, self.detail = reason, detail
+        self.parts.clear()
+
+    def finish(self, key: str) -> Group | BadSample:
+        return BadSample(key, self.reason, self.detail) if self.reason else (key, self.parts)
+
+
+@dataclass(frozen=True)
+class _Member:
+    key: str
+    extension: str
+    data: bytes = b""
+    problem: str = ""  # reason why its sample cannot be used
+
+
+def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
+    """The files of each sample of one tar shard, in its order; what cannot be read as `BadSample`.
+
+    Files of one sample share a key: the path up to the first dot of the file name, as webdataset has it. They need not
+    stand together: the headers are read first, and a sample is given when its last file has come. Links and other
+    members that are no plain files spoil their sample, so that a caption never goes without its picture. A damaged tar
+    gives everything before the damage and then one `BadSample` with the reason `truncated_tar`, which covers the
+    sample that the damage cut. Raises `UserError` for a shard that is missing or that the system does not let us read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            "the input shard does not exist",
-            where=str(path),
-            expected="a webdataset tar file",
-            fix="check the input pattern",
-        )
-    key, parts, duplicate = "", dict[str, bytes](), ""
-    members = _members(path)
-    while True:
-        try:
-            name, extension, data = next(members)
-        except StopIteration:
-            break
-        except _DamageError as damage:
-            # Without the damaged member's name, the open sample may lack parts: it cannot be kept.
-            if parts and damage.key not in ("", key):
-                yield _finish(key, parts, duplicate)
-            yield BadSample(damage.key or key, "truncated_tar", str(damage))
-            return
-        if name != key and parts:
-            yield _finish(key, parts, duplicate)
-            parts, duplicate = {}, ""
-        key = name
-        duplicate = duplicate or (extension if extension in parts else "")
-        parts[extension] = data
-    if parts:
-        yield _finish(key, parts, duplicate)
+    with file_errors_are_user_errors(path):
+        if not path.is_file():
+            raise UserError(
+                "the input shard does not exist",
+                where=str(path),
+                expected="a webdataset tar file",
+                fix="check the input pattern",
+            )
+        expected = _count_members(path)
+        held: dict[str, _Open] = {}  # by key; the sample of the newest file among them
+        held_bytes = 0
+        current = ""
+        members = _members(path)
+        while True:
+            try:
+                member = next(members)
+            except StopIteration:
+                break
+            except _DamageError as damage:
+                # Without the damaged member's name, the open sample may lack parts: it cannot be kept.
+                if (
+                    current in held
+                    and damage.key not in ("", current)
+                    and held[current].num_members == expected[current]
+                ):
+                    yield held[current].finish(current)
+                cut = damage.key or current
+                yield BadSample(cut, "truncated_tar", str(damage))
+                for key in held.keys() - {current, cut}:  # their other files lie behind the damage
+                    yield BadSample(key, "truncated_tar", str(damage))
+                return
+            if member.key != current and current in held and held[current].num_members >= expected[current]:
+                done = held.pop(current)
+                held_bytes -= sum(map(len, done.parts.values()))
+                yield done.finish(current)
+            current = member.key
+            sample = held.setdefault(current, _Open())
+            before = sum(map(len, sample.parts.values()))
+            sample.add(member)
+            held_bytes += sum(map(len, sample.parts.values())) - before
+            if held_bytes > MAX_HELD_BYTES and len(held) > 1:
+                sample.refuse("scattered_sample", "too much lies between its files: sort the shard by name")
+                held_bytes = sum(len(data) for one in held.values() for data in one.parts.values())
+        for key, sample in held.items():
+            yield sample.finish(key)
 
 
-def _finish(key: str, parts: dict[str, bytes], duplicate: str) -> Sample | BadSample:
-    if duplicate:
-        return BadSample(key, "duplicate_part", duplicate)
+def _count_members(path: Path) -> Counter[str]:
+    """How many files of each key the shard holds, up to its end or to where it is damaged. Reads headers only."""
+    counts: Counter[str] = Counter()
     try:
-        return make_sample(key, parts)
-    except SampleError as error:
-        return BadSample(key, error.reason, error.detail)
+        with _open(path) as archive:
+            while (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+                key, extension = _name_of(info)
+                if key and extension:
+                    counts[key] += 1
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+        pass  # the second reading says so
+    except OSError as error:
+        if error.errno is not None:
+            raise
+    return counts
 
 
 def split_name(path: str) -> tuple[str, str]:
@@ -76,30 +169,64 @@ def split_name(path: str) -> tuple[str, str]:
     return (folder + slash + stem if stem else ""), extension
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(key, extension, bytes) of each file of the tar; raises `_DamageError` if it ends too soon.
+def _name_of(info: tarfile.TarInfo) -> tuple[str, str]:
+    """Key and extension of a member that belongs to a sample; empty for folders and webdataset's own notes."""
+    is_note = "/" not in info.name and info.name.startswith("__") and info.name.endswith("__")
+    if info.isdir() or is_note:
+        return "", ""
+    key, extension = split_name(info.name)
+    return key, extension.lower()
+
+
+def _open(path: Path) -> tarfile.TarFile:
+    return tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo)
+
+
+def _members(path: Path) -> Iterator[_Member]:
+    """Each file of the tar that belongs to a sample; raises `_DamageError` if it ends too soon.
 
     tarfile, and webdataset's own reader on top of it, takes a broken header as the end of the
     archive without a word. Hence the look at the block where reading ended.
     """
     key = ""
     try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name, extension = split_name(member.name)
-                if not (member.isreg() and name and extension) or name.startswith("__"):
+        with _open(path) as archive:
+            while (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]
+                name, extension = _name_of(info)
+                if not name or not extension:
                     continue
                 key = name
-                stream = archive.extractfile(member)
-                assert stream is not None, "a regular file has content"
-                data = stream.read()
-                if len(data) != member.size:
-                    raise _DamageError(f"{len(data)} of {member.size} bytes of {member.name}", key)
-                yield name, extension.lower(), data
+                yield _read_member(archive, info, name, extension)
                 key = ""
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != _END_BLOCK:
-                raise _DamageError(f"no readable member or end mark at byte {archive.offset}")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            _check_end(archive)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _DamageError(str(error), key) from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of the archive
+            raise
+        raise _DamageError(str(error), key) from error
+
+
+def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
+    if not info.isreg() or info.issparse():
+        return _Member(key, extension, problem="link_in_tar" if info.issym() or info.islnk() else "not_a_plain_file")
+    if info.size > MAX_PART_BYTES:
+        return _Member(key, extension, problem="part_too_large")
+    stream = archive.extractfile(info)
+    assert stream is not None, "a regular file has content"
+    data = stream.read()
+    if len(data) != info.size:
+        raise _DamageError(f"{len(data)} of {info.size} bytes of {info.name}", key)
+    return _Member(key, extension, data)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Is there the end mark where reading stopped, and nothing but zeros after it?"""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != _END_BLOCK:
+        raise _DamageError(f"no readable member or end mark at byte {archive.offset}")
+    while block := archive.fileobj.read(1 << 20):
+        if block.strip(b"\0"):
+            raise _DamageError(f"another archive or other data after the end mark at byte {archive.offset}")

@@ -5,13 +5,18 @@ A file is five pieces that share a prefix:
 - `.bin`      the tokens of all documents (or rows), little-endian int32, end to end;
 - `.idx`      Megatron's index of them (`megatron.core.datasets.indexed_dataset`, version 1), each one a document;
 - `.seg.npy`  the segments (`SEGMENT_DTYPE`), sorted by document (or row) and start;
-- `.crc.npy`  packed files only: one CRC32 (uint32) a row, of its tokens' bytes followed by its segments' bytes;
-- `.json`     the manifest, published last: a file without one does not exist for any reader.
+- `.crc.npy`  one CRC32 (uint32) a document (or row), of its tokens' bytes followed by its segments' bytes; token files
+              of older versions have none;
+- `.json`     the manifest, published last: a file without one does not exist for any reader. It names the checksums of
+              the others and has one of itself.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
+import tokenize
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from model.durable import read_json
+from model.durable import fingerprint_of, read_json
 from model.errors import UserError
 
 FORMAT_VERSION = 1
@@ -32,6 +37,34 @@ _INDEX_HEADER_DTYPE = np.dtype(
 )
 _INDEX_MAGIC = b"MMIDIDX"  # followed by two zero bytes, which numpy's "S9" supplies
 _INT32_CODE = 4
+CHECKSUM_KEY = "checksum"  # of a manifest: of everything else in it
+# Keys of manifests that were written before manifests had a checksum. A manifest without one may have no others.
+_KEYS_WITHOUT_CHECKSUM = frozenset(
+    [
+        "config",
+        "config_fingerprint",
+        "counts_by_class",
+        "fill",
+        "fingerprint",
+        "format_version",
+        "inputs",
+        "kind",
+        "num_documents",
+        "num_real_tokens",
+        "num_rows",
+        "num_tokens",
+        "outputs",
+        "quarantined",
+        "sequence_length",
+        "shards",
+        "sources",
+        "text_tokenizer",
+        "tokens_by_source",
+        "vision_tokenizer",
+        "vocabulary",
+    ]
+)
+_log = logging.getLogger(__name__)
 REWRITE = "delete the .json of that file and run the command that wrote it again"
 
 
@@ -49,6 +82,33 @@ def checksum_file(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a checksum of itself."""
+    content = {key: value for key, value in manifest.items() if key != CHECKSUM_KEY}
+    return content | {CHECKSUM_KEY: fingerprint_of(content)}
+
+
+def check_seal(path: Path, manifest: Any) -> None:
+    """Raises `UserError` when the manifest is not what was written.
+
+    One without a checksum is taken as it is, and told, if it looks as manifests did before they had one: no key that
+    came with the checksum or later, so that a damaged key does not make an old manifest of a new one.
+    """
+    if isinstance(manifest, dict) and CHECKSUM_KEY in manifest:
+        intact = manifest[CHECKSUM_KEY] == seal(manifest)[CHECKSUM_KEY]
+    else:
+        intact = isinstance(manifest, dict) and manifest.keys() <= _KEYS_WITHOUT_CHECKSUM
+        if intact:
+            _tell_old_manifests(path.parent)
+    if not intact:
+        raise UserError("a manifest is damaged: its checksum is not of what it says", where=str(path), fix=REWRITE)
+
+
+@functools.cache
+def _tell_old_manifests(folder: Path) -> None:
+    _log.warning("%s: manifests without a checksum, written by an older version; damage in them is not noticed", folder)
 
 
 def encode_index(lengths: np.ndarray) -> bytes:
@@ -97,12 +157,16 @@ def encode_array(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+# What numpy raises on damaged .npy files, whose header is a Python literal.
+NPY_ERRORS = (ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, tokenize.TokenError)
+
+
 def load_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE) from None
-    except ValueError as error:
+    except NPY_ERRORS as error:
         raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
 
 
@@ -112,15 +176,15 @@ def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
 
 
 def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int) -> None:
-    """Raises `UserError` naming file and row when the row is not what was written."""
+    """Raises `UserError` naming file and row (or document) when it is not what was written."""
     found = row_crc(tokens, segments)
     if found != expected:
         raise UserError(
-            "a packed row is damaged",
+            "a packed row or a document is damaged",
             where=f"{suffixed(prefix, '.bin')}, row {row}",
             expected=f"CRC32 {expected:08x}",
             got=f"{found:08x}",
-            fix="delete the .json of that shard and run `nextstate pack` again: it writes that shard anew",
+            fix="delete the .json of that file and run the command that wrote it (`nextstate pack` or `tokenize`) again",
         )
 
 
@@ -128,7 +192,8 @@ def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]
     """The manifest of a published file. Raises `UserError` when there is none or it is of another kind."""
     path = suffixed(Path(prefix), ".json")
     manifest = read_json(path)
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
+    check_seal(path, manifest)
+    found = manifest.get("kind")
     if kind is not None and found != kind:
         raise UserError("not the kind of file that was asked for", where=str(path), expected=kind, got=str(found))
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -152,16 +217,21 @@ def published_prefixes(folder: str | Path) -> list[Path]:
 
 def verify_outputs(prefix: str | Path, manifest: dict[str, Any]) -> None:
     """Read every piece and compare its checksum with the manifest; raises `UserError` naming the damaged one."""
-    for name, expected in manifest["outputs"].items():
-        path = Path(prefix).with_name(name)
-        if not path.is_file():
-            raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE)
-        found = checksum_file(path)
-        if found != expected:
-            raise UserError(
-                "a file is damaged: its checksum is not the manifest's",
-                where=str(path),
-                expected=expected,
-                got=found,
-                fix=REWRITE,
-            )
+    for name in manifest["outputs"]:
+        verify_output(Path(prefix).with_name(name), manifest)
+
+
+def verify_output(path: Path, manifest: dict[str, Any]) -> None:
+    """Compare one piece with its manifest."""
+    expected = manifest["outputs"].get(path.name)
+    if not path.is_file():
+        raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE)
+    found = checksum_file(path)
+    if found != expected:
+        raise UserError(
+            "a file is damaged: its checksum is not the manifest's",
+            where=str(path),
+            expected=str(expected),
+            got=found,
+            fix=REWRITE,
+        )

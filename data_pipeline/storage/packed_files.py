@@ -11,9 +11,20 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.storage.descriptors import DescriptorCache, read_exactly
-from data_pipeline.storage.format import FORMAT_VERSION, REWRITE, TOKEN_BYTES, TOKEN_DTYPE, check_row, suffixed
+from data_pipeline.storage.format import (
+    FORMAT_VERSION,
+    NPY_ERRORS,
+    REWRITE,
+    TOKEN_BYTES,
+    TOKEN_DTYPE,
+    check_row,
+    check_seal,
+    read_manifest,
+    suffixed,
+    verify_output,
+)
 from data_pipeline.storage.segments import SEGMENT_DTYPE
-from model.durable import read_json
+from model.durable import fingerprint_of, read_json
 from model.errors import UserError
 
 DATASET_NAME = "dataset.json"
@@ -24,9 +35,14 @@ _MAX_SHARDS = 4096
 
 
 class PackedShard:
-    """The rows of one packed shard. Keeps a few numbers, however many rows there are."""
+    """The rows of one packed shard. Keeps a few numbers, however many rows there are.
 
-    def __init__(self, prefix: Path, num_rows: int, sequence_length: int, descriptors: DescriptorCache):
+    expected: the shard's entry of dataset.json. Opening compares it with the shard's manifest, and that with the file
+    of the rows' CRCs, so that every row that is read is one that dataset.json speaks of. Raises `UserError`.
+    """
+
+    def __init__(self, prefix: Path, expected: dict[str, Any], sequence_length: int, descriptors: DescriptorCache):
+        num_rows = int(expected["num_rows"])
         self.prefix, self.num_rows, self.sequence_length = prefix, num_rows, sequence_length
         self._descriptors = descriptors
         manifest = suffixed(prefix, ".json")
@@ -36,7 +52,10 @@ class PackedShard:
                 where=str(manifest),
                 fix="run `nextstate pack` again: it writes that shard anew",
             )
+        found = read_manifest(prefix, "packed")
+        check_shard(self.prefix, found, expected)
         self._bin, self._crc, self._seg = (suffixed(prefix, end) for end in (".bin", ".crc.npy", ".seg.npy"))
+        verify_output(self._crc, found)
         self._crcs_at = self._after_header(self._crc, np.dtype("<u4"))
         self._segments_at = self._after_header(self._seg, SEGMENT_DTYPE)
         total_bytes = os.fstat(descriptors.get(self._seg)).st_size
@@ -83,7 +102,7 @@ class PackedShard:
             try:
                 version = np.lib.format.read_magic(stream)
                 shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
-            except ValueError as error:
+            except NPY_ERRORS as error:
                 raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
             if version != (1, 0) or len(shape) != 1 or fortran_order or found != dtype:
                 raise UserError(
@@ -101,8 +120,8 @@ class PackedDataset:
         self.sequence_length = int(self.manifest["sequence_length"])
         self.fingerprint = str(self.manifest["fingerprint"])
         self.sources: list[str] = list(self.manifest["sources"])
-        self._names = [shard["name"] for shard in self.manifest["shards"]]
-        sizes = [int(shard["num_rows"]) for shard in self.manifest["shards"]]
+        self._entries: list[dict[str, Any]] = self.manifest["shards"]
+        sizes = [int(shard["num_rows"]) for shard in self._entries]
         self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
         self._descriptors = descriptors if descriptors is not None else DescriptorCache()
         self._shards: OrderedDict[int, PackedShard] = OrderedDict()
@@ -119,9 +138,8 @@ class PackedDataset:
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]
-        num_rows = int(self._first_row[number + 1] - self._first_row[number])
-        prefix = self.folder / self._names[number]
-        shard = PackedShard(prefix, num_rows, self.sequence_length, self._descriptors)
+        entry = self._entries[number]
+        shard = PackedShard(self.folder / entry["name"], entry, self.sequence_length, self._descriptors)
         self._shards[number] = shard
         if len(self._shards) > _MAX_SHARDS:
             self._shards.popitem(last=False)
@@ -129,6 +147,27 @@ class PackedDataset:
 
     def close(self) -> None:
         self._descriptors.close()
+
+
+def check_shard(prefix: Path, manifest: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises `UserError` when a shard's manifest is not of the shard that dataset.json has an entry of."""
+    found = fingerprint_of(manifest["outputs"])
+    if found != expected["checksum"]:
+        raise UserError(
+            f"a packed shard is not the one that {DATASET_NAME} describes: it was replaced",
+            where=str(suffixed(prefix, ".json")),
+            expected=str(expected["checksum"]),
+            got=found,
+            fix=f"bring the shard back; or delete {DATASET_NAME} and that shard's .json and run `nextstate pack` again",
+        )
+
+
+def check_listed_shard(prefix: Path, manifest: dict[str, Any]) -> None:
+    """The same for a shard whose folder may have a dataset.json; a shard that it does not list is refused too."""
+    if not (prefix.parent / DATASET_NAME).is_file():
+        return
+    entries = {entry["name"]: entry for entry in read_dataset_manifest(prefix.parent)["shards"]}
+    check_shard(prefix, manifest, entries.get(prefix.name, {"checksum": "none: the shard is not listed"}))
 
 
 def read_dataset_manifest(folder: str | Path) -> dict[str, Any]:
@@ -142,7 +181,8 @@ def read_dataset_manifest(folder: str | Path) -> dict[str, Any]:
             fix="run `nextstate pack target=FOLDER ...` to its end (it continues where it stopped)",
         )
     manifest = read_json(path)
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    check_seal(path, manifest)
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION or manifest.get("kind") != "packed_dataset":
         raise UserError(
             "not a packed dataset of this version of the format",

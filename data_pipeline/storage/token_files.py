@@ -26,7 +26,10 @@ from data_pipeline.storage.format import (
     read_index,
     read_manifest,
     row_crc,
+    seal,
     suffixed,
+    verify_output,
+    verify_outputs,
 )
 from data_pipeline.storage.segments import SEGMENT_DTYPE, tile_exactly
 from model.durable import publish, temporary_path, told_no_space
@@ -36,8 +39,7 @@ from model.errors import UserError
 class TokenFileWriter:
     """Writes one token file or packed shard: `add` documents (or rows), then `finish` to publish.
 
-    Used as a context manager: leaving it without `finish` (an error, a stop) removes every trace. `with_crc` is for
-    packed files. Raises `UserError` when the folder has no room.
+    Used as a context manager: leaving it without `finish` (an error, a stop) removes every trace. Raises `UserError` when the folder has no room.
     """
 
     def __init__(self, prefix: str | Path, *, with_crc: bool = False):
@@ -84,7 +86,7 @@ class TokenFileWriter:
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Publish the data, then the manifest; returns the manifest as written.
 
-        Adds `format_version`, `num_tokens` and `outputs` (file name -> checksum) to the given entries. The caller
+        Adds `format_version`, `num_tokens`, `outputs` (file name -> checksum) and `checksum` to the given entries. The caller
         supplies `kind`, `num_documents` or `num_rows` and the rest.
         """
         side_files = {".idx": encode_index(np.array(self._lengths, np.int32))}
@@ -106,6 +108,7 @@ class TokenFileWriter:
             final = self.prefix.with_name(name)
             publish(temporary_path(final), final)
         complete = manifest | {"format_version": FORMAT_VERSION, "num_tokens": sum(self._lengths), "outputs": outputs}
+        complete = seal(complete)
         atomic_write_json(manifest_path, complete)
         return complete
 
@@ -133,6 +136,13 @@ class TokenFileReader:
         self.manifest = read_manifest(self.prefix)
         self._descriptors = descriptors if descriptors is not None else DescriptorCache()
         self._loaded: _Index | None = None
+        self._verified = False
+
+    def verify(self) -> None:
+        """Read every piece, once, and compare it with the manifest's checksums; raises `UserError` naming the damaged one."""
+        if not self._verified:
+            verify_outputs(self.prefix, self.manifest)
+            self._verified = True
 
     def __len__(self) -> int:
         key = "num_rows" if self.manifest["kind"] == "packed" else "num_documents"
@@ -146,14 +156,17 @@ class TokenFileReader:
     @property
     def _index(self) -> _Index:
         if self._loaded is None:
-            self._loaded = _Index.load(self.prefix, len(self))
+            self._loaded = _Index.load(self.prefix, len(self), self.manifest)
         return self._loaded
 
     def tokens(self, index: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens of a document or row, int32; a part of them with `start` and `length`.
 
-        A whole row of a packed file is checked against its CRC; raises `UserError` when it is damaged.
+        A whole one is checked against its CRC, a file of an older version without CRCs is read whole and checked at the
+        first call; raises `UserError` when it is damaged. Parts are not checked: see `verify`.
         """
+        if self._index.crcs is None:
+            self.verify()
         total = int(self._index.lengths[index])
         count = total - start if length is None else length
         assert 0 <= start <= start + count <= total, "outside the document"
@@ -194,7 +207,11 @@ class _Index:
         self.segments_at = 0  # bytes of the .npy header
 
     @classmethod
-    def load(cls, prefix: Path, num_documents: int) -> _Index:
+    def load(cls, prefix: Path, num_documents: int, manifest: dict[str, Any]) -> _Index:
+        """Index and CRCs are read whole here, so they are compared with the manifest; the CRCs speak for the rest."""
+        for name in manifest["outputs"]:
+            if name.endswith((".idx", ".crc.npy")):
+                verify_output(prefix.with_name(name), manifest)
         lengths, offsets = read_index(suffixed(prefix, ".idx"))
         if len(lengths) != num_documents:
             raise UserError(
@@ -205,11 +222,13 @@ class _Index:
                 fix=REWRITE,
             )
         crc_path = suffixed(prefix, ".crc.npy")
-        index = cls(lengths, offsets, load_array(crc_path) if crc_path.exists() else None)
+        index = cls(lengths, offsets, load_array(crc_path) if crc_path.name in manifest["outputs"] else None)
         path = suffixed(prefix, ".seg.npy")
         segments = load_array(path)
         if segments.dtype != SEGMENT_DTYPE:
             raise UserError("a segment file has another record type", where=str(path), fix=REWRITE)
+        if segments["row"].max(initial=0) >= max(1, num_documents):  # counting them would take memory for all between
+            raise UserError("a segment file is damaged: a segment of no document", where=str(path), fix=REWRITE)
         index.segments_at = os.path.getsize(path) - segments.nbytes
         counts = np.bincount(segments["row"], minlength=num_documents)
         index.segment_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

@@ -16,6 +16,9 @@ import numpy as np
 
 from data_pipeline.sources.samples import SampleError
 
+# Longer between two frames, and the time stamps are taken for wrong: every second of a video costs time and memory.
+MAX_GAP_SECONDS = 3600.0
+MAX_FRAME_PIXELS = 100_000_000  # of a frame as it is shown
 VIEW_SIZE = 48  # samples along each side of a frame's small view
 # Formats with 8-bit Y, U and V planes, which can be sampled where they lie.
 _PLANAR_FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
@@ -27,16 +30,16 @@ class VideoScan:
 
     stamps: np.ndarray  # int64 [F]; time stamps in the stream's own unit, or ordinals
     seekable: bool  # do the stamps come from the stream?
-    times: np.ndarray  # float64 [F]; seconds from the first frame
+    times: np.ndarray  # float64 [F]; seconds from where the file's first stream begins, as transcripts count
     intra: np.ndarray  # bool [F]; can decoding start here?
     views: np.ndarray  # uint8 [F, 3, VIEW_SIZE, VIEW_SIZE]; Y, U, V sampled on a grid
-    num_errors: int  # packets that could not be decoded
+    file_seconds: float = 0.0  # of the longest stream, as the file says; 0: it does not
 
     @property
     def duration_seconds(self) -> float:
         """Until the last frame's end, taking it to be shown as long as the mean of the others."""
         num_frames = len(self.times)
-        last = self.times[-1] / (num_frames - 1) if num_frames > 1 else 0.0
+        last = (self.times[-1] - self.times[0]) / (num_frames - 1) if num_frames > 1 else 0.0
         return float(self.times[-1] + last)
 
 
@@ -55,6 +58,8 @@ def scan_video(data: bytes) -> VideoScan:
     with _open(data) as (container, stream):
         seconds_per_stamp = float(stream.time_base or 0)
         seconds_per_frame = 1 / float(stream.average_rate or 25)
+        delay = _delay_seconds(container, stream)
+        file_seconds = (container.duration or 0) / av.time_base
         for frame in _frames(container, stream):
             if frame is None:
                 num_errors += 1
@@ -70,7 +75,9 @@ def scan_video(data: bytes) -> VideoScan:
     order = np.argsort(numbers, kind="stable")
     numbers = numbers[order]
     times = (numbers - numbers[0]) * (seconds_per_stamp if seekable else seconds_per_frame)
-    return VideoScan(numbers, seekable, times, np.asarray(intra)[order], np.stack(views)[order], num_errors)
+    if len(times) > 1 and np.diff(times).max() > MAX_GAP_SECONDS:
+        raise SampleError("bad_time_stamps", f"{np.diff(times).max():,.0f} seconds between two frames")
+    return VideoScan(numbers, seekable, times + delay, np.asarray(intra)[order], np.stack(views)[order], file_seconds)
 
 
 def read_frames(data: bytes, scan: VideoScan, indices: Sequence[int]) -> list[np.ndarray]:
@@ -98,7 +105,7 @@ def _read_by_seeking(data: bytes, scan: VideoScan, indices: Sequence[int]) -> di
             for frame in frames:
                 if frame is not None and frame.pts >= scan.stamps[index]:
                     if frame.pts == scan.stamps[index]:
-                        found[index] = _to_rgb(frame)
+                        found[index] = _to_rgb(frame, stream)
                     break
             position = index + 1
     return found
@@ -115,7 +122,7 @@ def _read_from_start(data: bytes, scan: VideoScan, indices: Sequence[int]) -> di
             stamp = frame.pts if scan.seekable else num_frames
             num_frames += 1
             if stamp in wanted:
-                found[wanted[stamp]] = _to_rgb(frame)
+                found[wanted[stamp]] = _to_rgb(frame, stream)
     return found
 
 
@@ -126,9 +133,14 @@ def _open(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
     except (av.FFmpegError, ValueError) as error:
         raise SampleError("undecodable_video", str(error)) from error
     with container:
-        if not container.streams.video:
+        # A cover picture is no video.
+        streams = [one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
             raise SampleError("undecodable_video", "no video stream")
-        stream = container.streams.video[0]
+        best = container.streams.best("video")
+        stream = best if best in streams else streams[0]
+        if stream.codec_context is None:
+            raise SampleError("undecodable_video", "no decoder for its codec")
         # A second decoding thread saves no time in all; shards are what runs side by side.
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -164,8 +176,25 @@ def _small_view(frame: av.VideoFrame) -> np.ndarray:
     return view
 
 
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    return upright(frame.to_ndarray(format="rgb24"), frame.rotation)
+def _delay_seconds(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """How long after the file's first stream the video begins."""
+    if stream.start_time is None or stream.time_base is None or container.start_time is None:
+        return 0.0
+    delay = float(stream.start_time * stream.time_base) - container.start_time / av.time_base
+    return delay if 0 < delay < MAX_GAP_SECONDS else 0.0
+
+
+def _to_rgb(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
+    """uint8 [H, W, 3] as it is shown: pixels that are not square are made so, then it is turned upright."""
+    height, width = frame.height, frame.width
+    ratio = float(stream.sample_aspect_ratio or 1) or 1.0
+    if ratio > 1:
+        width = round(width * ratio)
+    elif ratio < 1:
+        height = round(height / ratio)
+    if height * width > MAX_FRAME_PIXELS:
+        raise SampleError("image_too_large", f"{width} x {height}")
+    return upright(frame.to_ndarray(format="rgb24", width=width, height=height), frame.rotation)
 
 
 def upright(pixels: np.ndarray, rotation_degrees: int) -> np.ndarray:

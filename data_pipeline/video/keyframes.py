@@ -52,15 +52,22 @@ def frames_at(times: list[float], scan: VideoScan) -> list[int]:
 
 
 def extract_key_frames(data: bytes, config: VideoConfig) -> list[KeyFrame]:
-    """The key frames of a video file, at least one. Raises `SampleError` (`empty_video`,
-    `undecodable_video`).
+    """The key frames of a video file, at least one. Raises `SampleError`."""
+    return read_key_frames(data, config)[0]
+
+
+def read_key_frames(data: bytes, config: VideoConfig) -> tuple[list[KeyFrame], float]:
+    """The key frames of a video file, at least one, and the seconds until the end of its last stream.
+
+    Raises `SampleError` (`empty_video`, `undecodable_video`, `bad_time_stamps`, `image_too_large`).
     """
     scan = scan_video(data)
     cuts = find_cuts(scan.views, scan.times, config.scenes) if config.detect_scenes else []
-    starts = [0.0, *(float(scan.times[cut]) for cut in cuts)]
+    starts = [float(scan.times[0]), *(float(scan.times[cut]) for cut in cuts)]
     times = key_frame_times(starts, scan.duration_seconds, config.keyframe_seconds)
     indices = frames_at(times, scan)
     if config.max_keyframes:
         indices = indices[: config.max_keyframes]
     pictures = read_frames(data, scan, indices)
-    return [KeyFrame(float(scan.times[index]), pixels) for index, pixels in zip(indices, pictures, strict=True)]
+    frames = [KeyFrame(float(scan.times[index]), pixels) for index, pixels in zip(indices, pictures, strict=True)]
+    return frames, max(scan.duration_seconds, scan.file_seconds)

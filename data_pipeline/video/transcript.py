@@ -7,16 +7,22 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from data_pipeline.sources.samples import SampleError
 
-_CUE_TIMES = re.compile(r"(\S+)\s+-->\s+(\S+)")
-_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:[.,]\d+)?)")
-_MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+MAX_CHARACTERS = 20_000_000  # of a transcript file
+ECHO_SECONDS = 0.05  # rolling captions show a finished line once more for 10 ms
+_CONTIGUOUS_SECONDS = 0.5  # between two cues of rolling captions
+
+_CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)")
+# No character stands in two repeats at once: the time is that of one pass, whatever the text.
+_MARKUP = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
+_INNER_TIME = re.compile(r"<([0-9:.]+)>")
 # Scripts written without spaces: kana, CJK ideographs and their punctuation, full-width forms.
 _UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef]")
-_WORDS = re.compile(rf"{_UNSPACED.pattern}|(?:(?!{_UNSPACED.pattern})\S)+")
+_WORDS = re.compile(rf"\s*(?:{_UNSPACED.pattern}|(?:(?!{_UNSPACED.pattern})\S)+)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Word:
     text: str
     start_seconds: float
     end_seconds: float
+    own_spaces: bool = field(default=False, compare=False)  # is the text joined to the one before as it is?
 
 
 @dataclass(frozen=True)
@@ -34,76 +41,241 @@ class Speech:
     time_seconds: float
 
 
+@dataclass
+class _Cue:
+    start: float
+    end: float
+    lines: list[str]  # with their markup
+
+
 def parse_transcript(extension: str, text: str) -> list[Word]:
     """Words in order of time. `extension` is `words.json`, `vtt` or `srt`.
 
     A subtitle has one time for many words: they are spread over it by their length, so that a key
-    frame in its middle splits it. Raises `SampleError("bad_transcript")`.
+    frame in its middle splits it. Raises `SampleError`: `bad_transcript`, `corrupt_text`.
     """
-    words = _parse_words(text) if extension == "words.json" else _parse_cues(text)
+    if len(text) > MAX_CHARACTERS:
+        raise SampleError("bad_transcript", f"{len(text):,} characters, more than {MAX_CHARACTERS:,}")
+    try:
+        words = _parse_words(text) if extension == "words.json" else _parse_cues(extension, text)
+        for word in words:
+            word.text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("corrupt_text", str(error)) from error
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, AttributeError) as error:
+        raise SampleError("bad_transcript", f"{type(error).__name__}: {error}") from error
     if not words:
         raise SampleError("bad_transcript", "no words")
-    return sorted(words, key=lambda word: word.start_seconds)
-
-
-def _parse_words(text: str) -> list[Word]:
-    try:
-        entries = json.loads(text)
-        words = [Word(str(entry["word"]), float(entry["start"]), float(entry["end"])) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise SampleError("bad_transcript", f"{type(error).__name__}: {error}") from error
-    for word in words:
-        if not (math.isfinite(word.start_seconds) and math.isfinite(word.end_seconds)):
-            raise SampleError("bad_transcript", f"time of {word.text!r} is not finite")
-    return [word for word in words if word.text.strip()]
-
-
-def _parse_cues(text: str) -> list[Word]:
-    """WebVTT and SRT alike: blocks of lines, in each a line of times and the text after it."""
-    words: list[Word] = []
-    for block in re.split(r"\n\s*\n", text):
-        lines = block.strip().split("\n")
-        numbered = ((number, _CUE_TIMES.match(line)) for number, line in enumerate(lines))
-        found = next(((number, match) for number, match in numbered if match), None)
-        if found is None:  # the WEBVTT header, NOTE, STYLE
-            continue
-        number, match = found
-        start, end = _clock_seconds(match[1]), _clock_seconds(match[2])
-        spoken = html.unescape(_MARKUP.sub("", " ".join(lines[number + 1 :])))
-        words.extend(_spread(spoken, start, max(start, end)))
     return words
 
 
-def _clock_seconds(clock: str) -> float:
-    match = _CLOCK.fullmatch(clock)
-    if match is None:
-        raise SampleError("bad_transcript", f"not a time: {clock!r}")
+def _parse_words(text: str) -> list[Word]:
+    """A list of `{"word", "start", "end"}`, or Whisper's and WhisperX's `{"segments": [{"words": [...]}]}`.
+
+    Words without times (WhisperX cannot align numerals) have them from their neighbours.
+    """
+    entries = json.loads(text)
+    if isinstance(entries, dict):
+        entries = [word for segment in entries["segments"] for word in _words_of_segment(segment)]
+    timed = [(str(entry["word"]), _time(entry, "start"), _time(entry, "end")) for entry in entries]
+    timed = [entry for entry in timed if entry[0].strip()]
+    if timed and all(start is None for _, start, _ in timed):
+        raise SampleError("bad_transcript", "no word has a time")
+    own_spaces = any(text[:1].isspace() or text[-1:].isspace() for text, _, _ in timed)
+    words: list[Word] = []
+    later = _next_times([start for _, start, _ in timed])
+    for (word, start, end), following in zip(timed, later, strict=True):
+        known = [time for time in (words[-1].end_seconds if words else None, following) if time is not None]
+        begin = start if start is not None else min(known)
+        finish = end if end is not None else begin
+        words.append(Word(word, begin, max(begin, finish), own_spaces))
+    return sorted(words, key=lambda word: word.start_seconds)
+
+
+def _words_of_segment(segment: dict[str, Any]) -> list[dict[str, Any]]:
+    if segment.get("words"):
+        return list(segment["words"])
+    return [{"word": segment["text"], "start": segment.get("start"), "end": segment.get("end")}]
+
+
+def _time(entry: dict[str, Any], name: str) -> float | None:
+    """Seconds, None where the entry has no such time."""
+    if entry.get(name) is None:
+        return None
+    seconds = float(entry[name])
+    if not math.isfinite(seconds):
+        raise SampleError("bad_transcript", f"time of {entry['word']!r} is not finite")
+    return seconds
+
+
+def _next_times(starts: list[float | None]) -> list[float | None]:
+    """For each word the start of the next word, from itself on, that has one."""
+    found: list[float | None] = []
+    following: float | None = None
+    for start in reversed(starts):
+        following = start if start is not None else following
+        found.append(following)
+    return found[::-1]
+
+
+def _parse_cues(extension: str, text: str) -> list[Word]:
+    cues = sorted(_read_cues(extension, text.split("\n")), key=lambda cue: cue.start)
+    cues = _without_repeats(cues)
+    words: list[Word] = []
+    for number, cue in enumerate(cues):
+        # Where the next cue begins before this one ends, this one is said first: cues are never mixed word by word.
+        following = cues[number + 1].start if number + 1 < len(cues) else math.inf
+        said = _spread(cue.lines, cue.start, max(cue.start, min(cue.end, following)))
+        if words and said and not _glued(words[-1].text, said[0].text):
+            said[0] = replace(said[0], text=f" {said[0].text}")
+        words.extend(said)
+    # Inner time stamps may be anything; speech stays in order of its cues.
+    ordered: list[Word] = []
+    for word in words:
+        start = max(word.start_seconds, ordered[-1].start_seconds if ordered else word.start_seconds)
+        ordered.append(replace(word, start_seconds=start, end_seconds=max(start, word.end_seconds)))
+    return ordered
+
+
+def _read_cues(extension: str, lines: list[str]) -> list[_Cue]:
+    """A line of times begins a cue, wherever it stands; an empty line ends it, a line of blanks does not.
+
+    In SRT what follows an empty line and is no number before a line of times is the cue's text too, as ffmpeg has it.
+    In WebVTT such blocks are notes and styles.
+    """
+    cues: list[_Cue] = []
+    in_cue = False  # was there no empty line since the times?
+    number = 0  # of the last SRT cue
+    for position, line in enumerate(lines):
+        times = _read_times(line, required=not in_cue)
+        if times is not None:
+            cues.append(_Cue(*times, []))
+            in_cue = True
+        elif not line:
+            in_cue = False
+        elif extension == "srt" and line.strip().isdecimal() and _is_time_line(lines, position + 1):
+            value = int(line.strip()[:9])
+            if in_cue and value != number + 1:  # no number: the cue's last line happens to be one
+                cues[-1].lines.append(line)
+            number = value
+        elif cues and (in_cue or extension == "srt"):
+            cues[-1].lines.append(line)
+    return cues
+
+
+def _is_time_line(lines: list[str], position: int) -> bool:
+    return position < len(lines) and _read_times(lines[position], required=False) is not None
+
+
+def _read_times(line: str, *, required: bool) -> tuple[float, float] | None:
+    """Start and end in seconds of a line like `00:01.000 --> 00:02.000 align:start`, None for another line.
+
+    required: a line with an arrow must be one; raises `SampleError`.
+    """
+    left, arrow, right = line.partition("-->")
+    if not arrow:
+        return None
+    ends = right.split(maxsplit=1)[:1]
+    matches = [_CLOCK.fullmatch(clock) for clock in (left.strip(), *ends)]
+    if len(matches) == 2 and all(matches):
+        start, end = (_clock_seconds(match) for match in matches if match)
+        return start, end
+    if required:
+        raise SampleError("bad_transcript", f"not a line of times: {line[:80]!r}")
+    return None
+
+
+def _clock_seconds(match: re.Match[str]) -> float:
     hours, minutes, seconds = match.groups()
     return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
 
 
-def _spread(text: str, start: float, end: float) -> list[Word]:
-    """Words of a subtitle, each given a share of its time in proportion to its characters."""
-    words = _WORDS.findall(text)
-    total = sum(map(len, words))
-    result, done = [], 0
-    for word in words:
-        begin = start + (end - start) * done / total
-        done += len(word)
-        result.append(Word(word, begin, start + (end - start) * done / total))
-    return result
+def _plain(line: str) -> str:
+    return html.unescape(_MARKUP.sub("", line)).strip()
+
+
+def _without_repeats(cues: list[_Cue]) -> list[_Cue]:
+    """Rolling captions say each line once: not the lines that stay on display, nor echoes.
+
+    A track rolls when it has echoes (a cue of `ECHO_SECONDS` at most that repeats the one before), or when most of its
+    cues with several lines begin with the last lines of the cue before. In other tracks a repeated line was said twice.
+    """
+    texts = [[text for line in cue.lines if (text := _plain(line))] for cue in cues]
+    repeats = [0] * len(cues)
+    num_echoes = num_rolling = num_several = 0
+    for number in range(1, len(cues)):
+        if cues[number].start - cues[number - 1].end > _CONTIGUOUS_SECONDS:
+            continue
+        before, lines = texts[number - 1], texts[number]
+        repeats[number] = _overlap(before, lines)
+        is_echo = cues[number].end - cues[number].start <= ECHO_SECONDS
+        num_echoes += bool(lines) and repeats[number] == len(lines) and is_echo
+        num_several += len(lines) > 1
+        num_rolling += 0 < repeats[number] < len(lines)
+    rolls = num_echoes > 0 or (num_rolling >= 2 and 2 * num_rolling > num_several)
+    if not rolls:
+        return cues
+    kept = []
+    for cue, repeated in zip(cues, repeats, strict=True):
+        lines = [line for line in cue.lines if _plain(line)][repeated:]
+        if lines:
+            kept.append(_Cue(cue.start, cue.end, lines))
+    return kept
+
+
+def _overlap(before: list[str], lines: list[str]) -> int:
+    """The most lines that `before` ends and `lines` begins with; two or three lines stand on a screen."""
+    longest = min(len(before), len(lines), 8)
+    return next((count for count in range(longest, 0, -1) if before[-count:] == lines[:count]), 0)
+
+
+def _spread(lines: list[str], start: float, end: float) -> list[Word]:
+    """Words of a subtitle with the spaces before them, each given a share of its time in proportion to its characters.
+
+    Time stamps inside the text (`<00:00:01.200>`) divide the time between them.
+    """
+    spans: list[tuple[float, list[str]]] = [(start, [])]  # time from which on, pieces of text
+    last = ""  # character of the text so far
+    for line in lines:
+        pieces = _INNER_TIME.split(line)
+        text = html.unescape(_MARKUP.sub("", pieces[0])).strip()
+        spans[-1][1].append(text if not text or not last or _glued(last, text) else f" {text}")
+        last = text[-1:] or last
+        for clock, inner in zip(pieces[1::2], pieces[2::2], strict=True):
+            match = _CLOCK.fullmatch(clock)
+            time = min(end, max(spans[-1][0], _clock_seconds(match))) if match else spans[-1][0]
+            spans.append((time, [html.unescape(_MARKUP.sub("", inner))]))
+            last = spans[-1][1][0][-1:] or last
+    words: list[Word] = []
+    for (begin, texts), finish in zip(spans, [*(span[0] for span in spans[1:]), end], strict=True):
+        found = _WORDS.findall("".join(texts))
+        total = sum(len(word.strip()) for word in found)
+        done = 0
+        for word in found:
+            since = begin + (finish - begin) * done / total
+            done += len(word.strip())
+            words.append(Word(word, since, begin + (finish - begin) * done / total, own_spaces=True))
+    if words:
+        words[0] = replace(words[0], text=words[0].text.lstrip())
+    return words
+
+
+def _glued(before: str, after: str) -> bool:
+    """Does the script have no space between the two? (Or is one there already?)"""
+    if before[-1:].isspace() or after[:1].isspace():
+        return True
+    return bool(_UNSPACED.match(before[-1:]) and _UNSPACED.match(after))
 
 
 def join_words(words: Sequence[Word]) -> str:
-    """The words as running text. Words that bring their own spaces (Whisper's do) keep them."""
-    texts = [word.text for word in words]
-    if any(text[:1].isspace() or text[-1:].isspace() for text in texts):
-        return " ".join("".join(texts).split())
-    joined = ""
-    for text in texts:
-        unspaced = not joined or (_UNSPACED.match(text) and _UNSPACED.match(joined[-1]))
-        joined += text if unspaced else f" {text}"
-    return joined
+    """The words as running text. Words that bring their own spaces (Whisper's, those of cues) keep them."""
+    joined: list[str] = []
+    last = ""
+    for word in words:
+        glued = word.own_spaces or not last or (_UNSPACED.match(word.text) and _UNSPACED.match(last))
+        joined.append(word.text if glued else f" {word.text}")
+        last = word.text[-1:]
+    return "".join(joined).strip()
 
 
 def interleave(words: Sequence[Word], frame_times: Sequence[float]) -> list[Speech | int]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from webdataset import ShardWriter
 
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from data_pipeline.storage.folder_claim import claim_folder
 from examples.shapes_world.datasets import DATASETS, CorpusConfig, Dataset
 from examples.shapes_world.world import all_items, held_out_items
 from model.durable import replace_file
@@ -82,15 +84,21 @@ def build_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
     """Write every dataset below `target` and return what `corpus.json` says."""
     validate(config)
     settings = asdict(config)
-    corpus = finished(target, settings)
-    if corpus is not None:
-        return corpus
-    target.mkdir(parents=True, exist_ok=True)
+    with file_errors_are_user_errors(target):
+        corpus = finished(target, settings)
+        if corpus is not None:
+            return corpus
+        with claim_folder(target, "shapes_world"):
+            return write_corpora(target, config)
+
+
+def write_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
+    """Write every dataset anew; `corpus.json` is removed first and written last."""
     description = target / "corpus.json"
     description.unlink(missing_ok=True)
     corpus = {
         "format_version": FORMAT_VERSION,
-        "config": settings,
+        "config": asdict(config),
         "held_out_combinations": len(held_out_items()),
         "combinations": len(all_items()),
         "datasets": {dataset.name: write_dataset(dataset, target, config) for dataset in DATASETS},

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_pipeline.sources import Sample, read_shard
+from data_pipeline.kinds.registry import read_shard
+from data_pipeline.sources import Sample
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from training.inference.evaluation import EvaluationPrompt

@@ -115,7 +115,8 @@ def english_documents() -> list[str]:
 
     notes = sorted(package_file("sklearn", "datasets/descr").glob("*.rst"))
     texts = [note.read_text(encoding="utf-8") for note in notes] + [topics[name] for name in sorted(topics)]
-    return [document for text in texts for document in cut_documents(text)]
+    # Topics of the Python reference share whole sections.
+    return list(dict.fromkeys(document for text in texts for document in cut_documents(text)))
 
 
 def chinese_documents() -> list[str]:
@@ -123,4 +124,4 @@ def chinese_documents() -> list[str]:
     chapters = json.loads(package_file("iching", "package_data.dat").read_text(encoding="utf-8"))
     passage = re.compile(r"(?:原文|爻辞)([^\n]{4,400}?)白话文解释")
     documents = ["\n".join(passage.findall(chapters[name])) for name in sorted(chapters)]
-    return [document for document in documents if document]
+    return list(dict.fromkeys(document for document in documents if document))

@@ -11,9 +11,11 @@ from typing import Any
 
 from data_pipeline.documents.tokenizers import load_text_tokenizer
 from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_jobs, run_tasks, threads_per_worker
-from data_pipeline.storage.format import published_prefixes, suffixed
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from data_pipeline.storage.folder_claim import claim_folder
+from data_pipeline.storage.format import published_prefixes, read_manifest
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
-from model.durable import read_json
+from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -71,24 +73,29 @@ class Config(TokenizeConfig):
         problems.raise_if_any()
 
 
+@file_errors_are_user_errors("the input or the target")
 def run(config: Config) -> dict[str, Any]:
     """Tokenize what is not tokenized yet; the answer counts all of the target."""
     config.validate()
     target = Path(config.target)
     config = replace(config, source=config.source or target.name)
     jobs = plan_jobs(config.input, target)
+    shards = [str(job.shard) for job in jobs]
     if config.task >= 0:
         jobs = group_jobs(jobs, config.num_tasks)[config.task]
     tokenizer = load_tokenizer(config)
     remaining = [job for job in jobs if not tokenizer.is_done(job.shard, job.prefix)]
     num_tasks = config.num_tasks or max(1, min(len(jobs), config.workers * _TASKS_PER_WORKER))
-    run_tasks(
-        TokenizeTask(config, tokenizer),
-        group_jobs(remaining, num_tasks),
-        workers=config.workers,
-        executor=choose_executor(config.executor, config.workers),
-        log_folder=target / "logs",
-    )
+    executor = choose_executor(config.executor, config.workers)
+    if remaining:
+        with claim_folder(target, "tokenize", fingerprint_of([tokenizer.fingerprint, shards])):
+            run_tasks(
+                TokenizeTask(config, tokenizer),
+                group_jobs(remaining, num_tasks),
+                workers=config.workers,
+                executor=executor,
+                log_folder=target / "logs",
+            )
     return summarize(target, jobs, len(jobs) - len(remaining))
 
 
@@ -186,7 +193,7 @@ def summarize(target: Path, jobs: Sequence[ShardJob], num_skipped: int) -> dict[
     quarantined: Counter[str] = Counter()
     num_documents = num_tokens = 0
     for job in jobs:
-        manifest = read_json(suffixed(job.prefix, ".json"))
+        manifest = read_manifest(job.prefix, "tokens")
         num_documents += manifest["num_documents"]
         num_tokens += manifest["num_tokens"]
         counts.update(manifest["counts_by_class"])

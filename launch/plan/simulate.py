@@ -223,6 +223,4 @@ def rows_of(layout: Layout, batch: Batch) -> MicroBatch:
         sources=np.zeros(shape, np.uint16),
         position_ids=np.tile(np.arange(batch.sequence_length) % span, (layout.micro_batch, 1)),
         cu_seqlens=np.array([*starts, shape[0] * shape[1]], np.int32),
-        max_seqlen=span,
-        num_real_tokens=shape[0] * shape[1],
     )

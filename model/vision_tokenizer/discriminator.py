@@ -40,12 +40,6 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.main(images)
 
-    @property
-    def smallest_side(self) -> int:
-        """Pixels that an image's side must have at least."""
-        num_halvings = sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in self.main)
-        return 3 * 2**num_halvings
-
 
 @torch.no_grad()
 def initialize_discriminator(model: PatchDiscriminator, seed: int) -> None:

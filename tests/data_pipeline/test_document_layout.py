@@ -25,6 +25,7 @@ from data_pipeline.documents.builder import (
 )
 from data_pipeline.documents.reading import StructureToken, read_items
 from data_pipeline.documents.templates import DocumentLayout, LayoutConfig, split_video
+from data_pipeline.kinds.registry import KindSet
 from data_pipeline.sources import SampleError
 from data_pipeline.storage.segments import Flag, Kind, tile_exactly
 from model.errors import UserError
@@ -299,7 +300,7 @@ def test_choices_by_key_are_even_and_repeatable() -> None:
 def lay_out(document_format: str, kind: str, parts: list[Part], **options: float) -> str:
     config = LayoutConfig(**options)  # type: ignore[arg-type]
     layout = DocumentLayout(BUILDER, document_format, config, "source", 0)
-    document = layout.build("key", kind, parts, {})
+    document = layout.build(KindSet()[kind], "key", parts, {})
     check(document)
     assert (document.segments["document"] == document_id("source", "key")).all()
     return describe(document.tokens, VOCABULARY, TOKENIZER)
@@ -308,7 +309,7 @@ def lay_out(document_format: str, kind: str, parts: list[Part], **options: float
 def test_the_share_of_pairs_with_the_picture_first_is_kept() -> None:
     layout = DocumentLayout(BUILDER, "pretrain", LayoutConfig(image_first_probability=0.25), "source", 0)
     pair: list[Part] = [Text("words"), Picture(codes(1, 1))]
-    documents = [layout.build(str(key), "image_text", pair, {}) for key in range(400)]
+    documents = [layout.build(KindSet()["image_text"], str(key), pair, {}) for key in range(400)]
     first = [document.segments["kind"][1] == Kind.IMAGE for document in documents]
     assert abs(np.mean(first) - 0.25) < 0.08
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.documents.builder import Text
-from data_pipeline.filters.base import FILTERS, FilterChain, FilterConfig
+from data_pipeline.filters.base import FilterChain, FilterConfig, make_filter
+from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.sources import SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, fit_size, released_size, smart_resize
-from data_pipeline.sources.prepare import Pixels, PreparedSample
 from model.errors import Problems
 
 
@@ -140,7 +140,7 @@ BLANK = Pixels(np.full((8, 8, 3), (9, 99, 199), np.uint8), (64, 64))
 
 
 def score(name: str, sample: PreparedSample) -> float | None:
-    return FILTERS[name]().score(sample)
+    return make_filter(name).score(sample)
 
 
 def test_scores() -> None:

@@ -20,6 +20,7 @@ from data_pipeline.packing import pack as pack_module
 from data_pipeline.packing.best_fit import BestFitPacker, Piece
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
+from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset
 from data_pipeline.storage.segments import Flag, Kind
@@ -49,7 +50,8 @@ def packed(sources, tmp_path_factory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """But for the lock, which names the process that held it."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
 
 
 def all_documents(sources: dict[str, Path]) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -418,6 +420,20 @@ def test_bad_input_is_named(sources, tmp_path):
         pack({"a": tmp_path / "damaged"}, tmp_path / "target", CONFIG)
 
 
+def test_a_folder_that_another_command_writes_is_refused_and_a_finished_one_is_only_read(sources, packed, tmp_path):
+    with (
+        claim_folder(tmp_path / "target", "pack"),
+        pytest.raises(UserError, match=r"another command[\s\S]*pack, process"),
+    ):
+        pack(sources, tmp_path / "target", CONFIG)
+    assert not list((tmp_path / "target").glob("*.json"))
+    with claim_folder(packed, "pack"):
+        pack(sources, packed, CONFIG)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        pack(sources, tmp_path / "file" / "target", CONFIG)
+
+
 def test_the_command_answers(sources, tmp_path):
     from launch.commands.pack import Config, run
 
@@ -427,8 +443,10 @@ def test_the_command_answers(sources, tmp_path):
         sequence_length=512,
         rows_per_shard=64,
         open_bins=8,
+        minimum_piece_tokens=5,
     )
     answer = run(config)
+    assert json.loads((tmp_path / "target" / "dataset.json").read_text())["config"]["minimum_piece_tokens"] == 5
     assert json.loads(json.dumps(answer)) == answer
     assert {"fill", "num_rows", "num_tokens", "num_real_tokens", "sources", "target"} <= set(answer)
     with pytest.raises(UserError, match="target"):

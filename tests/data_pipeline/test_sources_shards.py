@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from data_pipeline.sources import BadSample, Sample, SampleError, read_shard
-from data_pipeline.sources.samples import detect_kind, make_sample, source_images
+from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.sources import BadSample, Sample, SampleError
+from data_pipeline.sources.samples import source_images
 from data_pipeline.sources.shards import split_name
 from model.errors import UserError
 
@@ -60,7 +61,8 @@ def outcome(path: Path) -> list[tuple[str, str]]:
     ],
 )
 def test_kind_follows_from_the_extensions(extensions: list[str], kind: str | None) -> None:
-    assert detect_kind(extensions) == kind
+    found = KindSet().detect(extensions)
+    assert (found and found.name) == kind
 
 
 def test_source_images_are_in_order_of_their_numbers() -> None:
@@ -126,11 +128,11 @@ def test_bad_samples_are_named_and_stop_nothing(tmp_path: Path) -> None:
 
 
 def test_a_text_is_utf8_without_mark_and_not_blank() -> None:
-    marked = make_sample("k", {"txt": "\ufeff  你好\r\nworld\r\n".encode()})
+    marked = KindSet().sample("k", {"txt": "\ufeff  你好\r\nworld\r\n".encode()})
     assert marked.text("txt") == "你好\nworld"
     for content, reason in ((b"\xff\xfe\x00", "corrupt_text"), (b" \n ", "empty_text")):
         with pytest.raises(SampleError) as caught:
-            make_sample("k", {"txt": content}).text("txt")
+            KindSet().sample("k", {"txt": content}).text("txt")
         assert caught.value.reason == reason
 
 

@@ -182,11 +182,13 @@ def test_a_truncated_file_is_named(tmp_path):
     write_token_file(tmp_path / "000000", sample_documents())
     os.truncate(tmp_path / "000000.bin", 30)
     reader = TokenFileReader(tmp_path / "000000")
-    with pytest.raises(UserError, match=r"shorter[\s\S]*000000\.bin, document 4"):
+    with pytest.raises(UserError, match=r"damaged[\s\S]*000000\.bin"):
         reader.tokens(4)
     os.truncate(tmp_path / "000000.idx", 40)
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match=r"damaged[\s\S]*000000\.idx"):
         TokenFileReader(tmp_path / "000000").tokens(0)
+    with pytest.raises(UserError, match="truncated"):
+        read_index(tmp_path / "000000.idx")
 
 
 def test_foreign_and_missing_files_are_refused(tmp_path):
@@ -195,7 +197,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
         read_manifest(tmp_path / "000000", kind="packed")
     (tmp_path / "000000.idx").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="not a Megatron index"):
-        TokenFileReader(tmp_path / "000000").tokens(0)
+        read_index(tmp_path / "000000.idx")
     (tmp_path / "000001.json").write_text("{broken")
     with pytest.raises(UserError, match="not valid JSON"):
         read_json(tmp_path / "000001.json")

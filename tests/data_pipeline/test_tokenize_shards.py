@@ -423,14 +423,14 @@ def test_the_text_tokenizers_stage(tmp_path: Path) -> None:
         objective={"name": "text_tokenizer", "corpora": [str(tmp_path / "corpora/*/*.tar")], "size": 400},
     )
     config = TrainConfig(run_folder=str(tmp_path / "run"), stage=stage)
-    summary = fit(config)
+    summary = make_objective(config).fit()
     assert summary["size"] == 400
     assert not summary["skipped"]
     tokenizer = load_text_tokenizer(tmp_path / "run/text_tokenizer")
     assert tokenizer.size == 400
     assert tokenizer.decode(tokenizer.encode("hello 你好")) == "hello 你好"
     assert len(tokenizer.encode("assistant")) < len("assistant")  # the template was counted
-    assert fit(config)["skipped"]
+    assert make_objective(config).fit()["skipped"]
     fingerprint = tokenizer.fingerprint
     stage.objective["size"] = 350
     assert not fit(config)["skipped"]

@@ -41,22 +41,22 @@ def test_word_timed_json() -> None:
 
 def test_webvtt() -> None:
     words = parse_transcript("vtt", VTT)
-    assert [word.text for word in words] == ["Hello", "there", "fish", "&", "chips", "on", "two", "lines"]
+    assert [word.text for word in words] == ["Hello", " there", " fish", " &", " chips", " on", " two", " lines"]
     assert words[0].start_seconds == 1.0
-    assert words[1] == Word("there", 2.0, 3.0)
+    assert words[1] == Word(" there", 2.0, 3.0)
     assert words[2].start_seconds == 3602.5
     assert words[-1].end_seconds == 3604.5
 
 
 def test_srt() -> None:
     words = parse_transcript("srt", SRT)
-    assert [word.text for word in words] == ["Hello", "there", "again"]
-    assert words[-1] == Word("again", 3.5, 4.0)
+    assert [word.text for word in words] == ["Hello", " there", " again"]
+    assert words[-1] == Word(" again", 3.5, 4.0)
 
 
 def test_a_subtitle_in_chinese_is_split_between_characters() -> None:
     words = parse_transcript("srt", "00:00:00,000 --> 00:00:04,000\n红色的圆 circle\n")
-    assert [word.text for word in words] == ["红", "色", "的", "圆", "circle"]
+    assert [word.text for word in words] == ["红", "色", "的", "圆", " circle"]
     assert interleave(words, [1.0]) == [Speech("红色的", 0.0), 0, Speech("圆 circle", 1.2)]
 
 

@@ -70,12 +70,7 @@ def micro_batch(rows: Sequence[dict[str, np.ndarray]]) -> MicroBatch:
     dtypes = {"loss_weights": np.float32, "loss_classes": np.uint8, "sources": np.uint16}
     names = ("tokens", "labels", "loss_weights", "loss_classes", "sources", "position_ids")
     arrays = {name: np.stack([row[name] for row in rows]).astype(dtypes.get(name, np.int64)) for name in names}
-    return MicroBatch(
-        **arrays,
-        cu_seqlens=cu_seqlens.astype(np.int32),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
-        num_real_tokens=ROW_TOKENS * len(rows),
-    )
+    return MicroBatch(**arrays, cu_seqlens=cu_seqlens.astype(np.int32))
 
 
 def batch_of_step(step: int, data_rank: int, data_size: int, rows_at_once: int) -> list[MicroBatch]:

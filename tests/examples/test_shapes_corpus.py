@@ -165,6 +165,7 @@ def test_real_media_are_the_shipped_bytes(corpora: Path):
 def test_texts_are_english_and_chinese(corpora: Path):
     english = [sample["txt"].decode() for sample in samples(corpora / "text_english")]
     assert sum(map(len, english)) > 300_000
+    assert len(set(english)) == len(english)  # no document twice
     assert np.mean([" the " in text for text in english]) > 0.8
     chinese = [sample["txt"].decode() for sample in samples(corpora / "text_chinese")]
     assert len(chinese) == 64

@@ -24,8 +24,6 @@ def one_document_rows(rows: int, length: int) -> MicroBatch:
         sources=zeros.astype(np.uint16),
         position_ids=np.tile(np.arange(length), (rows, 1)),
         cu_seqlens=np.arange(0, rows * length + 1, length).astype(np.int32),
-        max_seqlen=length,
-        num_real_tokens=rows * length,
     )
 
 

@@ -15,13 +15,14 @@ from handmade_checkpoints import publish_manifest
 from safetensors.torch import save_file
 
 from data_pipeline.documents.builder import DocumentBuilder, Picture, Text
+from data_pipeline.documents.reading import split_parts
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from model.config import ModelConfig
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.parallel import groups
 from model.vocabulary import Vocabulary, VocabularyConfig
-from training.inference.model import InferenceModel, split_parts
+from training.inference.model import InferenceModel
 from training.inference.prompts import InferenceOptions, Prompt
 
 TEXTS = ["a red circle at top left", "make the circle blue", "it moves right"] * 40
@@ -210,7 +211,7 @@ def test_split_parts_reads_what_the_builder_writes(tokenizer: SentencePieceToken
     for image_format in ("emu35", "emu3"):
         builder = DocumentBuilder(VOCABULARY, tokenizer, image_format)
         tokens = builder.interleaved(0, [Text("a red"), Picture(codes), Picture(codes.T)]).tokens
-        text, first, second = split_parts(tokens, VOCABULARY)
+        text, first, second = split_parts(tokens, VOCABULARY, tokenizer)
         assert tokenizer.decode(text.tolist()) == "a red"
         assert np.array_equal(first, codes)
         assert np.array_equal(second, codes.T)

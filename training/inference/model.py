@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.documents.builder import DocumentBuilder, Part, Picture, Text
+from data_pipeline.documents.reading import split_parts
 from data_pipeline.documents.templates import split_context
 from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
 from data_pipeline.sources.image import ImageConfig, smart_resize
@@ -198,7 +199,7 @@ class InferenceModel:
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
     def _outputs(self, generations: list[Generation]) -> list[Output]:
-        split = [split_parts(generation.ids, self.vocabulary) for generation in generations]
+        split = [split_parts(generation.ids, self.vocabulary, self.text_tokenizer) for generation in generations]
         grids = [part for parts in split for part in parts if part.ndim == 2]
         pictures = iter(self._decode_images(grids))
         return [self._output(generation, parts, pictures) for generation, parts in zip(generations, split, strict=True)]
@@ -220,34 +221,6 @@ class _EncodedPrompt:
     prompt: Prompt
     parts: list[Part]
     pictures: list[Picture]
-
-
-def split_parts(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
-    """Generated ids as text ids [n] and complete images as codes [h, w], in order. Other structure is left out.
-
-    An image that the length limit cut short is left out too.
-    """
-    parts: list[np.ndarray] = []
-    starts = np.flatnonzero(ids == vocabulary.boi)
-    ends = np.flatnonzero(ids == vocabulary.eoi)
-    position = 0
-    for start in starts:
-        parts.append(ids[position:start])
-        later = ends[ends > start]
-        position = int(later[0]) + 1 if len(later) else len(ids)
-        if len(later):
-            parts.append(_read_codes(ids[start:position], vocabulary))
-    parts.append(ids[position:])
-    kept = [part if part.ndim == 2 else part[part < vocabulary.text_size] for part in parts]
-    return [part for part in kept if part.size]
-
-
-def _read_codes(block: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Codes [h, w] of an image block, whose rows are as long as the first."""
-    visual = vocabulary.is_visual(block)
-    first = int(np.argmax(visual))
-    width = int(np.argmin(visual[first:]))
-    return vocabulary.ids_to_codes(block[visual]).reshape(-1, width)
 
 
 def _pictures(prompt: Prompt) -> list[np.ndarray]:

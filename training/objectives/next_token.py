@@ -19,6 +19,7 @@ from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
 from training.contracts.objective import StepResult
 from training.objectives.offline_rows import OfflineRows
+from training.objectives.rows_read import RECORD_KEY, rows_read_before
 from training.objectives.token_options import NextTokenOptions
 
 CHECKPOINT_KIND = "transformer"
@@ -35,7 +36,7 @@ class NextToken:
         self.config, self.options = config, options
         self.vocabulary = Vocabulary.from_config(config.model.vocabulary)
         self.source_names: list[str] = []
-        self._tokenizers: dict[str, Any] = {}
+        self._data: dict[str, Any] = {}  # what a checkpoint says of the rows
 
     @property
     def num_sums(self) -> int:
@@ -57,9 +58,11 @@ class NextToken:
             document_attention=self.options.document_attention,
             vocabulary=self.vocabulary,
             prefetch_batches=stage.data.prefetch_batches,
+            stage=stage.name,
+            read_before=rows_read_before(self.config),
         )
         self.source_names = rows.source_names
-        self._tokenizers = tokenizers_of([entry.path for entry in datasets.values()])
+        self._data = tokenizers_of([entry.path for entry in datasets.values()]) | {RECORD_KEY: rows.record.to_dict()}
         return OfflineRows(rows)
 
     def inputs(self, batch: MicroBatch) -> ModelInput:
@@ -121,12 +124,12 @@ class NextToken:
         return StepResult(float(sums[0]) * scale, gradient_norm, num_tokens, weight > 0, metrics)
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint says of its model: enough to rebuild it and to find tokenizers that fit."""
+        """What a checkpoint says of its model: enough to rebuild it and to find tokenizers that fit; and of its rows."""
         return {
             "kind": CHECKPOINT_KIND,
             "model": asdict(self.config.model),
             "vocabulary": self.vocabulary.describe(),
-        } | self._tokenizers
+        } | self._data
 
     def final_metrics(self) -> dict[str, float]:
         return {}

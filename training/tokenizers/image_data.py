@@ -12,10 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.sources import BadSample, SampleError, read_shard
+from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.sources import BadSample, SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
@@ -39,7 +41,7 @@ class ImageSource:
         self.num_bad: Counter[str] = Counter()  # by reason
         self.held_back: dict[str, list[np.ndarray]] = {}  # by corpus, whole pictures at the first view's size
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([asdict(options), seed, global_batch_size]).encode())
+        digest.update(json.dumps([_described(options), seed, global_batch_size]).encode())
         # [area][corpus][image], uint8 [H, W, 3]; views of the same area share them
         self.images: dict[int, list[list[np.ndarray]]] = {
             view.area: [[] for _ in self.source_names] for view in options.views
@@ -86,11 +88,12 @@ class ImageSource:
                 "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
             )
         num_left = max(2, corpus.max_images // max(1, corpus.random_squares))
-        for number, sample in enumerate(sample for path in paths for sample in read_shard(path)):
+        kinds = KindSet(corpus.kinds)
+        for number, sample in enumerate(sample for path in paths for sample in read_shard(path, kinds)):
             if isinstance(sample, BadSample):
                 self.num_bad[sample.reason] += 1
                 continue
-            for picture in sample_pictures(sample.parts, self.options, self.num_bad):
+            for picture in sample_pictures(kinds[sample.kind].images(sample), self.options, self.num_bad):
                 if num_left == 0:
                     return
                 num_left -= 1
@@ -113,6 +116,15 @@ class ImageSource:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _described(options: ImageDataOptions) -> dict[str, Any]:
+    """What decides the images. An empty list of kinds is left out: it says what was so before there was one."""
+    described = asdict(options)
+    for corpus in described["corpora"].values():
+        if not corpus["kinds"]:
+            del corpus["kinds"]
+    return described
 
 
 def sample_pictures(parts: dict[str, bytes], options: ImageDataOptions, num_bad: Counter[str]) -> list[np.ndarray]:

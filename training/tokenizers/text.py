@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import time
 from collections.abc import Iterable, Iterator
@@ -9,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.documents.builder import TASKS
+from data_pipeline.documents.prompts import EMPTY_PROMPTS
 from data_pipeline.documents.tokenizers import read_description, train_sentencepiece
-from data_pipeline.sources import Sample, SampleError, read_shard
-from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
+from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.sources import Sample, SampleError
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.format import checksum_file
-from data_pipeline.video.transcript import join_words, parse_transcript
 from model.errors import UserError
 from training.config import TrainConfig
 from training.tokenizers.tokenizer_options import TextTokenizerOptions
@@ -23,11 +24,7 @@ from training.tokenizers.tokenizer_options import TextTokenizerOptions
 CODE_VERSION = 1
 
 # What every chat document says, so that it costs few tokens whatever the corpora are.
-_TEMPLATE_TEXTS = (
-    "You are a helpful assistant. USER:  ASSISTANT: ",
-    *(f"You are a helpful assistant for {task} task. USER:  ASSISTANT: " for task in TASKS),
-    "0 1 2 3 4 5 6 7 8 9 * 64*64",
-)
+_TEMPLATE_TEXTS = (*EMPTY_PROMPTS, "0 1 2 3 4 5 6 7 8 9 * 64*64")
 
 
 class TextTokenizer:
@@ -38,6 +35,7 @@ class TextTokenizer:
     def __init__(self, config: TrainConfig, options: TextTokenizerOptions):
         self.config, self.options = config, options
 
+    @file_errors_are_user_errors("the corpora or the stage's folder")
     def fit(self) -> dict[str, Any]:
         """Train the tokenizer and publish it in the stage's folder, `run_folder`/`stage.name`.
 
@@ -49,7 +47,7 @@ class TextTokenizer:
         shards = find_shards(options.corpora)
         inputs = {
             "code_version": CODE_VERSION,
-            "options": asdict(options),
+            "options": {name: value for name, value in asdict(options).items() if name != "kinds" or value},
             "seed": config.seed,
             "shards": {str(path): checksum_file(path) for path in shards},
         }
@@ -98,7 +96,8 @@ def training_texts(options: TextTokenizerOptions, shards: list[Path]) -> Iterato
     bytes cuts all corpora alike."""
     yield from _TEMPLATE_TEXTS * options.template_copies
     yield from options.extra_texts
-    streams = [shard_texts(path) for path in shards]
+    kinds = KindSet(options.kinds)
+    streams = [shard_texts(path, kinds) for path in shards]
     while streams:
         for stream in list(streams):
             text = next(stream, None)
@@ -108,22 +107,12 @@ def training_texts(options: TextTokenizerOptions, shards: list[Path]) -> Iterato
                 yield text
 
 
-def shard_texts(path: Path) -> Iterator[str]:
+def shard_texts(path: Path, kinds: KindSet) -> Iterator[str]:
     """The texts of a shard's samples. Bad ones are left out here; tokenization counts them."""
-    for sample in read_shard(path):
+    for sample in read_shard(path, kinds):
         if isinstance(sample, Sample):
-            yield from sample_texts(sample)
-
-
-def sample_texts(sample: Sample) -> Iterator[str]:
-    for extension in sample.parts:
-        try:
-            if extension in TRANSCRIPT_EXTENSIONS:
-                yield join_words(parse_transcript(extension, sample.text(extension)))
-            elif extension in ("txt", "instruction.txt"):
-                yield sample.text(extension)
-        except SampleError:
-            continue
+            with contextlib.suppress(SampleError):
+                yield from kinds[sample.kind].texts(sample)
 
 
 class CountedTexts:

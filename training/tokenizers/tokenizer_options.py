@@ -27,6 +27,7 @@ class TextTokenizerOptions:
     max_bytes: int = 1 << 30  # of text; beyond it the rest of the corpora is not read
     template_copies: int = 200  # how often the chat template is counted
     extra_texts: list[str] = field(default_factory=list)  # trained on as well, before the corpora
+    kinds: list[str] = field(default_factory=list)  # of samples, names or dotted paths; empty: all of the project's
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
@@ -44,6 +45,7 @@ class ImageCorpus:
     path: str = ""  # glob of tar shards
     weight: float = 1.0  # share of the training images
     max_images: int = 4000  # kept in memory; without streaming
+    kinds: list[str] = field(default_factory=list)  # of samples, without streaming: names or dotted paths; empty: ours
     random_squares: int = 0  # take this many random squares of each picture instead of the whole of it
 
 

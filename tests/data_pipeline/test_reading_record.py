@@ -1,0 +1,137 @@
+"""Stages of a curriculum one after another: unread rows first, every row once an epoch across all of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.loading.mixture import Cursor, Mixture
+from data_pipeline.loading.reading_record import ReadingRecord
+from training.config import StageConfig, TrainConfig
+from training.objectives.rows_read import RECORD_KEY, coverage_of_stage, rows_read_before
+
+NAMES = ("a", "b", "c")
+SIZES = st.fixed_dictionaries({name: st.integers(1, 60) for name in NAMES})
+STAGE = st.fixed_dictionaries(
+    {"weights": st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), "samples": st.integers(0, 90)}
+)
+
+
+def mixture_of(sizes: dict[str, int], weights: list[float], stage: str, before: dict[str, Cursor], seed: int = 7):
+    """A stage over datasets whose fingerprints are "of a"...; returns the mixture and its record."""
+    cursors = {name: before[f"of {name}"] for name in sizes if f"of {name}" in before}
+    mixture = Mixture(sizes, dict(zip(sizes, weights, strict=True)), seed, stage, cursors)
+    return mixture, ReadingRecord.of(mixture, {name: f"of {name}" for name in sizes}, before)
+
+
+def read(mixture: Mixture, num_samples: int) -> list[tuple[str, int]]:
+    located = mixture.locate_many(np.arange(num_samples))
+    return [(mixture.names[dataset], row) for dataset, row in zip(located.datasets, located.rows.tolist(), strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, stages=st.lists(STAGE, min_size=1, max_size=4))
+def test_rows_come_once_an_epoch_across_the_stages(sizes, stages):
+    before: dict[str, Cursor] = {}
+    seen: Counter[tuple[str, int]] = Counter()
+    totals: Counter[str] = Counter()
+    for number, stage in enumerate(stages):
+        mixture, record = mixture_of(sizes, stage["weights"], f"stage_{number}", before)
+        record = ReadingRecord.from_dict(json.loads(json.dumps(record.to_dict())))
+        rows = read(mixture, stage["samples"])
+        by_name = Counter(name for name, _ in rows)
+        assert record.rows_read(stage["samples"]) == {name: by_name[name] for name in mixture.names}
+        seen.update(rows)
+        totals.update(by_name)
+        coverage = record.coverage(stage["samples"])
+        for name in mixture.names:
+            counts = [seen[name, row] for row in range(sizes[name])]
+            assert max(counts) - min(counts) <= 1  # nothing is read again while a row is unread
+            assert coverage[name] == {
+                "num_rows": sizes[name],
+                "rows_read": totals[name],
+                "epochs": totals[name] / sizes[name],
+            }
+        before = record.after(stage["samples"])
+    assert {name: before[f"of {name}"].position for name in totals} == dict(totals)
+
+
+def test_stages_that_do_not_go_on_have_orders_of_their_own():
+    sizes = {"a": 386}
+    orders = {stage: read(mixture_of(sizes, [1], stage, {})[0], 386) for stage in ("pretrain_1", "pretrain_2")}
+    assert sorted(orders["pretrain_1"]) == sorted(orders["pretrain_2"])
+    same = sum(one == two for one, two in zip(*orders.values(), strict=True))
+    assert same < 10
+    overlap = set(orders["pretrain_1"][:48]) & set(orders["pretrain_2"][:48])
+    assert len(overlap) < 20  # 6 expected; 48 when the stage is not part of the key
+
+
+def test_the_fingerprint_tells_stage_and_place():
+    fingerprints = {
+        mixture_of({"a": 9}, [1], stage, {"of a": cursor} if cursor else {})[0].fingerprint
+        for stage, cursor in (
+            ("one", None),
+            ("two", None),
+            ("two", Cursor("7/one/a", 0)),
+            ("two", Cursor("7/one/a", 1)),
+        )
+    }
+    assert len(fingerprints) == 3  # a cursor at the beginning of stage one's order is stage one's order
+    assert (
+        mixture_of({"a": 9}, [1], "one", {})[0].fingerprint
+        == mixture_of({"a": 9}, [1], "two", {"of a": Cursor("7/one/a", 0)})[0].fingerprint
+    )
+
+
+def test_a_dataset_under_another_name_is_the_same_dataset():
+    mixture = Mixture({"renamed": 50}, {"renamed": 1}, 7, "two", {"renamed": Cursor("7/one/a", 20)})
+    first = read(mixture_of({"a": 50}, [1], "one", {})[0], 50)
+    assert [row for _, row in read(mixture, 30)] == [row for _, row in first[20:]]
+
+
+def write_checkpoint(stage_folder: Path, step: int, **content: object) -> None:
+    folder = stage_folder / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "keys": {}, "files": {}, **content}))
+
+
+@pytest.fixture
+def record() -> ReadingRecord:
+    return mixture_of({"a": 30, "b": 10}, [3, 1], "pretrain_1", {"of c": Cursor("7/zero/c", 5)})[1]
+
+
+def config_of(run_folder: Path, initialize_from: str | None) -> TrainConfig:
+    stage = StageConfig(name="pretrain_2", initialize_from=initialize_from)
+    return TrainConfig(run_folder=str(run_folder), stage=stage)
+
+
+def test_a_stage_goes_on_behind_the_checkpoint_that_it_starts_from(tmp_path: Path, record: ReadingRecord):
+    assert rows_read_before(config_of(tmp_path, None)) == {}
+    write_checkpoint(tmp_path / "pretrain_1", 10, consumed_samples=20, **{RECORD_KEY: record.to_dict()})
+    config = config_of(tmp_path, str(tmp_path / "pretrain_1"))
+    expected = {
+        "of a": Cursor("7/pretrain_1/a", 15),
+        "of b": Cursor("7/pretrain_1/b", 5),
+        "of c": Cursor("7/zero/c", 5),
+    }
+    assert rows_read_before(config) == expected
+    assert coverage_of_stage(tmp_path / "pretrain_1")["a"] == {"num_rows": 30, "rows_read": 15, "epochs": 0.5}
+    # A resumed stage begins where it began, whatever has become of the other one.
+    _, own = mixture_of({"a": 30}, [1], "pretrain_2", expected)
+    write_checkpoint(tmp_path / "pretrain_2", 3, consumed_samples=6, **{RECORD_KEY: own.to_dict()})
+    write_checkpoint(tmp_path / "pretrain_1", 20, consumed_samples=40, **{RECORD_KEY: record.to_dict()})
+    assert rows_read_before(config) == expected
+    assert coverage_of_stage(tmp_path / "pretrain_2")["a"]["rows_read"] == 21
+
+
+def test_checkpoints_without_a_record_have_read_nothing(tmp_path: Path):
+    write_checkpoint(tmp_path / "converted", 0, consumed_samples=0)
+    assert rows_read_before(config_of(tmp_path, str(tmp_path / "converted"))) == {}
+    assert rows_read_before(config_of(tmp_path, str(tmp_path / "nothing"))) == {}
+    assert coverage_of_stage(tmp_path / "converted") == {}

@@ -1,6 +1,6 @@
 """The certificate of a vision tokenizer: a checkpoint of ours and a released layout give the same codes and pixels.
 
-The released side runs in `model.vision_reference` from the files alone; ours runs as it encodes and decodes.
+The released side runs in `model.vision_tokenizer.plain_reference` from the files alone; ours runs as it encodes and decodes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import vision_reference
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.conversion.sources import open_foreign
 from model.conversion.tensors import TensorSource
 from model.conversion.vision import expected_shapes, released_network
 from model.errors import UserError
-from model.vision_reference import VisionSizes
+from model.vision_tokenizer import plain_reference
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.plain_reference import VisionSizes
 from model.vision_tokenizer.wrapper import MODEL_PREFIX, config_from_manifest, load_weights
 
 # Of two implementations in float32, in units of the largest value.
@@ -102,8 +102,8 @@ def _compare_tensors(
 @torch.no_grad()
 def _compare_functions(model: IBQ, weights: dict[str, torch.Tensor], sizes: VisionSizes, seed: int) -> dict[str, Any]:
     images = _images(sizes.factor, seed)
-    their_latents = vision_reference.latents(weights, sizes, images)
-    scores = vision_reference.code_scores(weights, their_latents)
+    their_latents = plain_reference.latents(weights, sizes, images)
+    scores = plain_reference.code_scores(weights, their_latents)
     theirs, ours = scores.argmax(-1), model.encode(images).flatten(1)
     chosen = scores.gather(-1, ours[..., None])[..., 0]
     best = scores.amax(-1)
@@ -111,7 +111,7 @@ def _compare_functions(model: IBQ, weights: dict[str, torch.Tensor], sizes: Visi
     tolerance = MAX_DIFFERENCE * scores.abs().amax(-1)
     explained = (theirs == ours) | (best - chosen <= tolerance)
     codes = theirs.view(len(images), ROWS, COLUMNS)
-    expected, got = vision_reference.decode(weights, sizes, codes), model.decode(codes)
+    expected, got = plain_reference.decode(weights, sizes, codes), model.decode(codes)
     gc.collect()
     pixel_difference = float((got - expected).abs().max())
     latent_difference = float((model.latents(images).flatten(2).transpose(1, 2) - their_latents).abs().max())
@@ -119,7 +119,7 @@ def _compare_functions(model: IBQ, weights: dict[str, torch.Tensor], sizes: Visi
         "agree": bool(explained.all())
         and pixel_difference <= MAX_DIFFERENCE * max(1.0, float(expected.abs().max()))
         and latent_difference <= MAX_DIFFERENCE * max(1.0, float(their_latents.abs().max())),
-        "against": "model.vision_reference",
+        "against": "model.vision_tokenizer.plain_reference",
         "num_codes": theirs.numel(),
         "seed": seed,
         "code_agreement": float((theirs == ours).double().mean()),

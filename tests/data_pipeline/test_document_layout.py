@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.documents.builder import (
-    TASKS,
     Document,
     DocumentBuilder,
     ImageBlock,
@@ -23,6 +22,7 @@ from data_pipeline.documents.builder import (
     fraction,
     parse_image_block,
 )
+from data_pipeline.documents.prompts import TASKS
 from data_pipeline.documents.reading import StructureToken, read_items
 from data_pipeline.documents.templates import DocumentLayout, LayoutConfig, split_video
 from data_pipeline.kinds.registry import KindSet

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import vision_reference
 from model.conversion import vision
 from model.conversion.actions import Options
 from model.conversion.vision_parity import certify
 from model.errors import UserError
-from model.vision_reference import VisionSizes
+from model.vision_tokenizer import plain_reference
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.plain_reference import VisionSizes
 
 SIZES = VisionTokenizerConfig(
     ch=32,
@@ -67,13 +67,13 @@ def test_the_reference_gives_the_codes_and_pixels_of_the_model():
     weights = dict(model.state_dict())
     sizes = VisionSizes.from_released(vision.class_config(SIZES)["ddconfig"])
     images = torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1
-    latents = vision_reference.latents(weights, sizes, images)
+    latents = plain_reference.latents(weights, sizes, images)
     assert torch.allclose(latents, model.latents(images).flatten(2).transpose(1, 2), atol=1e-9, rtol=1e-9)
-    codes = vision_reference.code_scores(weights, latents).argmax(-1).view(2, 4, 6)
+    codes = plain_reference.code_scores(weights, latents).argmax(-1).view(2, 4, 6)
     assert torch.equal(codes, model.encode(images))
     expected = model.decode(codes)
     assert torch.allclose(
-        vision_reference.decode(weights, sizes, codes), expected, atol=1e-9 * float(expected.abs().max())
+        plain_reference.decode(weights, sizes, codes), expected, atol=1e-9 * float(expected.abs().max())
     )
 
 

@@ -46,6 +46,7 @@ GIB = 2**30
 class Case(NamedTuple):
     dtype: str
     tensor: int
+    chunk_tokens: int | None = None  # the head's own choice
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable
         weight.main_grad.add_(weight.grad)
 
     def after() -> None:
-        (-TokenScores(hidden, weight, vocabulary).log_probs(ids)).sum().backward()
+        (-TokenScores(hidden, weight, vocabulary, chunk_tokens=case.chunk_tokens).log_probs(ids)).sum().backward()
 
     def clean(way: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--chunk-tokens", type=int, help="of what is measured; default: the head's own")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="of the times; 0: none")
     parser.add_argument("--whole", type=int, default=32_768, help="tokens of the counted case")
@@ -205,7 +207,8 @@ def main() -> None:
     print(f"{'':<20}{'tokens x hidden':>16}{'before':>11}{'after':>11}")
     for case in cases:
         print_row(case, "counted", options.whole, options.whole_hidden, counted_gib)
-    for case in cases if not options.only_counted else []:
+    for one in cases if not options.only_counted else []:
+        case = one._replace(chunk_tokens=options.chunk_tokens)
         print_row(case, "counted", options.tokens, options.hidden, counted_gib)
         figures = measure(case, options)
         print_row(case, "measured", options.tokens, options.hidden, lambda *_: figures)  # noqa: B023

@@ -133,8 +133,8 @@ def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable
 
     def clean(way: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            hidden.grad = weight.grad = None
             way()
+            hidden.grad = weight.grad = None  # what is resident afterwards is what was before
 
         return run
 

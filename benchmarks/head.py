@@ -187,7 +187,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
         ]
         for worker in workers:
             worker.start()
-        by_rank = [figures for _, figures in collect(workers, answers)]
+        results: list[Any] = collect(workers, answers)
+    by_rank = [figures for _, figures in results]
     return {name: max(figures[name] for figures in by_rank) for name in by_rank[0]}
 
 

@@ -149,7 +149,8 @@ def weights_of_checkpoint(reader: Any, config: ModelConfig) -> GetWeight:
         shape = tuple(reader.global_shape(f"model/{key}"))
         stop = shape[0] if stop is None else stop
         offset = (start,) + (0,) * (len(shape) - 1)
-        return reader.read(f"model/{key}", offset, (stop - start, *shape[1:]))
+        result: torch.Tensor = reader.read(f"model/{key}", offset, (stop - start, *shape[1:]))
+        return result
 
     def weight(name: str) -> torch.Tensor:
         if name == "model.embed_tokens.weight":

@@ -85,7 +85,8 @@ def checked_options(schema: type[Options], values: Mapping[str, Any], key: str, 
         problems = Problems()
         options.validate(problems, key)
         problems.raise_if_any()
-    return options
+    result: Options = options
+    return result
 
 
 def typed_options(schema: type[Options], values: Mapping[str, Any], key: str, owner: str) -> Options:
@@ -113,7 +114,8 @@ def typed_options(schema: type[Options], values: Mapping[str, Any], key: str, ow
             where=f"{key}.{error.full_key}" if getattr(error, "full_key", "") else key,
             got=str(error).splitlines()[0],
         ) from None
-    return options
+    result: Options = options
+    return result
 
 
 def without_none(annotation: Any) -> Any:

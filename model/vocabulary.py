@@ -124,7 +124,8 @@ class Vocabulary:
         """`vocabulary.bos`, `vocabulary.boi`, ...: the id of a structure token."""
         structure = self.__dict__.get("structure", {})
         if name in structure:
-            return structure[name]
+            result: int = structure[name]
+            return result
         raise AttributeError(name)
 
     def is_visual(self, ids: Any) -> Any:

@@ -41,7 +41,8 @@ class AttentionPlan:
     @property
     def query_lengths(self) -> np.ndarray:
         """int64 [P], query tokens of each piece."""
-        return self.queries[:, 1] - self.queries[:, 0]
+        result: np.ndarray = self.queries[:, 1] - self.queries[:, 0]
+        return result
 
     @property
     def key_lengths(self) -> np.ndarray:
@@ -186,7 +187,8 @@ def range_tokens(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:
     """Where ranges of these lengths begin when they lie one behind the other."""
-    return np.cumsum(lengths) - lengths
+    result: np.ndarray = np.cumsum(lengths) - lengths
+    return result
 
 
 def _sums(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:

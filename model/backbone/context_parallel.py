@@ -49,4 +49,5 @@ def gather_tokens(heads: torch.Tensor, order: torch.Tensor, context_group: Any) 
     `order` is `gathered_order`. The gradient is summed back to the rank that holds a token.
     """
     gathered = gather_from_sequence_parallel_region(heads.contiguous(), group=context_group)
-    return gathered.index_select(0, order)
+    result: torch.Tensor = gathered.index_select(0, order)
+    return result

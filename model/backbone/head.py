@@ -124,7 +124,7 @@ class TokenScores:
         assert ids.shape == self._hidden.shape[:1], f"ids are [T] = [{len(self._hidden)}], got {tuple(ids.shape)}"
         exclusion = self._columns.exclusion(allowed) if allowed is not None else None
         needs_gradient = torch.is_grad_enabled() and (self._hidden.requires_grad or self._weight.requires_grad)
-        scores: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(
+        scores: tuple[torch.Tensor, torch.Tensor] = _Scores.apply(  # type: ignore[no-untyped-call]
             self._hidden, self._weight, ids, self._columns, exclusion, with_entropy, needs_gradient
         )
         return scores

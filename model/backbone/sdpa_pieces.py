@@ -81,10 +81,10 @@ def attend(
     moves = pieces.moves
     if moves is None:
         return _attend_batches(query, key, value, pieces.batches, scale, dropout)
-    query = _MoveRows.apply(query, moves.query_rows, moves.home_rows)
+    query = _MoveRows.apply(query, moves.query_rows, moves.home_rows)  # type: ignore[no-untyped-call]
     if moves.keys_are_queries:
-        key = _MoveRows.apply(key, moves.key_rows, moves.home_rows)
-        value = _MoveRows.apply(value, moves.key_rows, moves.home_rows)
+        key = _MoveRows.apply(key, moves.key_rows, moves.home_rows)  # type: ignore[no-untyped-call]
+        value = _MoveRows.apply(value, moves.key_rows, moves.home_rows)  # type: ignore[no-untyped-call]
     else:  # one key may serve several pieces: its gradients add up
         key, value = key.index_select(0, moves.key_rows), value.index_select(0, moves.key_rows)
     return _attend_batches(query, key, value, pieces.batches, scale, dropout).index_select(0, moves.home_rows)

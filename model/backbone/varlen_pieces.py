@@ -104,9 +104,10 @@ def _flash(
     # num_splits: a document's values do not depend on what else is in its batch.
     if dropout > 0.0:
         # The operator below varlen_attn, which fixes dropout at 0; torch's nested tensors call it with dropout, too.
-        return torch.ops.aten._flash_attention_forward(
+        result: torch.Tensor = torch.ops.aten._flash_attention_forward(
             query, key, value, *bounds, dropout, call.causal, False, scale=scale, num_splits=1
         )[0]
+        return result
     # Importing it loads torch's compiler, which a host without CUDA never needs.
     from torch.nn.attention import varlen
 

@@ -159,7 +159,8 @@ class CheckpointReader:
         except SafetensorError as error:
             raise self._damaged(piece["file"], f"{piece['name']} as the manifest says", str(error)) from None
         result[tuple(target)] = values
-        return values.numel()
+        found: int = values.numel()
+        return found
 
     def _verified_file(self, piece: dict[str, Any], dtype: torch.dtype) -> Any:
         """The file of a piece, once the piece is found as the manifest describes it. Raises `SafetensorError`."""

@@ -201,7 +201,8 @@ def derive_config(values: dict[str, Any], place: Path) -> ModelConfig:
 
 def head_dim_of(values: dict[str, Any]) -> int | None:
     if values.get("head_dim") is not None:
-        return values["head_dim"]
+        result: int | None = values["head_dim"]
+        return result
     heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
     return hidden // heads if heads and hidden else None
 

@@ -242,7 +242,8 @@ def _our_logits(
             rope_theta=config.rope_theta,
         )
         logits = model.to(device)(tokens[None], None, None, packed_seq_params=packed)[0]
-        return logits[:, : Vocabulary.from_config(config.vocabulary).size].float().cpu()
+        result: torch.Tensor = logits[:, : Vocabulary.from_config(config.vocabulary).size].float().cpu()
+        return result
     finally:
         if opened:
             groups.destroy()

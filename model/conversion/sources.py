@@ -112,7 +112,8 @@ def index_entries(path: Path) -> dict[str, str]:
             expected='{"weight_map": {tensor: file}}',
             got=f"{type(error).__name__} {error}",
         ) from None
-    return entries
+    result: dict[str, str] = entries
+    return result
 
 
 class CheckpointSource:

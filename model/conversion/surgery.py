@@ -196,7 +196,8 @@ def new_rows(
 
     def mean(start: int, stop: int) -> np.ndarray:
         draws = draw(start, stop, num_mixed, 1.0)
-        return text.mean + math.sqrt(surgery.noise / num_mixed) * (draws @ text.sample)
+        result: np.ndarray = text.mean + math.sqrt(surgery.noise / num_mixed) * (draws @ text.sample)
+        return result
 
     if codebook is None:
         return mean

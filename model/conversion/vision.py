@@ -258,7 +258,8 @@ def find_config(path: Path) -> VisionTokenizerConfig:
 def released_network(path: Path, config: VisionTokenizerConfig) -> dict[str, Any]:
     """`ddconfig` of the `config.yaml` beside released weights; where there is none, what an export would say."""
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    return read_class_config(file)["ddconfig"] if file.is_file() else class_config(config)["ddconfig"]
+    result: dict[str, Any] = read_class_config(file)["ddconfig"] if file.is_file() else class_config(config)["ddconfig"]
+    return result
 
 
 def read_class_config(file: Path) -> dict[str, Any]:
@@ -288,7 +289,8 @@ def read_class_config(file: Path) -> dict[str, Any]:
         raise UserError(
             "this network has no place in our IBQ tokenizer", where=str(file), expected=expected, got=", ".join(other)
         )
-    return tree
+    result: dict[str, Any] = tree
+    return result
 
 
 def class_config(config: VisionTokenizerConfig) -> dict[str, Any]:

@@ -369,7 +369,8 @@ def _is_published(target: Path, work: Path, fingerprint: str) -> bool:
     if not target.is_dir() or (work / "output").exists():
         return False
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((work / "plan.json").read_bytes())["fingerprint"] == fingerprint
+        result: bool = json.loads((work / "plan.json").read_bytes())["fingerprint"] == fingerprint
+        return result
     return False
 
 

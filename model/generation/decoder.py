@@ -108,7 +108,8 @@ def decoder_forward(
     cache.lengths += tokens.shape[1] if num_new is None else num_new
     logits = logits.transpose(0, 1).float()
     logits[..., Vocabulary.from_config(config.vocabulary).size :] = float("-inf")
-    return logits
+    result: torch.Tensor = logits
+    return result
 
 
 def _last_real(hidden: torch.Tensor, num_new: torch.Tensor | None) -> torch.Tensor:

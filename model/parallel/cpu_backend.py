@@ -178,7 +178,8 @@ class _CpuRewriter(ast.NodeTransformer):
 def rewrite(source: str, path: str = "<source>") -> ast.Module:
     """Syntax tree of `source` with device names replaced."""
     tree = _CpuRewriter().visit(ast.parse(source, path))
-    return ast.fix_missing_locations(tree)
+    result: ast.Module = ast.fix_missing_locations(tree)
+    return result
 
 
 def without_triton(tree: ast.Module) -> ast.Module:

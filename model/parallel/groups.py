@@ -131,7 +131,8 @@ def keep_to_loopback() -> None:
 def is_initialized() -> bool:
     from model.parallel.megatron import parallel_state
 
-    return parallel_state.model_parallel_is_initialized()
+    result: bool = parallel_state.model_parallel_is_initialized()
+    return result
 
 
 def destroy() -> None:

@@ -75,7 +75,8 @@ class Encoder(nn.Module):
         hidden = self.conv_in(images)
         for level in self.down:
             hidden = level(hidden)
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+        result: torch.Tensor = self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+        return result
 
 
 class Decoder(nn.Module):

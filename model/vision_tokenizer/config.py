@@ -41,7 +41,8 @@ class VisionTokenizerConfig:
     @property
     def factor(self) -> int:
         """Pixels of an image's side per code."""
-        return 2 ** (len(self.ch_mult) - 1)
+        result: int = 2 ** (len(self.ch_mult) - 1)
+        return result
 
     def validate(self, problems: Problems, key: str = "model") -> None:
         for name in (

@@ -38,7 +38,8 @@ class PatchDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, stride=1, padding=1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.main(images)
+        result: torch.Tensor = self.main(images)
+        return result
 
 
 @torch.no_grad()
@@ -88,7 +89,8 @@ def adaptive_weight(
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
         for loss in (reconstruction_loss, adversarial_loss)
     ]
-    return (norms[0] / (norms[1] + GRADIENT_FLOOR)).clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()
+    result: torch.Tensor = (norms[0] / (norms[1] + GRADIENT_FLOOR)).clamp(0.0, MAX_ADAPTIVE_WEIGHT).detach()
+    return result
 
 
 GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturating_generator_loss}

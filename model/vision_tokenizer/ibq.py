@@ -31,9 +31,9 @@ class IBQ(nn.Module):
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Latents [B, embed_dim, H/f, W/f], before quantization, of images [B, 3, H, W] in [-1, 1]."""
-        if self.config.patch_local_encoder:
-            return self.quant_conv(self._encode_patches(images))
-        return self.quant_conv(self.encoder(images))
+        encode = self._encode_patches if self.config.patch_local_encoder else self.encoder
+        latents: torch.Tensor = self.quant_conv(encode(images))
+        return latents
 
     def _encode_patches(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder on each patch of f x f pixels alone: a code is a function of its own pixels."""
@@ -42,11 +42,13 @@ class IBQ(nn.Module):
         rows, columns = height // side, width // side
         grid = images.reshape(batch, channels, rows, side, columns, side)
         patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, side, side)
-        return self.encoder(patches).reshape(batch, rows, columns, -1).permute(0, 3, 1, 2)
+        result: torch.Tensor = self.encoder(patches).reshape(batch, rows, columns, -1).permute(0, 3, 1, 2)
+        return result
 
     def reconstruct(self, values: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, h*f, w*f] of quantized or continuous latents [B, embed_dim, h, w]."""
-        return self.decoder(self.post_quant_conv(values))
+        result: torch.Tensor = self.decoder(self.post_quant_conv(values))
+        return result
 
     def reconstruct_with_features(self, values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As `reconstruct`, and the decoder's feature maps (see `Decoder.features`)."""

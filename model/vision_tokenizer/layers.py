@@ -49,7 +49,8 @@ class ResnetBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + hidden
+        result: torch.Tensor = (x if self.nin_shortcut is None else self.nin_shortcut(x)) + hidden
+        return result
 
 
 class AttnBlock(nn.Module):
@@ -70,7 +71,8 @@ class AttnBlock(nn.Module):
             layer(hidden).view(batch, channels, height * width).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return x + self.proj_out(mixed.transpose(1, 2).reshape(batch, channels, height, width))
+        result: torch.Tensor = x + self.proj_out(mixed.transpose(1, 2).reshape(batch, channels, height, width))
+        return result
 
 
 class Downsample(nn.Module):
@@ -82,7 +84,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1), mode=self.padding_mode))
+        result: torch.Tensor = self.conv(F.pad(x, (0, 1, 0, 1), mode=self.padding_mode))
+        return result
 
 
 class Upsample(nn.Module):
@@ -93,7 +96,8 @@ class Upsample(nn.Module):
         self.conv = convolution(channels, channels, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        result: torch.Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return result
 
 
 class Middle(nn.Module):
@@ -106,4 +110,5 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, config, kernel_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        result: torch.Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return result

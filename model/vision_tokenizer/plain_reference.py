@@ -36,7 +36,8 @@ class VisionSizes:
     @property
     def factor(self) -> int:
         """Pixels of a side per code."""
-        return 2 ** (self.num_levels - 1)
+        result: int = 2 ** (self.num_levels - 1)
+        return result
 
 
 Weights = Mapping[str, torch.Tensor]

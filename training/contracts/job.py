@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from training.contracts.batches import BatchSource
 from training.contracts.engine import Engine
-from training.contracts.objective import BatchSource, Objective
+from training.contracts.objective import Objective
 
 
 @dataclass

@@ -51,7 +51,8 @@ class OfflineRows:
                 continue
             if error is not None:
                 raise error
-            return batch
+            result: Sequence[Any] = batch
+            return result
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -161,7 +161,8 @@ def choose_held_back(samples: list[int], count: int, rng: np.random.Generator) -
 
 def normalized(weights: list[float]) -> np.ndarray:
     values = np.asarray(weights, dtype=np.float64)
-    return values / values.sum()
+    result: np.ndarray = values / values.sum()
+    return result
 
 
 def squares(picture: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

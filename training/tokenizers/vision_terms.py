@@ -44,7 +44,8 @@ class Adversary:
         self.model.requires_grad_(False)
         logits = self.model(images)
         self.model.requires_grad_(True)
-        return logits
+        result: torch.Tensor = logits
+        return result
 
     def backward(self, images: torch.Tensor, reconstructions: torch.Tensor, share: float) -> float:
         """Add the discriminator's own gradients; its loss."""

@@ -77,6 +77,7 @@ def section_lines(schema: type, tree: DictConfig | None, prefix: str, chosen: Ma
             if prefix + field.name in chosen:
                 assert value is not None, "its name has decided the fields"
                 comment = f"{' | '.join(OBJECTIVES)} | package.module.Class"
+                assert tree is not None
                 name = OmegaConf.select(tree, f"{field.name}.name")
                 nested.append(key_line(f"{prefix}{field.name}.name", "str", name, comment))
             nested += section_lines(inner, value, f"{prefix}{field.name}.", chosen)

@@ -13,6 +13,13 @@ import pytest
 from documented_files import write_shown_files
 from tiny_stage import write_packed
 
+from data_pipeline.documents.builder import Text
+from data_pipeline.filters.base import FilterChain
+from data_pipeline.kinds.base import MediaDecoder, PreparedSample
+from data_pipeline.kinds.registry import KindSet
+from data_pipeline.sources.image import ImageConfig
+from data_pipeline.sources.samples import SampleError
+from data_pipeline.video.keyframes import VideoConfig
 from launch.command_line import cli
 from launch.commands import submit
 from launch.composition.compose import compose_config
@@ -69,6 +76,24 @@ def test_options_of_the_users_objective_are_typed_and_listed(own_folder, capsys)
     assert "0: plain cross entropy" in shown
     for option in ("nano", "focal"):
         assert f"{option}, " in shown
+
+
+def test_the_users_kind_and_filter_see_samples(own_folder):
+    config = compose_config(
+        "tokenize",
+        ["input=raw/*.tar", "target=t", "text_tokenizer=t", "kinds=[my_lab.kinds.Poem,text]"]
+        + ["filters=[{name: my_lab.filters.LetterShare, minimum: 0.6}]"],
+    )
+    kinds, filters = KindSet(config.kinds), FilterChain(config.filters)
+    sample = kinds.sample("one", {"title.txt": b"Spring", "verses.txt": b"Green, green."})
+    assert (sample.kind, list(kinds["poem"].texts(sample))) == ("poem", ["Green, green."])
+    assert kinds.sample("two", {"txt": b"prose"}).kind == "text"
+    decoder = MediaDecoder(ImageConfig(), VideoConfig(), 8)
+    parts = kinds["poem"].prepare(sample, decoder)
+    assert parts == [Text("Spring\n\nGreen, green.")]
+    filters.check(PreparedSample("one", "poem", parts))
+    with pytest.raises(SampleError, match="filter_letter_share"):
+        filters.check(PreparedSample("two", "poem", [Text("1 2 3 4 x")]))
 
 
 def test_the_users_task_judges(own_folder):

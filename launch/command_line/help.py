@@ -77,7 +77,9 @@ def section_lines(schema: type, tree: DictConfig | None, prefix: str, chosen: Ma
             if prefix + field.name in chosen:
                 assert value is not None, "its name has decided the fields"
                 comment = f"{' | '.join(OBJECTIVES)} | package.module.Class"
-                nested.append(key_line(f"{prefix}{field.name}.name", "str", value["name"], comment))
+                assert tree is not None
+                name = OmegaConf.select(tree, f"{field.name}.name")
+                nested.append(key_line(f"{prefix}{field.name}.name", "str", name, comment))
             nested += section_lines(inner, value, f"{prefix}{field.name}.", chosen)
         else:
             plain.append(key_line(prefix + field.name, type_name(hints[field.name]), value, comments.get(field.name)))

@@ -75,5 +75,6 @@ def test_toy_stages_inherit_and_form_a_chain():
 def test_a_folder_may_be_given_where_other_commands_have_a_group_of_that_name():
     config = compose_config("generate", ["checkpoint=c", "prompt=p", "vision_tokenizer=runs/a/vision_tokenizer"])
     assert config.vision_tokenizer == "runs/a/vision_tokenizer"
-    options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small").stage.objective
+    corpus = "stage.objective.data.corpora.a.path=x"
+    options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small", corpus).stage.objective
     assert options["model"]["ch"] == 16

@@ -52,6 +52,7 @@ def train(run: Run) -> str:
         enter("callbacks at the start", run.state.step)
         for callback in run.callbacks:
             callback.on_start(run)
+        run.heartbeat.is_starting = False
         status = _run_steps(run)
         return status
     finally:

@@ -105,10 +105,10 @@ def learn(config: TrainConfig) -> dict[str, Any]:
     from training.reliability.signals import StopSignals
     from training.reliability.watchdog import Heartbeat, Watchdog
 
+    objective = make_objective(config)
+    if isinstance(objective, FittedObjective):
+        return objective.fit()
     with StopSignals() as signals:  # a signal that comes while the parts are made is heard by the loop
-        objective = make_objective(config)
-        if isinstance(objective, FittedObjective):
-            return objective.fit()
         rank, world_size = int(os.environ.get("RANK", "0")), config.parallel.world_size
         heartbeat, events = Heartbeat(config.stage_folder, rank), EventLog(config.stage_folder, rank)
         with Watchdog(heartbeat, events, world_size, config.reliability.hang_timeout_seconds):

@@ -1,11 +1,11 @@
-"""A fake stage in a process of its own that hangs: `python hang_host.py RUN_FOLDER build|data|steps`."""
+"""A fake stage in a process of its own that hangs: `python hang_host.py RUN_FOLDER build|steps`."""
 
 from __future__ import annotations
 
 import sys
 import threading
 
-from fake_objective import FakeEngine, FakeObjective, fake_config
+from fake_objective import FakeEngine, fake_config
 
 from training import stage
 
@@ -19,8 +19,6 @@ def main(run_folder: str, where: str) -> None:
     config.reliability.hang_timeout_seconds = 1.0
     if where == "build":
         FakeEngine.of = hang  # type: ignore[method-assign, assignment]
-    elif where == "data":
-        FakeObjective.batches = hang  # type: ignore[method-assign, assignment]
     else:
         FakeEngine.forward_backward = hang  # type: ignore[method-assign, assignment]
     stage.run_stage(config)

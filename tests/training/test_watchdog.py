@@ -74,12 +74,7 @@ def test_progress_keeps_it_quiet(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("where", "phase"),
-    [
-        ("build", "build the engine and open the data"),
-        ("data", "build the engine and open the data"),
-        ("steps", "forward and backward"),
-    ],
+    ("where", "phase"), [("build", "build the engine and open the data"), ("steps", "forward and backward")]
 )
 def test_a_real_process_that_hangs_is_ended_and_named(tmp_path, where, phase):
     answer = subprocess.run(
@@ -87,7 +82,7 @@ def test_a_real_process_that_hangs_is_ended_and_named(tmp_path, where, phase):
         env=os.environ | {"PYTHONPATH": f"{HERE.parent.parent}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,  # most of it is the import of torch
     )
     assert answer.returncode == 1
     assert f"rank behind all others is 0 in phase '{phase}'" in answer.stderr

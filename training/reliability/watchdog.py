@@ -19,12 +19,18 @@ from training.reliability.events import EventLog, tell
 HEARTBEATS_FOLDER = "heartbeats"
 HANG_MARKER = "hang"
 LONGEST_TICK_SECONDS = 5.0
+# Before the first step a phase may last this many timeouts: imports from a crowded disk, nodes that come up late.
+TIMEOUTS_OF_THE_START = 3
 PATIENCE_WITHOUT_WATCHDOG_SECONDS = 1800.0  # torch's own default
 
 
 def collective_timeout_seconds(hang_timeout_seconds: float) -> float:
     """How long a collective may wait for a rank: longer than the watchdog, which knows more, needs to end the run."""
-    return 2 * hang_timeout_seconds + 60.0 if hang_timeout_seconds else PATIENCE_WITHOUT_WATCHDOG_SECONDS
+    return (
+        (TIMEOUTS_OF_THE_START + 1) * hang_timeout_seconds + 60.0
+        if hang_timeout_seconds
+        else PATIENCE_WITHOUT_WATCHDOG_SECONDS
+    )
 
 
 def peak_memory_bytes() -> int:
@@ -42,6 +48,7 @@ class Heartbeat:
     def __init__(self, stage_folder: Path, rank: int):
         self.folder = stage_folder / HEARTBEATS_FOLDER
         self.rank = rank
+        self.is_starting = True  # until the loop runs
         self._has_warned = False
         self.step = 0
         self.phase = "start"
@@ -162,12 +169,13 @@ class Watchdog:
             return os.fdopen(os.dup(2), "w")
 
     def _check(self, stacks: TextIO) -> None:
-        if self.heartbeat.seconds_in_phase() > self.timeout_seconds:
+        limit = self.timeout_seconds * (TIMEOUTS_OF_THE_START if self.heartbeat.is_starting else 1)
+        if self.heartbeat.seconds_in_phase() > limit:
             self._report_and_end(stacks)
         elif self._another_rank_hangs():
             faulthandler.dump_traceback(file=stacks, all_threads=True)
         else:
-            faulthandler.dump_traceback_later(self.timeout_seconds + 2 * self.tick_seconds, exit=True, file=stacks)
+            faulthandler.dump_traceback_later(limit + 2 * self.tick_seconds, exit=True, file=stacks)
 
     def _another_rank_hangs(self) -> bool:
         try:
@@ -181,7 +189,9 @@ class Watchdog:
         with contextlib.suppress(OSError):
             (heartbeat.folder / HANG_MARKER).touch()
         beats, now = read_heartbeats(self.stage_folder, self.world_size), time.time()
-        behind, phase_behind = rank_behind(beats, self.world_size, self._started - self.timeout_seconds, now)
+        behind, phase_behind = rank_behind(
+            beats, self.world_size, self._started - TIMEOUTS_OF_THE_START * self.timeout_seconds, now
+        )
         self.events.record(
             "hang",
             step=heartbeat.step,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading.mixture import Cursor, Mixture
 from data_pipeline.loading.reading_record import ReadingRecord
+from model.checkpoint.manifest import manifest_checksum
 from training.config import StageConfig, TrainConfig
 from training.objectives.rows_read import RECORD_KEY, coverage_of_stage, rows_read_before
 
@@ -98,7 +99,8 @@ def test_a_dataset_under_another_name_is_the_same_dataset():
 def write_checkpoint(stage_folder: Path, step: int, **content: object) -> None:
     folder = stage_folder / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, "keys": {}, "files": {}, **content}))
+    manifest = {"format_version": 1, "keys": {}, "files": {}, **content}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"manifest_crc32": manifest_checksum(manifest)}))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from training.config import ReliabilityConfig
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.reliability.guard import NUM_NORMS_BEFORE_JUDGING, StepGuard, Verdict
 from training.reliability.json_lines import read_json_lines
 

@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from model.errors import Problems
 from model.vocabulary import Vocabulary, VocabularyConfig
 
+# Of the float32 logits that the output layer works on at once (`model.backbone.head`). 948 tokens of Emu3.5's vocabulary on
+# one tensor-parallel rank: enough rows to keep matrix products busy and to make the pass over the float32 weight gradient
+# (once a chunk) small beside them. A bfloat16 copy (half as much), or a second float32 one for entropy, comes on top while
+# the chunk is worked on.
+LOGIT_CHUNK_BYTES = 1 << 30
+
 
 @dataclass
 class ModelConfig:

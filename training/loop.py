@@ -12,7 +12,7 @@ from model.errors import UserError
 from training.callbacks.base import Callback
 from training.config import TrainConfig, differences, results_of
 from training.contracts.job import Job
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.contracts.run_view import LoopState
 from training.metrics import StepRecord
 from training.objectives.checks import fixed_of, in_todays_form

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.reliability.json_lines import read_json_lines
 
 METRICS_NAME = "metrics.jsonl"

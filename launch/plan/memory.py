@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from launch.plan.layout import Batch, Layout
 from launch.plan.shape import ModelShape
+from model.config import LOGIT_CHUNK_BYTES
 
 GRADIENT_BYTES = 4  # gradients are kept and reduced in float32
 MOMENT_BYTES = 8  # two float32 moments
@@ -124,7 +125,7 @@ def stage_memory(
     logits = 0.0
     if stage == layout.pipeline - 1:
         kept += tokens * (3 * hidden * size + 16)  # around the final norm; labels and losses
-        logits = shape.vocabulary_rows / layout.tensor * (4 if size == 4 else 6)
+        logits = min(4 * tokens * shape.vocabulary_rows / layout.tensor, LOGIT_CHUNK_BYTES) * (1 if size == 4 else 1.5)
     communication = 0.0
     if layout.tensor > 1:
         communication += shape.hidden * size  # one gathered input
@@ -135,7 +136,7 @@ def stage_memory(
         gradients=parameters * GRADIENT_BYTES / sharded_weights,
         optimizer=parameters * state_bytes / optimizer_shards,
         activations=kept * in_flight,
-        logits=tokens * logits,
+        logits=logits,
         working=working,
         communication=tokens * communication,
     )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as distributed
 from torch.autograd.function import once_differentiable
 
+from model.config import LOGIT_CHUNK_BYTES
 from model.parallel.megatron import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -27,10 +28,6 @@ from model.parallel.megatron import (
 )
 from model.vocabulary import Vocabulary
 
-# Of a chunk's float32 logits. 949 tokens of Emu3.5's vocabulary on one tensor-parallel rank: enough rows to keep matrix
-# products busy and to make the pass over the float32 weight gradient (once a chunk) small beside them. A bfloat16 copy
-# (half as much), or a second float32 one for entropy, comes on top while the chunk is worked on.
-CHUNK_BYTES = 1 << 30
 # Of one block of the weight gradient before it is added in float32, when the parameters are not float32 themselves.
 WEIGHT_BLOCK_BYTES = 1 << 26
 # The logit of an id that takes no part: exp(EXCLUDED - any real logit) is exactly 0, and 0 * EXCLUDED is no NaN.
@@ -75,7 +72,7 @@ class TokenScores:
 
     `hidden`: [T, 1, h] behind the final norm ([T / tensor, 1, h] with `sequence_parallel`); `weight`: the output
     layer's [padded vocabulary / tensor, h] of this rank. `chunk_tokens` overrides the number of tokens whose logits
-    exist at once (default: `CHUNK_BYTES` of float32). Ids from `vocabulary.size` on have probability exactly 0.
+    exist at once (default: `LOGIT_CHUNK_BYTES` of float32). Ids from `vocabulary.size` on have probability exactly 0.
 
     All tensor-parallel ranks call the same methods in the same order and get the same values. Differentiable once. The
     gradient of `weight` is summed in float32: in place in `weight.main_grad` where megatron-core's data-parallel
@@ -99,7 +96,7 @@ class TokenScores:
         self._hidden = gathered_hidden(hidden, sequence_parallel).squeeze(1)
         self._weight = weight
         first = parallel_state.get_tensor_model_parallel_rank() * num_columns
-        chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * num_columns))
+        chunk = chunk_tokens or max(1, LOGIT_CHUNK_BYTES // (4 * num_columns))
         num_valid = min(max(0, vocabulary.size - first), num_columns)
         self._columns = _Columns(first, num_columns, num_valid, chunk)
 

@@ -12,7 +12,7 @@ from data_pipeline.loading.batch import MicroBatch
 from model.config import ModelConfig
 from model.vocabulary import VocabularyConfig
 from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 
 ROW_TOKENS = 64
 ROWS = 8

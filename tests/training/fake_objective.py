@@ -18,7 +18,7 @@ import torch
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.engine import StepSums
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.contracts.shards import Shard, ShardReader
 from training.objectives.offline_rows import OfflineRows
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.config import ReliabilityConfig
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.reliability.guard import NUM_NORMS_BEFORE_JUDGING, StepGuard, Verdict
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,18 +11,8 @@ from torch import nn
 
 from training.contracts.batches import BatchSource, Ranks
 from training.contracts.inputs import LossMaker
+from training.contracts.results import StepResult
 from training.contracts.shards import ShardReader
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one global batch, on the host, identical on every rank, before the optimizer is applied."""
-
-    loss: float  # weighted sum of losses / total weight of the global batch
-    gradient_norm: float  # global, before clipping
-    num_tokens: int = 0  # all positions of the global batch, padding included
-    has_labels: bool = True  # False: nothing in the global batch is to be learnt
-    metrics: dict[str, Any] = field(default_factory=dict)  # as they go to metrics.jsonl: figures, or figures by name
 
 
 class Objective(Protocol):

@@ -17,7 +17,7 @@ from model.vocabulary import TokenClass, Vocabulary
 from training.config import DatasetEntry, TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.objectives.offline_rows import OfflineRows
 from training.objectives.rows_read import RECORD_KEY, rows_read_before
 from training.objectives.token_options import NextTokenOptions

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from training.config import ReliabilityConfig
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 
 NUM_REMEMBERED_NORMS = 64
 NUM_NORMS_BEFORE_JUDGING = 16  # a median of fewer says little

@@ -23,7 +23,7 @@ from model.vision_tokenizer.losses import psnr_db
 from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
-from training.contracts.objective import StepResult
+from training.contracts.results import StepResult
 from training.contracts.shards import ShardReader
 from training.objectives.offline_rows import OfflineRows
 from training.tokenizers.image_data import ImageSource

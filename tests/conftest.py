@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 if REPOSITORY not in sys.path:
     sys.path.insert(0, REPOSITORY)
+# Classes "of a user's own" that tests of several folders name by dotted path.
+sys.path.append(str(Path(__file__).resolve().parent / "training"))
 
 
 @pytest.fixture(scope="session")

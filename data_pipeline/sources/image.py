@@ -20,9 +20,9 @@ class ImageConfig:
 
     max_area: int = 512 * 512  # larger pictures are reduced to it
     min_area: int = 0  # smaller pictures are enlarged to it
-    # bounded: never above max_area; emu35: every picture to max_area, enlarged too, as the released code rounds (the area
-    # may pass max_area, by 3.1% at 512 x 512 and 16 pixels a token: tests/data_pipeline/test_filters_image.py)
-    resize: str = "bounded"
+    # As the released code rounds, the area may pass max_area, by 3.1% at 512 x 512 and 16 pixels a token
+    # (tests/data_pipeline/test_filters_image.py).
+    resize: str = "bounded"  # bounded: never above max_area; emu35: every picture to max_area, enlarged too
 
 
 def decode_image(data: bytes) -> np.ndarray:

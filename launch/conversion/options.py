@@ -42,8 +42,7 @@ class ConvertConfig:
     ignore: list[str] = field(default_factory=list)  # patterns of source tensors to leave out
     verify: str = "auto"  # auto (logits up to 300 million parameters, else keys) | logits | keys | none
     num_tokens: int = 256  # that verify runs through both sides
-    # Folder or file that goes along; null: that of the run or of the export, if found.
-    text_tokenizer: str | None = None
+    text_tokenizer: str | None = None  # folder or file that goes along; null: that of the run or the export, if found
     surgery: SurgeryOptions = field(default_factory=SurgeryOptions)
     json: bool = False  # print one JSON object on stdout
 

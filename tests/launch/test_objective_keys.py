@@ -39,6 +39,7 @@ def test_options_are_complete_and_typed():
         "max_bytes": 1 << 30,
         "template_copies": 2000,
         "extra_texts": [],
+        "kinds": [],
     }
 
 

@@ -48,9 +48,9 @@ class InferenceOptions:
     context_frames: int = 1  # of interleaved prompts as chat: what follows them belongs to the answer
     max_images: int = 1  # in the answer to an interleaved prompt; other answers hold one
     image_first: bool = True  # answers start with a picture, except after an interleaved one
-    # released: an edit of one picture has that picture's grid, later pictures that of the one before; free: the model
-    # chooses every time. An image size that a prompt gives stands above the model's choice.
-    grids: str = "released"
+    # An edit of one picture has that picture's grid, later pictures that of the one before. An image size that a prompt
+    # gives stands above the model's choice.
+    grids: str = "released"  # released: as above; free: the model chooses every time
     max_grid_side: int = 999  # in tokens, of a grid that the model chooses; 99: two digits a side
     max_batch_size: int = 256  # sequences decoded at once
 

@@ -78,24 +78,27 @@ def measure(config: TrainConfig) -> dict[str, int]:
     """Bytes of one rank: weights, gradients, optimizer, and what a step keeps between forward and backward."""
     from model.parallel import groups
     from training.engines.megatron.engine import MegatronEngine
+    from training.objectives.next_token import NextToken
 
-    engine = MegatronEngine(config, source_names=("only",))
+    engine = MegatronEngine(config)
+    objective = NextToken(config, NextToken.Options())
+    objective.source_names = ["only"]
     stage = config.stage
     batches = [
         one_document_rows(stage.micro_batch_size, stage.sequence_length)
-        for _ in range(stage.global_batch_size // stage.micro_batch_size // engine.data_parallel_size)
+        for _ in range(stage.global_batch_size // stage.micro_batch_size // engine.ranks.data_parallel_size)
     ]
     weights = storages(engine.model.parameters())
     buffers = [*engine.wrapped.buffers, *engine.wrapped.expert_parallel_buffers]
     gradients = storages(buffer.grad_data for buffer in buffers)
-    held = [tensor for _, _, tensor, _ in engine._optimizer_tensors()]
+    held = [tensor for _, _, tensor, _ in engine.shards._optimizer_tensors()]
     held = [tensor for tensor in held if tensor.untyped_storage().data_ptr() not in weights]
     optimizer = storages(held)
     saved = SavedTensors(set(weights))
     gc.collect()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, unpack):
-        engine.forward_backward(batches)
-    engine.optimizer_step(1e-3)
+        engine.forward_backward(batches, objective)
+    engine.optimizer_step(1e-3, 1.0)
     groups.destroy()
     return {
         "parameters": sum(parameter.numel() for parameter in engine.model.parameters()),

@@ -53,7 +53,8 @@ def test_memory_of_every_rank_is_predicted(name, pool):
         assert found["weights"] == pytest.approx(plan.weights, rel=0.01)  # padded for sharding
         assert found["gradients"] == pytest.approx(plan.gradients, rel=0.02)
         assert found["optimizer"] == pytest.approx(plan.optimizer, rel=0.05)
-        kept = plan.activations + max(plan.logits, layer_again(layout, batch, stage))
+        # The head's chunk of logits is no saved tensor; tests/model/test_head.py holds its size.
+        kept = plan.activations + layer_again(layout, batch, stage)
         assert found["activations"] == pytest.approx(kept, rel=0.05)
         whole = plan.weights + plan.gradients + plan.optimizer + kept
         assert sum(found.values()) - found["parameters"] == pytest.approx(whole, rel=0.05)

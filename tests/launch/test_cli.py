@@ -17,8 +17,10 @@ def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def modules_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    """Names of what is loaded, from the last line of the output: what a statement prints itself may hold any word."""
+    code = f"import sys; {statement}; print(); print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(process.stdout.splitlines()[-1].split())
 
 
 def test_the_overview_lists_every_command_without_importing_one():

@@ -295,15 +295,18 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, 
     """A broken disk cannot be had here: opening one file of the newest checkpoint fails as it would there."""
     store = make_store(tmp_path, FakeEngine())
     older, newest = save(store, 5), save(store, 10)
-    original = io.open
 
-    def broken_open(file, *arguments, **options):
-        if str(file) == str(newest / name):
-            raise OSError(number, os.strerror(number), str(file))
-        return original(file, *arguments, **options)
+    def broken(original):
+        def opened(file, *arguments, **options):
+            if str(file) == str(newest / name):
+                raise OSError(number, os.strerror(number), str(file))
+            return original(file, *arguments, **options)
 
-    monkeypatch.setattr(io, "open", broken_open)  # pathlib's
-    monkeypatch.setattr("builtins.open", broken_open)
+        return opened
+
+    monkeypatch.setattr("builtins.open", broken(open))
+    monkeypatch.setattr(io, "open", broken(io.open))  # pathlib's
+    monkeypatch.setattr(os, "open", broken(os.open))
     told = []
     assert store.find_usable(lambda folder, text: told.append((folder, text))) == older
     assert told[0][0] == newest

@@ -28,21 +28,21 @@ def test_the_engines_own_checkpoint_survives_every_step(tmp_path):
     groups.initialize(rank=0, world_size=1)
     engine = MegatronEngine(config)
     try:
-        for number, shard in enumerate(engine.optimizer_shards()):
+        for number, shard in enumerate(engine.shards.optimizer_shards()):
             if shard.key != "optimizer/step":
                 shard.tensor.fill_(0.5 + number)
-        store = CheckpointStore(tmp_path, engine, 1, lambda phase: None)
+        store = CheckpointStore(tmp_path, engine.ranks, engine.shards, 1, lambda phase: None)
         metadata = {"kind": "transformer", "step": 7, "model": vars(MODEL) | {"vocabulary": vars(MODEL.vocabulary)}}
         written = store.save(7, metadata, "config: none\n")
         actions.reshard(written, tmp_path / "split", Options(tensor=2, pipeline=2))
         before = {
             (one.key, one.global_offset): one.tensor.clone()
-            for one in engine.model_shards() + engine.optimizer_shards()
+            for one in engine.shards.model_shards() + engine.shards.optimizer_shards()
         }
-        for shard in engine.model_shards() + engine.optimizer_shards():
+        for shard in engine.shards.model_shards() + engine.shards.optimizer_shards():
             shard.tensor.zero_()
         store.load(tmp_path / "split")  # random streams stay: they are the old ranks'
-        for shard in engine.model_shards() + engine.optimizer_shards():
+        for shard in engine.shards.model_shards() + engine.shards.optimizer_shards():
             assert torch.equal(shard.tensor, before[shard.key, shard.global_offset]), shard.key
     finally:
         engine.close()

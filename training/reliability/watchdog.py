@@ -10,6 +10,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -110,6 +111,14 @@ def rank_behind(beats: list[dict[str, Any]], world_size: int, oldest: float, now
     return behind["rank"], behind["phase"]
 
 
+def dump_stacks(file: TextIO) -> None:
+    """All threads' stacks, the main thread's first: faulthandler begins with the newest thread and ends after 100."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    file.write("Main thread (most recent call last):\n" + "".join(traceback.format_stack(frame)) + "\n")
+    file.flush()
+    faulthandler.dump_traceback(file=file, all_threads=True)
+
+
 class Watchdog:
     """A thread that writes this rank's heartbeat and ends the process when a phase lasts too long.
 
@@ -154,7 +163,7 @@ class Watchdog:
                     break
             faulthandler.cancel_dump_traceback_later()
             if self.timeout_seconds and self._another_rank_hangs():  # its end broke what this rank was doing
-                faulthandler.dump_traceback(file=stacks, all_threads=True)
+                dump_stacks(stacks)
         self.heartbeat.write()
         with contextlib.suppress(OSError):
             if self.stacks_path.stat().st_size == 0:
@@ -173,7 +182,7 @@ class Watchdog:
         if self.heartbeat.seconds_in_phase() > limit:
             self._report_and_end(stacks)
         elif self._another_rank_hangs():
-            faulthandler.dump_traceback(file=stacks, all_threads=True)
+            dump_stacks(stacks)
         else:
             faulthandler.dump_traceback_later(limit + 2 * self.tick_seconds, exit=True, file=stacks)
 
@@ -185,7 +194,7 @@ class Watchdog:
 
     def _report_and_end(self, stacks: TextIO) -> None:
         heartbeat = self.heartbeat
-        faulthandler.dump_traceback(file=stacks, all_threads=True)
+        dump_stacks(stacks)
         with contextlib.suppress(OSError):
             (heartbeat.folder / HANG_MARKER).touch()
         beats, now = read_heartbeats(self.stage_folder, self.world_size), time.time()

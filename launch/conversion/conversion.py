@@ -18,7 +18,7 @@ from model.conversion.hugging_face import model_config
 from model.conversion.mappings import VISION_LAYOUT
 from model.conversion.record import RECORD_FOLDER
 from model.conversion.sources import listed
-from model.conversion.writer import Result, Written
+from model.conversion.writer import Result, Written, refuse_existing
 from model.errors import UserError
 from model.vocabulary import Vocabulary
 
@@ -36,7 +36,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     if config.layout is None and config.vision_tokenizer is not None:
         config.layout = VISION_LAYOUT
     source, target = Path(config.source or "."), Path(config.target or ".")
-    actions.refuse_existing(target)
+    refuse_existing(target)
     answer: dict[str, Any] = {"action": config.action, "target": str(target), "layout": config.layout}
     if config.layout == VISION_LAYOUT:
         return answer | convert_vision(config, source, target)

@@ -150,7 +150,7 @@ def test_the_shell_command_answers_with_the_job_id(slurm, tmp_path):
     assert answer.returncode == 0, answer.stderr
     told = json.loads(answer.stdout)
     assert slurm.job(told["job_id"])["JobState"] == "PENDING"
-    assert Path(told["code"], "launch", "cli.py").exists()
+    assert Path(told["code"], "launch", "command_line", "cli.py").exists()
     assert Path(told["script"]).read_text().startswith("#!/bin/bash")
     slurm.call("scancel", told["job_id"])
 

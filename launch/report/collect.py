@@ -119,6 +119,7 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     }
     weights = {name: entry.get("weight", 1.0) for name, entry in datasets.items()}
     stage["mixture"] = mixture(lines, weights, sources_of(datasets, folder.damages))
+    stage["data_read"] = folder.data_read()
     return stage
 
 

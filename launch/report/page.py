@@ -28,6 +28,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Stages", stage_table(report["stages"])),
         section("Loss by class of token", curves(report["stages"])),
         section("Mixture as consumed", mixtures(report["stages"])),
+        section("Data read", data_read_table(report["stages"])),
         samples(report["samples"], run_folder),
         section("Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])),
         section("Time and memory", entry_table(report["entries"])),
@@ -134,6 +135,16 @@ def mixtures(stages: list[dict[str, Any]]) -> str:
             )
     note = "<p>Bars: share of the tokens that carried loss. Ticks: share of the packed tokens that the configuration asks for.</p>"
     return f'{note}<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def data_read_table(stages: list[dict[str, Any]]) -> str:
+    """How far each stage has brought the reading of its datasets; past one epoch rows repeat."""
+    rows = [
+        [str(stage["name"]), dataset, whole(read["num_rows"]), whole(read["rows_read"]), unit(read["epochs"], "", 2)]
+        for stage in stages
+        for dataset, read in stage["data_read"].items()
+    ]
+    return table(["after stage", "packed dataset", "rows", "rows read so far", "epochs"], rows)
 
 
 def samples(entries: list[dict[str, Any]], run_folder: Path) -> str:

@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from model.errors import UserError
 from training.config import translated
 from training.contracts.summary import StageSummary
+from training.objectives.rows_read import coverage_of_stage
 
 CURRICULUM_NAME, SUMMARY_NAME, METRICS_NAME, CONFIG_NAME = (
     "curriculum.json",
@@ -100,6 +102,14 @@ class StageFolder:
             stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
             lines, _ = parse_lines(stream.read())
         return [line for line in lines if is_step(line)]
+
+    def data_read(self) -> dict[str, dict[str, float]]:
+        """What the curriculum had read of each dataset at the newest checkpoint; empty where none says so."""
+        try:
+            return coverage_of_stage(self.path)
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            self.damages.note(self.path, error)
+            return {}
 
     def settings(self) -> dict[str, Any]:
         """The section `stage` of its configuration; empty where there is none."""

@@ -12,6 +12,7 @@ from PIL import Image
 from launch.command_line import cli
 from launch.report.charts import line_chart, nice_ceiling, share_bars
 from launch.report.collect import MAX_CURVE_POINTS, collect, curve
+from model.checkpoint.manifest import manifest_checksum
 
 
 def write(path: Path, content: object) -> None:
@@ -140,6 +141,27 @@ def test_mixture_and_curves_come_from_the_metrics(run_folder):
         {"source": "b", "tokens": 20, "share": 0.25, "weight": 0.75},
     ]
     assert stage["curves"] == {"all": [(1.0, 4.0), (2.0, 3.0)], "text": [(1.0, 4.0), (2.0, 4.0)]}
+
+
+def write_checkpoint_that_read(stage_folder: Path, record: object) -> None:
+    manifest = {"format_version": 1, "keys": {}, "files": {}, "consumed_samples": 8, "data_read": record}
+    write(
+        stage_folder / "checkpoints" / "step_00000002" / "manifest.json",
+        manifest | {"manifest_crc32": manifest_checksum(manifest)},
+    )
+
+
+def test_the_report_says_how_much_of_each_dataset_was_read(run_folder):
+    a = {"fingerprint": "of a", "num_rows": 4, "stream": "0/sft/a", "first": 0, "share": 1}
+    write_checkpoint_that_read(run_folder / "sft", {"datasets": {"a": a}, "before": {}})
+    by_name = {stage["name"]: stage["data_read"] for stage in collect(run_folder)["stages"]}
+    assert by_name == {"sft": {"a": {"num_rows": 4, "rows_read": 8, "epochs": 2.0}}, "pretrain_1": {}}
+    cli.main(["report", f"run_folder={run_folder}"])
+    assert "<td>sft</td><td>a</td><td>4</td><td>8</td><td>2.00 </td>" in (run_folder / "report.html").read_text()
+    write_checkpoint_that_read(run_folder / "sft", {"datasets": {"a": {}}})
+    report = collect(run_folder)
+    assert report["stages"][1]["data_read"] == {}
+    assert any(line.startswith(str(run_folder / "sft")) for line in report["damaged"])
 
 
 class Outside(HTMLParser):

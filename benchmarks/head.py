@@ -10,8 +10,8 @@ bfloat16, on one and two tensor-parallel ranks. Three figures:
   not seen.
 - measured: growth of the resident size's peak (VmHWM of /proc/self/status) at `--tokens` x `--hidden`, with the count of
   the same case beside it, which shows what the counting is worth.
-- time: CPU seconds (of the process, kernel included) after / before of runs that take turns in the same processes,
-  median of `--rounds`.
+- time: CPU seconds (of the process, kernel included) of each way / before, of runs that take turns in the same processes,
+  median of `--rounds`. "recomputed": a loss whose weights are not known beforehand, which computes the logits twice.
 
 Before, the float32 logits of 32,768 tokens take 37 GB, which most machines for tests have not; hence the counting. Both
 ways end with the weight's gradient added to the float32 one of megatron-core's data-parallel wrapper; that one is no part of
@@ -108,7 +108,7 @@ def counted_gib(case: Case, num_tokens: int, hidden_size: int) -> dict[str, floa
 
 
 def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable[[], None]]:
-    """The two ways, by name, on this rank's inputs."""
+    """The ways, by name, on this rank's inputs: the last is that of losses whose weights are not known beforehand."""
     from benchmarks.full_logits import token_losses
     from model.backbone.head import TokenScores, gathered_hidden
     from model.backbone.transformer import DTYPES
@@ -120,6 +120,7 @@ def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable
     weight: Any = torch.randn(vocabulary.padded_size // case.tensor, hidden_size).to(dtype).requires_grad_()
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # as megatron-core's data-parallel wrapper does
     ids = torch.zeros(num_tokens, dtype=torch.int64) + 200_000
+    ones = torch.ones(num_tokens)
 
     def before() -> None:
         logits = torch.matmul(gathered_hidden(hidden, sequence_parallel=False), weight.t())
@@ -129,6 +130,9 @@ def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable
         weight.main_grad.add_(weight.grad)
 
     def after() -> None:
+        TokenScores(hidden, weight, vocabulary, chunk_tokens=case.chunk_tokens).weighted_losses(ids, ones)[0].backward()
+
+    def recomputed() -> None:
         (-TokenScores(hidden, weight, vocabulary, chunk_tokens=case.chunk_tokens).log_probs(ids)).sum().backward()
 
     def clean(way: Callable[[], None]) -> Callable[[], None]:
@@ -138,7 +142,7 @@ def prepare(case: Case, num_tokens: int, hidden_size: int) -> dict[str, Callable
 
         return run
 
-    return {"before": clean(before), "after": clean(after)}
+    return {"before": clean(before), "after": clean(after), "recomputed": clean(recomputed)}
 
 
 def measured_gib(way: Callable[[], None]) -> float:
@@ -148,8 +152,8 @@ def measured_gib(way: Callable[[], None]) -> float:
     return (resident_bytes("VmHWM") - resident) / GIB
 
 
-def time_ratio(ways: dict[str, Callable[[], None]], rounds: int) -> float:
-    ratios = []
+def time_ratios(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    ratios: dict[str, list[float]] = {name: [] for name in ways if name != "before"}
     for turn in range(rounds):
         seconds = {}
         for name in sorted(ways, reverse=turn % 2 == 0):  # who goes first changes
@@ -158,8 +162,9 @@ def time_ratio(ways: dict[str, Callable[[], None]], rounds: int) -> float:
             ways[name]()
             torch.distributed.barrier()
             seconds[name] = time.process_time() - started
-        ratios.append(seconds["after"] / seconds["before"])
-    return statistics.median(ratios)
+        for name, found in ratios.items():
+            found.append(seconds[name] / seconds["before"])
+    return {f"time of {name}": statistics.median(found) for name, found in ratios.items()}
 
 
 def work(rank: int, case: Case, store: str, options: argparse.Namespace, answers: Any) -> None:
@@ -171,7 +176,7 @@ def work(rank: int, case: Case, store: str, options: argparse.Namespace, answers
     ways = prepare(case, options.tokens, options.hidden)
     figures = {name: measured_gib(way) for name, way in ways.items()}
     if options.rounds:
-        figures["ratio"] = time_ratio(ways, options.rounds)
+        figures |= time_ratios(ways, options.rounds)
     answers.put((rank, figures))
     groups.destroy()
 
@@ -214,7 +219,8 @@ def main() -> None:
         figures = measure(case, options)
         print_row(case, "measured", options.tokens, options.hidden, lambda *_: figures)  # noqa: B023
         if options.rounds:
-            print(f"{case.name:<20}CPU seconds after / before: {figures['ratio']:.3f}", flush=True)
+            told = ", ".join(f"{name} {figures[f'time of {name}']:.3f}" for name in ("after", "recomputed"))
+            print(f"{case.name:<20}CPU seconds / those of before: {told}", flush=True)
 
 
 def print_row(case: Case, how: str, num_tokens: int, hidden_size: int, figures_of: Any) -> None:

@@ -1,9 +1,10 @@
 """The output layer in chunks of tokens: log-probabilities and entropies that never hold the logits of all tokens.
 
 The logits of 32,768 tokens over the 282,926 ids of Emu3.5 are 37 GB in float32. Here a chunk of tokens is taken to
-logits, reduced to a few numbers a token, and forgotten; the backward pass computes the chunk's logits again. The matrix
+logits, reduced to a few numbers a token, and forgotten. The backward pass computes the chunk's logits again, except
+that of `weighted_losses`, whose gradient is known as soon as the logits are and is made beside them. The matrix
 products run in the parameters' dtype and the softmax in float32, as in megatron-core's output layer and cross entropy.
-The vocabulary may be split over tensor-parallel ranks; each call has two small collectives, whatever the chunks.
+The vocabulary may be split over tensor-parallel ranks; each call has two small collectives, `weighted_losses` each chunk.
 
 Notation, for a token: x = logits minus the largest one held here, p = softmax(logits), H = entropy.
 Of a loss with d loss / d log-probability = g and d loss / d H = e the gradient of logit j is
@@ -115,6 +116,22 @@ class TokenScores:
         """Both, for the price of one pass over the logits."""
         return self._compute(ids, allowed, with_entropy=True)
 
+    def weighted_losses(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of weights * losses [], losses [T]), float32; a loss is minus the log-probability of the id.
+
+        For a loss that is linear in the log-probabilities with `weights` (float32 [T]) known beforehand: three matrix
+        products instead of four. The sum alone is differentiable, and is meant to be the loss or a term of it: its own
+        gradient has to be 1, since that of the weight may be in `main_grad` by then. Anything else is an error.
+        """
+        assert ids.shape == self._hidden.shape[:1], f"ids are [T] = [{len(self._hidden)}], got {tuple(ids.shape)}"
+        if not torch.is_grad_enabled():
+            losses = -self.log_probs(ids)
+            return torch.dot(losses, weights), losses
+        found: tuple[torch.Tensor, torch.Tensor] = _WeightedLosses.apply(  # type: ignore[no-untyped-call]
+            self._hidden, self._weight, ids, weights, self._columns
+        )
+        return found
+
     def _compute(
         self, ids: torch.Tensor, allowed: AllowedSets | None, *, with_entropy: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +171,12 @@ class _Columns:
         index = torch.where(allowed.index < 0, num_sets, allowed.index)
         forced = torch.cat((allowed.sets.sum(1) == 1, allowed.sets.new_zeros(1)))
         return _Exclusion(columns, index, forced[index])
+
+    def own(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The column of each id (0 where another rank has it), and bool: this rank has it."""
+        local_ids = ids - self.first
+        held = (local_ids >= 0) & (local_ids < self.size)
+        return torch.where(held, local_ids, 0), held
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         for start in range(0, num_tokens, self.chunk_tokens):
@@ -197,9 +220,7 @@ class _Scores(torch.autograd.Function):
         with_entropy: bool,
         needs_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        local_ids = ids - columns.first
-        held = (local_ids >= 0) & (local_ids < columns.size)
-        local_ids = torch.where(held, local_ids, 0)
+        local_ids, held = columns.own(ids)
         # A row each: largest logit; logit of the id; sum of exp(x); sum of x exp(x). Of this rank's columns.
         local = hidden.new_zeros((4, len(hidden)), dtype=torch.float32)
         buffer = columns.new_buffer(hidden)
@@ -242,17 +263,79 @@ class _Scores(torch.autograd.Function):
             x = kept
             if x is None:
                 x = columns.logits(hidden, weight, exclusion, chunk, buffer).sub_(local_largest[chunk, None])
-            grad_logits = tokens.of_logits(x, is_exp, chunk).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.matmul(grad_logits, weight, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.t(), hidden[chunk])
-            del grad_logits
-        if grad_weight is getattr(weight, "main_grad", None):
-            grad_weight = None  # already where megatron-core's data-parallel wrapper would add it
-        elif grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+            _add_chunk(tokens.of_logits(x, is_exp, chunk), hidden, weight, chunk, grad_hidden, grad_weight)
+        return grad_hidden, _for_autograd(grad_weight, weight), None, None, None, None, None
+
+
+class _WeightedLosses(torch.autograd.Function):
+    """(weighted sum of losses [], losses [T]); the gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        columns: _Columns,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        local_ids, held = columns.own(ids)
+        losses = torch.empty_like(weights)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = _float32_gradient(weight) if ctx.needs_input_grad[1] else None
+        buffer = columns.new_buffer(hidden)
+        for chunk in columns.chunks(len(hidden)):
+            exponentials = columns.logits(hidden, weight, None, chunk, buffer)
+            local = hidden.new_zeros((4, len(exponentials)), dtype=torch.float32)
+            _reduce_chunk(exponentials, local_ids[chunk], local, with_entropy=False)
+            held_here = held[chunk] & ~(local[1] <= EXCLUDED)  # NaN stays NaN
+            largest, total, log_probs, _ = _combine_ranks(local, held_here)
+            losses[chunk] = -log_probs
+            tokens = _TokenGradients(
+                log_probs=-weights[chunk],
+                entropy=None,
+                local_ids=local_ids[chunk],
+                held=held_here,
+                scale=torch.exp(local[0] - largest) / total,
+                offset=total,  # of entropies only
+            )
+            grad_logits = tokens.of_logits(exponentials, True, slice(None))
+            _add_chunk(grad_logits, hidden, weight, chunk, grad_hidden, grad_weight)
+        ctx.grad_hidden, ctx.grad_weight = grad_hidden, _for_autograd(grad_weight, weight)
+        ctx.mark_non_differentiable(losses)
+        ctx.set_materialize_grads(False)
+        return torch.dot(losses, weights), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: torch.Tensor, _: None) -> Any:
+        torch._assert_async(grad_sum == 1, "the weighted sum of losses has to be a term of the loss as it is")
+        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
+        ctx.grad_hidden = ctx.grad_weight = None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _add_chunk(
+    grad_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    chunk: slice,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
+    """A chunk's share of both gradients, from float32 [chunk, columns]."""
+    grad_logits = grad_logits.to(weight.dtype)
+    if grad_hidden is not None:
+        torch.matmul(grad_logits, weight, out=grad_hidden[chunk])
+    if grad_weight is not None:
+        _add_product(grad_weight, grad_logits.t(), hidden[chunk])
+
+
+def _for_autograd(grad_weight: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """None where the gradient is already where megatron-core's data-parallel wrapper would add it."""
+    if grad_weight is None or grad_weight is getattr(weight, "main_grad", None):
+        return None
+    return grad_weight.to(weight.dtype)
 
 
 def _reduce_chunk(x: torch.Tensor, local_ids: torch.Tensor, local: torch.Tensor, with_entropy: bool) -> None:

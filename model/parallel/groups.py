@@ -136,7 +136,13 @@ def is_initialized() -> bool:
 
 
 def destroy() -> None:
-    """Forget the layout and leave the process group. Does nothing where there is none."""
+    """Forget the layout and leave the process group. Does nothing where there is none.
+
+    Models and optimizers are cycles of references that hold groups, and a gloo group has threads and sockets: they are
+    collected here, or a process that makes one layout after the other has hundreds of threads.
+    """
+    import gc
+
     import torch.distributed as distributed
 
     from model.parallel.megatron import parallel_state
@@ -144,6 +150,7 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()
 
 
 def seed_random_streams(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,18 @@ def sum_of_ranks() -> tuple[int, int, int]:
     total = torch.tensor([distributed.get_rank()])
     distributed.all_reduce(total)
     return distributed.get_rank(), int(total), os.getpid()
+
+
+def threads_before_a_layout_in_a_circle() -> int:
+    """Models hold their groups in circles of references; here the smallest one."""
+    from model.parallel import groups
+    from model.parallel.megatron import parallel_state
+
+    before = len(list(Path("/proc/self/task").iterdir()))
+    groups.initialize(tensor=2)
+    circle: dict[str, Any] = {"group": parallel_state.get_tensor_model_parallel_group()}
+    circle["itself"] = circle
+    return before
 
 
 def fail_on(rank: int) -> None:
@@ -30,6 +43,13 @@ def test_workers_persist_and_groups_are_fresh(pool: Any) -> None:
     assert [answer[:2] for answer in two] == [(0, 1), (1, 1)]
     assert [answer[:2] for answer in three] == [(0, 3), (1, 3), (2, 3)]
     assert [answer[2] for answer in two] == [answer[2] for answer in three[:2]]
+
+
+def test_no_threads_stay_behind(pool: Any) -> None:
+    _, *counts = (
+        pool.run(threads_before_a_layout_in_a_circle, ranks=2) for _ in range(4)
+    )  # the first starts torch's own
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_a_failure_names_the_rank_and_the_pool_goes_on(pool: Any) -> None:

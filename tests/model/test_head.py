@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,7 @@ def test_allowed_sets_of_a_grammar() -> None:
 
 
 def full_logits_beside_chunks(dtype: torch.dtype, chunk_tokens: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(losses, hidden gradient, weight gradient) by full logits and by chunks, of this tensor-parallel rank."""
+    """(losses, hidden gradient, weight gradient) of this tensor-parallel rank: full logits, chunks, gradients forward."""
     if not parallel_state.model_parallel_is_initialized():
         groups.initialize(tensor=torch.distributed.get_world_size())
     vocabulary = Case(1, 1, 32, None, 0, False, 0).vocabulary
@@ -216,16 +216,21 @@ def full_logits_beside_chunks(dtype: torch.dtype, chunk_tokens: int | None) -> l
     source_hidden = torch.randn(101, 1, 48, generator=random).to(dtype)
     source_weight = torch.randn(vocabulary.padded_size, 48, generator=random).to(dtype).chunk(size)[rank]
     results = []
-    for by_chunks in (False, True):
+    for way in ("full", "log_probs", "weighted_losses"):
         hidden, weight = source_hidden.clone().requires_grad_(), source_weight.clone().requires_grad_()
-        if by_chunks:
-            losses = -TokenScores(hidden, weight, vocabulary, chunk_tokens=chunk_tokens).log_probs(ids)
+        scores = TokenScores(hidden, weight, vocabulary, chunk_tokens=chunk_tokens)
+        if way == "weighted_losses":
+            loss, losses = scores.weighted_losses(ids, weights)
+        elif way == "log_probs":
+            losses = -scores.log_probs(ids)
+            loss = losses @ weights
         else:
             losses = token_losses(torch.matmul(hidden, weight.t()), ids[:, None], vocabulary)[:, 0]
-        (losses @ weights).backward()
+            loss = losses @ weights
+        loss.backward()
         assert hidden.grad is not None
         gradient = hidden.grad.clone()
-        if not by_chunks:  # megatron's output layer sums it over the ranks; so does `gathered_hidden`
+        if way == "full":  # megatron's output layer sums it over the ranks; so does `gathered_hidden`
             torch.distributed.all_reduce(gradient)
         results.append((losses.detach(), gradient, weight.grad))
     return list(zip(*results, strict=True))
@@ -236,14 +241,46 @@ def full_logits_beside_chunks(dtype: torch.dtype, chunk_tokens: int | None) -> l
 def test_the_same_losses_and_gradients_as_full_logits(pool: Any, dtype: torch.dtype, ranks: int) -> None:
     for chunk_tokens in (None, 16):
         for losses, hidden, weight in pool.run(full_logits_beside_chunks, dtype, chunk_tokens, ranks=ranks):
-            if dtype == torch.float32:
-                torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
-                torch.testing.assert_close(hidden[1], hidden[0], rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(weight[1], weight[0], rtol=1e-5, atol=1e-5)
-            else:  # logits of about 7 are rounded to steps of 1 / 32, and sums differ in their order
-                torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0.05)
-                torch.testing.assert_close(hidden[1], hidden[0], rtol=0.02, atol=0.02)
-                torch.testing.assert_close(weight[1], weight[0], rtol=0.02, atol=0.02)
+            # In 16 bits logits of about 7 are rounded to steps of 1 / 32, and sums differ in their order.
+            is_exact = dtype == torch.float32
+            for way in (1, 2):
+                torch.testing.assert_close(losses[way], losses[0], rtol=0, atol=1e-6 if is_exact else 0.05)
+                for found in (hidden, weight):
+                    close = 1e-5 if is_exact else 0.02
+                    torch.testing.assert_close(found[way], found[0], rtol=close, atol=close)
+
+
+@pytest.mark.usefixtures("single_process")
+@given(case=cases(1, st.just(False)))
+@settings(max_examples=60, deadline=None)
+def test_gradients_made_in_the_forward_pass_are_those_of_the_backward_pass(case: Case) -> None:
+    inputs = inputs_of(replace(case, num_sets=0))
+    ids, weights = inputs.ids.masked_fill(inputs.outside, 3), inputs.grad_log_probs
+    results = []
+    for ahead in (False, True):
+        hidden, weight = inputs.hidden[:, None].clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+        scores = TokenScores(hidden, weight, case.vocabulary, chunk_tokens=case.chunk_tokens)
+        if ahead:
+            loss, losses = scores.weighted_losses(ids, weights)
+        else:
+            losses = -scores.log_probs(ids)
+            loss = torch.dot(losses, weights)
+        loss.backward()
+        results.append((loss.detach(), losses.detach(), hidden.grad, weight.grad))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_factor_behind_weighted_losses_is_an_error() -> None:
+    inputs = inputs_of(Case(9, 4, 32, None, 0, False, 1))
+    scores = TokenScores(
+        inputs.hidden[:, None].requires_grad_(), inputs.weight, Case(9, 4, 32, None, 0, False, 1).vocabulary
+    )
+    loss, losses = scores.weighted_losses(inputs.ids.clamp(min=0), inputs.grad_log_probs)
+    assert not losses.requires_grad
+    with pytest.raises(RuntimeError, match="as it is"):
+        (2 * loss).backward()
 
 
 MODEL = ModelConfig(
@@ -258,9 +295,7 @@ MODEL = ModelConfig(
 
 
 def gradients_in_the_wrapper(sequence_parallel: bool, dtype: str) -> list[dict[str, torch.Tensor]]:
-    """`main_grad` of every parameter after two micro-batches: by full logits, by chunks."""
-    from dataclasses import replace
-
+    """`main_grad` of every parameter after two micro-batches: by full logits, by chunks, by gradients made forward."""
     groups.initialize(tensor=torch.distributed.get_world_size())
     groups.seed_random_streams(1)
     config = replace(MODEL, dtype=dtype)
@@ -276,19 +311,21 @@ def gradients_in_the_wrapper(sequence_parallel: bool, dtype: str) -> list[dict[s
         dtype=next(model.parameters()).dtype,
     )
     results = []
-    for by_chunks in (False, True):
+    for way in ("full", "log_probs", "weighted_losses"):
         wrapped.zero_grad_buffer()
-        model.post_process = not by_chunks
+        model.post_process = way == "full"
         for micro_batch in tokens:
             labels = micro_batch.roll(-1)
             output = wrapped(micro_batch, None, None, packed_seq_params=packed)
-            if by_chunks:
+            if way == "full":
+                loss = token_losses(output, labels, vocabulary).sum()
+            else:
                 weight = model.output_layer.weight
                 scores = TokenScores(output, weight, vocabulary, sequence_parallel=sequence_parallel, chunk_tokens=7)
-                losses = -scores.log_probs(labels[0])
-            else:
-                losses = token_losses(output, labels, vocabulary)
-            losses.sum().backward()
+                ones = torch.ones(labels.numel())
+                by_weights = way == "weighted_losses"
+                loss = scores.weighted_losses(labels[0], ones)[0] if by_weights else -scores.log_probs(labels[0]).sum()
+            loss.backward()
         results.append({name: parameter.main_grad.clone() for name, parameter in model.named_parameters()})
         assert all(parameter.grad is None for parameter in model.parameters())
     return results
@@ -299,13 +336,14 @@ def gradients_in_the_wrapper(sequence_parallel: bool, dtype: str) -> list[dict[s
 def test_gradients_arrive_in_the_data_parallel_wrapper(
     pool: Any, ranks: int, sequence_parallel: bool, dtype: str
 ) -> None:
-    for full, by_chunks in pool.run(gradients_in_the_wrapper, sequence_parallel, dtype, ranks=ranks):
+    for full, *others in pool.run(gradients_in_the_wrapper, sequence_parallel, dtype, ranks=ranks):
         for name, expected in full.items():
             assert expected.dtype == torch.float32
             assert expected.abs().max() > 0, name
             close = 2e-5 if dtype == "float32" else 0.03
             limit = close * float(expected.abs().max())
-            torch.testing.assert_close(by_chunks[name], expected, rtol=close, atol=limit, msg=name)
+            for found in others:
+                torch.testing.assert_close(found[name], expected, rtol=close, atol=limit, msg=name)
 
 
 def peak_bytes(recorded: Any) -> int:

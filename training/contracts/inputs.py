@@ -46,6 +46,11 @@ class TokenScores(Protocol):
         """ids int64 [T_local] -> float32 [T_local], differentiable."""
         ...
 
+    def weighted_losses(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of weights * losses [], differentiable; losses float32 [T_local]) of ids int64 and weights float32
+        [T_local], a quarter cheaper. The sum has to become the loss, or a term of it, without a further factor."""
+        ...
+
     def entropy(self, allowed: AllowedSets | None = None) -> torch.Tensor:
         """float32 [T_local], in nats, differentiable."""
         ...

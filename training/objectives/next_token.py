@@ -90,15 +90,16 @@ class NextToken:
             by_source += np.bincount(batch.sources[counted], minlength=len(by_source))
         return totals
 
-    def token_losses(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
-        """[T_local], before weights: what an objective derived from this one changes."""
-        return -scores.log_probs(inputs.labels)
+    def weighted_losses(
+        self, scores: TokenScores, inputs: LocalInput, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of weights * losses, the losses [T_local]): what an objective derived from this one changes."""
+        return scores.weighted_losses(inputs.labels, weights)
 
     def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
-        losses = self.token_losses(scores, inputs)
-        weight = totals[0]
-        scale = torch.where(weight > 0, 1.0 / weight, 0.0).to(losses.dtype)
-        return LossSums(torch.dot(losses, inputs.weights) * scale, self._sums(losses.detach().double(), inputs))
+        scale = torch.where(totals[0] > 0, 1.0 / totals[0], 0.0).to(inputs.weights.dtype)
+        loss, losses = self.weighted_losses(scores, inputs, inputs.weights * scale)
+        return LossSums(loss, self._sums(losses.detach().double(), inputs))
 
     def _sums(self, losses: torch.Tensor, inputs: LocalInput) -> torch.Tensor:
         """The weighted sum, and unweighted sums over the labels with loss by class and by source."""

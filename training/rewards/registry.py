@@ -15,6 +15,15 @@ REWARDS = {
     "color": "training.rewards.rules.ColorMatch",
     "shape": "training.rewards.rules.ShapeMatch",
     "place": "training.rewards.rules.PlaceMatch",
+    "permanence": "training.rewards.rules.Permanence",
+    "text_rendering": "training.rewards.ocr.TextRendering",
+    "text_layout": "training.rewards.ocr.TextLayout",
+    "edit_fidelity": "training.rewards.pixels.EditFidelity",
+    "rule_aesthetic": "training.rewards.pixels.RuleAesthetic",
+    "clip_similarity": "training.rewards.clip.ClipSimilarity",
+    "clip_preference": "training.rewards.clip.ClipPreference",
+    "vlm_judge": "training.rewards.vlm.VlmJudge",
+    "remote": "training.rewards.client.RemoteReward",
 }
 
 

@@ -59,8 +59,13 @@ class SceneMatch:
     def score(self, answers: Sequence[Answer]) -> list[float | None]:
         return [self._score(answer) for answer in answers]
 
-    def _score(self, answer: Answer) -> float | None:
+    def wanted(self, answer: Answer) -> list[list[Thing]] | None:
+        """The things that each picture is to show; None: the prompt does not say."""
         scenes = answer.fields.get("scenes")
+        return scenes if isinstance(scenes, list) else None
+
+    def _score(self, answer: Answer) -> float | None:
+        scenes = self.wanted(answer)
         if scenes is None:
             return None
         pairs = zip(scenes, answer.images, strict=False)
@@ -111,3 +116,19 @@ class PlaceMatch(SceneMatch):
 
     name: ClassVar[str] = "place"
     attributes: ClassVar[tuple[str, ...] | None] = ("row", "column")
+
+
+@dataclass
+class Permanence(SceneMatch):
+    """The next state shows the things of the prompt's last picture, wherever they are by then: none lost, none new.
+
+    `attributes` stay as they are while things move. Prompts without a picture are not judged.
+    """
+
+    name: ClassVar[str] = "permanence"
+    attributes: ClassVar[tuple[str, ...] | None] = ("shape", "color")
+
+    def wanted(self, answer: Answer) -> list[list[Thing]] | None:
+        if not answer.prompt_images:
+            return None
+        return [self._reader.read(answer.prompt_images[-1]).things] * max(1, len(answer.images))

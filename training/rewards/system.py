@@ -176,7 +176,7 @@ class RewardSystem:
         raw, signals, weights, faults = {}, {}, {}, {}
         for signal in self.signals:
             judged = np.array([signal.judges(answer.task) for answer in answers], dtype=bool)
-            asked = np.flatnonzero(judged & acceptable)
+            asked = np.flatnonzero(judged & acceptable).tolist()
             scores = self._ask(signal.reward, [answers[index] for index in asked])
             raw[signal.name] = np.full(len(answers), np.nan)
             signals[signal.name] = np.where(judged & ~acceptable, LOWEST, np.nan)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture, Text
+from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture
 from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
@@ -192,7 +192,7 @@ class ShardTokenizer:
             codes = self._encode([picture for sample in window for picture in sample.pictures])
             for sample in window:
                 parts: list[Part] = [
-                    part if isinstance(part, Text) else Picture(next(codes), part.time_ms) for part in sample.parts
+                    Picture(next(codes), part.time_ms) if isinstance(part, Pixels) else part for part in sample.parts
                 ]
                 document = None
                 with _quarantining(sample.key, quarantine):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.documents.prompts import around_pictures
+from data_pipeline.documents.prompts import ANSWER, GENERAL, NEXT_QUESTION, around_pictures, opening, task_number
 from data_pipeline.documents.reading import ImageBlock, MalformedImageError, describe, parse_image_block
 from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
-from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
+from data_pipeline.storage.segments import SEGMENT_DTYPE, TASK_SHIFT, Flag, Kind
 from model.vocabulary import Vocabulary
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "Part",
     "Picture",
     "Text",
+    "Thought",
+    "Turn",
     "describe",
     "document_id",
     "fraction",
@@ -49,7 +51,24 @@ class Picture:
     time_ms: int = 0
 
 
-Part = Text | Picture
+@dataclass(frozen=True)
+class Thought:
+    """A chain of thought: about the whole answer (BOG ... EOG), or about the picture that follows (BOC ... EOC)."""
+
+    text: str
+    of_image: bool = False
+
+
+Part = Text | Picture | Thought
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, words and pictures in order, and its answer."""
+
+    question: Sequence[Part]
+    response: Sequence[Part]
+    supervised: bool = True  # False: the answer is context, without loss
 
 
 @dataclass(frozen=True)
@@ -92,13 +111,14 @@ class _Draft:
         self.records.append((self.length, len(tokens), kind, flags, grid[0], grid[1], time_ms))
         self.length += len(tokens)
 
-    def finish(self, identity: int) -> Document:
+    def finish(self, identity: int, task: str = "") -> Document:
         segments = np.zeros(len(self.records), SEGMENT_DTYPE)
         names = ("start", "length", "kind", "flags", "grid_height", "grid_width", "time_ms")
         for name, values in zip(names, zip(*self.records, strict=True), strict=True):
             segments[name] = values
         segments["document"] = identity
         segments["flags"][0] |= Flag.DOCUMENT_START
+        segments["flags"] |= np.uint8(task_number(task) << TASK_SHIFT)
         return Document(np.concatenate(self.pieces), segments)
 
     def tokens(self) -> list[int]:
@@ -172,14 +192,45 @@ class DocumentBuilder:
         *,
         unconditional: bool = False,
     ) -> Document:
-        """Prompt, BSS, response, ESS, EOS; loss on the response, ESS and EOS only.
+        """Prompt, BSS, response, ESS, EOS; loss on the response, ESS and EOS only."""
+        turn = Turn([Text(question), *images], response)
+        return self.conversation(identity, task, [turn], unconditional=unconditional)
 
-        `unconditional` leaves the task and the question out, as guidance at inference does.
+    def conversation(
+        self, identity: int, task: str, turns: Sequence[Turn], *, system: str = "", unconditional: bool = False
+    ) -> Document:
+        """The chat template, its question and answer again for each later turn; loss on supervised answers.
+
+        The pictures of the first question stand where the template of its task has them, in one place; those of general
+        chats and of later turns as they come. `unconditional` leaves the task and all questions out, as guidance at
+        inference does; pictures and answers stay.
         """
-        draft = self._chat_prompt(task, question, images, unconditional)
-        self._add_parts(draft, response)
-        draft.add([self.vocabulary.ess], Kind.STRUCTURE)
-        return self._end(draft, identity)
+        draft = self._begin(Flag.NO_LOSS)
+        flags = 0
+        for number, turn in enumerate(turns):
+            is_first = number == 0
+            self._ask(
+                draft, self._question(turn.question, task, system, is_first=is_first, unconditional=unconditional)
+            )
+            flags = 0 if turn.supervised else Flag.NO_LOSS
+            self._add_parts(draft, turn.response, flags)
+            draft.add([self.vocabulary.ess], Kind.STRUCTURE, flags)
+        draft.add([self.vocabulary.eos], Kind.STRUCTURE, flags)
+        return draft.finish(identity, task)
+
+    def _question(
+        self, question: Sequence[Part], task: str, system: str, *, is_first: bool, unconditional: bool
+    ) -> list[Part]:
+        pictures = [part for part in question if isinstance(part, Picture)]
+        words = " ".join(part.text for part in question if not isinstance(part, Picture))
+        if is_first and unconditional:
+            return with_words_joined([Text(opening()), *pictures, Text(ANSWER)])
+        if unconditional:
+            return with_words_joined([Text(NEXT_QUESTION), *pictures, Text(ANSWER)])
+        if is_first and task != GENERAL:
+            before, after = around_pictures(task, words, system)
+            return with_words_joined([Text(before), *pictures, Text(after)])
+        return with_words_joined([Text(opening("", system) if is_first else NEXT_QUESTION), *question, Text(ANSWER)])
 
     def chat_prompt(
         self, task: str, question: str, images: Sequence[Picture] = (), response_so_far: Sequence[Part] = ()
@@ -196,14 +247,14 @@ class DocumentBuilder:
         return draft.tokens()
 
     def _chat_prompt(self, task: str, question: str, images: Sequence[Picture], unconditional: bool) -> _Draft:
-        before, after = around_pictures("", "") if unconditional else around_pictures(task, question)
-        parts: list[Part] = [Text(before), *images, Text(after)]
-        if not images:  # one text, so that it is tokenized as a whole
-            parts = [Text(before + after)]
         draft = self._begin(Flag.NO_LOSS)
-        self._add_parts(draft, parts, Flag.NO_LOSS)
-        draft.add([self.vocabulary.bss], Kind.STRUCTURE, Flag.NO_LOSS)
+        parts: list[Part] = [Text(question), *images]
+        self._ask(draft, self._question(parts, task, "", is_first=True, unconditional=unconditional))
         return draft
+
+    def _ask(self, draft: _Draft, question: Sequence[Part]) -> None:
+        self._add_parts(draft, question, Flag.NO_LOSS)
+        draft.add([self.vocabulary.bss], Kind.STRUCTURE, Flag.NO_LOSS)
 
     def _begin(self, flags: int = 0) -> _Draft:
         draft = _Draft()
@@ -219,7 +270,23 @@ class DocumentBuilder:
             if isinstance(part, Text):
                 tokens = self.text_tokenizer.encode(part.text)
                 draft.add(tokens, part.kind, flags, time_ms=part.time_ms)
+            elif isinstance(part, Thought):
+                begin, end = ("boc", "eoc") if part.of_image else ("bog", "eog")
+                draft.add([self.vocabulary.structure[begin]], Kind.STRUCTURE, flags)
+                draft.add(self.text_tokenizer.encode(part.text), Kind.TEXT, flags)
+                draft.add([self.vocabulary.structure[end]], Kind.STRUCTURE, flags)
             else:
                 height, width = part.codes.shape
                 block = self.image_block(part.codes)
                 draft.add(block, Kind.IMAGE, flags, (height, width), part.time_ms)
+
+
+def with_words_joined(parts: Sequence[Part]) -> list[Part]:
+    """Texts that follow one another as one, so that it is tokenized as a whole."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
+            joined[-1] = Text(joined[-1].text + part.text)
+        else:
+            joined.append(part)
+    return joined

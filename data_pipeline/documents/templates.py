@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture, Text, document_id, fraction
+from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture, Text, Turn, document_id, fraction
 from data_pipeline.sources.samples import SampleError
 from model.errors import Problems
 
@@ -60,12 +60,29 @@ class Chat:
     images: Sequence[Picture]
     response: Sequence[Part]
 
+    @property
+    def conversation(self) -> Conversation:
+        return Conversation(self.task, [Turn([Text(self.question), *self.images], self.response)])
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Questions and answers in turns."""
+
+    task: str  # one of `documents.prompts.TASK_NAMES`
+    turns: Sequence[Turn]
+    system: str = ""  # in place of the template's words before the first question
+
+    @property
+    def conversation(self) -> Conversation:
+        return self
+
 
 class DocumentKind(Protocol):
     """What a document needs to know of its sample's kind (`data_pipeline.kinds.base.SampleKind`)."""
 
     def document(self, sample: EncodedSample, layout: DocumentLayout) -> Document: ...
-    def chat(self, sample: EncodedSample, layout: DocumentLayout) -> Chat: ...
+    def chat(self, sample: EncodedSample, layout: DocumentLayout) -> Chat | Conversation: ...
 
 
 class DocumentLayout:
@@ -88,10 +105,10 @@ class DocumentLayout:
         sample = EncodedSample(key, document_id(self.source, key), parts, metadata)
         if self.format == "pretrain":
             return kind.document(sample, self)
-        chat = kind.chat(sample, self)
+        chat = kind.chat(sample, self).conversation
         unconditional = self.chance("condition_dropout", key) < self.config.condition_dropout_probability
-        return self.builder.chat(
-            sample.identity, chat.task, chat.question, chat.images, chat.response, unconditional=unconditional
+        return self.builder.conversation(
+            sample.identity, chat.task, chat.turns, system=chat.system, unconditional=unconditional
         )
 
 
@@ -116,6 +133,6 @@ def split_context(parts: Sequence[Part], num_context_frames: int) -> tuple[str, 
             return " ".join(texts), images, parts[position:]
         if isinstance(part, Text):
             texts.append(part.text)
-        else:
+        elif isinstance(part, Picture):
             images.append(part)
     return " ".join(texts), images, []

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipeline.documents.builder import Document, Text
-from data_pipeline.documents.templates import Chat, DocumentLayout, EncodedSample
+from data_pipeline.documents.templates import Chat, Conversation, DocumentLayout, EncodedSample
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample, SampleError
 from data_pipeline.video.keyframes import VideoConfig, read_key_frames
@@ -100,7 +100,7 @@ class SampleKind(ABC):
         """The document of pretraining: BOS, the parts in order, EOS."""
         return layout.builder.interleaved(sample.identity, sample.parts)
 
-    def chat(self, sample: EncodedSample, layout: DocumentLayout) -> Chat:
+    def chat(self, sample: EncodedSample, layout: DocumentLayout) -> Chat | Conversation:
         """The sample as a question and its answer."""
         raise SampleError("no_chat_format", f"samples of kind {self.name} have no question")
 

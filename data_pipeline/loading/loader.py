@@ -7,12 +7,13 @@ same global batch however many they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.documents.prompts import label
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.mixture import Cursor, Mixture
 from data_pipeline.loading.read_ahead import Readers
@@ -20,6 +21,7 @@ from data_pipeline.loading.reading_record import ReadingRecord
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.packed_files import PackedDataset
+from data_pipeline.storage.segments import MAX_TASKS, tasks_of
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 from model.vocabulary import TokenClass, Vocabulary
@@ -77,11 +79,7 @@ class PackedDataSource:
         self.record = ReadingRecord.of(self.mixture, fingerprints, before)
         self._datasets = [opened[name] for name in self.mixture.names]
         self._descriptors = descriptors
-        self.source_names = sorted({source for dataset in self._datasets for source in dataset.sources})
-        numbers = {name: number for number, name in enumerate(self.source_names)}
-        self._source_maps = [
-            np.array([numbers[source] for source in dataset.sources], np.uint16) for dataset in self._datasets
-        ]
+        self.source_names, self._source_maps = label_maps(self._datasets)
         self.fingerprint = self._compute_fingerprint()
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
         self._reader = Readers(1, "prefetch") if prefetch_batches > 0 else None
@@ -131,7 +129,7 @@ class PackedDataSource:
         for index, (dataset, row) in enumerate(zip(datasets.tolist(), rows.tolist(), strict=True)):
             tokens[index], segments = self._datasets[dataset].row(row)
             segments = segments.copy()
-            segments["source"] = self._source_maps[dataset][segments["source"]]
+            segments["source"] = self._source_maps[dataset][segments["source"], tasks_of(segments)]
             parts.append(segments)
         return build_micro_batch(
             tokens, np.concatenate(parts), self._class_weights, self._document_attention, self._vocabulary
@@ -170,6 +168,28 @@ class PackedDataSource:
         )
         problems.raise_if_any()
         assert 0 <= self._rank < self._num_ranks
+
+
+def label_maps(datasets: Sequence[PackedDataset]) -> tuple[list[str], list[np.ndarray]]:
+    """What labels are counted under, by name, and for each dataset uint16 [sources, MAX_TASKS]: which of them.
+
+    A source, and for its documents of a task the two together (`data_pipeline.documents.prompts.label`). Datasets packed
+    before tasks were kept have none.
+    """
+    known = {one for dataset in datasets for one in (*dataset.sources, *dataset.manifest.get("tasks", {}))}
+    names = sorted(known)
+    numbers = {name: number for number, name in enumerate(names)}
+    maps = [
+        np.array(
+            [
+                [numbers.get(label(source, task), numbers[source]) for task in range(MAX_TASKS)]
+                for source in dataset.sources
+            ],
+            np.uint16,
+        )
+        for dataset in datasets
+    ]
+    return names, maps
 
 
 def _check_datasets(datasets: Mapping[str, PackedDataset], sequence_length: int, vocabulary: Vocabulary) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.documents.prompts import label
 from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
 from data_pipeline.packing.pool import Pool
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
@@ -29,7 +30,7 @@ from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import FORMAT_VERSION, TOKEN_DTYPE, published_prefixes, read_manifest, seal, suffixed
 from data_pipeline.storage.packed_files import DATASET_NAME, check_shard, read_dataset_manifest
 from data_pipeline.storage.permutation import derive_key, permute
-from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind, count_classes
+from data_pipeline.storage.segments import MAX_TASKS, SEGMENT_DTYPE, Kind, count_classes, tasks_of
 from data_pipeline.storage.token_files import TokenFileWriter
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
@@ -211,14 +212,14 @@ class _Packing:
             return read_manifest(prefix, "packed")
         vocabulary = self.pool.shared["vocabulary"]
         by_class: Counter[str] = Counter()
-        by_source = np.zeros(len(self.pool.sources), np.int64)
+        by_task = np.zeros((len(self.pool.sources), MAX_TASKS), np.int64)
         with TokenFileWriter(prefix, with_crc=True) as writer:
             for row in rows:
                 tokens, segments = self.assemble(row, vocabulary)
                 writer.add(tokens, segments)
                 by_class.update(count_classes(tokens, segments, vocabulary["visual_start"]))
                 real = segments[segments["kind"] != Kind.PAD]
-                np.add.at(by_source, real["source"], real["length"])
+                np.add.at(by_task, (real["source"], tasks_of(real)), real["length"])
             manifest = {
                 "kind": "packed",
                 "num_rows": len(writer),
@@ -226,7 +227,8 @@ class _Packing:
                 "sources": self.pool.sources,
                 "counts_by_class": dict(by_class),
                 **self.pool.shared,
-                "tokens_by_source": dict(zip(self.pool.sources, by_source.tolist(), strict=True)),
+                "tokens_by_source": dict(zip(self.pool.sources, by_task.sum(axis=1).tolist(), strict=True)),
+                "tokens_by_task": label_counts(self.pool.sources, by_task),
                 "config_fingerprint": self.fingerprint,
                 "inputs": self.inputs,
                 "quarantined": {},
@@ -297,10 +299,17 @@ class _Packing:
             "num_real_tokens": num_real_tokens,
             "fill": num_real_tokens / num_tokens,
             "sources": _sum_counts(manifest["tokens_by_source"] for manifest in manifests),
+            "tasks": _sum_counts(manifest.get("tokens_by_task", {}) for manifest in manifests),
             "counts_by_class": by_class,
             "quarantined": dict(_reasons(self.quarantine)),
             **self.pool.shared,
         }
+
+
+def label_counts(sources: list[str], by_task: np.ndarray) -> dict[str, int]:
+    """Tokens of every task that a source has, by its label: `{"chats as x2i": 1024}`. by_task: [sources, MAX_TASKS]."""
+    found = zip(*np.nonzero(by_task), strict=True)
+    return {label(sources[source], int(task)): int(by_task[source, task]) for source, task in found if task}
 
 
 def _document_order(num_documents: int, seed: int) -> Iterator[int]:

@@ -26,6 +26,11 @@ class Flag(IntFlag):
     SPLITTABLE = 2  # plain text that the packer may cut anywhere to fill a hole
     NO_LOSS = 4  # context only: a chat prompt
     CUT = 8  # the segment continues a document whose beginning is elsewhere
+    # The four bits above are the number of the document's task, see `tasks_of`.
+
+
+TASK_SHIFT = 4
+MAX_TASKS = 16
 
 
 SEGMENT_DTYPE = np.dtype(
@@ -46,6 +51,12 @@ SEGMENT_DTYPE = np.dtype(
 _CLASS_OF_KIND = np.zeros(len(Kind), np.uint8)
 _CLASS_OF_KIND[[Kind.PAD, Kind.IMAGE, Kind.STRUCTURE]] = TokenClass.STRUCTURE
 _CLASS_OF_KIND[[Kind.TEXT, Kind.TRANSCRIPT]] = TokenClass.TEXT
+
+
+def tasks_of(segments: np.ndarray) -> np.ndarray:
+    """uint8 [k]: the number of each segment's task (`data_pipeline.documents.prompts.TASK_NAMES`); 0 where it has none."""
+    found: np.ndarray = segments["flags"] >> np.uint8(TASK_SHIFT)
+    return found
 
 
 def tile_exactly(segments: np.ndarray, num_tokens: int) -> bool:

@@ -65,20 +65,31 @@ def read_cell(pixels: np.ndarray) -> tuple[str, str] | bool | None:
     return (shape, color) if scores[shape] >= MIN_IOU else False
 
 
-def read_scene(picture: np.ndarray) -> Scene | None:
-    """The scene in an RGB uint8 picture [H, W, 3], or None when any cell cannot be read."""
+def cells_of(picture: np.ndarray) -> list[tuple[int, int, np.ndarray]] | None:
+    """(row, column, pixels) of every cell of an RGB uint8 picture [H, W, 3]; None when it does not divide into cells."""
     height, width = picture.shape[:2]
     if height != width or height % GRID:
         return None
     cell = height // GRID
+    places = [(row, column) for row in range(GRID) for column in range(GRID)]
+    return [
+        (row, column, picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell])
+        for row, column in places
+    ]
+
+
+def read_scene(picture: np.ndarray) -> Scene | None:
+    """The scene in an RGB uint8 picture [H, W, 3], or None when any cell cannot be read."""
+    cells = cells_of(picture)
+    if cells is None:
+        return None
     items = []
-    for row in range(GRID):
-        for column in range(GRID):
-            found = read_cell(picture[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell])
-            if found is False:
-                return None
-            if isinstance(found, tuple):
-                items.append(Item(found[0], found[1], row, column))
+    for row, column, pixels in cells:
+        found = read_cell(pixels)
+        if found is False:
+            return None
+        if isinstance(found, tuple):
+            items.append(Item(found[0], found[1], row, column))
     return make_scene(items)
 
 

@@ -127,7 +127,7 @@ class StageFolder:
 
 def is_step(line: dict[str, Any]) -> bool:
     """A step, and losses that are numbers or null."""
-    losses = [value for name, value in line.items() if name.startswith("loss") and name != "loss_by_source"]
+    losses = [value for name, value in line.items() if name.startswith("loss") and not name.startswith("loss_by_")]
     return isinstance(line.get("step"), int) and all(is_number(value) or value is None for value in losses)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_pipeline.documents.prompts import source_and_task
 from data_pipeline.loading.batch import MicroBatch
 from data_pipeline.loading.loader import PackedDataSource
 from data_pipeline.storage.packed_files import read_dataset_manifest
@@ -118,9 +119,14 @@ class NextToken:
         }
         metrics |= {
             "tokens_by_class": _counts(CLASS_NAMES, class_counts),
-            "tokens_by_source": _counts(self.source_names, source_counts),
-            "loss_by_source": _means(self.source_names, source_sums, source_counts),
+            "tokens_by_source": {name: int(n) for name, n in _by_source(self.source_names, source_counts).items()},
+            "loss_by_source": _ratios(
+                _by_source(self.source_names, source_sums), _by_source(self.source_names, source_counts)
+            ),
         }
+        by_task = _ratios(_by_task(self.source_names, source_sums), _by_task(self.source_names, source_counts))
+        if by_task:
+            metrics["loss_by_task"] = by_task
         scale = 1.0 / weight if weight > 0 else 0.0
         return StepResult(float(sums[0]) * scale, gradient_norm, num_tokens, weight > 0, metrics)
 
@@ -154,6 +160,29 @@ def tokenizers_of(datasets: Sequence[str]) -> dict[str, Any]:
 def _means(names: Sequence[str], sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     rows = zip(names, sums.tolist(), counts.tolist(), strict=True)
     return {name: total / count for name, total, count in rows if count > 0}
+
+
+def _by_source(labels: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Sums over the tasks of each source."""
+    return _summed([source_and_task(label)[0] for label in labels], values)
+
+
+def _by_task(labels: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Sums over the sources of each task, over those that have one."""
+    summed = _summed([source_and_task(label)[1] for label in labels], values)
+    return {task: value for task, value in summed.items() if task}
+
+
+def _summed(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Values of one name added up, names in the order in which they first appear."""
+    sums: dict[str, float] = {}
+    for name, value in zip(names, values.tolist(), strict=True):
+        sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def _ratios(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    return {name: sums[name] / count for name, count in counts.items() if count > 0}
 
 
 def _counts(names: Sequence[str], counts: np.ndarray) -> dict[str, int]:

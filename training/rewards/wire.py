@@ -1,0 +1,81 @@
+"""Answers as they travel to a service: JSON, pictures as PNG in base64. Never a pickle."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from model.durable import fingerprint_of
+from training.rewards.base import Answer
+
+MAX_PIXELS = 1 << 25  # of a picture that a service decodes: 32 megapixels, 100 MB
+TEXT_FIELDS = ("task", "prompt", "text")
+
+
+class WireError(ValueError):
+    """What arrived is no answer; the message says why."""
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3], without loss: a scorer must see the model's own mistakes, not those of a compression."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def encoded(answer: Answer) -> dict[str, Any]:
+    """JSON values of an answer, with `id`: what it holds decides it, so the same answer may be sent again."""
+    values: dict[str, Any] = {name: getattr(answer, name) for name in TEXT_FIELDS}
+    values |= {"finished": answer.finished, "fields": answer.fields}
+    values["prompt_images"] = [_encoded_image(image) for image in answer.prompt_images]
+    values["images"] = [None if image is None else _encoded_image(image) for image in answer.images]
+    return values | {"id": fingerprint_of(values)}
+
+
+def decoded(values: object) -> Answer:
+    """The answer in what arrived. Raises `WireError`; whatever was sent, nothing but JSON and PNG is read."""
+    if not isinstance(values, Mapping):
+        raise WireError("an answer is no JSON object")
+    for name in TEXT_FIELDS:
+        if not isinstance(values.get(name), str):
+            raise WireError(f"{name} is no text")
+    fields, images, sources = values.get("fields"), values.get("images"), values.get("prompt_images")
+    if not isinstance(fields, dict) or not isinstance(images, list) or not isinstance(sources, list):
+        raise WireError("fields is no JSON object, or images or prompt_images no list")
+    content = {name: value for name, value in values.items() if name != "id"}
+    if values.get("id") != fingerprint_of(content):
+        raise WireError("its id is not that of its content")
+    return Answer(
+        values["task"],
+        values["prompt"],
+        [_decoded_image(image) for image in sources],
+        [None if image is None else _decoded_image(image) for image in images],
+        values["text"],
+        bool(values.get("finished")),
+        fields,
+    )
+
+
+def _encoded_image(image: np.ndarray) -> str:
+    return base64.b64encode(png_bytes(image)).decode("ascii")
+
+
+def _decoded_image(text: object) -> np.ndarray:
+    if not isinstance(text, str):
+        raise WireError("a picture is no text")
+    try:
+        data = base64.b64decode(text, validate=True)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise WireError(f"a picture has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
+            return np.asarray(picture.convert("RGB"))
+    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, WireError):
+            raise
+        raise WireError(f"a picture is no PNG in base64: {error}") from error

@@ -24,6 +24,7 @@ EXECUTORS = ("auto", "local", "datatrove")
 class ShardJob:
     shard: Path
     prefix: Path  # of the token file that it becomes
+    name: str = ""  # part of its documents' ids; empty: the shard's file name
 
 
 def task_of(shard_name: str, num_tasks: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -25,7 +26,8 @@ from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Pic
 from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
-from data_pipeline.kinds.base import MediaDecoder, Pixels, PreparedSample
+from data_pipeline.kinds.base import Pixels, PreparedSample
+from data_pipeline.kinds.guarded import GuardedDecoder
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
@@ -39,7 +41,7 @@ from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary
 
 # Part of every fingerprint: raised when the same input would give other tokens than before.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 _WINDOW_PICTURES = 128  # pictures held back so that they are encoded together
 _WINDOW_SAMPLES = 1024  # samples held back at most
@@ -110,7 +112,7 @@ class ShardTokenizer:
         self.text_tokenizer = text_tokenizer
         self.vision_tokenizer = vision_tokenizer
         factor = vision_tokenizer.factor if vision_tokenizer else 1
-        self.decoder = MediaDecoder(config.image, config.video, factor)
+        self.decoder = GuardedDecoder(config.image, config.video, factor)
         self.kinds = KindSet(config.kinds)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
@@ -156,10 +158,11 @@ class ShardTokenizer:
         )
 
     @file_errors_are_user_errors("the shard or the token file")
-    def tokenize(self, shard: Path, prefix: Path) -> ShardResult:
+    def tokenize(self, shard: Path, prefix: Path, name: str = "") -> ShardResult:
         """Write `prefix`.{bin,idx,seg.npy,crc.npy,quarantine.jsonl,json}, the manifest last.
 
-        Nothing is done where they exist for the same shard, configuration and tokenizers.
+        Nothing is done where they exist for the same shard, configuration and tokenizers. `name` stands for the shard in
+        its documents' ids, by default the name of its file.
         """
         if self.is_done(shard, prefix):
             return ShardResult(read_manifest(prefix, "tokens"), skipped=True)
@@ -167,7 +170,7 @@ class ShardTokenizer:
         quarantine: list[BadSample] = []
         counts: Counter[str] = Counter()
         with TokenFileWriter(prefix, with_crc=True) as writer:
-            for document in self._documents(shard, quarantine):
+            for document in self._documents(shard, name or shard.name, quarantine):
                 writer.add(document.tokens, document.segments)
                 counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
             _write_quarantine(prefix, shard, quarantine)
@@ -186,7 +189,7 @@ class ShardTokenizer:
         _report_progress(self.config.source, shard, manifest, time.monotonic() - started)
         return ShardResult(manifest, skipped=False)
 
-    def _documents(self, shard: Path, quarantine: list[BadSample]) -> Iterator[Document]:
+    def _documents(self, shard: Path, name: str, quarantine: list[BadSample]) -> Iterator[Document]:
         """The shard's documents in order; what cannot become one is appended to `quarantine`."""
         for window in self._windows(shard, quarantine):
             codes = self._encode([picture for sample in window for picture in sample.pictures])
@@ -196,7 +199,8 @@ class ShardTokenizer:
                 ]
                 document = None
                 with _quarantining(sample.key, quarantine):
-                    document = self.layout.build(self.kinds[sample.kind], sample.key, parts, sample.metadata)
+                    kind = self.kinds[sample.kind]
+                    document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
                 if document is not None:
                     yield document
 
@@ -243,9 +247,12 @@ class ShardTokenizer:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for number, picture in enumerate(pictures):
             by_size.setdefault(picture.pixels.shape, []).append(number)
-        for numbers in by_size.values():
-            encoded = vision.encode(np.stack([pictures[number].pixels for number in numbers]))
-            codes.update(zip(numbers, encoded, strict=True))
+        for shape, numbers in by_size.items():
+            step = max(1, _WINDOW_PIXELS * 3 // math.prod(shape))  # a long video has more than a window's
+            for first in range(0, len(numbers), step):
+                batch = numbers[first : first + step]
+                encoded = vision.encode(np.stack([pictures[number].pixels for number in batch]))
+                codes.update(zip(batch, encoded, strict=True))
         return iter([codes[number] for number in range(len(pictures))])
 
 

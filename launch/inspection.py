@@ -152,12 +152,14 @@ def describe_part(name: str, content: bytes) -> str:
     if extension in ("txt", "json", "vtt", "srt"):
         return content.decode("utf-8", "replace")[:300]
     if extension in ("png", "jpg", "jpeg", "webp"):
-        import io
+        from data_pipeline.sources.image import open_picture
+        from data_pipeline.sources.samples import SampleError
 
-        from PIL import Image
-
-        with Image.open(io.BytesIO(content)) as image:
-            return f"{image.format} {image.width}x{image.height}"
+        try:
+            with open_picture(content) as image:
+                return f"{image.format} {image.width}x{image.height}"
+        except SampleError as error:
+            return f"{len(content):,} bytes, {error.reason}"
     return f"{len(content):,} bytes"
 
 

@@ -77,9 +77,14 @@ class Document:
     segments: np.ndarray  # SEGMENT_DTYPE [k]; they cover the tokens without gap
 
 
-def document_id(source: str, key: str) -> int:
-    """The stable id of a document, 64 bits: from its dataset's name and its sample's key."""
-    digest = hashlib.blake2b(f"{source}\0{key}".encode(), digest_size=8).digest()
+def document_id(source: str, key: str, shard: str = "") -> int:
+    """The stable id of a document, 64 bits: from its dataset's name, its sample's key and its shard's name.
+
+    Many datasets number the samples of every shard from 0 again.
+    """
+    digest = hashlib.blake2b(
+        "\0".join((source, key, shard) if shard else (source, key)).encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -100,9 +100,11 @@ class DocumentLayout:
         """A number in [0, 1) that a rerun repeats; choices of one purpose do not depend on those of another."""
         return fraction(self.seed, purpose, key)
 
-    def build(self, kind: DocumentKind, key: str, parts: Sequence[Part], metadata: dict[str, Any]) -> Document:
-        """`parts` in the order that the kind prepared them in. Raises `SampleError`."""
-        sample = EncodedSample(key, document_id(self.source, key), parts, metadata)
+    def build(
+        self, kind: DocumentKind, key: str, parts: Sequence[Part], metadata: dict[str, Any], shard: str = ""
+    ) -> Document:
+        """`parts` in the order that the kind prepared them in; `shard` tells equal keys apart. Raises `SampleError`."""
+        sample = EncodedSample(key, document_id(self.source, key, shard), parts, metadata)
         if self.format == "pretrain":
             return kind.document(sample, self)
         chat = kind.chat(sample, self).conversation

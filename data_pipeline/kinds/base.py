@@ -21,6 +21,7 @@ from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sa
 from data_pipeline.video.keyframes import VideoConfig, read_key_frames
 
 TEXT_EXTENSIONS = ("txt", "instruction.txt")
+MAX_SAMPLE_PIXELS = 192 << 20  # of a video's key frames, resized: an hour at one frame of 512 x 512 in 5 seconds
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,14 @@ class MediaDecoder:
     def film(self, data: bytes) -> tuple[list[Pixels], float]:
         """The key frames of a video and the seconds until its end. Raises `SampleError`."""
         frames, seconds = read_key_frames(data, self.video)
-        return [self._resized(frame.pixels, round(frame.time_seconds * 1000)) for frame in frames], seconds
+        made: list[Pixels] = []
+        num_pixels = 0
+        for frame in frames:
+            made.append(self._resized(frame.pixels, round(frame.time_seconds * 1000)))
+            num_pixels += made[-1].pixels.size // 3
+            if num_pixels > MAX_SAMPLE_PIXELS:
+                raise SampleError("too_many_frames", f"{len(made)} frames of {num_pixels:,} pixels, and more")
+        return made, seconds
 
     def _resized(self, pixels: np.ndarray, time_ms: int = 0) -> Pixels:
         original_size = (pixels.shape[0], pixels.shape[1])

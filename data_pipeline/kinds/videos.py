@@ -33,7 +33,7 @@ class VideoText(SampleKind):
 
 
 class InterleavedVideo(SampleKind):
-    """A video and `KEY.words.json` (or `.vtt`, `.srt`); speech and frames by time."""
+    """A video and `KEY.words.json` (or another of `TRANSCRIPT_EXTENSIONS`); speech and frames by time."""
 
     name = "video_interleaved"
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +15,15 @@ from PIL import Image, ImageOps
 
 from data_pipeline.sources.samples import SampleError
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, made an error here
+# Of one picture, and of a frame as it is shown: at most 11 bytes a pixel are held while it is decoded.
+MAX_PIXELS = 80_000_000
+MAX_JPEG_SCANS = 200  # each pass over the picture costs as much as the first; encoders write about ten
+# What a dataset may hold, whatever its files are called. Pillow tells formats by content, and some of those that it knows
+# start other programs (EPS: Ghostscript) or read other files.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_STRIP_PIXELS = 1 << 22  # converted at once
+# Pillow's decoders raise these on bytes that are not what they claim to be.
+_CORRUPT = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, zlib.error)
 
 
 @dataclass
@@ -25,37 +37,75 @@ class ImageConfig:
     resize: str = "bounded"  # bounded: never above max_area; emu35: every picture to max_area, enlarged too
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], upright, transparency on white. Raises `SampleError("corrupt_image")`."""
+@contextlib.contextmanager
+def open_picture(data: bytes) -> Iterator[Image.Image]:
+    """A picture of one of `PICTURE_FORMATS`, its pixels not decoded yet: the one place where pictures are opened.
+
+    Raises `SampleError`, also for what the block raises about the picture's bytes: `corrupt_image`, `image_too_large`.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+            raise SampleError("corrupt_image", f"{data.count(bytes((0xFF, 0xDA)))} scans")
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise SampleError("image_too_large", f"{picture.width} x {picture.height}")
-            upright = ImageOps.exif_transpose(picture)
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-                upright = Image.alpha_composite(white, layer)
-            return _to_rgb(upright)
+            yield picture
     except Image.DecompressionBombError as error:
         raise SampleError("image_too_large", str(error)) from error
-    # Pillow's decoders raise these on bytes that are not what they claim to be.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+    except _CORRUPT as error:
         raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3], upright, transparency on white. Raises `SampleError`, see `open_picture`."""
+    with open_picture(data) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        return _to_rgb(picture)
+
+
 def _to_rgb(picture: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3]. Pillow's own conversion cuts grey values of 16 bits and floats off at 255."""
+    """uint8 [H, W, 3], converted strip by strip: what a large picture needs beside itself is small."""
+    picture.load()
+    convert = _conversion(picture)
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top, strip in _strips(picture):
+        pixels[top : top + strip.height] = convert(strip)
+    return pixels
+
+
+def _strips(picture: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(first row, rows) from top to bottom."""
+    step = max(1, _STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, step):
+        yield top, picture.crop((0, top, picture.width, min(top + step, picture.height)))
+
+
+def _conversion(picture: Image.Image) -> Callable[[Image.Image], np.ndarray]:
+    """What makes a strip of this picture RGB, or grey [h, w, 1].
+
+    Pillow's own conversion cuts grey values of 16 bits and floats off at 255.
+    """
     if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        sixteen_bits = picture.mode != "I" or values.max(initial=0) > 255
-        grey = np.clip(values >> 8 if sixteen_bits else values, 0, 255)
-    elif picture.mode == "F":
-        values = np.nan_to_num(np.asarray(picture), nan=0.0, posinf=1.0, neginf=0.0)
-        grey = np.clip(values * 255 if values.max(initial=0.0) <= 1.0 else values, 0, 255).round()
-    else:
-        return np.array(picture.convert("RGB"))
-    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+        highest = max(np.asarray(strip).max(initial=0) for _, strip in _strips(picture))
+        shift = 8 if picture.mode != "I" or highest > 255 else 0
+        return lambda strip: np.clip(np.asarray(strip).astype(np.int64) >> shift, 0, 255)[:, :, None]
+    if picture.mode == "F":
+
+        def values(strip: Image.Image) -> np.ndarray:
+            return np.nan_to_num(np.asarray(strip), nan=0.0, posinf=1.0, neginf=0.0)
+
+        highest = max(values(strip).max(initial=0.0) for _, strip in _strips(picture))
+        scale = 255 if highest <= 1.0 else 1
+        return lambda strip: np.clip(values(strip) * scale, 0, 255).round()[:, :, None]
+    if picture.has_transparency_data:
+        return _on_white
+    return lambda strip: np.asarray(strip.convert("RGB"))
+
+
+def _on_white(strip: Image.Image) -> np.ndarray:
+    layer = strip.convert("RGBA")
+    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(white, layer).convert("RGB"))
 
 
 def fit_size(height: int, width: int, *, factor: int, max_area: int, min_area: int = 0) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
-TRANSCRIPT_EXTENSIONS = ("words.json", "vtt", "srt")
+TRANSCRIPT_EXTENSIONS = ("words.json", "vtt", "srt", "ass", "ssa", "ttml")
 
 _SOURCE_IMAGE = re.compile(r"source_(\d+)\.(\w+)")
 

@@ -6,7 +6,7 @@ import lzma
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
         held: dict[str, _Open] = {}  # by key; the sample of the newest file among them
         held_bytes = 0
         current = ""
-        members = _members(path)
+        members = _members(path, _read_member)
         while True:
             try:
                 member = next(members)
@@ -148,17 +148,10 @@ def _count_members(path: Path) -> Counter[str]:
     """How many files of each key the shard holds, up to its end or to where it is damaged. Reads headers only."""
     counts: Counter[str] = Counter()
     try:
-        with _open(path) as archive:
-            while (info := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
-                key, extension = _name_of(info)
-                if key and extension:
-                    counts[key] += 1
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+        for member in _members(path, _name_alone):
+            counts[member.key] += 1
+    except _DamageError:
         pass  # the second reading says so
-    except OSError as error:
-        if error.errno is not None:
-            raise
     return counts
 
 
@@ -178,34 +171,36 @@ def _name_of(info: tarfile.TarInfo) -> tuple[str, str]:
     return key, extension.lower()
 
 
-def _open(path: Path) -> tarfile.TarFile:
-    return tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo)
+def _members(path: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str, str], _Member]) -> Iterator[_Member]:
+    """What `read` makes of each file that belongs to a sample; raises `_DamageError` for an early end.
 
-
-def _members(path: Path) -> Iterator[_Member]:
-    """Each file of the tar that belongs to a sample; raises `_DamageError` if it ends too soon.
-
-    tarfile, and webdataset's own reader on top of it, takes a broken header as the end of the
-    archive without a word. Hence the look at the block where reading ended.
+    Archives that were joined (`cat a.tar b.tar`) follow one another; keys of the second one begin with "#1/", as it may
+    have those of the first again. tarfile, and webdataset's own reader on top of it, stop at the first archive's end, and
+    take a broken header as the end without a word. Hence the look at what stands where reading ended.
     """
-    key = ""
+    key, number = "", 0
     try:
-        with _open(path) as archive:
-            while (info := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]
-                name, extension = _name_of(info)
-                if not name or not extension:
-                    continue
-                key = name
-                yield _read_member(archive, info, name, extension)
-                key = ""
-            _check_end(archive)
+        with tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo) as first:
+            archive: tarfile.TarFile | None = first
+            while archive is not None:
+                while (info := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+                    name, extension = _name_of(info)
+                    if name and extension:
+                        key = f"#{number}/{name}" if number else name
+                        yield read(archive, info, key, extension)
+                        key = ""
+                archive, number = _next_archive(archive), number + 1
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _DamageError(str(error), key) from error
     except OSError as error:
         if error.errno is not None:  # of the disk, not of the archive
             raise
         raise _DamageError(str(error), key) from error
+
+
+def _name_alone(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
+    return _Member(key, extension)
 
 
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
@@ -221,12 +216,21 @@ def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, exte
     return _Member(key, extension, data)
 
 
-def _check_end(archive: tarfile.TarFile) -> None:
-    """Is there the end mark where reading stopped, and nothing but zeros after it?"""
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != _END_BLOCK:
+def _next_archive(archive: tarfile.TarFile) -> tarfile.TarFile | None:
+    """The archive that stands behind this one, which was read to its end mark; None where only zeros follow."""
+    stream = archive.fileobj
+    assert stream is not None
+    stream.seek(archive.offset)
+    if stream.read(tarfile.BLOCKSIZE) != _END_BLOCK:
         raise _DamageError(f"no readable member or end mark at byte {archive.offset}")
-    while block := archive.fileobj.read(1 << 20):
-        if block.strip(b"\0"):
-            raise _DamageError(f"another archive or other data after the end mark at byte {archive.offset}")
+    position = archive.offset + tarfile.BLOCKSIZE
+    while block := stream.read(1 << 20):
+        if rest := block.lstrip(b"\0"):
+            start = position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            stream.seek(start)
+            try:
+                return tarfile.TarFile(fileobj=stream, mode="r", tarinfo=_BoundedTarInfo)
+            except tarfile.TarError as error:
+                raise _DamageError(f"other data after the end mark, at byte {start}: {error}") from error
+        position += len(block)
+    return None

@@ -43,7 +43,7 @@ SEGMENT_DTYPE = np.dtype(
         ("grid_height", "<u2"),  # image rows in tokens, 0 for anything else
         ("grid_width", "<u2"),
         ("source", "<u2"),  # index into the manifest's `sources`
-        ("document", "<u8"),  # stable id: blake2b of (source, sample key)
+        ("document", "<u8"),  # stable id: blake2b of (source, sample key, shard)
         ("time_ms", "<u4"),  # time of a video frame or of the transcript's first word
     ]
 )

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import av
 import numpy as np
 
+from data_pipeline.sources.image import MAX_PIXELS
 from data_pipeline.sources.samples import SampleError
+from data_pipeline.video.scenes import difference
 
 # Longer between two frames, and the time stamps are taken for wrong: every second of a video costs time and memory.
 MAX_GAP_SECONDS = 3600.0
-MAX_FRAME_PIXELS = 100_000_000  # of a frame as it is shown
+MAX_FRAMES = 2_000_000  # 18 hours at 30 frames a second
+# What a dataset may hold, whatever its files are called. FFmpeg tells formats by content, and some of those that it knows
+# are lists of addresses: it would open sockets and other files.
+VIDEO_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
 VIEW_SIZE = 48  # samples along each side of a frame's small view
 # Formats with 8-bit Y, U and V planes, which can be sampled where they lie.
 _PLANAR_FORMATS = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
@@ -32,7 +38,7 @@ class VideoScan:
     seekable: bool  # do the stamps come from the stream?
     times: np.ndarray  # float64 [F]; seconds from where the file's first stream begins, as transcripts count
     intra: np.ndarray  # bool [F]; can decoding start here?
-    views: np.ndarray  # uint8 [F, 3, VIEW_SIZE, VIEW_SIZE]; Y, U, V sampled on a grid
+    differences: np.ndarray  # float64 [F]; of each frame's small view from that of the frame decoded before it
     file_seconds: float = 0.0  # of the longest stream, as the file says; 0: it does not
 
     @property
@@ -47,15 +53,17 @@ def scan_video(data: bytes) -> VideoScan:
     """Decode all frames without colour conversion.
 
     Packets that do not decode are skipped and counted. Raises `SampleError`: `empty_video`,
-    `undecodable_video` when not one frame can be had or more packets are broken than whole.
+    `undecodable_video` when not one frame can be had or more packets are broken than whole, `video_too_long`,
+    `bad_time_stamps`. Memory: some 100 bytes a frame.
     """
     if not data:
         raise SampleError("empty_video")
     stamps: list[int | None] = []
     intra: list[bool] = []
-    views: list[np.ndarray] = []
+    differences: list[float] = []
+    view: np.ndarray | None = None
     num_errors = 0
-    with _open(data) as (container, stream):
+    with open_video(data) as (container, stream):
         seconds_per_stamp = float(stream.time_base or 0)
         seconds_per_frame = 1 / float(stream.average_rate or 25)
         delay = _delay_seconds(container, stream)
@@ -66,7 +74,10 @@ def scan_video(data: bytes) -> VideoScan:
                 continue
             stamps.append(frame.pts)
             intra.append(bool(frame.key_frame))
-            views.append(_small_view(frame))
+            before, view = view, _small_view(frame)
+            differences.append(0.0 if before is None else difference(before, view))
+            if len(stamps) > MAX_FRAMES:
+                raise SampleError("video_too_long", f"more than {MAX_FRAMES:,} frames")
     if not stamps or num_errors > len(stamps):
         raise SampleError("undecodable_video", f"{len(stamps)} frames, {num_errors} broken packets")
     known = [stamp for stamp in stamps if stamp is not None]
@@ -77,59 +88,74 @@ def scan_video(data: bytes) -> VideoScan:
     times = (numbers - numbers[0]) * (seconds_per_stamp if seekable else seconds_per_frame)
     if len(times) > 1 and np.diff(times).max() > MAX_GAP_SECONDS:
         raise SampleError("bad_time_stamps", f"{np.diff(times).max():,.0f} seconds between two frames")
-    return VideoScan(numbers, seekable, times + delay, np.asarray(intra)[order], np.stack(views)[order], file_seconds)
+    changes = np.asarray(differences)[order]
+    return VideoScan(numbers, seekable, times + delay, np.asarray(intra)[order], changes, file_seconds)
 
 
-def read_frames(data: bytes, scan: VideoScan, indices: Sequence[int]) -> list[np.ndarray]:
-    """The frames at these ascending indices of the scan, upright RGB, uint8 [H, W, 3] each."""
-    found = _read_by_seeking(data, scan, indices) if scan.seekable else {}
-    if len(found) < len(set(indices)):  # the container's index is missing or wrong
-        found = _read_from_start(data, scan, indices)
-    if len(found) < len(set(indices)):
+def read_frames(data: bytes, scan: VideoScan, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """The frames at these ascending indices of the scan, each once, upright RGB, uint8 [H, W, 3] each.
+
+    One at a time: those of a long video do not fit in memory. Raises `SampleError`.
+    """
+    num_given = 0
+    if scan.seekable:
+        for frame in _read_by_seeking(data, scan, indices):
+            yield frame
+            num_given += 1
+    if num_given < len(indices):  # the container's index is missing or wrong
+        for frame in _read_from_start(data, scan, indices[num_given:]):
+            yield frame
+            num_given += 1
+    if num_given < len(indices):
         raise SampleError("undecodable_video", "frames of the first pass are gone in the second")
-    return [found[index] for index in indices]
 
 
-def _read_by_seeking(data: bytes, scan: VideoScan, indices: Sequence[int]) -> dict[int, np.ndarray]:
-    """Jumps where an intra frame lies between a wanted frame and the next wanted one."""
-    found: dict[int, np.ndarray] = {}
+def _read_by_seeking(data: bytes, scan: VideoScan, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """Jumps where an intra frame lies between a wanted frame and the next wanted one; ends at one that is not found."""
     intra = np.flatnonzero(scan.intra)
     position = 0  # index of the next frame that decoding on would give
-    with _open(data) as (container, stream):
+    with open_video(data) as (container, stream):
         frames = _frames(container, stream)
         for index in indices:
             before = intra[intra <= index]
             if len(before) and before[-1] > position:
                 container.seek(int(scan.stamps[before[-1]]), stream=stream)
                 frames = _frames(container, stream)
-            for frame in frames:
-                if frame is not None and frame.pts >= scan.stamps[index]:
-                    if frame.pts == scan.stamps[index]:
-                        found[index] = _to_rgb(frame, stream)
-                    break
+            reached = (frame for frame in frames if frame is not None and frame.pts >= scan.stamps[index])
+            frame = next(reached, None)
+            if frame is None or frame.pts != scan.stamps[index]:
+                return
+            yield _to_rgb(frame, stream)
             position = index + 1
-    return found
 
 
-def _read_from_start(data: bytes, scan: VideoScan, indices: Sequence[int]) -> dict[int, np.ndarray]:
-    wanted = {int(scan.stamps[index]): index for index in indices}
-    found: dict[int, np.ndarray] = {}
+def _read_from_start(data: bytes, scan: VideoScan, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    wanted = {int(scan.stamps[index]) for index in indices}
+    waiting = deque(int(scan.stamps[index]) for index in indices)
+    found: dict[int, np.ndarray] = {}  # those that came before an earlier one
     num_frames = 0
-    with _open(data) as (container, stream):
+    with open_video(data) as (container, stream):
         for frame in _frames(container, stream):
             if frame is None:
                 continue
             stamp = frame.pts if scan.seekable else num_frames
             num_frames += 1
             if stamp in wanted:
-                found[wanted[stamp]] = _to_rgb(frame, stream)
-    return found
+                found[stamp] = _to_rgb(frame, stream)
+            while waiting and waiting[0] in found:
+                yield found.pop(waiting.popleft())
 
 
 @contextlib.contextmanager
-def _open(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A file of one of `VIDEO_FORMATS` and its best video stream: the one place where videos are opened for reading.
+
+    Raises `SampleError("undecodable_video")`.
+    """
+    # No protocol at all: what such a file refers to outside of itself is never opened.
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS), "protocol_whitelist": ""}
     try:
-        container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore")
+        container = av.open(io.BytesIO(data), mode="r", metadata_errors="ignore", container_options=options)
     except (av.FFmpegError, ValueError) as error:
         raise SampleError("undecodable_video", str(error)) from error
     with container:
@@ -141,6 +167,7 @@ def _open(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
             raise SampleError("undecodable_video", "no decoder for its codec")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         # A second decoding thread saves no time in all; shards are what runs side by side.
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -192,7 +219,7 @@ def _to_rgb(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
         width = round(width * ratio)
     elif ratio < 1:
         height = round(height / ratio)
-    if height * width > MAX_FRAME_PIXELS:
+    if height * width > MAX_PIXELS:
         raise SampleError("image_too_large", f"{width} x {height}")
     return upright(frame.to_ndarray(format="rgb24", width=width, height=height), frame.rotation)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,21 +54,22 @@ def frames_at(times: list[float], scan: VideoScan) -> list[int]:
 
 def extract_key_frames(data: bytes, config: VideoConfig) -> list[KeyFrame]:
     """The key frames of a video file, at least one. Raises `SampleError`."""
-    return read_key_frames(data, config)[0]
+    return list(read_key_frames(data, config)[0])
 
 
-def read_key_frames(data: bytes, config: VideoConfig) -> tuple[list[KeyFrame], float]:
-    """The key frames of a video file, at least one, and the seconds until the end of its last stream.
+def read_key_frames(data: bytes, config: VideoConfig) -> tuple[Iterator[KeyFrame], float]:
+    """The key frames of a video file, at least one, decoded as they are asked for; the seconds until its last stream's end.
 
-    Raises `SampleError` (`empty_video`, `undecodable_video`, `bad_time_stamps`, `image_too_large`).
+    Raises `SampleError` (`empty_video`, `undecodable_video`, `bad_time_stamps`, `video_too_long`, `image_too_large`), and
+    so does the iterator.
     """
     scan = scan_video(data)
-    cuts = find_cuts(scan.views, scan.times, config.scenes) if config.detect_scenes else []
+    cuts = find_cuts(scan.differences, scan.times, config.scenes) if config.detect_scenes else []
     starts = [float(scan.times[0]), *(float(scan.times[cut]) for cut in cuts)]
     times = key_frame_times(starts, scan.duration_seconds, config.keyframe_seconds)
     indices = frames_at(times, scan)
     if config.max_keyframes:
         indices = indices[: config.max_keyframes]
     pictures = read_frames(data, scan, indices)
-    frames = [KeyFrame(float(scan.times[index]), pixels) for index, pixels in zip(indices, pictures, strict=True)]
+    frames = (KeyFrame(float(scan.times[index]), pixels) for index, pixels in zip(indices, pictures, strict=True))
     return frames, max(scan.duration_seconds, scan.file_seconds)

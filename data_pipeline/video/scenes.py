@@ -15,21 +15,18 @@ class SceneConfig:
     min_seconds: float = 0.4  # shorter scenes are joined to the one before
 
 
-def frame_differences(views: np.ndarray) -> np.ndarray:
-    """Small views uint8 [F, 3, n, n] -> float64 [F]; entry i compares frame i with i - 1."""
-    differences = np.zeros(len(views))
-    for index in range(1, len(views)):
-        change = views[index].astype(np.int16) - views[index - 1]
-        differences[index] = np.abs(change).mean(axis=(1, 2)).max()
-    return differences
+def difference(before: np.ndarray, view: np.ndarray) -> float:
+    """Of two small views, uint8 [3, n, n]: the mean difference of the plane that changed most."""
+    return float(np.abs(view.astype(np.int16) - before).mean(axis=(1, 2)).max())
 
 
-def find_cuts(views: np.ndarray, times: np.ndarray, config: SceneConfig) -> list[int]:
+def find_cuts(differences: np.ndarray, times: np.ndarray, config: SceneConfig) -> list[int]:
     """Indices of the frames that begin a new scene, the first frame not among them.
+
+    differences, times: float64 [F]; entry i of the first compares frame i with the one before it.
 
     The ratio to the neighbours keeps fast motion, which changes every frame much, from being cut.
     """
-    differences = frame_differences(views)
     cuts: list[int] = []
     scene_start = 0.0
     for index in range(1, len(differences)):

@@ -1,4 +1,4 @@
-"""Transcripts: word-timed JSON, WebVTT and SRT; their text laid between the key frames."""
+"""Transcripts: word-timed JSON and subtitles; their text laid between the key frames."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_pipeline.sources.samples import SampleError
+from data_pipeline.video.cues import Cue, read_cues
 
 MAX_CHARACTERS = 20_000_000  # of a transcript file
 ECHO_SECONDS = 0.05  # rolling captions show a finished line once more for 10 ms
 _CONTIGUOUS_SECONDS = 0.5  # between two cues of rolling captions
 
-_CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2}(?:[.,]\d{1,9})?)")
+_CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2}(?:\.\d{1,9})?)")  # of WebVTT, inside of a cue
 # No character stands in two repeats at once: the time is that of one pass, whatever the text.
 _MARKUP = re.compile(r"<[^<>]*>|\{\\[^{}]*\}")
 _INNER_TIME = re.compile(r"<([0-9:.]+)>")
@@ -41,15 +42,8 @@ class Speech:
     time_seconds: float
 
 
-@dataclass
-class _Cue:
-    start: float
-    end: float
-    lines: list[str]  # with their markup
-
-
 def parse_transcript(extension: str, text: str) -> list[Word]:
-    """Words in order of time. `extension` is `words.json`, `vtt` or `srt`.
+    """Words in order of time. `extension` is one of `TRANSCRIPT_EXTENSIONS`.
 
     A subtitle has one time for many words: they are spread over it by their length, so that a key
     frame in its middle splits it. Raises `SampleError`: `bad_transcript`, `corrupt_text`.
@@ -72,12 +66,14 @@ def parse_transcript(extension: str, text: str) -> list[Word]:
 def _parse_words(text: str) -> list[Word]:
     """A list of `{"word", "start", "end"}`, or Whisper's and WhisperX's `{"segments": [{"words": [...]}]}`.
 
+    Other tools of the family say `text` for `word`.
+
     Words without times (WhisperX cannot align numerals) have them from their neighbours.
     """
     entries = json.loads(text)
     if isinstance(entries, dict):
         entries = [word for segment in entries["segments"] for word in _words_of_segment(segment)]
-    timed = [(str(entry["word"]), _time(entry, "start"), _time(entry, "end")) for entry in entries]
+    timed = [(str(_said(entry)), _time(entry, "start"), _time(entry, "end")) for entry in entries]
     timed = [entry for entry in timed if entry[0].strip()]
     if timed and all(start is None for _, start, _ in timed):
         raise SampleError("bad_transcript", "no word has a time")
@@ -98,13 +94,17 @@ def _words_of_segment(segment: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"word": segment["text"], "start": segment.get("start"), "end": segment.get("end")}]
 
 
+def _said(entry: dict[str, Any]) -> Any:
+    return entry["word"] if "word" in entry else entry["text"]
+
+
 def _time(entry: dict[str, Any], name: str) -> float | None:
     """Seconds, None where the entry has no such time."""
     if entry.get(name) is None:
         return None
     seconds = float(entry[name])
     if not math.isfinite(seconds):
-        raise SampleError("bad_transcript", f"time of {entry['word']!r} is not finite")
+        raise SampleError("bad_transcript", f"time of {_said(entry)!r} is not finite")
     return seconds
 
 
@@ -119,7 +119,7 @@ def _next_times(starts: list[float | None]) -> list[float | None]:
 
 
 def _parse_cues(extension: str, text: str) -> list[Word]:
-    cues = sorted(_read_cues(extension, text.split("\n")), key=lambda cue: cue.start)
+    cues = sorted(read_cues(extension, text), key=lambda cue: cue.start)
     cues = _without_repeats(cues)
     words: list[Word] = []
     for number, cue in enumerate(cues):
@@ -137,64 +137,16 @@ def _parse_cues(extension: str, text: str) -> list[Word]:
     return ordered
 
 
-def _read_cues(extension: str, lines: list[str]) -> list[_Cue]:
-    """A line of times begins a cue, wherever it stands; an empty line ends it, a line of blanks does not.
-
-    In SRT what follows an empty line and is no number before a line of times is the cue's text too, as ffmpeg has it.
-    In WebVTT such blocks are notes and styles.
-    """
-    cues: list[_Cue] = []
-    in_cue = False  # was there no empty line since the times?
-    number = 0  # of the last SRT cue
-    for position, line in enumerate(lines):
-        times = _read_times(line, required=not in_cue)
-        if times is not None:
-            cues.append(_Cue(*times, []))
-            in_cue = True
-        elif not line:
-            in_cue = False
-        elif extension == "srt" and line.strip().isdecimal() and _is_time_line(lines, position + 1):
-            value = int(line.strip()[:9])
-            if in_cue and value != number + 1:  # no number: the cue's last line happens to be one
-                cues[-1].lines.append(line)
-            number = value
-        elif cues and (in_cue or extension == "srt"):
-            cues[-1].lines.append(line)
-    return cues
-
-
-def _is_time_line(lines: list[str], position: int) -> bool:
-    return position < len(lines) and _read_times(lines[position], required=False) is not None
-
-
-def _read_times(line: str, *, required: bool) -> tuple[float, float] | None:
-    """Start and end in seconds of a line like `00:01.000 --> 00:02.000 align:start`, None for another line.
-
-    required: a line with an arrow must be one; raises `SampleError`.
-    """
-    left, arrow, right = line.partition("-->")
-    if not arrow:
-        return None
-    ends = right.split(maxsplit=1)[:1]
-    matches = [_CLOCK.fullmatch(clock) for clock in (left.strip(), *ends)]
-    if len(matches) == 2 and all(matches):
-        start, end = (_clock_seconds(match) for match in matches if match)
-        return start, end
-    if required:
-        raise SampleError("bad_transcript", f"not a line of times: {line[:80]!r}")
-    return None
-
-
 def _clock_seconds(match: re.Match[str]) -> float:
     hours, minutes, seconds = match.groups()
-    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds.replace(",", "."))
+    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 def _plain(line: str) -> str:
     return html.unescape(_MARKUP.sub("", line)).strip()
 
 
-def _without_repeats(cues: list[_Cue]) -> list[_Cue]:
+def _without_repeats(cues: list[Cue]) -> list[Cue]:
     """Rolling captions say each line once: not the lines that stay on display, nor echoes.
 
     A track rolls when it has echoes (a cue of `ECHO_SECONDS` at most that repeats the one before), or when most of its
@@ -219,7 +171,7 @@ def _without_repeats(cues: list[_Cue]) -> list[_Cue]:
     for cue, repeated in zip(cues, repeats, strict=True):
         lines = [line for line in cue.lines if _plain(line)][repeated:]
         if lines:
-            kept.append(_Cue(cue.start, cue.end, lines))
+            kept.append(Cue(cue.start, cue.end, lines))
     return kept
 
 

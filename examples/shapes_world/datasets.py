@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from data_pipeline.sources.image import open_picture
 from examples.shapes_world import real_media
 from examples.shapes_world.edits import Edit, random_edit
 from examples.shapes_world.media import jpeg_bytes, mp4_bytes, png_bytes
@@ -137,7 +138,7 @@ def real_photos(config: CorpusConfig) -> Iterator[Sample]:
     for photo in real_media.PHOTOS:
         path = real_media.package_file(photo.package, photo.file)
         yield {path.suffix[1:]: path.read_bytes(), "txt": f"a photo of {photo.caption}".encode()}
-        with Image.open(path) as opened:
+        with open_picture(path.read_bytes()) as opened:
             pixels = opened.convert("RGB")
         for _ in range(CROPS_PER_PHOTO):
             text = f"part of a photo of {photo.caption}"

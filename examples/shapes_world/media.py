@@ -9,6 +9,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from data_pipeline.video.decode import open_video
+
 JPEG_QUALITY = 92
 ENCODER_OPTIONS = {
     "preset": "ultrafast",
@@ -51,7 +53,7 @@ def mp4_bytes(frames: Sequence[np.ndarray], frames_per_second: int) -> bytes:
 
 def mp4_frames(data: bytes, times_seconds: Sequence[float]) -> list[np.ndarray]:
     """The decoded frames shown nearest to the given times, uint8 [H, W, 3] each."""
-    with av.open(io.BytesIO(data), "r") as container:
-        frames = list(container.decode(video=0))
+    with open_video(data) as (container, stream):
+        frames = list(container.decode(stream))
     nearest = [min(frames, key=lambda frame: abs((frame.time or 0.0) - time)) for time in times_seconds]
     return [frame.to_ndarray(format="rgb24") for frame in nearest]

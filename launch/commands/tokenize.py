@@ -118,7 +118,11 @@ def plan_jobs(patterns: Any, target: Path) -> list[ShardJob]:
                 fix="check the path",
             )
         shards.update(map(Path, found))
-    jobs = [ShardJob(shard, target / f"{number:06d}") for number, shard in enumerate(sorted(shards))]
+    same_name = Counter(shard.name for shard in shards)
+    jobs = [
+        ShardJob(shard, target / f"{number:06d}", str(shard) if same_name[shard.name] > 1 else shard.name)
+        for number, shard in enumerate(sorted(shards))
+    ]
     if target.is_dir():
         expected = {job.prefix for job in jobs}
         strangers = [prefix for prefix in published_prefixes(target) if prefix not in expected]
@@ -146,7 +150,7 @@ class TokenizeTask:
     def __call__(self, jobs: Sequence[ShardJob]) -> None:
         self.tokenizer = self.tokenizer or load_tokenizer(self.config)
         for job in jobs:
-            self.tokenizer.tokenize(job.shard, job.prefix)
+            self.tokenizer.tokenize(job.shard, job.prefix, job.name)
 
 
 def load_tokenizer(config: Config) -> ShardTokenizer:

@@ -153,6 +153,8 @@ def try_video() -> str:
     import av
     import numpy as np
 
+    from data_pipeline.video.decode import open_video
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as target:
         stream = target.add_stream("libx264", rate=1)
@@ -160,9 +162,8 @@ def try_video() -> str:
         frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
         for packet in [*stream.encode(frame), *stream.encode()]:
             target.mux(packet)
-    buffer.seek(0)
-    with av.open(buffer, "r") as source:
-        assert next(source.decode(video=0)).width == 32
+    with open_video(buffer.getvalue()) as (source, video):
+        assert next(source.decode(video)).width == 32
     return "H.264 in and out (libx264)"
 
 

@@ -68,14 +68,23 @@ def test_a_caption_whose_picture_is_a_link_is_no_text(tmp_path: Path, link: byte
     assert outcome(path) == [("a", "image_text"), ("b", reason)]
 
 
-def test_a_second_archive_behind_the_first_is_told(tmp_path: Path) -> None:
-    one = write_tar(tmp_path / "1.tar", [("a.txt", b"x")]).read_bytes()
-    (tmp_path / "0.tar").write_bytes(one + one)
-    assert outcome(tmp_path / "0.tar") == [("a", "text"), ("a", "truncated_tar")] or outcome(tmp_path / "0.tar") == [
-        ("a", "truncated_tar")
-    ]
-    (tmp_path / "0.tar").write_bytes(one + bytes(20_480))
-    assert outcome(tmp_path / "0.tar") == [("a", "text")]
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_joined_archives_are_read_one_after_another(tmp_path: Path, mode: str) -> None:
+    pair: list[Entry] = [("a.txt", b"x"), ("b.jpg", b"jpeg"), ("b.txt", b"y")]
+    one = write_tar(tmp_path / "1.tar", pair, mode=mode).read_bytes()
+    whole = [("a", "text"), ("b", "image_text")]
+    path = tmp_path / "0.tar"
+    path.write_bytes(one + one + one)
+    again = [(f"#{number}/{key}", kind) for number in (1, 2) for key, kind in whole]
+    assert outcome(path) == [*whole, *again]
+    if mode == "w":
+        path.write_bytes(one + bytes(20_480))
+        assert outcome(path) == whole
+        for tail in (b"no archive" * 100, one[512:]):
+            path.write_bytes(one + tail)
+            assert outcome(path)[-1][1] == "truncated_tar"
+        path.write_bytes(one + one[:1024])  # the second was cut off
+        assert outcome(path) == [*whole, ("#1/a", "truncated_tar")]
 
 
 def test_keys_that_begin_with_underscores_are_keys(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def serve(descriptor: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Connection(descriptor) as pipe:
         pipe.send_bytes(b"ready")
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 2)  # libraries write there about every file; reasons go through the pipe
         while True:
             try:
                 decoder, what, seconds = pipe.recv()

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from launch.composition import compose as configs
 from launch.composition import registry
+from launch.composition.written_text import quoted_text
 
 
 def plan_jobs(command: str, overrides: list[str]) -> list[list[str]]:
@@ -20,7 +21,10 @@ def plan_jobs(command: str, overrides: list[str]) -> list[list[str]]:
     Sweeps use Hydra's grammar (`key=1,2`, `key=range(1,4)`, `group=glob(*)`). Job n writes to
     `<run folder>/multirun/<n>` where the command has a run folder.
     """
-    parsed = [configs.parse_override(text) for text in overrides]
+    schema = registry.load_command(command).Config
+    parsed = [
+        configs.parse_override(text if "," in text or "(" in text else quoted_text(schema, text)) for text in overrides
+    ]
     (combinations,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     jobs = []
     for index, combination in enumerate(combinations):

@@ -97,7 +97,7 @@ def read_questions(config: Config) -> list[dict[str, Any]]:
         return [{"text": config.prompt, "images": list(config.images)}]
     path = Path(config.prompts_file)
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("the prompts file cannot be read", where=str(path), got=str(error)) from error
     if path.suffix == ".jsonl":

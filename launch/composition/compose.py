@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.composition import folders as places
 from launch.composition import objective, registry
+from launch.composition.written_text import check_yaml_text, quoted_text
 from model.errors import UserError
 from model.registry import known_keys, near_miss, without_none
 
@@ -32,7 +34,7 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     schema = registry.load_command(command).Config
     store = ConfigStore.instance()
     store.store(name=f"{command}_schema", node=schema)
-    parsed = [objective.named(parse_override(text)) for text in overrides]
+    parsed = [objective.named(parse_override(quoted_text(schema, text))) for text in overrides]
     folders = places.config_folders(parsed)
     own_file = places.find_config(folders, command)
     primary = command if own_file else f"{command}_schema"
@@ -51,6 +53,7 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
         tree = OmegaConf.merge(tree, *given)
         # Merging into a fresh schema refuses what `+key=value` or a YAML file added outside of it.
         tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(tree))
+        check_yaml_text(tree, folders)
         OmegaConf.resolve(tree)
         if objective.has_objective(schema):
             objective.fill_in(tree)
@@ -131,8 +134,14 @@ def parse_override(text: str) -> Override:
             "an override cannot be read",
             got=text,
             expected="key=value",
-            fix="quote values with special characters: 'key=\"a=b\"'",
+            fix=f"quote values with special characters: {_quoted_example(text)}",
         ) from error
+
+
+def _quoted_example(text: str) -> str:
+    """The override as it can be typed in a shell, its value in quotes."""
+    key, _, value = text.partition("=")
+    return shlex.quote(f'{key}="{value}"') if '"' not in value else """'key="a=b"'"""
 
 
 def adds_to_mapping(schema: type, override: Override) -> bool:

@@ -200,7 +200,7 @@ def test_bad_videos_are_named() -> None:
 
 def test_sound_without_pictures_is_undecodable() -> None:
     stream_bytes = io.BytesIO()
-    with av.open(stream_bytes, "w", format="wav") as output:
+    with av.open(stream_bytes, "w", format="matroska") as output:
         stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
         samples = np.zeros((1, 800), np.int16)
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")

@@ -60,7 +60,7 @@ def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
         (["train", "stage.data.datasets.extra.pth=x"], "unknown key 'stage.data.datasets.extra.pth'"),
         (["train", "stage.steps=many"], "stage.steps"),
         (["train", "stage=pretrain_3"], "stage=pretrain_2"),
-        (["train", "name=a=b"], "quote values"),
+        (["train", "stage.steps=a=b"], """quote values with special characters: 'stage.steps="a=b"'"""),
         (["train", "stage.steps"], "not of the form key=value"),
         (["train", "--frobnicate"], "unknown option"),
         (["train", "--cfg", "hydra"], "--cfg job"),

@@ -224,7 +224,7 @@ def _open_text(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, 
         texts = [config.text]
     else:
         try:
-            texts = Path(config.text_file or "").read_text(encoding="utf-8").splitlines()
+            texts = Path(config.text_file or "").read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError("the text cannot be read", where=str(config.text_file), got=str(error)) from None
         texts = [text for text in texts if text.strip()]

@@ -1,0 +1,99 @@
+"""Text of users stays text, on the command line and in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.composition.compose import compose_tree, parse_override
+from launch.composition.written_text import quoted_text
+from model.errors import UserError
+
+
+@dataclass
+class Part:
+    text: str = ""
+    number: int = 0
+
+
+@dataclass
+class Schema:
+    name: str = ""
+    folder: str | None = None
+    steps: int = 0
+    anything: Any = None
+    part: Part = field(default_factory=Part)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+TEXTS = [
+    "20260105_1200",
+    "0123",
+    "12:00:00",
+    "1.10",
+    "1e5",
+    "yes",
+    "Hello, world",
+    "/data/a[0-9].tar",
+    "s3://x/{000..010}.tar",
+    "~/data",
+    "a=b",
+    "it's (so)",
+    "back\\slash\\",
+    "C:\\'x",
+    '"Hello" she said',
+    "a\nb",
+    "",
+    "红色 的圆",
+]
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith('"')])
+@pytest.mark.parametrize("key", ["name", "folder", "part.text", "parts.mine.text", "+name", "++folder"])
+def test_a_text_key_takes_what_is_written(key: str, text: str) -> None:
+    override = parse_override(quoted_text(Schema, f"{key}={text}"))
+    assert override.value() == text
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_characters="$")).filter(lambda text: text[:1] not in ("'", '"'))
+)
+def test_any_text_arrives(text: str) -> None:
+    if text != "null":
+        assert parse_override(quoted_text(Schema, f"name={text}")).value() == text
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["folder=null", "name='a, b'", 'name="a"', "steps=1_000", "anything=0123", "part.number=7", "~name", "parts={}"],
+)
+def test_the_rest_is_hydras(override: str) -> None:
+    assert quoted_text(Schema, override) == override
+
+
+def test_names_and_texts_of_real_commands_arrive_as_written(tmp_path: Path) -> None:
+    config = compose_tree("submit", ["cluster=slurm", "stage=pretrain_1", "name=20260105_1200", "cluster.account=0123"])
+    assert (config.name, config.cluster.account) == ("20260105_1200", "0123")
+    config = compose_tree("generate", ["checkpoint=a[1]", "prompt=Hello, world: yes"])
+    assert (config.checkpoint, config.prompt) == ("a[1]", "Hello, world: yes")
+
+
+@pytest.mark.parametrize("written", ["0123", "12:00:00", "1_000", "1.10", "on"])
+def test_what_yaml_changes_is_refused_with_the_quoting_to_use(tmp_path: Path, written: str) -> None:
+    own = tmp_path / "conf"
+    (own / "cluster").mkdir(parents=True)
+    file = own / "cluster/ours.yaml"
+
+    def compose(value: str) -> Any:
+        file.write_text(f"name: ours\nkind: slurm\npartition: gpu\naccount: {value}  # ours\ndevice: h100\n")
+        return compose_tree("submit", [f"config_folder={own}", "cluster=ours", "stage=pretrain_1"])
+
+    with pytest.raises(UserError, match=f"put it in quotes: account: '{written}'"):
+        compose(written)
+    assert compose(f"'{written}'").cluster.account == written
+    assert compose("123").cluster.account == "123"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ _DEMUXERS = {"vtt": "webvtt", "srt": "srt"}
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,9}))?")
 _NO_CUES = ("WEBVTT", "NOTE", "STYLE", "REGION")  # what blocks of WebVTT without text begin with
 _EVENTS = {"ass": re.compile(r"^Dialogue:", re.MULTILINE), "ttml": re.compile(r"<(?:\w+:)?p[\s>]")}
+_CUT_EVENT = re.compile(r"^Dialogue:(?!(?:[^,\n]*,){9}).*", re.MULTILINE)
 
 
 @dataclass
@@ -113,13 +115,14 @@ def _by_pysubs2(extension: str, text: str) -> list[Cue]:
 
     if "<!" in text.replace("<!--", ""):  # entities that grow; no subtitle file has any
         raise SampleError("bad_transcript", "a document type")
+    if (cut := _CUT_EVENT.search(text)) and extension != "ttml":
+        raise SampleError("bad_transcript", f"an event with too few fields: {cut[0][:80]!r}")
     try:
-        file = pysubs2.SSAFile.from_string(text, format_=extension)
-    except (
-        pysubs2.exceptions.Pysubs2Error,
-        SyntaxError,
-        NotImplementedError,
-    ) as error:  # ElementTree's is a SyntaxError
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # it makes 0 of a time that is none
+            file = pysubs2.SSAFile.from_string(text, format_=extension)
+    except (pysubs2.exceptions.Pysubs2Error, RuntimeWarning, SyntaxError, NotImplementedError) as error:
+        # ElementTree's errors are SyntaxErrors.
         raise SampleError("bad_transcript", f"{type(error).__name__}: {error}") from error
     events = [event for event in file if not event.is_comment]
     expected = len(_EVENTS.get(extension, _EVENTS["ass"]).findall(text))

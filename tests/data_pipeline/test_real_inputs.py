@@ -143,6 +143,7 @@ def test_subtitles_of_other_formats() -> None:
         ("ttml", "<!DOCTYPE tt [<!ENTITY a 'aaaa'>]>" + TTML.format("")),
         ("ttml", TTML.format("")[:-10]),
         ("ass", ASS + "Dialogue: broken\n"),
+        ("ass", ASS.replace("0:00:03.00", "soon")),
         # FFmpeg passes over what follows a broken cue, and drops the last line here; both would be trained as silence.
         ("vtt", "WEBVTT\n\n00:01.000 --> 00:02.000\nsaid\n\nsoon --> later\nx\n\n00:03.000 --> 00:04.000\nlost\n"),
         ("srt", "1\n00:00:01,000 --> 00:00:02,000\nthe answer is\n42\n00:00:03,000 --> 00:00:04,000\nright\n"),

@@ -60,6 +60,7 @@ def test_a_text_key_takes_what_is_written(key: str, text: str) -> None:
     assert override.value() == text
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     text=st.text(st.characters(codec="utf-8", exclude_characters="$")).filter(lambda text: text[:1] not in ("'", '"'))
 )

@@ -171,9 +171,11 @@ class Outside(HTMLParser):
         super().__init__()
         self.references: list[str] = []
         self.tags: list[str] = []
+        self.names: list[str] = []  # of attributes
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.names += [name for name, _ in attributes]
         self.references += [value for name, value in attributes if name in ("src", "href") and value]
 
 
@@ -189,6 +191,36 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     assert page.tags.count("svg") == 4  # a curve and a mixture for each of two stages
     assert "a &lt;red&gt; circle" in text
     assert not re.search(r"url\(|@import", text)
+
+
+def test_names_of_files_and_data_are_text_in_the_page(run_folder):
+    """Whatever a run's files call things: no tag, no attribute, no end of one comes of it."""
+    hostile = """"><script>alert(1)</script><img src=x onerror='x' \x1b]0;x\x07"""
+    for name in ("curriculum.json", "sft/summary.json", "evaluation/final.json", "packed/sft/a/000000.json"):
+        values = json.loads((run_folder / name).read_text())
+        write(run_folder / name, poisoned(values, hostile))
+    lines = [json.dumps({"step": 1, "loss": 1.0, "tokens_by_source": {hostile: 3}})]
+    write(run_folder / "sft" / "metrics.jsonl", "\n".join(lines))
+    write(run_folder / hostile.replace("/", "") / "summary.json", "{")
+    cli.main(["report", f"run_folder={run_folder}"])
+    text = (run_folder / "report.html").read_text()
+    page = Outside()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert "onerror" not in page.names
+    assert text.count("&lt;script&gt;") >= 5
+
+
+def poisoned(values, hostile):
+    """All texts but those by which the report finds things."""
+    if isinstance(values, dict):
+        kept = ("kind", "state", "name", "format")
+        return {
+            key: value if key in kept and key != "name" else poisoned(value, hostile) for key, value in values.items()
+        }
+    if isinstance(values, list):
+        return [poisoned(value, hostile) for value in values]
+    return values + hostile if isinstance(values, str) else values
 
 
 def test_a_run_that_has_only_begun_gives_a_report_too(tmp_path, capsys):

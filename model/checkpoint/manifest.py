@@ -109,7 +109,8 @@ def _table_damage(keys: dict[str, Any]) -> str:
 
 def _files_damage(files: dict[str, Any]) -> str:
     for name, entry in files.items():
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not _is_file_name(name):
+        is_good = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("crc32"), str)
+        if not is_good or not _is_file_name(name):
             return f"files: {name!r}: {entry!r}"
     return ""
 

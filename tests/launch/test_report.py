@@ -93,7 +93,13 @@ def run_folder(tmp_path):
     tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
     tasks["real_video_reconstruction"] = {"count": 5}
     figures = {"t2i_accuracy": 0.9, "reconstruction_accuracy": 0.99, "next_state_accuracy": 0.8, "edit_accuracy": 0.7}
-    write(tmp_path / "evaluation" / "final.json", {"metrics": figures, "tasks": tasks, "samples": samples})
+    final = {"metrics": figures, "tasks": tasks, "samples": samples, "seen": {"t2i_accuracy": {"accuracy": 0.95}}}
+    final["baselines"] = {
+        "t2i_accuracy": {"dictionary": {"accuracy": 0.75, "count": 200}},
+        "next_state_accuracy": {"copy_of_the_last": {"accuracy": 0.0, "count": 200}},
+    }
+    write(tmp_path / "evaluation" / "final.json", final)
+    write(tmp_path / "evaluation" / "from_scratch.json", {"metrics": {"t2i_accuracy": 0.25}, "seen": {"x": {}}})
     write(tmp_path / "evaluation" / "untrained.json", {"metrics": {"t2i_accuracy": 0.05}})
     (tmp_path / "evaluation" / "samples").mkdir()
     Image.new("RGB", (4, 4), "red").save(tmp_path / "evaluation" / "samples" / "one.png")
@@ -129,7 +135,17 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
         "next_state_accuracy": 0.8,
         "edit_accuracy": 0.7,
         "num_prompts": 200,
+        "baselines": {
+            "t2i_accuracy": {"dictionary": 0.75, "from_scratch": 0.25, "untrained": 0.05},
+            "next_state_accuracy": {"copy_of_the_last": 0.0},
+        },
+        "seen_accuracy": {"t2i_accuracy": 0.95},
     }
+    page = (run_folder / "report.html").read_text()
+    row = (
+        "<tr><td>text to image</td><td>90.0%</td><td>95.0%</td><td>75.0%</td><td>25.0%</td><td>5.0%</td><td>-</td></tr>"
+    )
+    assert row in page.replace('<td class="number">', "<td>")
     assert report["tokens"][0]["quarantined"] == {"corrupt_image": 1}
 
 
@@ -280,7 +296,7 @@ def test_tasks_of_another_world_are_shown(tmp_path):
     assert cli.main(["report", f"run_folder={tmp_path}"]) == 0
     metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
     known = {"chess_accuracy": 0.25, "go_accuracy": 0.5, "go_accuracy_untrained": 0.125, "num_prompts": 20}
-    assert {name: value for name, value in metrics.items() if value is not None} == known
+    assert {name: value for name, value in metrics.items() if isinstance(value, int | float)} == known
     page = (tmp_path / "report.html").read_text()
     for part in ("chess accuracy", "25.0%", "go accuracy untrained", "12.5%", "20 held-out prompts"):
         assert part in page

@@ -20,6 +20,7 @@ from data_pipeline.kinds.registry import read_shard
 from data_pipeline.sources import BadSample
 from examples.shapes_world.media import mp4_frames
 from examples.shapes_world.world import GRID
+from model.errors import UserError
 from training.inference.baselines import Ask, Pictures
 from training.inference.evaluation import EvaluationPrompt
 
@@ -35,6 +36,8 @@ class Dictionary:
         self.pixels = image_pixels
         self.cell = image_pixels // GRID
         pictures = list(itertools.islice(self._captioned(Path(corpora) / "shapes_image_text"), num_pictures))
+        if not pictures:
+            raise UserError("no captioned pictures to count", where=corpora, fix="baselines.dictionary.corpora=FOLDER")
         self.background = np.median(np.stack([picture for picture, _ in pictures]), axis=(0, 1, 2))
         self.places = self._count_places(pictures)
         self.looks = self._count_looks(pictures)

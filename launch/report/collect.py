@@ -96,17 +96,18 @@ def collect_metrics(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
             if found.get(metric + ending) is None:
                 found[metric + ending] = value
     found["baselines"] = collect_baselines(evaluations)
-    found["seen_accuracy"] = {
-        task: entry["accuracy"]
-        for name, evaluation in evaluations.items()
-        if name not in OTHER_WEIGHTS
-        for task, entry in accuracies(members(evaluation, "seen"))
-    }
-    return found | {"num_prompts": num_prompts(evaluations)}
+    seen: dict[str, float] = {}
+    for name, evaluation in evaluations.items():
+        for task, entry in accuracies(members(evaluation, "seen")) if name not in OTHER_WEIGHTS else ():
+            seen.setdefault(task, entry["accuracy"])
+    return found | {"seen_accuracy": seen, "num_prompts": num_prompts(evaluations)}
 
 
 def collect_baselines(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """task -> name of a baseline -> accuracy. The same tasks by fresh weights, or by the last stage alone, are baselines."""
+    """task -> name of a baseline -> accuracy, of several evaluations the first's.
+
+    The same tasks by fresh weights, or by the last stage alone, are baselines too.
+    """
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for name, evaluation in evaluations.items():
         if name in OTHER_WEIGHTS:
@@ -115,7 +116,7 @@ def collect_baselines(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[
                     found[task][name] = accuracy
         for task in members(evaluation, "baselines") if name not in OTHER_WEIGHTS else ():
             for baseline, entry in accuracies(members(members(evaluation, "baselines"), task)):
-                found[task][baseline] = entry["accuracy"]
+                found[task].setdefault(baseline, entry["accuracy"])
     return dict(found)
 
 

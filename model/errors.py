@@ -88,7 +88,7 @@ class VisibleStream:
 def escapes_shown() -> Iterator[None]:
     """While the block runs, nothing that Python prints steers the terminal; nor does a traceback that ends the process."""
     kept = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)
     sys.excepthook = _print_visibly
     try:
         yield

@@ -26,7 +26,7 @@ REACH = 3  # steps to each side of the middle of what is seen: a thin tip is not
 
 
 def saturation(picture: np.ndarray) -> np.ndarray:
-    pixels = picture.astype(np.float32)
+    pixels: np.ndarray = picture.astype(np.float32)
     result: np.ndarray = pixels.max(axis=-1) - pixels.min(axis=-1)
     return result
 

@@ -55,7 +55,8 @@ def simulate(start: Scene, velocities: np.ndarray, num_frames: int = NUM_FRAMES)
     """Scenes of `num_frames` frames, the first as given. `velocities` [bodies, 2] in pixels a frame."""
     places = np.array([[body.x, body.y] for body in start])
     halves = np.array([body.half for body in start])
-    speeds, scenes = velocities.astype(np.float64).copy(), [start]
+    speeds: np.ndarray = velocities.astype(np.float64)  # a copy
+    scenes = [start]
     for _ in range(num_frames - 1):
         for _ in range(SUBSTEPS):
             places += speeds / SUBSTEPS

@@ -94,10 +94,11 @@ def run(config: Config) -> dict[str, Any]:
         samples_folder=samples_folder,
         num_samples=config.num_samples,
     )
-    options = {"batch_size": config.batch_size, "seed": config.seed}
     known = {
         name: {key: result[key] for key in ("accuracy", "count", "interval")}
-        for name, result in evaluate(model, seen, config.sampling, **options).items()
+        for name, result in evaluate(
+            model, seen, config.sampling, batch_size=config.batch_size, seed=config.seed
+        ).items()
     }
     answer = {
         "checkpoint": str(base / config.checkpoint),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,10 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, escapes_shown
 
 MAX_DEATHS = 3  # of workers over one job, before it is taken for the cause
 _PATIENCE_SECONDS = 10.0  # for a worker to end by SIGTERM
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -109,8 +111,13 @@ def _end(worker: _Worker) -> None:
 
 def _serve(pipe: Connection, work: Callable[[Sequence[Any]], None]) -> None:
     """In a worker: do tasks until the pipe closes."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends us
+    with escapes_shown():
+        _answer_all(pipe, work)
+
+
+def _answer_all(pipe: Connection, work: Callable[[Sequence[Any]], None]) -> None:
     while True:
         try:
             task = pipe.recv()
@@ -127,12 +134,23 @@ def _serve(pipe: Connection, work: Callable[[Sequence[Any]], None]) -> None:
             return
 
 
-def _end_with_parent() -> None:
-    """Leave at once when the parent is gone, however it went: half-written temporaries are the next run's to remove."""
+def end_with_parent() -> None:
+    """Leave at once when the parent is gone, however it went: half-written temporaries are the next run's to remove.
+
+    On Linux the kernel sees to it, also where a library holds the interpreter (a decoder that never returns); elsewhere
+    a thread does.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    sentinel = parent.sentinel
+
+    def leave() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()  # it was perhaps gone before the kernel was asked
 
 
 def _portable(error: Exception) -> Exception:

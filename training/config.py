@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.small_files import check_resolved, read_yaml
 from model.config import ModelConfig
 from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, divided_sizes
@@ -188,18 +189,10 @@ def save_yaml(config: TrainConfig, path: Path, versions: dict[str, str] | None =
 
 
 def load_yaml(path: Path) -> TrainConfig:
-    """Read what `save_yaml` wrote."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such config file", where=str(path)) from None
-    except yaml.YAMLError as error:
-        raise UserError("the config file is not YAML", where=str(path), got=str(error)) from None
-    if not isinstance(values, dict):
-        raise UserError("the config file is not a mapping", where=str(path))
+    """Read what `save_yaml` wrote, which holds no reference to the environment."""
+    values = read_yaml(Path(path), "the config file")
     values.pop("versions", None)
+    check_resolved(values, str(path))
     return from_dict(translated(values))
 
 

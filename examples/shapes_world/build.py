@@ -10,7 +10,8 @@ import hashlib
 import json
 import shutil
 import sys
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,28 @@ FORMAT_VERSION = 1
 OWNER = {"mtime": 0.0, "user": "nextstate", "group": "nextstate"}  # fixed, so that bytes depend on the content only
 
 
-def validate(config: CorpusConfig) -> None:
+@dataclass(frozen=True)
+class World:
+    """What `build` is told of a world."""
+
+    datasets: Sequence[Dataset]
+    config_class: type[Any]  # a dataclass of sizes, with `seed` and `samples_per_shard`
+    target: str  # where the corpora go when nothing else is said
+    facts: Callable[[], dict[str, Any]]  # of the world, for `corpus.json`
+
+
+SHAPES = World(
+    DATASETS,
+    CorpusConfig,
+    "runs/demo/corpora",
+    lambda: {"held_out_combinations": len(held_out_items()), "combinations": len(all_items())},
+)
+
+
+def validate(config: Any) -> None:
     problems = Problems()
-    for name in ("num_images", "num_clips", "num_captioned_clips", "num_edits", "seed"):
-        problems.check(getattr(config, name) >= 0, name, "must not be negative")
+    for name, value in asdict(config).items():
+        problems.check(value >= 0, name, "must not be negative")
     problems.check(config.samples_per_shard > 0, "samples_per_shard", "must be positive", "samples_per_shard=500")
     problems.raise_if_any()
 
@@ -40,7 +59,7 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def write_dataset(dataset: Dataset, target: Path, config: CorpusConfig) -> dict[str, Any]:
+def write_dataset(dataset: Dataset, target: Path, config: Any) -> dict[str, Any]:
     """Write one dataset as `target/name/NNNNNN.tar`, published by renaming the finished folder."""
     building, final = target / f".{dataset.name}.building", target / dataset.name
     shutil.rmtree(building, ignore_errors=True)
@@ -80,7 +99,7 @@ def finished(target: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return corpus
 
 
-def build_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
+def build_corpora(target: Path, config: Any, world: World = SHAPES) -> dict[str, Any]:
     """Write every dataset below `target` and return what `corpus.json` says."""
     validate(config)
     settings = asdict(config)
@@ -89,29 +108,28 @@ def build_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
         if corpus is not None:
             return corpus
         with claim_folder(target, "shapes_world"):
-            return write_corpora(target, config)
+            return write_corpora(target, config, world)
 
 
-def write_corpora(target: Path, config: CorpusConfig) -> dict[str, Any]:
+def write_corpora(target: Path, config: Any, world: World) -> dict[str, Any]:
     """Write every dataset anew; `corpus.json` is removed first and written last."""
     description = target / "corpus.json"
     description.unlink(missing_ok=True)
     corpus = {
         "format_version": FORMAT_VERSION,
         "config": asdict(config),
-        "held_out_combinations": len(held_out_items()),
-        "combinations": len(all_items()),
-        "datasets": {dataset.name: write_dataset(dataset, target, config) for dataset in DATASETS},
+        **world.facts(),
+        "datasets": {dataset.name: write_dataset(dataset, target, config) for dataset in world.datasets},
     }
     replace_file(description, json.dumps(corpus, indent=1, ensure_ascii=False) + "\n")
     return corpus
 
 
-def parse_arguments(arguments: list[str]) -> tuple[Path, CorpusConfig]:
-    """`target=FOLDER` and the fields of `CorpusConfig` as key=value."""
-    types = {field.name: type(getattr(CorpusConfig(), field.name)) for field in fields(CorpusConfig)}
+def parse_arguments(arguments: list[str], world: World = SHAPES) -> tuple[Path, Any]:
+    """`target=FOLDER` and the fields of the world's configuration as key=value."""
+    types = {field.name: type(field.default) for field in fields(world.config_class)}
     values: dict[str, Any] = {}
-    target = Path("runs/demo/corpora")
+    target = Path(world.target)
     problems = Problems()
     for argument in arguments:
         key, separator, text = argument.partition("=")
@@ -126,12 +144,12 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, CorpusConfig]:
         else:
             problems.add(argument, f"not a value of type {types[key].__name__}")
     problems.raise_if_any()
-    return target, CorpusConfig(**values)
+    return target, world.config_class(**values)
 
 
-def main() -> int:
+def main_of(world: World) -> int:
     try:
-        corpus = build_corpora(*parse_arguments(sys.argv[1:]))
+        corpus = build_corpora(*parse_arguments(sys.argv[1:], world), world)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -141,4 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(SHAPES))

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -55,11 +56,11 @@ class Dataset:
     name: str
     kind: str
     source: str  # where it comes from and under which licence
-    samples: Callable[[CorpusConfig], Iterator[Sample]]
+    samples: Callable[[Any], Iterator[Sample]]  # of the world's configuration
 
 
-def generator(config: CorpusConfig, purpose: str) -> np.random.Generator:
-    return np.random.default_rng([config.seed, zlib.crc32(purpose.encode())])
+def generator(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
 def num_items(number: int) -> int:
@@ -71,7 +72,7 @@ def paired_texts(config: CorpusConfig, purpose: str, texts: list[str]) -> list[s
     """The texts as they are, or moved along one cycle through all samples when the control is on."""
     if not config.shuffle_captions or len(texts) < 2:
         return texts
-    order = generator(config, f"shuffle {purpose}").permutation(len(texts))
+    order = generator(config.seed, f"shuffle {purpose}").permutation(len(texts))
     moved = list(texts)
     for here, there in zip(order, np.roll(order, 1), strict=True):
         moved[here] = texts[there]
@@ -79,7 +80,7 @@ def paired_texts(config: CorpusConfig, purpose: str, texts: list[str]) -> list[s
 
 
 def shapes_image_text(config: CorpusConfig) -> Iterator[Sample]:
-    rng = generator(config, "shapes_image_text")
+    rng = generator(config.seed, "shapes_image_text")
     scenes: list[Scene] = []
     texts: list[str] = []
     for number in range(config.num_images):
@@ -92,7 +93,7 @@ def shapes_image_text(config: CorpusConfig) -> Iterator[Sample]:
 
 
 def plan_clips(config: CorpusConfig, purpose: str, count: int) -> list[Clip]:
-    rng = generator(config, purpose)
+    rng = generator(config.seed, purpose)
     return [random_clip(rng, num_items(number)) for number in range(count)]
 
 
@@ -112,7 +113,7 @@ def shapes_video_text(config: CorpusConfig) -> Iterator[Sample]:
 
 
 def shapes_edit(config: CorpusConfig) -> Iterator[Sample]:
-    rng = generator(config, "shapes_edit")
+    rng = generator(config.seed, "shapes_edit")
     edits: list[Edit] = [random_edit(rng, num_items(number)) for number in range(config.num_edits)]
     texts = paired_texts(config, "edits", [edit.instruction for edit in edits])
     for edit, text in zip(edits, texts, strict=True):
@@ -134,7 +135,7 @@ def photo_crop(rng: np.random.Generator, photo: Image.Image) -> np.ndarray:
 
 
 def real_photos(config: CorpusConfig) -> Iterator[Sample]:
-    rng = generator(config, "real_photos")
+    rng = generator(config.seed, "real_photos")
     for photo in real_media.PHOTOS:
         path = real_media.package_file(photo.package, photo.file)
         yield {path.suffix[1:]: path.read_bytes(), "txt": f"a photo of {photo.caption}".encode()}

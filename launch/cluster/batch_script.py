@@ -7,7 +7,6 @@ environment are not in the script, which others may read, but in a file of its o
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import unicodedata
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.scheduling import DIRECTIVES
+from launch.composition.secrets import SECRET_NAME
 from model.errors import Problems
 
 ENDED_NAME = "ended"  # one line "job id, exit code, started, ended" when a job is over; per array task
@@ -23,8 +23,6 @@ ATTEMPTS_NAME = "attempts"  # one line a start of the ranks
 PROGRESS_NAME = "progress"  # "restarts in a row without progress, progress at the last start"
 LOG_NAME = "log.txt"
 SECRETS_NAME = "secrets.sh"  # readable by its owner only
-# Names of variables whose values are secrets: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM.
-SECRET_NAME = re.compile(r"(?i)(^|_)(key|apikey|token|secret|password|passwd|passphrase|credentials?|auth)(_|$)")
 SHARE = "task=<number of the array task>"  # the argument that this task's number replaces
 
 

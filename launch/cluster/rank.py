@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from model.errors import UserError
+from model.errors import UserError, escapes_shown
 
 EXIT_STOPPED = 3  # as in training.stage, which is imported late
 STOPPED_VARIABLE = "NEXTSTATE_STOPPED_FILE"  # set by the batch script
@@ -19,11 +19,12 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """torch's names for what srun tells each task; empty outside of srun."""
     if "SLURM_PROCID" not in environment:
         return {}
+    num_ranks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
     return {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")),
+        "WORLD_SIZE": num_ranks,
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-    }
+    } | ({"LOCAL_WORLD_SIZE": num_ranks} if environment.get("SLURM_STEP_NUM_NODES") == "1" else {})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,10 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, type=Path)
     options = parser.parse_args(arguments)
     os.environ.update(rank_variables(os.environ))
+    with escapes_shown():
+        return run(options.config)
+
+
+def run(path: Path) -> int:
     try:
         from training.config import load_yaml
 
-        config = load_yaml(options.config)
+        config = load_yaml(path)
         if "RANK" in os.environ:
             from training.stage import run_stage
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.composition import registry
 from model.durable import NO_SPACE
-from model.errors import UserError
+from model.errors import UserError, escapes_shown
 
 
 @dataclass
@@ -39,7 +39,11 @@ class Call:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with escapes_shown():
+        return answer_to(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def answer_to(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from launch.composition import compose as configs
 from launch.composition import registry
+from launch.composition.secrets import without_secrets
 from launch.composition.written_text import quoted_text
 
 
@@ -72,8 +73,9 @@ def finish_sweep(command: str, jobs: list[list[str]], results: list[dict[str, An
 def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any]:
     """Submit in this process; `job_ids` holds the job unless the stage is finished, and is missing in a dry run."""
     submit = registry.load_command("submit")
-    print(f"job {index}: nextstate submit {' '.join(overrides)}", file=sys.stderr, flush=True)
-    result: dict[str, Any] = {"job": index, "overrides": overrides, "exit_code": 0}
+    shown = without_secrets(overrides)
+    print(f"job {index}: nextstate submit {' '.join(shown)}", file=sys.stderr, flush=True)
+    result: dict[str, Any] = {"job": index, "overrides": shown, "exit_code": 0}
     answer = submit.run(configs.compose_config("submit", overrides))
     if submit.is_dry(answer):
         print("" if as_json else answer["script"], end="")
@@ -83,10 +85,11 @@ def submit_job(index: int, overrides: list[str], as_json: bool) -> dict[str, Any
 
 
 def run_job(command: str, index: int, overrides: list[str], as_json: bool) -> dict[str, Any]:
-    print(f"job {index}: nextstate {command} {' '.join(overrides)}", file=sys.stderr, flush=True)
+    shown = without_secrets(overrides)
+    print(f"job {index}: nextstate {command} {' '.join(shown)}", file=sys.stderr, flush=True)
     arguments = [sys.executable, "-m", "launch.command_line.cli", command, *overrides]
     finished = subprocess.run(arguments, stdout=subprocess.PIPE if as_json else None, check=False)
-    result: dict[str, Any] = {"job": index, "overrides": overrides, "exit_code": finished.returncode}
+    result: dict[str, Any] = {"job": index, "overrides": shown, "exit_code": finished.returncode}
     if as_json:
         text = finished.stdout.decode().strip()
         result["answer"] = json.loads(text) if text else None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.report.answers import publish_answer
 from model.errors import Problems
 from model.generation.settings import SamplingConfig
 from training.inference.prompts import InferenceOptions
 
+if TYPE_CHECKING:
+    from training.inference.evaluation import EvaluationModel, EvaluationTask
+
 HELP = """Evaluate a checkpoint on tasks and keep the figures, with samples, as JSON and PNG files.
 
 A task is a class with `prompts()` and `judge()`, named by its dotted path; its other keys are given to the class.
+`seen` holds tasks on what training has shown; a baseline is a class with `answers()`, judged by the tasks that it names.
 
 examples:
   nextstate evaluate checkpoint=runs/demo/sft out=runs/demo/evaluation/final.json \\
@@ -27,6 +32,8 @@ class Config:
     run_folder: str = "."  # base of `checkpoint` and `out`
     out: str = "evaluation/final.json"  # the figures; pictures go to `samples/NAME` beside it
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {path: package.Class, ...}
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same tasks on what training has shown
+    baselines: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {path: package.Class, tasks: [...]}
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     untrained: bool = False  # fresh weights of the checkpoint's model instead of its own
@@ -43,8 +50,14 @@ class Config:
         problems.check(
             bool(self.tasks), "tasks", "there is nothing to evaluate", "tasks.NAME.path=package.module.Class"
         )
-        for name, task in self.tasks.items():
-            problems.check("path" in task, f"tasks.{name}.path", "is required", f"tasks.{name}.path=package.Class")
+        for key, entries in (("tasks", self.tasks), ("seen", self.seen), ("baselines", self.baselines)):
+            for name, entry in entries.items():
+                problems.check("path" in entry, f"{key}.{name}.path", "is required", f"{key}.{name}.path=package.Class")
+        for name, entry in self.baselines.items():
+            unknown = [task for task in entry.get("tasks", []) if task not in self.tasks]
+            problems.check(not unknown, f"baselines.{name}.tasks", f"there is no task {', '.join(map(str, unknown))}")
+            count = entry.get("num_prompts", 1)
+            problems.check(isinstance(count, int) and count > 0, f"baselines.{name}.num_prompts", "must be positive")
         problems.check(self.batch_size > 0, "batch_size", "must be positive")
         problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0")
         self.sampling.validate(problems)
@@ -53,15 +66,15 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """The answer: `metrics` by task, `num_prompts` (of the task with the fewest), details by task, samples."""
-    from training.inference.evaluation import evaluate, load_task
+    """The answer: `metrics` by task, `num_prompts` (of the task with the fewest), details by task, samples.
+
+    `seen` has the accuracy of each task on what training has shown; `baselines` what other answers reach.
+    """
+    from training.inference.evaluation import evaluate
     from training.inference.model import InferenceModel
 
     config.validate()
-    tasks = {
-        name: load_task(task["path"], {key: value for key, value in task.items() if key != "path"})
-        for name, task in config.tasks.items()
-    }
+    tasks, seen = load_tasks(config.tasks), load_tasks(config.seen)
     base = Path(config.run_folder)
     model = InferenceModel.load(
         base / config.checkpoint,
@@ -81,6 +94,12 @@ def run(config: Config) -> dict[str, Any]:
         samples_folder=samples_folder,
         num_samples=config.num_samples,
     )
+    known = {
+        name: {key: result[key] for key in ("accuracy", "count", "interval")}
+        for name, result in evaluate(
+            model, seen, config.sampling, batch_size=config.batch_size, seed=config.seed
+        ).items()
+    }
     answer = {
         "checkpoint": str(base / config.checkpoint),
         "untrained": config.untrained,
@@ -88,8 +107,39 @@ def run(config: Config) -> dict[str, Any]:
         "num_prompts": min(result["count"] for result in results.values()),
         "samples": _below(out.parent, samples_folder, results),
         "tasks": results,
+        "seen": known,
+        "baselines": measure_baselines(config, tasks, model),
     }
     return publish_answer(out, answer)
+
+
+def load_tasks(entries: dict[str, dict[str, Any]]) -> dict[str, EvaluationTask]:
+    from training.inference.evaluation import load_task
+
+    return {
+        name: load_task(task["path"], {key: value for key, value in task.items() if key != "path"})
+        for name, task in entries.items()
+    }
+
+
+def measure_baselines(
+    config: Config, tasks: dict[str, EvaluationTask], model: EvaluationModel
+) -> dict[str, dict[str, Any]]:
+    """task -> name -> accuracy and count, on the first `num_prompts` prompts of the task (all where it is not given)."""
+    from training.inference.baselines import accuracy_of, load_baseline
+    from training.inference.evaluation import EvaluationPrompt, pictures_of
+
+    def ask(prompts: Sequence[EvaluationPrompt]) -> list[Any]:
+        return pictures_of(model, prompts, config.sampling, config.batch_size, config.seed)
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in config.baselines.items():
+        arguments = {key: value for key, value in entry.items() if key not in ("path", "tasks", "num_prompts")}
+        baseline = load_baseline(entry["path"], arguments, f"baselines.{name}")
+        for task in entry.get("tasks", []):
+            prompts = list(tasks[task].prompts())[: entry.get("num_prompts")]
+            found.setdefault(task, {})[name] = accuracy_of(baseline, tasks[task], prompts, ask)
+    return found
 
 
 def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,4 +158,8 @@ def render(answer: dict[str, Any]) -> str:
         # A mean of graded scores is no proportion and has no such interval.
         interval = " (95% {:.3f} to {:.3f})".format(*task["interval"]) if task["interval"] else ""
         lines.append(f"{name}: {task['accuracy']:.3f}{interval} of {task['count']}, {task['seconds']:.1f} s")
+        if name in answer["seen"]:
+            lines.append("  seen in training: {accuracy:.3f} of {count}".format(**answer["seen"][name]))
+        for baseline, figures in answer["baselines"].get(name, {}).items():
+            lines.append(f"  {baseline.replace('_', ' ')}: {figures['accuracy']:.3f} of {figures['count']}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from model.errors import UserError, escapes_shown
 
 REPORT_VARIABLE = "NEXTSTATE_REPORT_FILE"
 PARENT_VARIABLE = "NEXTSTATE_PARENT_PIPE"
@@ -29,10 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task", default="train", choices=sorted(TASKS))
     parser.add_argument("--config", required=True, type=Path)
     options = parser.parse_args(arguments)
+    with escapes_shown():
+        return run(options.task, options.config)
+
+
+def run(task: str, config: Path) -> int:
     end_with_parent()
     hear_signals()
     try:
-        answer = TASKS[options.task](options.config)
+        answer = TASKS[task](config)
         if os.environ["RANK"] == "0":
             folder = Path(os.environ[REPORT_VARIABLE]).parent
             (folder / ANSWER_NAME).write_text(json.dumps(answer), encoding="utf-8")

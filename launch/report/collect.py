@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from launch.report.run_folder import Damages, RunFolder, StageFolder, read_object
+from launch.report.run_folder import Damages, RunFolder, StageFolder, is_number, read_object
 from training.contracts.summary import StageSummary
 
 CLASSES = ("text", "visual", "structure")
@@ -32,6 +32,9 @@ STAGE_KEYS = (
     "wall_seconds",
     "peak_memory_bytes",
 )
+# Evaluations of other weights than the run's result: fresh ones, and the last stage without those before it.
+FROM_SCRATCH = "from_scratch"
+OTHER_WEIGHTS = ("untrained", FROM_SCRATCH)
 MAX_CURVE_POINTS = 200
 # Of a shard's manifest, by its kind.
 NEEDED = {"packed": ("num_rows", "sequence_length", "tokens_by_source"), "tokens": ()}
@@ -72,7 +75,7 @@ def members(values: dict[str, Any], key: str) -> dict[str, Any]:
 def collect_samples(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of fresh weights last and in groups of their own."""
     found = []
-    for name in sorted(evaluations, key=lambda name: name == "untrained"):
+    for name in sorted(evaluations.keys() - {FROM_SCRATCH}, key=lambda name: (name == "untrained", name)):
         for sample in evaluations[name].get("samples", []):
             group = str(sample.get("group", "samples"))
             found.append(sample | {"group": f"{group}, untrained" if name == "untrained" else group})
@@ -86,11 +89,40 @@ def collect_metrics(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
     found: dict[str, Any] = dict.fromkeys(METRICS)
     for name, evaluation in evaluations.items():
+        if name == FROM_SCRATCH:
+            continue
         ending = "_untrained" if name == "untrained" else ""
         for metric, value in members(evaluation, "metrics").items():
             if found.get(metric + ending) is None:
                 found[metric + ending] = value
-    return found | {"num_prompts": num_prompts(evaluations)}
+    found["baselines"] = collect_baselines(evaluations)
+    seen: dict[str, float] = {}
+    for name, evaluation in evaluations.items():
+        for task, entry in accuracies(members(evaluation, "seen")) if name not in OTHER_WEIGHTS else ():
+            seen.setdefault(task, entry["accuracy"])
+    return found | {"seen_accuracy": seen, "num_prompts": num_prompts(evaluations)}
+
+
+def collect_baselines(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """task -> name of a baseline -> accuracy, of several evaluations the first's.
+
+    The same tasks by fresh weights, or by the last stage alone, are baselines too.
+    """
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, evaluation in evaluations.items():
+        if name in OTHER_WEIGHTS:
+            for task, accuracy in members(evaluation, "metrics").items():
+                if is_number(accuracy):
+                    found[task][name] = accuracy
+        for task in members(evaluation, "baselines") if name not in OTHER_WEIGHTS else ():
+            for baseline, entry in accuracies(members(members(evaluation, "baselines"), task)):
+                found[task].setdefault(baseline, entry["accuracy"])
+    return dict(found)
+
+
+def accuracies(entries: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Those that have an accuracy."""
+    return [(name, one) for name, one in entries.items() if isinstance(one, dict) and is_number(one.get("accuracy"))]
 
 
 def num_prompts(evaluations: dict[str, dict[str, Any]]) -> int | None:
@@ -98,7 +130,7 @@ def num_prompts(evaluations: dict[str, dict[str, Any]]) -> int | None:
     counts = [
         (task, entry["count"])
         for name, evaluation in evaluations.items()
-        if name != "untrained"
+        if name not in OTHER_WEIGHTS
         for task, entry in members(evaluation, "tasks").items()
         if isinstance(entry, dict) and isinstance(entry.get("count"), int)
     ]

@@ -25,6 +25,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
     title = html.escape(str(report["name"]))
     sections = [
         headline(report),
+        section("Accuracies and what they stand beside", baseline_table(report["metrics"])),
         section("Stages", stage_table(report["stages"])),
         section("Loss by class of token", curves(report["stages"])),
         section("Mixture as consumed", mixtures(report["stages"])),
@@ -51,7 +52,8 @@ def section(title: str, body: str) -> str:
 
 def headline(report: dict[str, Any]) -> str:
     """The few figures that say whether the run was good."""
-    measured = {name: value for name, value in report["metrics"].items() if name != "num_prompts" and value is not None}
+    metrics = report["metrics"].items()
+    measured = {name: value for name, value in metrics if isinstance(value, int | float) and name != "num_prompts"}
     names = [name for name in METRIC_TITLES if name in measured]
     names += [name for name in measured if name not in METRIC_TITLES]
     figures = [(METRIC_TITLES.get(name, name.replace("_", " ")), percent(measured[name])) for name in names]
@@ -67,6 +69,20 @@ def headline(report: dict[str, Any]) -> str:
     prompts = report["metrics"].get("num_prompts")
     note = f"<p>Accuracies on {prompts} held-out prompts.</p>" if isinstance(prompts, int) else ""
     return f'<dl class="figures">{items}</dl>{note}'
+
+
+def baseline_table(metrics: dict[str, Any]) -> str:
+    """A row a task: the model on what is held out and on what it has seen, then each baseline."""
+    baselines, seen = metrics.get("baselines") or {}, metrics.get("seen_accuracy") or {}
+    tasks = [task for task in metrics if task in baselines or task in seen]
+    names = list(dict.fromkeys(name for task in tasks for name in baselines.get(task, {})))
+    header = ["task", "held out", "seen in training", *(name.replace("_", " ") for name in names)]
+    rows = [
+        [METRIC_TITLES.get(task, task.replace("_", " ")), percent(metrics[task]), percent(seen.get(task))]
+        + [percent(baselines.get(task, {}).get(name)) for name in names]
+        for task in tasks
+    ]
+    return table(header, rows)
 
 
 def percent(value: Any, digits: int = 1) -> str:

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from model.checkpoint.small_files import read_yaml
 from model.errors import UserError
 from training.config import translated
 from training.contracts.summary import StageSummary
@@ -115,13 +114,12 @@ class StageFolder:
         """The section `stage` of its configuration; empty where there is none."""
         path = self.path / CONFIG_NAME
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+            values = read_yaml(path, "the stage's configuration")
+        except UserError as error:
+            if path.exists():
+                self.damages.note(path, error.what + (f": {error.got}" if error.got else ""))
             return {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            self.damages.note(path, error)
-            return {}
-        stage = translated(values).get("stage") if isinstance(values, dict) else None
+        stage = translated(values).get("stage")
         return stage if isinstance(stage, dict) else {}
 
 

@@ -15,11 +15,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch.composition.compose import compose_tree
+from launch.composition.secrets import without_secrets
 from launch.report.charts import Series, line_chart
 from launch.report.progress import stage_progress
 from launch.report.run_folder import StageFolder
 from model.durable import read_json_object, replace_file, write_json
-from model.errors import UserError
+from model.errors import UserError, visible
 
 SWEEP_NAME, SUMMARY_NAME, PAGE_NAME = "sweep.json", "summary.json", "summary.html"
 MAX_POINTS = 400  # of a curve
@@ -35,7 +36,7 @@ def record_sweep(command: str, jobs: list[list[str]]) -> Path:
         run_folder = Path(str(OmegaConf.select(tree, "run_folder")))
         own = [text for text in overrides if text not in common and not text.startswith("run_folder=")]
         folder = run_folder / str(OmegaConf.select(tree, "stage.name"))
-        runs.append({"run": index, "overrides": own, "stage_folder": str(folder.absolute())})
+        runs.append({"run": index, "overrides": without_secrets(own), "stage_folder": str(folder.absolute())})
     target = Path(str(runs[0]["stage_folder"])).parent.parent
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / SWEEP_NAME, {"command": command, "runs": runs})
@@ -143,10 +144,11 @@ STYLE = (
 
 def main() -> int:
     try:
-        print(table(publish_sweep(Path(sys.argv[1]))))
+        rows = publish_sweep(Path(sys.argv[1]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 2
+    print(visible(table(rows)))
     return 0
 
 

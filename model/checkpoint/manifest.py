@@ -85,7 +85,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             got=str(manifest.get("manifest_crc32")),
             fix=FIX,
         )
+    damage = _table_damage(manifest["keys"]) or _files_damage(manifest["files"])
+    if damage:
+        raise UserError("the checkpoint's manifest is damaged", where=str(path), got=damage, fix=FIX)
     return manifest
+
+
+def _table_damage(keys: dict[str, Any]) -> str:
+    """What is wrong with the table of tensors: a checksum says that it is whole, not that a reader can use it."""
+    for key, entry in keys.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or not _sizes(entry, "global_shape"):
+            return f"keys: {key!r} has no dtype or no global_shape"
+        pieces = entry.get("pieces")
+        if not isinstance(pieces, list) or not all(isinstance(piece, dict) for piece in pieces):
+            return f"keys: {key!r} has no list of pieces"
+        rank = len(entry["global_shape"])
+        for piece in pieces:
+            is_named = isinstance(piece.get("name"), str) and _is_file_name(piece.get("file"))
+            if not is_named or any(not _sizes(piece, name) or len(piece[name]) != rank for name in ("offset", "shape")):
+                return f"keys: {key!r} has the piece {piece!r}"
+    return ""
+
+
+def _files_damage(files: dict[str, Any]) -> str:
+    for name, entry in files.items():
+        is_good = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("crc32"), str)
+        if not is_good or not _is_file_name(name):
+            return f"files: {name!r}: {entry!r}"
+    return ""
+
+
+def _sizes(entry: dict[str, Any], name: str) -> bool:
+    sizes = entry.get(name)
+    return isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+
+
+def _is_file_name(name: object) -> bool:
+    """Of a file below the checkpoint's own folder: a manifest leads nowhere else."""
+    is_name = isinstance(name, str) and name not in ("", ".") and "\0" not in name
+    return is_name and not os.path.isabs(str(name)) and ".." not in str(name).split("/")
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

@@ -108,7 +108,10 @@ class CheckpointReader:
         return tuple(self._entry(key)["global_shape"])
 
     def dtype(self, key: str) -> torch.dtype:
-        return DTYPES[self._entry(key)["dtype"]]
+        name = self._entry(key)["dtype"]
+        if name not in DTYPES:
+            raise UserError("a tensor has an unknown dtype", where=f"{self.folder}: {key}", got=name)
+        return DTYPES[name]
 
     def read_full(self, key: str) -> torch.Tensor:
         shape = self.global_shape(key)

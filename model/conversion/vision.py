@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from model.checkpoint.small_files import read_text
+from model.checkpoint.small_files import read_yaml
 from model.conversion.actions import PREFIX, Options, our_weights
 from model.conversion.checks import check_tensors
 from model.conversion.mappings import VISION_LAYOUT
@@ -264,11 +264,8 @@ def released_network(path: Path, config: VisionTokenizerConfig) -> dict[str, Any
 
 def read_class_config(file: Path) -> dict[str, Any]:
     """Arguments of the released class. Raises `UserError` for a file that is none of it, or of another network."""
-    import yaml
-
+    tree: Any = read_yaml(file, "config.yaml")
     try:
-        # Nothing is resolved: `${...}` in a file from elsewhere is text.
-        tree: Any = yaml.safe_load(read_text(file, "config.yaml"))
         for level in ("model", "init_args", "params"):
             tree = tree.get(level, tree)
         network = tree["ddconfig"]
@@ -277,7 +274,7 @@ def read_class_config(file: Path) -> dict[str, Any]:
         ]
         if not isinstance(tree["n_embed"], int):
             raise TypeError(f"n_embed {tree['n_embed']!r}")
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             "config.yaml is not that of an IBQ tokenizer",
             where=str(file),

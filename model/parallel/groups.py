@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
+from typing import Any
 
 from model.errors import UserError
 from model.parallel import cpu_backend
@@ -91,7 +93,8 @@ def join(
 ) -> None:
     """Make torch's process group of all ranks; the arguments are those of `initialize`.
 
-    Ranks of one machine (one process, or a rendezvous over a file) listen on the loopback interface only.
+    Ranks of one machine (one process, a rendezvous over a file, a launcher that says so) listen on the loopback
+    interface only.
     """
     import torch.distributed as distributed
 
@@ -102,17 +105,41 @@ def join(
 
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    is_alone = init_method is None and world_size == 1
-    if is_alone or (init_method or "").startswith("file://"):
+    timeout = timedelta(seconds=timeout_seconds)
+    is_alone, store = init_method is None and world_size == 1, None
+    meets_by_environment = not is_alone and init_method in (None, "env://") and on_one_machine(world_size)
+    if is_alone or meets_by_environment or (init_method or "").startswith("file://"):
         keep_to_loopback()
+    if is_alone:
+        store = distributed.HashStore()
+    elif meets_by_environment and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's own
+        store = loopback_store(rank, world_size, timeout)
     distributed.init_process_group(
         backend_name(),
-        init_method=None if is_alone else init_method or "env://",
-        store=distributed.HashStore() if is_alone else None,
+        init_method=None if store else init_method or "env://",
+        store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timeout,
     )
+
+
+def on_one_machine(world_size: int) -> bool:
+    """What the launcher says: all ranks are local ones (torchrun, srun on one node), or they meet on loopback."""
+    address = os.environ.get("MASTER_ADDR", "")
+    is_local = address in ("localhost", "::1") or address.startswith("127.")
+    return is_local or os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
+
+
+def loopback_store(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """The store where ranks of one machine meet: torch's own listens on every interface. Port: `MASTER_PORT`."""
+    import torch.distributed as distributed
+
+    host, port = "127.0.0.1", int(os.environ["MASTER_PORT"])
+    if rank != 0:
+        return distributed.TCPStore(host, port, world_size, False, timeout)
+    listener = socket.create_server((host, port))
+    return distributed.TCPStore(host, port, world_size, True, timeout, master_listen_fd=listener.detach())
 
 
 def keep_to_loopback() -> None:

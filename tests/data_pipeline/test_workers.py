@@ -53,7 +53,7 @@ def test_a_shard_that_kills_every_worker_is_named(tmp_path: Path) -> None:
 
 
 PARENT = """
-import os, sys, time
+import ctypes, os, sys, time
 from pathlib import Path
 
 from data_pipeline.workers import run_supervised
@@ -63,7 +63,9 @@ FOLDER = Path(sys.argv[1])
 
 def work(task):
     (FOLDER / f"{task[0]}.{os.getpid()}").touch()
-    time.sleep(600)
+    if task[0]:
+        time.sleep(600)
+    ctypes.PyDLL(None).sleep(600)  # holds the interpreter, as a decoder of a library may: no thread of ours runs
 
 
 if __name__ == "__main__":

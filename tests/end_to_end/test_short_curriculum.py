@@ -11,6 +11,7 @@ import pytest
 from launch.composition.compose import compose_config
 from launch.curriculum.entries import CurriculumConfig, run_curriculum
 
+TASKS = ("t2i_accuracy", "next_state_accuracy", "edit_accuracy")
 # Added to the overrides of each entry: the same path, next to no work.
 SMALL = {
     "corpora": ["num_images=80", "num_clips=16", "num_captioned_clips=4", "num_edits=40"],
@@ -24,10 +25,13 @@ SMALL = {
     "pretrain_1": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "pretrain_2": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "sft": ["stage.steps=3", "stage.optimizer.warmup_steps=0"],  # W&B offline, as in the demo
-    "evaluate_untrained": ["tasks.t2i_accuracy.num_prompts=8"],
+    "evaluate_untrained": [f"tasks.{task}.num_prompts=8" for task in TASKS],
     "evaluate": [
-        f"tasks.{task}.num_prompts=8"
-        for task in ("reconstruction_accuracy", "t2i_accuracy", "next_state_accuracy", "edit_accuracy")
+        *(f"tasks.{task}.num_prompts=8" for task in ("reconstruction_accuracy", *TASKS)),
+        *(f"seen.{task}.num_prompts=4" for task in TASKS),
+        *(f"+baselines.{name}.num_prompts=4" for name in ("dictionary", "copy_of_the_last")),
+        *(f"baselines.{name}.num_prompts=4" for name in ("other_words", "shuffled_captions")),
+        "+baselines.dictionary.num_clips=16",
     ],
 }
 LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2)}
@@ -82,6 +86,12 @@ def test_report_holds_every_figure(demo):
     ):
         assert 0 <= metrics[name] <= 1, name
     assert metrics["num_prompts"] == 8
+    assert metrics["seen_accuracy"].keys() == set(TASKS)
+    assert {task: set(names) for task, names in metrics["baselines"].items()} == {
+        "t2i_accuracy": {"dictionary", "shuffled_captions", "untrained"},
+        "next_state_accuracy": {"dictionary", "copy_of_the_last", "other_words", "untrained"},
+        "edit_accuracy": {"dictionary", "copy_of_the_last", "other_words", "untrained"},
+    }
 
 
 def test_report_page_stands_alone(demo):

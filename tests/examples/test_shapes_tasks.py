@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from examples.shapes_world.build import write_dataset
+from examples.shapes_world.datasets import DATASETS, CorpusConfig
+from examples.shapes_world.dictionary import Dictionary
 from examples.shapes_world.judge import read_scene
 from examples.shapes_world.tasks import EditAccuracy, NextStateAccuracy, ReconstructionAccuracy, ShapesTask, T2IAccuracy
 from examples.shapes_world.world import caption, draw_array, is_held_out
+from training.inference.baselines import OtherWords, accuracy_of
 
 TASKS = (T2IAccuracy, EditAccuracy, NextStateAccuracy, ReconstructionAccuracy)
 
@@ -89,3 +93,22 @@ def test_reconstruction_pictures_are_read_as_their_scene():
 def test_more_one_shape_prompts_than_exist_are_not_waited_for():
     prompts = T2IAccuracy(num_prompts=300).prompts()
     assert len({prompt.text for prompt in prompts}) == 300
+
+
+@pytest.fixture(scope="module")
+def dictionary(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
+    corpora = tmp_path_factory.mktemp("corpora")
+    config = CorpusConfig(num_images=100, num_clips=30)
+    for dataset in DATASETS:
+        if dataset.name in ("shapes_image_text", "shapes_video"):
+            write_dataset(dataset, corpora, config)
+    return Dictionary(str(corpora), num_clips=30)
+
+
+@pytest.mark.parametrize("task", [T2IAccuracy, EditAccuracy, NextStateAccuracy], ids=lambda task: task.name)
+def test_a_dictionary_of_100_pictures_answers_what_no_picture_shows(dictionary: Dictionary, task: type[ShapesTask]):
+    """The demo's world is made of parts: counting them is enough, and the report says so."""
+    asked, prompts = task(num_prompts=40), task(num_prompts=40).prompts()
+    assert accuracy_of(dictionary, asked, prompts, list)["accuracy"] > 0.9
+    other = accuracy_of(OtherWords(), asked, prompts, lambda changed: dictionary.answers(changed, list))
+    assert other["accuracy"] <= 0.1

@@ -88,11 +88,10 @@ def test_a_checkpoint_is_read_from_its_manifest(tmp_path, capsys):
             "kind": "transformer",
             "step": step,
             "keys": {
-                "model/a": {"global_shape": [3, 4]},
-                "model/b": {"global_shape": []},
-                "optimizer/exp_avg/a": {"global_shape": [3, 4]},
+                name: {"global_shape": shape, "dtype": "float32", "pieces": []}
+                for name, shape in (("model/a", [3, 4]), ("model/b", []), ("optimizer/exp_avg/a", [3, 4]))
             },
-            "files": {"rank_00000.safetensors": {"bytes": 100, "checksum": "x"}},
+            "files": {"rank_00000.safetensors": {"bytes": 100, "crc32": "x"}},
             "layout": {"tensor": 2},
         }
         path = folder / f"step_{step:08d}"

@@ -14,14 +14,15 @@ from slurm_runs import fake_submission
 from launch.cluster import job_folders as jobs
 from launch.cluster import snapshot
 from launch.cluster import submission as submit
-from launch.cluster.batch_script import SECRET_NAME, SECRETS_NAME
+from launch.cluster.batch_script import SECRETS_NAME
 from launch.cluster.job_folders import JobFolder
 from launch.cluster.profile import ClusterConfig
 from launch.cluster.rank import rank_variables
 from launch.cluster.submission import prepare
 from launch.command_line import cli
 from launch.commands import submit as command
-from launch.report.sweep import losses_by_value
+from launch.composition.secrets import SECRET_NAME, without_secrets
+from launch.report.sweep import losses_by_value, record_sweep
 from model.errors import Problems, UserError
 
 NASTY = """a'b "c" $(touch pwned) `touch pwned` %j; touch pwned #"""
@@ -333,3 +334,18 @@ def test_losses_of_a_sweep_by_value():
     ]
     found = losses_by_value(rows)
     assert found == {"lr": {"model_a": [(0.01, 3.0), (0.02, 2.0)], "model_b": [(0.01, 1.0)]}}
+
+
+def test_a_sweep_shows_and_writes_no_secret(tmp_path, capfd):
+    secret = "cluster.environment.HF_TOKEN=s3cr3t"
+    sweep = ["seed=1,2", secret, f"run_folder='{tmp_path}'", "cluster=slurm", "dry_run=true", "json=true"]
+    assert cli.main(["submit", "-m", *sweep]) == 0
+    jobs = [["seed=1", secret, f"run_folder='{tmp_path}/1'"], ["seed=2", f"run_folder='{tmp_path}/2'"]]
+    folder = record_sweep("submit", jobs)
+    output, errors = capfd.readouterr()
+    for text in (output, errors, (folder / "sweep.json").read_text()):
+        assert "s3cr3t" not in text
+        assert "=***" in text
+        assert "seed=2" in text
+    own = ["+cluster.environment={A:'1',HF_TOKEN:s3cr3t}", "lr=1,2", "text_tokenizer=a", "~stage.x"]
+    assert without_secrets(own) == ["+cluster.environment=***", *own[1:]]

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
+from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints, manifest_checksum
 from model.errors import UserError
+
+PIECE = {"name": "a", "offset": [0], "shape": [2]}
 
 
 def write_tiled(folder, name, tensor, row_cuts, column_cuts, num_files=2, by_piece=True):
@@ -93,3 +95,26 @@ def test_latest_checkpoint_ignores_unpublished_folders(tmp_path):
     assert latest_checkpoint(tmp_path / "checkpoints" / "step_00000005").name == "step_00000005"
     with pytest.raises(UserError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys": {"a": 5}},
+        {"keys": {"a": {"global_shape": [2, "x"], "dtype": "float32", "pieces": []}}},
+        {"keys": {"a": {"global_shape": [2], "dtype": "float99", "pieces": []}}},
+        {"keys": {"a": {"global_shape": [2], "dtype": "float32", "pieces": [{"file": "x", "name": "a"}]}}},
+        *(
+            {"keys": {"a": {"global_shape": [2], "dtype": "float32", "pieces": [PIECE | {"file": file}]}}}
+            for file in ("../x", "/etc/passwd", "", 5)
+        ),
+        {"files": {"x": "y"}},
+        {"files": {"../x": {"bytes": 3, "crc32": "0"}}},
+    ],
+)
+def test_a_hostile_manifest_with_a_right_checksum_is_one_message(tmp_path, change):
+    manifest = {"format_version": 1, "keys": {}, "files": {}} | change
+    text = json.dumps(manifest | {"manifest_crc32": manifest_checksum(manifest)})
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"damaged|dtype"):
+        CheckpointReader(tmp_path).read_full("a")

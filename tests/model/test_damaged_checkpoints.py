@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from handmade_checkpoints import publish_manifest
 
-from model.checkpoint.reader import CheckpointReader
-from model.config import ModelConfig
+from benchmarks.damage import CONFIG, READERS, data_positions, flip, read_all
 from model.conversion import actions, vision
 from model.conversion.actions import Options
 from model.conversion.compare import compare
@@ -21,19 +20,9 @@ from model.conversion.surgery import SurgeryOptions, read_codebook
 from model.errors import UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.ibq import IBQ
-from model.vocabulary import VocabularyConfig
 from training.reliability.checkpoint import find_damage
 
 NUM_FLIPS = 60
-CONFIG = ModelConfig(
-    num_layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=4,
-    vocabulary=VocabularyConfig(text_size=40, visual_size=9, pad_multiple=16),
-)
 
 
 @pytest.fixture(scope="module")
@@ -49,50 +38,6 @@ def export(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("damaged") / "export"
     actions.to_published(checkpoint, folder, "emu35", Options())
     return folder
-
-
-def data_positions(path: Path) -> range:
-    """Where the tensors' bytes are in a safetensors file."""
-    file = SafetensorsFile(path)
-    first = min(stored.position for stored in file.tensors.values())
-    file.close()
-    return range(first, path.stat().st_size)
-
-
-def flip(path: Path, position: int, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
-
-
-def read_all(folder: Path, _: Path) -> None:
-    with CheckpointReader(folder) as reader:
-        for key in reader.keys():  # noqa: SIM118
-            reader.read_full(key)
-
-
-def read_row_by_row(folder: Path, _: Path) -> None:
-    """A reader that never asks for a whole piece verifies whole pieces."""
-    with CheckpointReader(folder) as reader:
-        for key in reader.keys():  # noqa: SIM118
-            shape = reader.global_shape(key)
-            for row in range(shape[0]):
-                reader.read(key, (row, *(0,) * (len(shape) - 1)), (1, *shape[1:]))
-
-
-def reshard(folder: Path, target: Path) -> None:
-    actions.reshard(folder, target, Options(pipeline=2))
-
-
-def to_published(folder: Path, target: Path) -> None:
-    actions.to_published(folder, target, "qwen3", Options())
-
-
-def cast(folder: Path, target: Path) -> None:
-    actions.to_published(folder, target, "qwen3", Options(dtype="bfloat16"))
-
-
-READERS = (read_all, read_row_by_row, reshard, to_published, cast)
 
 
 @pytest.mark.parametrize("by_piece", [True, False], ids=["pieces", "files"])

@@ -72,9 +72,17 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_ranks_of_one_machine_listen_on_loopback_only(tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("meeting", ["file", "environment"])
+def test_ranks_of_one_machine_listen_on_loopback_only(
+    tmp_path: Path, environment: dict[str, str], meeting: str
+) -> None:
+    """By the environment: as srun starts them on one node, where `MASTER_ADDR` is the node's address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    told = {"MASTER_ADDR": outside_address() or "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
     with tempfile.TemporaryDirectory() as folder:
-        sockets = listening(2, f"file://{folder}/store", environment)
+        init_method = f"file://{folder}/store" if meeting == "file" else "env://"
+        sockets = listening(2, init_method, environment | told)
     assert len(sockets) >= 2
     assert [ip for ip, is_loopback in sockets if not is_loopback] == []
 

@@ -15,6 +15,7 @@ from launch.commands import evaluate as evaluate_command
 from launch.commands import generate as generate_command
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
+from training.inference.baselines import rotated, with_words_of
 from training.inference.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
 from training.inference.prompts import Output, Prompt
 
@@ -139,6 +140,59 @@ def test_evaluate_command(tasks_module: str, tmp_path: Path, monkeypatch: pytest
     assert answer["num_prompts"] == 7
     assert all((tmp_path / "evaluation" / name).is_file() for name in answer["samples"][0]["images"])
     assert "drawn: 0.500" in evaluate_command.render(answer)
+
+
+class Right:
+    """A baseline that knows all answers but one of its own."""
+
+    def __init__(self, wrong: int):
+        self.wrong = wrong
+
+    def answers(self, prompts: Sequence[EvaluationPrompt], ask: object) -> list[list[np.ndarray]]:
+        return [[] if p.target == self.wrong else [np.full((8, 8, 3), p.target, np.uint8)] for p in prompts]
+
+
+def test_baselines_and_what_was_seen(tasks_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = loads(monkeypatch)
+    monkeypatch.setattr(f"{tasks_module.rpartition('.')[0]}.Right", Right, raising=False)
+    tasks = {"drawn": {"path": tasks_module}, "next": {"path": tasks_module, "format": "interleaved"}}
+    baselines: dict[str, dict] = {
+        "right": {"path": "hand_made_tasks.Right", "tasks": ["drawn"], "wrong": 2},
+        "copy": {"path": "training.inference.baselines.CopyOfTheLast", "tasks": ["next"]},
+        "other_words": {
+            "path": "training.inference.baselines.OtherWords",
+            "tasks": ["drawn", "next"],
+            "num_prompts": 4,
+        },
+    }
+    known = {"drawn": {"path": tasks_module, "num_prompts": 5}}
+    config = evaluate_command.Config("sft", str(tmp_path), "x.json", tasks, known, baselines)
+    answer = evaluate_command.run(config)
+    assert answer["seen"]["drawn"]["accuracy"] == 1.0
+    assert answer["baselines"] == {
+        "drawn": {
+            "right": {"accuracy": pytest.approx(6 / 7), "count": 7},
+            "other_words": {"accuracy": 0.0, "count": 4},
+        },
+        "next": {"copy": {"accuracy": 1.0, "count": 7}, "other_words": {"accuracy": 0.0, "count": 4}},
+    }
+    assert [count for count, _ in seen.model.calls] == [7, 7, 5, 4, 4]
+    assert "other words: 0.000 of 4" in evaluate_command.render(answer)
+    config.baselines["right"]["tasks"] = ["dawn"]
+    config.baselines["copy"]["num_prompts"] = 0
+    with pytest.raises(UserError, match=r"no task dawn[\s\S]*copy.num_prompts"):
+        evaluate_command.run(config)
+
+
+def test_other_words_keep_the_form_of_the_prompt() -> None:
+    def clip(number: int, num_texts: int) -> EvaluationPrompt:
+        parts = [part for _ in range(num_texts) for part in (np.full(1, number), f"t{number}")]
+        return EvaluationPrompt("interleaved", f"t{number}", parts=parts)
+
+    prompts = [clip(0, 1), clip(1, 2), clip(2, 1), clip(3, 2), clip(4, 3)]
+    other = [with_words_of(one, two) for one, two in zip(prompts, rotated(prompts), strict=True)]
+    assert [one.parts[1::2] for one in other] == [["t2"], ["t3"] * 2, ["t0"], ["t1"] * 2, ["t4"] * 3]
+    assert [int(one.parts[0][0]) for one in other] == [0, 1, 2, 3, 4]
 
 
 def test_evaluate_command_lists_all_problems() -> None:

@@ -208,8 +208,31 @@ def test_files_that_are_no_config(tmp_path):
         path.write_text(content)
         with pytest.raises(UserError):
             load_yaml(path)
-    with pytest.raises(UserError, match="no such"):
+    with pytest.raises(UserError, match="No such file"):
         load_yaml(tmp_path / "none.yaml")
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (LAUGHS, "alias"),
+        ("run_folder: ${oc.env:HOME}", r"run_folder[\s\S]*\$\{oc.env:HOME\}"),
+        ("stage: {data: {datasets: {a: {path: '${oc.env:HOME}'}}}}", "stage.data.datasets.a.path"),
+        ("stage: {data: {datasets: {'${oc.env:HOME}': {}}}}", "outside"),
+        ("a: '" + "x" * (1 << 20) + "'", "too large"),
+        ("[" * 100_000, "more than 64 levels"),
+        ("a: !!python/object/apply:os.getcwd []", "not YAML"),
+    ],
+)
+def test_a_recorded_config_takes_nothing_from_here_and_is_bounded(tmp_path, content, told):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=told):
+        load_yaml(tmp_path / "config.yaml")
 
 
 def test_the_fingerprint_sees_what_decides_the_weights():

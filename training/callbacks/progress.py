@@ -22,6 +22,7 @@ class ProgressLine(Callback):
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._last_line_at = 0.0
+        self._last_width = 0
         self._num_steps = 0
         self._seconds = 0.0
 
@@ -40,7 +41,9 @@ class ProgressLine(Callback):
             f"{record.tokens_per_second:,.0f} tokens/s  {format_seconds(left)} left"
         )
         ending = "\n" if is_last or not self._is_terminal else ""
-        start = "\r\x1b[K" if self._is_terminal else ""
+        # On a terminal each line goes over the one before and hides all of it.
+        start, text = ("\r", text.ljust(self._last_width)) if self._is_terminal else ("", text)
+        self._last_width = len(text.rstrip())
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
             print(start + text, end=ending, file=sys.stderr, flush=True)
 

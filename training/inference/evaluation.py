@@ -117,6 +117,13 @@ def evaluate(
     return results
 
 
+def pictures_of(
+    model: EvaluationModel, prompts: Sequence[EvaluationPrompt], sampling: SamplingConfig, batch_size: int, seed: int
+) -> list[list[np.ndarray]]:
+    """The pictures that the model answers to each prompt."""
+    return [images for _, images, _ in _answers(model, list(prompts), sampling, batch_size, seed)]
+
+
 def _answers(
     model: EvaluationModel, prompts: list[EvaluationPrompt], sampling: SamplingConfig, batch_size: int, seed: int
 ) -> Iterator[tuple[EvaluationPrompt, list[np.ndarray], str]]:

@@ -1,0 +1,150 @@
+"""The free world: one to five coloured bodies of two sizes anywhere on a textured grey ground, and how they are drawn."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from examples.shapes_world.world import COLORS, SHAPES, draw_shape
+
+SIDE = 64  # pixels of a picture, in which all lengths here are
+SIZES = {"small": 6.0, "large": 9.5}  # half the side of a body's box
+MAX_BODIES = 5
+GAP = 2.0  # between two bodies' boxes, and between a body and the edge
+SCALE = 4  # drawn at this many times the size and averaged down: edges are soft, places are fractions of a pixel
+HELD_OUT_SHARE = 6  # one pair of shape and colour in so many is never in a training document
+GROUNDS = ("plain", "stripes", "checks", "noise", "slope")
+
+
+@dataclass(frozen=True, order=True)
+class Body:
+    shape: str
+    color: str
+    size: str
+    x: float  # of its middle, from the left
+    y: float  # from the top
+
+    @property
+    def half(self) -> float:
+        return SIZES[self.size]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.shape, self.color
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others: no two bodies of a scene have one shape and one colour."""
+        return f"{self.color} {self.shape}"
+
+    def at(self, x: float, y: float) -> Body:
+        return replace(self, x=x, y=y)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A grey texture: nothing in it has a colour."""
+
+    kind: str
+    level: float  # mean, 0 to 255
+    contrast: float  # levels above and below the mean
+    period: float  # pixels
+    angle: float  # radians
+    seed: int
+
+
+Scene = tuple[Body, ...]
+
+
+@functools.cache
+def is_held_out(shape: str, color: str) -> bool:
+    return hashlib.blake2b(f"free/{shape}/{color}".encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
+
+
+@functools.cache
+def pairs(held_out: bool) -> tuple[tuple[str, str], ...]:
+    return tuple(pair for pair in itertools.product(SHAPES, COLORS) if is_held_out(*pair) == held_out)
+
+
+def random_ground(rng: np.random.Generator) -> Ground:
+    kind = GROUNDS[rng.integers(len(GROUNDS))]
+    level, contrast = rng.uniform(110, 225), rng.uniform(8, 22)
+    return Ground(kind, level, contrast, rng.uniform(6, 20), rng.uniform(0, np.pi), int(rng.integers(1 << 31)))
+
+
+def are_apart(one: Body, other: Body) -> bool:
+    reach = one.half + other.half + GAP
+    return abs(one.x - other.x) > reach or abs(one.y - other.y) > reach
+
+
+def fits(body: Body, others: Sequence[Body]) -> bool:
+    margin = body.half + GAP
+    is_inside = margin <= body.x <= SIDE - margin and margin <= body.y <= SIDE - margin
+    return is_inside and all(are_apart(body, other) for other in others)
+
+
+def random_scene(rng: np.random.Generator, count: int, *, held_out: bool = False) -> Scene:
+    """`count` bodies of different pairs that lie apart; with `held_out` one of them, at a random place in the order, is."""
+    while True:
+        chosen = [pairs(False)[index] for index in rng.choice(len(pairs(False)), count, replace=False)]
+        if held_out:
+            chosen[rng.integers(count)] = pairs(True)[rng.integers(len(pairs(True)))]
+        bodies = place(rng, chosen)
+        if bodies is not None:
+            return bodies
+
+
+def place(rng: np.random.Generator, chosen: Sequence[tuple[str, str]], attempts: int = 60) -> Scene | None:
+    bodies: list[Body] = []
+    sizes = tuple(SIZES)
+    for _ in range(attempts):
+        if len(bodies) == len(chosen):
+            break
+        shape, color = chosen[len(bodies)]
+        size = sizes[rng.integers(len(sizes))]
+        margin = SIZES[size] + GAP
+        body = Body(shape, color, size, *(float(one) for one in rng.uniform(margin, SIDE - margin, 2)))
+        if fits(body, bodies):
+            bodies.append(body)
+    return tuple(bodies) if len(bodies) == len(chosen) else None
+
+
+def draw_ground(ground: Ground) -> np.ndarray:
+    """Levels, float [SIDE, SIDE]."""
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
+    along = x * np.cos(ground.angle) + y * np.sin(ground.angle)
+    across = y * np.cos(ground.angle) - x * np.sin(ground.angle)
+    waves: dict[str, Callable[[], np.ndarray]] = {
+        "plain": lambda: np.zeros((SIDE, SIDE)),
+        "stripes": lambda: np.sign(np.sin(2 * np.pi * along / ground.period)),
+        "checks": lambda: np.sign(
+            np.sin(2 * np.pi * along / ground.period) * np.sin(2 * np.pi * across / ground.period)
+        ),
+        "noise": lambda: np.random.default_rng(ground.seed).uniform(-1, 1, (SIDE, SIDE)),
+        "slope": lambda: 2 * (along - along.min()) / (along.max() - along.min()) - 1,
+    }
+    return ground.level + ground.contrast * waves[ground.kind]()
+
+
+def draw(scene: Scene, ground: Ground) -> np.ndarray:
+    """uint8 [SIDE, SIDE, 3]."""
+    pixels = np.repeat(draw_ground(ground)[..., None], 3, axis=2)
+    for body in scene:
+        cover = coverage(body.shape, body.x, body.y, body.half)[..., None]
+        pixels = pixels * (1 - cover) + np.array(COLORS[body.color], np.float64) * cover
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def coverage(shape: str, x: float, y: float, half: float) -> np.ndarray:
+    """The share of each pixel that a shape covers, float [SIDE, SIDE]."""
+    mask = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE))
+    draw_shape(ImageDraw.Draw(mask), shape, x * SCALE, y * SCALE, half * SCALE, (255, 255, 255))
+    full = np.asarray(mask)[..., 0].reshape(SIDE, SCALE, SIDE, SCALE)
+    result: np.ndarray = full.mean(axis=(1, 3)) / 255
+    return result

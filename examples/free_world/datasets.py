@@ -1,0 +1,83 @@
+"""The datasets of the free world's curriculum, as samples of a webdataset (file extension -> content)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from examples.free_world.bodies import MAX_BODIES, Ground, Scene, draw, random_ground, random_scene
+from examples.free_world.edits import random_edit
+from examples.free_world.laws import random_clip
+from examples.free_world.tasks import MAX_MOVING, WHAT_NEXT
+from examples.free_world.words import describe
+from examples.shapes_world import real_media
+from examples.shapes_world.datasets import Dataset, Sample, generator, text_english
+from examples.shapes_world.media import png_bytes
+
+SOURCE = "rendered by examples/free_world (Apache-2.0)"
+
+
+@dataclass
+class FreeCorpusConfig:
+    """How many samples of each kind."""
+
+    seed: int = 1
+    num_images: int = 8000
+    num_clips: int = 6000
+    num_told_clips: int = 2000
+    num_edits: int = 6000
+    samples_per_shard: int = 500
+
+
+def picture(scene: Scene, ground: Ground) -> bytes:
+    return png_bytes(draw(scene, ground))
+
+
+def free_image_text(config: FreeCorpusConfig) -> Iterator[Sample]:
+    rng = generator(config.seed, "free_image_text")
+    for number in range(config.num_images):
+        scene = random_scene(rng, 1 + number % MAX_BODIES)
+        text, _ = describe(scene, rng)
+        yield {"png": picture(scene, random_ground(rng)), "txt": text.encode()}
+
+
+def free_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
+    """Two frames and what comes next, from anywhere in a clip: the law stands in the frames alone."""
+    rng = generator(config.seed, "free_motion")
+    for number in range(config.num_clips):
+        clip, ground = random_clip(rng, 1 + number % MAX_MOVING), random_ground(rng)
+        first = int(rng.integers(len(clip.scenes) - 2))
+        yield x2i(clip.scenes[first : first + 3], ground, WHAT_NEXT)
+
+
+def free_told_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
+    """One frame, the law in words, and what comes next."""
+    rng = generator(config.seed, "free_told_motion")
+    for number in range(config.num_told_clips):
+        clip = random_clip(rng, 1 + number % MAX_MOVING)
+        yield x2i(clip.scenes[:2], random_ground(rng), clip.words())
+
+
+def free_edit(config: FreeCorpusConfig) -> Iterator[Sample]:
+    rng = generator(config.seed, "free_edit")
+    for number in range(config.num_edits):
+        edit = random_edit(rng, 1 + number % MAX_BODIES)
+        yield x2i((edit.source, edit.target), random_ground(rng), edit.instruction)
+
+
+def x2i(scenes: tuple[Scene, ...], ground: Ground, text: str) -> Sample:
+    *sources, target = (picture(scene, ground) for scene in scenes)
+    return {
+        "instruction.txt": text.encode(),
+        **{f"source_{number}.png": content for number, content in enumerate(sources)},
+        "target.png": target,
+    }
+
+
+DATASETS = (
+    Dataset("free_image_text", "image_text", SOURCE, free_image_text),
+    Dataset("free_motion", "x2i", SOURCE, free_motion),
+    Dataset("free_told_motion", "x2i", SOURCE, free_told_motion),
+    Dataset("free_edit", "x2i", SOURCE, free_edit),
+    Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english),
+)

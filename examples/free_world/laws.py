@@ -1,0 +1,129 @@
+"""How bodies move: straight on, back from the walls, and off one another as equal discs do. Two frames show the law."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.free_world.bodies import GAP, SIDE, Body, Scene, random_scene
+
+SPEEDS = (4, 6, 8, 10)  # pixels a frame
+HEADINGS = tuple(range(0, 360, 30))  # degrees, clockwise from the right, as y grows downwards
+HELD_OUT_SHARE = 5  # one law (speed, heading) in so many never moves a body of a training document
+SUBSTEPS = 40  # of a frame: less than a third of a pixel at the highest speed
+NUM_FRAMES = 4
+SEEN_PIXELS = 4.0  # something moves by so much from each frame to the next: a copy of the last frame is wrong
+
+Law = tuple[int, int]  # speed, heading
+
+
+@dataclass(frozen=True)
+class Clip:
+    scenes: tuple[Scene, ...]  # one a frame; bodies keep their places in the order
+    laws: tuple[Law, ...]  # of the bodies at the start
+
+    def words(self) -> str:
+        """The law in words; never where anything is."""
+        told = [
+            f"the {body.name} moves {speed} to {heading}"
+            for body, (speed, heading) in zip(self.scenes[0], self.laws, strict=True)
+        ]
+        return " and ".join(told)
+
+
+def is_held_out_law(law: Law) -> bool:
+    return hashlib.blake2b(f"law/{law[0]}/{law[1]}".encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def laws(held_out: bool) -> list[Law]:
+    return [
+        (speed, heading) for speed in SPEEDS for heading in HEADINGS if is_held_out_law((speed, heading)) == held_out
+    ]
+
+
+def velocity(law: Law) -> np.ndarray:
+    speed, heading = law
+    return speed * np.array([math.cos(math.radians(heading)), math.sin(math.radians(heading))])
+
+
+def simulate(start: Scene, velocities: np.ndarray, num_frames: int = NUM_FRAMES) -> tuple[Scene, ...]:
+    """Scenes of `num_frames` frames, the first as given. `velocities` [bodies, 2] in pixels a frame."""
+    places = np.array([[body.x, body.y] for body in start])
+    halves = np.array([body.half for body in start])
+    speeds: np.ndarray = velocities.astype(np.float64)  # a copy
+    scenes = [start]
+    for _ in range(num_frames - 1):
+        for _ in range(SUBSTEPS):
+            places += speeds / SUBSTEPS
+            bounce(places, speeds, halves)
+            collide(places, speeds, halves)
+        scenes.append(tuple(body.at(float(x), float(y)) for body, (x, y) in zip(start, places, strict=True)))
+    return tuple(scenes)
+
+
+def bounce(places: np.ndarray, speeds: np.ndarray, halves: np.ndarray) -> None:
+    """Whoever touches a wall and moves into it turns back from it."""
+    low = (places < halves[:, None]) & (speeds < 0)
+    high = (places > SIDE - halves[:, None]) & (speeds > 0)
+    speeds[low | high] *= -1
+
+
+def collide(places: np.ndarray, speeds: np.ndarray, halves: np.ndarray) -> None:
+    """Two discs that touch and approach exchange their velocities along the line between them (equal masses, elastic)."""
+    for one in range(len(places)):
+        for other in range(one):
+            line = places[one] - places[other]
+            distance = float(np.hypot(*line))
+            if distance >= halves[one] + halves[other] or distance == 0:
+                continue
+            normal = line / distance
+            approach = float((speeds[one] - speeds[other]) @ normal)
+            if approach < 0:
+                speeds[one] -= approach * normal
+                speeds[other] += approach * normal
+
+
+def random_clip(rng: np.random.Generator, count: int, *, held_out: bool = False) -> Clip:
+    """A clip without held-out pairs; with `held_out` one body follows a held-out law, else none does."""
+    while True:
+        start = random_scene(rng, count)
+        known, unknown = laws(False), laws(True)
+        chosen = [known[index] for index in rng.integers(len(known), size=count)]
+        if held_out:
+            chosen[rng.integers(count)] = unknown[rng.integers(len(unknown))]
+        scenes = simulate(start, np.array([velocity(law) for law in chosen]))
+        if is_clear(scenes):
+            return Clip(scenes, tuple(chosen))
+
+
+def is_clear(scenes: Sequence[Scene]) -> bool:
+    """Something moves visibly between any two frames, and no frame shows two bodies that run together."""
+    moved = [
+        max(math.hypot(one.x - other.x, one.y - other.y) for one, other in zip(before, after, strict=True))
+        for before, after in itertools.pairwise(scenes)
+    ]
+    return min(moved) >= SEEN_PIXELS and all(map(lies_apart, scenes))
+
+
+def lies_apart(scene: Scene) -> bool:
+    return all(
+        max(abs(one.x - other.x), abs(one.y - other.y)) > one.half + other.half + GAP
+        for number, one in enumerate(scene)
+        for other in scene[:number]
+    )
+
+
+def changed_course(clip: Clip) -> list[Body]:
+    """Bodies of the last frame that no longer move as they began: they met a wall or one another."""
+    found = []
+    for number, law in enumerate(clip.laws):
+        before, last = clip.scenes[-2][number], clip.scenes[-1][number]
+        straight = velocity(law)
+        if math.hypot(last.x - before.x - straight[0], last.y - before.y - straight[1]) > 0.5:
+            found.append(last)
+    return found

@@ -1,0 +1,59 @@
+"""What is said of a scene: its bodies in any order, and where they lie to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.free_world.bodies import Body, Scene
+
+CLEAR_PIXELS = 6.0  # a relation that is said holds by at least so much
+HOLDS_PIXELS = 1.0  # and counts as shown from here on
+OPENINGS = ("", "there is ", "a picture of ")
+RELATIONS: dict[str, Callable[[Body, Body], float]] = {  # by how many pixels it holds
+    "left of": lambda one, other: other.x - one.x,
+    "right of": lambda one, other: one.x - other.x,
+    "above": lambda one, other: other.y - one.y,
+    "below": lambda one, other: one.y - other.y,
+}
+
+
+@dataclass(frozen=True)
+class Relation:
+    one: tuple[str, str]  # pair of the body that is placed
+    words: str
+    other: tuple[str, str]
+
+    def holds(self, scene: Scene) -> bool:
+        """Of the first bodies of these pairs; False where one is missing."""
+        by_pair = {body.pair: body for body in scene}
+        if self.one not in by_pair or self.other not in by_pair:
+            return False
+        return RELATIONS[self.words](by_pair[self.one], by_pair[self.other]) > HOLDS_PIXELS
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[Relation, ...]]:
+    """A caption and the relations that it states.
+
+    The bodies come in a random order; each but the first is placed to one that was named before, by a relation that
+    clearly holds, where there is one.
+    """
+    order = [scene[index] for index in rng.permutation(len(scene))]
+    phrases, relations = [], []
+    for number, body in enumerate(order):
+        phrase = f"a {body.size} {body.name}"
+        choices = [
+            (words, other)
+            for other in order[:number]
+            for words, margin in RELATIONS.items()
+            if margin(body, other) >= CLEAR_PIXELS
+        ]
+        if choices:
+            words, other = choices[rng.integers(len(choices))]
+            phrase += f" {words} the {other.name}"
+            relations.append(Relation(body.pair, words, other.pair))
+        phrases.append(phrase)
+    opening = OPENINGS[rng.integers(len(OPENINGS))]
+    return opening + " and ".join(phrases), tuple(relations)

@@ -1,0 +1,174 @@
+"""The free world against brute force: the judge, captions, motion, edits, and what no training document shows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from examples.free_world import tasks
+from examples.free_world.bodies import GROUNDS, SIDE, Body, Scene, draw, is_held_out, pairs, random_ground, random_scene
+from examples.free_world.build import WORLD
+from examples.free_world.datasets import FreeCorpusConfig
+from examples.free_world.edits import random_edit
+from examples.free_world.judge import read_scene, same_bodies, same_places
+from examples.free_world.laws import SPEEDS, changed_course, is_held_out_law, laws, random_clip, simulate, velocity
+from examples.free_world.words import CLEAR_PIXELS, RELATIONS, describe
+from training.inference.baselines import CopyOfTheLast, accuracy_of
+
+TASKS = (tasks.FreeT2I, tasks.FreeNextState, tasks.FreeEdit, tasks.FreeReconstruction)
+
+
+def test_the_judge_reads_what_is_drawn_on_every_ground() -> None:
+    rng, grounds = np.random.default_rng(0), set()
+    for number in range(25):
+        scene, ground = random_scene(rng, 1 + number % 5, held_out=number % 2 == 0), random_ground(rng)
+        grounds.add(ground.kind)
+        found = read_scene(draw(scene, ground))
+        assert found is not None
+        assert same_places(found, scene, 1.0)
+    assert grounds == set(GROUNDS)
+
+
+def test_the_judge_sees_every_small_difference() -> None:
+    rng = np.random.default_rng(1)
+    scene = (Body("circle", "red", "small", 20.0, 20.0), Body("square", "blue", "large", 45.0, 40.0))
+    ground = random_ground(rng)
+    others: list[Scene] = [
+        scene[:1],
+        (*scene, Body("cross", "green", "small", 12.0, 50.0)),
+        (Body("circle", "red", "large", 20.0, 20.0), scene[1]),
+        (Body("square", "red", "small", 20.0, 20.0), scene[1]),
+        (Body("circle", "orange", "small", 20.0, 20.0), scene[1]),
+        (scene[0].at(24.0, 20.0), scene[1]),
+    ]
+    for other in others:
+        found = read_scene(draw(other, ground))
+        assert found is not None
+        assert not same_places(found, scene, 3.0)
+    spoilt = draw(scene, ground)
+    spoilt[15:20, 15:30] = (220, 40, 220)
+    assert read_scene(spoilt) is None
+    assert read_scene(spoilt[:32]) is None
+
+
+def test_captions_state_what_holds_and_nothing_else() -> None:
+    rng, openings = np.random.default_rng(2), set()
+    for number in range(40):
+        scene = random_scene(rng, 1 + number % 5)
+        text, relations = describe(scene, rng)
+        openings.add(text.split("a ")[0])
+        assert all(f"a {body.size} {body.name}" in text for body in scene)
+        for relation in relations:
+            one, other = (next(body for body in scene if body.pair == pair) for pair in (relation.one, relation.other))
+            assert RELATIONS[relation.words](one, other) >= CLEAR_PIXELS
+            assert relation.holds(scene)
+            mirrored = tuple(body.at(SIDE - body.x, SIDE - body.y) for body in scene)
+            assert not relation.holds(mirrored)
+    assert len(openings) > 1
+    orders = {describe(scene, rng)[0].index(scene[0].name) for _ in range(20)}
+    assert len(orders) > 1
+
+
+def energy(speeds: np.ndarray) -> float:
+    return float((speeds**2).sum())
+
+
+def test_motion_keeps_to_the_law_until_something_is_met() -> None:
+    """A lone body against a closed form: mirrored at the walls; two bodies keep momentum and energy between walls."""
+    for law in itertools.product(SPEEDS, (30, 150, 240)):
+        body, straight = Body("circle", "red", "small", 30.0, 33.0), velocity(law)
+        scenes = simulate((body,), straight[None], 8)
+        for frame, (found,) in enumerate(scenes):
+            wanted = [mirrored(place + frame * step) for place, step in zip((30.0, 33.0), straight, strict=True)]
+            assert (found.x, found.y) == pytest.approx(wanted, abs=0.6)
+    left, right = Body("circle", "red", "small", 20.0, 32.0), Body("circle", "blue", "small", 44.0, 34.0)
+    speeds = np.array([[6.0, 0.0], [-6.0, 0.0]])
+    after = simulate((left, right), speeds, 4)
+    moved = [np.array([[b.x - a.x, b.y - a.y] for a, b in zip(*two, strict=True)]) for two in itertools.pairwise(after)]
+    assert moved[-1].sum(axis=0) == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert energy(moved[-1]) == pytest.approx(72.0, rel=1e-6)
+    assert moved[-1][0][0] < 0 < moved[-1][1][0]
+
+
+def mirrored(place: float, half: float = 6.0) -> float:
+    """Where a point is after it was thrown back by walls at `half` and SIDE - half."""
+    span = SIDE - 2 * half
+    folded = (place - half) % (2 * span)
+    return half + min(folded, 2 * span - folded)
+
+
+def test_clips_show_their_law_in_two_frames_and_some_bodies_turn() -> None:
+    """Read from the frames by the judge, two frames give the next one, as long as nothing is met."""
+    rng, num_right, num_straight, num_turned = np.random.default_rng(3), 0, 0, 0
+    for number in range(12):
+        clip = random_clip(rng, 1 + number % 3, held_out=number % 2 == 0)
+        assert any(map(is_held_out_law, clip.laws)) == (number % 2 == 0)
+        assert not any(is_held_out(*body.pair) for body in clip.scenes[0])
+        num_turned += bool(changed_course(clip))
+        ground = random_ground(rng)
+        first, second = (read_scene(draw(scene, ground)) for scene in clip.scenes[:2])
+        assert first is not None
+        assert second is not None
+        before = {body.pair: body for body in first}
+        guess = tuple(b.at(2 * b.x - before[b.pair].x, 2 * b.y - before[b.pair].y) for b in second)
+        course = [math.hypot(*(velocity(law))) for law in clip.laws]
+        steps = [math.hypot(b.x - before[b.pair].x, b.y - before[b.pair].y) for b in second]
+        if sorted(map(round, course)) == sorted(map(round, steps)):
+            num_straight += 1
+            num_right += same_places(guess, clip.scenes[2], 3.0)
+    assert num_turned >= 3
+    assert num_right >= num_straight / 2 > 1
+
+
+def test_edits_change_one_thing_and_need_no_place() -> None:
+    rng, kinds = np.random.default_rng(4), set()
+    for number in range(40):
+        edit = random_edit(rng, 1 + number % 5, held_out=number % 2 == 0)
+        kinds.add(edit.instruction.split()[0])
+        kept = set(edit.source) & set(edit.target)
+        assert len(edit.source) - len(kept) == 1
+        assert len(edit.target) - len(kept) == (0 if edit.instruction.startswith("remove") else 1)
+        assert any(is_held_out(*body.pair) for body in edit.target) == (number % 2 == 0)
+        assert sum(body.name in edit.instruction for body in edit.source) == 1
+        found = read_scene(draw(edit.target, random_ground(rng)))
+        assert found is not None
+        assert same_bodies(found, edit.target)
+    assert kinds == {"make", "remove"}
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
+def test_the_truth_passes_and_copies_and_other_answers_fail(task: type[tasks.FreeTask]) -> None:
+    asked = task(num_prompts=15)
+    prompts, ground = asked.prompts(), random_ground(np.random.default_rng(5))
+    targets = [one.target[0] if task is tasks.FreeT2I else one.target for one in prompts]
+    answers = [draw(target, ground) for target in targets]
+    assert all(asked.judge(prompt, [answer], "") for prompt, answer in zip(prompts, answers, strict=True))
+    assert not any(asked.judge(prompt, [], "") for prompt in prompts)
+    assert sum(asked.judge(one, [answer], "") for one, answer in zip(prompts, answers[1:], strict=False)) <= 1
+    if task is not tasks.FreeReconstruction:
+        assert accuracy_of(CopyOfTheLast(), asked, prompts, list)["accuracy"] == 0.0
+    assert {len(target) for target in targets} >= {1, 2, 3}
+    again = task(num_prompts=15).prompts()
+    assert [one.text for one in again] == [one.text for one in prompts]
+
+
+def test_training_documents_show_nothing_that_is_held_out() -> None:
+    config = FreeCorpusConfig(num_images=10, num_clips=6, num_told_clips=4, num_edits=10)
+    names = [f"{color} {shape}" for shape, color in pairs(True)]
+    assert len(names) >= 3
+    assert len(laws(True)) >= 8
+    num_samples = 0
+    for dataset in WORLD.datasets:
+        if dataset.kind == "text":
+            continue
+        for sample in dataset.samples(config):
+            num_samples += 1
+            text = (sample.get("txt") or sample["instruction.txt"]).decode()
+            assert not any(name in text for name in names)
+            assert not any(f"moves {speed} to {heading}" in f"{text} " for speed, heading in laws(True) if heading > 90)
+            if "txt" not in sample:
+                assert "target.png" in sample
+    assert num_samples == 30

@@ -131,6 +131,7 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     callbacks: dict[str, CallbackEntry] = field(default_factory=dict)  # the user's own, by any name
+    preflight: bool = True  # refuse before the start what the plan says cannot work; false: start it all the same
     json: bool = False  # print one JSON object on stdout at the end
 
     @property

@@ -37,8 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         config = load_yaml(options.config)
         if "RANK" in os.environ:
+            from launch.local.left_environment import refuse_left_environment
             from training.stage import run_stage
 
+            refuse_left_environment(config, os.environ)
             run_stage(config)
         else:
             from launch.local.ranks import run_local

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,28 @@ def logs(config: CurriculumConfig) -> dict[str, Any]:
 def render(answer: dict[str, Any]) -> str:
     if "logs" in answer:
         return "\n".join("\n".join([f"== {path}", *lines]) for path, lines in answer["logs"].items())
-    if "scripts" in answer:
-        return "\n".join(f"== {name}\n{script}" for name, script in answer["scripts"].items())
+    if "planned" in answer:
+        return forecast(answer)
     titles = ("entry", "state", "step", "tokens", "loss", "left", "seconds", "GiB", "jobs", "restarts")
-    rows = [titles, *(row(entry) for entry in answer["entries"])]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(titles))]
+    return table([titles, *(row(entry) for entry in answer["entries"])], words=(0, 1))
+
+
+def forecast(answer: dict[str, Any]) -> str:
+    """The table of a dry run, what does not fit and why, and the scripts where they are asked for."""
+    from launch.curriculum.foresight import render_forecast
+
+    parts = [table(render_forecast(answer), words=(0, 1, 8))]
+    parts += [f"{one['name']}: {text}" for one in answer["planned"] for text in one.get("problems", [])]
+    parts += [f"== {name}\n{script}" for name, script in answer.get("scripts", {}).items()]
+    return "\n".join(parts)
+
+
+def table(rows: Sequence[Sequence[str]], *, words: Collection[int]) -> str:
+    """Columns below each other; those of `words` begin on the left, those of figures end on the right."""
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
+            text.ljust(width) if column in words else text.rjust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in rows

@@ -27,6 +27,7 @@ from launch.curriculum.entries import (
     measure,
     module_call,
     new_result,
+    refuse_impossible,
     supersede,
 )
 from model.errors import UserError
@@ -50,9 +51,11 @@ class Chain:
         return self.states[name] in ("queued", "running")
 
 
-def read_chain(config: CurriculumConfig, queue: dict[str, slurm.QueuedJob]) -> Chain:
+def read_chain(
+    config: CurriculumConfig, queue: dict[str, slurm.QueuedJob], composed: dict[str, list[Any]] | None = None
+) -> Chain:
     """Nothing is written."""
-    chain = Chain(Curriculum(config), queue)
+    chain = Chain(Curriculum(config, composed), queue)
     for name in chain.curriculum.order:
         folder = JobFolder(chain.curriculum.folder, name)
         chain.jobs[name], chain.records[name] = folder, recover(folder, queue)
@@ -81,11 +84,15 @@ def run_chain(config: CurriculumConfig) -> dict[str, Any]:
         raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
     folder = Path(config.run_folder)
     if config.dry_run:
-        return show_chain(config)
+        from launch.curriculum.foresight import forecast
+
+        scripts = {"scripts": scripts_of(config)} if config.scripts else {}
+        return forecast(config) | scripts
+    calls = refuse_impossible(Curriculum(config))
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stack.enter_context(jobs.locked(folder))
-        chain = read_chain(config, slurm.queue())
+        chain = read_chain(config, slurm.queue(), calls)
         submitted: dict[str, str] = {}
         for name in chain.curriculum.order:
             if is_due(chain, name, submitted):
@@ -97,13 +104,10 @@ def run_chain(config: CurriculumConfig) -> dict[str, Any]:
         return report(chain) | {"submitted": submitted}
 
 
-def show_chain(config: CurriculumConfig) -> dict[str, Any]:
-    """What would be submitted if nothing were done yet; needs no Slurm."""
+def scripts_of(config: CurriculumConfig) -> dict[str, str]:
+    """By entry, as they would be submitted if nothing were done yet; needs no Slurm."""
     curriculum = Curriculum(config)
-    scripts = {name: dry_run(entry_work(curriculum, name), config.cluster) for name in curriculum.order}
-    for name, entry in ((name, config.entries[name]) for name in curriculum.order):
-        print(f"{name}: after {', '.join(entry.needs) or 'nothing'}", file=sys.stderr)
-    return {"name": config.name, "run_folder": str(curriculum.folder), "entries": [], "scripts": scripts}
+    return {name: dry_run(entry_work(curriculum, name), config.cluster) for name in curriculum.order}
 
 
 def is_due(chain: Chain, name: str, submitted: dict[str, str]) -> bool:

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from launch.cluster.profile import ClusterConfig
 from launch.plan.devices import find_device
-from launch.plan.layout import Batch, Layout, largest_data
+from launch.plan.layout import Layout, largest_data
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESERVED_SHARE
 from launch.plan.search import Plan, Problem, check_layout, plan_layout, search
-from launch.plan.shape import ModelShape
+from launch.plan.stage import layout_of, problem_of
 from launch.plan.timing import Efficiencies
 from model.errors import UserError
 from training.config import TrainConfig
-from training.objectives.registry import options_of
 
 TOKEN_BYTES = 4.024  # of packed files with their sidecars (docs/data_formats.md)
 NUM_RANKED = 10
 
 
 def make_problem(
-    config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None, attention_flops: str
+    config: TrainConfig, cluster: ClusterConfig, document_tokens: float | None, attention_flops: str
 ) -> Problem:
-    stage = config.stage
-    row = stage.sequence_length
-    span = row if document_tokens is None or options_of(config).document_attention == "full" else document_tokens
-    attended = span / 2
-    return Problem(
-        shape=ModelShape.of(config.model),
-        batch=Batch(row, stage.global_batch_size, attended),
-        num_steps=stage.steps,
-        device=find_device(cluster.device),
-        cluster=cluster,
-        mfu_attended_tokens=attended if attention_flops == "causal" else 2 * attended,
-    )
+    device = find_device(cluster.device)
+    return problem_of(config, cluster, device, document_tokens=document_tokens, attention_flops=attention_flops)
 
 
-def layout_of(config: TrainConfig, problem: Problem) -> Layout:
+def own_layout(config: TrainConfig, problem: Problem) -> Layout:
     """The stage's own layout; where it leaves the data-parallel ranks at one, as many as there is room for."""
-    parallel = config.parallel
-    layout = Layout(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.data,
-        config.stage.micro_batch_size,
-        parallel.recompute,
-        distributed_optimizer=parallel.distributed_optimizer,
-        sequence_parallel=parallel.sequence,
-    )
-    if parallel.data != 1 or min(layout.tensor, layout.pipeline, layout.context, layout.micro_batch) < 1:
+    layout = layout_of(config)
+    if layout.data != 1 or min(layout.tensor, layout.pipeline, layout.context, layout.micro_batch) < 1:
         return layout
     data = largest_data(layout, problem.batch, problem.cluster.num_accelerators)
-    return Layout(**{**layout.__dict__, "data": max(1, data)})
+    return replace(layout, data=max(1, data))
 
 
 def answer(
@@ -65,7 +45,7 @@ def answer(
 ) -> dict[str, Any]:
     """The whole answer: the best layouts, the stage's own one, storage, and what was assumed."""
     problem = make_problem(config, cluster, document_tokens, attention_flops)
-    own = layout_of(config, problem)
+    own = own_layout(config, problem)
     problems = check_layout(problem, own)
     plans = search(problem, recompute)
     return {
@@ -89,7 +69,7 @@ def answer(
 def dry_run(config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None) -> dict[str, Any]:
     """Builds every part of the stage's own layout; see `launch.plan.simulate`."""
     problem = make_problem(config, cluster, document_tokens, "causal")
-    layout = layout_of(config, problem)
+    layout = own_layout(config, problem)
     problems = check_layout(problem, layout)
     if problems:
         raise UserError(

@@ -283,7 +283,7 @@ def test_mistakes_are_the_users_and_named(capsys, overrides, parts):
 
 
 def test_a_stage_layout_that_the_cluster_cannot_hold_is_no_mistake(capsys):
-    code, answer = answer_of(capsys, *BASE, "cluster.num_accelerators=64", "parallel.data=64")
+    code, answer = answer_of(capsys, *BASE, "cluster.num_accelerators=64")
     assert code == 0
     assert not answer["stage_layout"]["possible"]
     assert "1024 accelerators" in answer["stage_layout"]["problems"][0]
@@ -310,7 +310,8 @@ def dry_run(*overrides: str) -> dict:
 
 
 def test_the_34b_model_on_7168_ranks(config):
-    answer = dry_run(*BASE, "cluster.num_accelerators=7168")
+    layout = ["parallel.pipeline=1", "parallel.data=448", "parallel.recompute=none"]
+    answer = dry_run(*BASE, "cluster.num_accelerators=7168", *layout)
     assert answer["world_size"] == 7168
     assert answer["parts_built"] * answer["ranks_of_each_part"] == 7168
     assert answer["parameters"] == answer["published_parameters"] == count_parameters(config.model)["total"]
@@ -334,14 +335,20 @@ def test_a_pipeline_sends_what_is_planned():
         "model=toy",
         "stage=toy_pretrain_2",
         "parallel.pipeline=2",
-        "stage.global_batch_size=8",
+        "parallel.tensor=2",
+        "parallel.recompute=full",
+        "stage.global_batch_size=4",
         "stage.sequence_length=512",
         "cluster.num_accelerators=4",
     )
     assert answer["world_size"] == 4
-    size = 512 * 128 * 4  # one row of hidden states in float32
+    size = 512 // 2 * 128 * 4  # a tensor rank's part of one row of hidden states in float32
     for stage in ("stage_0", "stage_1"):
-        groups = answer["collectives_of_one_step"][stage].values()
+        groups = answer["collectives_of_one_step"][stage]
+        # Layers: two gathers forward, two again when the layer is computed again, four backward; 2 layers, 4 rows.
+        around_layers = 4 * (0 if stage == "stage_0" else 2)
+        assert groups["tensor"]["all_gather"]["count"] == 2 * 4 * 8 + around_layers
+        groups = groups.values()
         calls = {name: entry for group in groups for name, entry in group.items()}
         assert calls["send"] == {"count": 4, "bytes": 4 * size}
         assert calls["receive"] == {"count": 4, "bytes": 4 * size}

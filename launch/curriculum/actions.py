@@ -25,11 +25,16 @@ def act(config: CurriculumConfig) -> dict[str, Any]:
 
 
 def start(config: CurriculumConfig) -> dict[str, Any]:
-    if config.cluster.kind == "local":
-        return run_curriculum(config)
-    from launch.curriculum.chain import run_chain
+    """Run it here or submit it, once the plan agrees; or show what would happen."""
+    from launch.curriculum.chain import run_chain, scripts_of
+    from launch.curriculum.foresight import forecast, refuse_impossible
 
-    return run_chain(config)
+    if not config.entries:
+        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
+    if config.dry_run:
+        return forecast(config) | ({"scripts": scripts_of(config)} if config.scripts else {})
+    composed = refuse_impossible(config)
+    return run_curriculum(config, composed) if config.cluster.kind == "local" else run_chain(config, composed)
 
 
 def status(config: CurriculumConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from launch.cluster.job_folders import JobFolder, JobRecord, job_state
 from launch.cluster.submission import PYTHON_MODULE, Work, check_run_folder, dry_run, enqueue, recover
 from launch.composition.compose import compose_config
 from launch.curriculum.entries import (
+    Composed,
     Curriculum,
     CurriculumConfig,
     EntryConfig,
@@ -27,7 +28,6 @@ from launch.curriculum.entries import (
     measure,
     module_call,
     new_result,
-    refuse_impossible,
     supersede,
 )
 from model.errors import UserError
@@ -51,9 +51,7 @@ class Chain:
         return self.states[name] in ("queued", "running")
 
 
-def read_chain(
-    config: CurriculumConfig, queue: dict[str, slurm.QueuedJob], composed: dict[str, list[Any]] | None = None
-) -> Chain:
+def read_chain(config: CurriculumConfig, queue: dict[str, slurm.QueuedJob], composed: Composed | None = None) -> Chain:
     """Nothing is written."""
     chain = Chain(Curriculum(config, composed), queue)
     for name in chain.curriculum.order:
@@ -78,21 +76,13 @@ def settle(chain: Chain, name: str) -> None:
         record.outputs = {output: list(measure(chain.curriculum.folder / output)) for output in outputs}
 
 
-def run_chain(config: CurriculumConfig) -> dict[str, Any]:
+def run_chain(config: CurriculumConfig, composed: Composed | None = None) -> dict[str, Any]:
     """Submit every entry that is neither up to date nor queued, in order, each after those it needs."""
-    if not config.entries:
-        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
     folder = Path(config.run_folder)
-    if config.dry_run:
-        from launch.curriculum.foresight import forecast
-
-        scripts = {"scripts": scripts_of(config)} if config.scripts else {}
-        return forecast(config) | scripts
-    calls = refuse_impossible(Curriculum(config))
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stack.enter_context(jobs.locked(folder))
-        chain = read_chain(config, slurm.queue(), calls)
+        chain = read_chain(config, slurm.queue(), composed)
         submitted: dict[str, str] = {}
         for name in chain.curriculum.order:
             if is_due(chain, name, submitted):

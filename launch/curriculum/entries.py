@@ -30,6 +30,7 @@ from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
 
 STATE_VERSION = 1
+Composed = dict[str, list[Any]]  # configurations of the calls, by entry
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
 
 
@@ -137,12 +138,12 @@ class Record:
 class Curriculum:
     """The entries in order of their needs, and their records on disk."""
 
-    def __init__(self, config: CurriculumConfig, composed: dict[str, list[Any]] | None = None):
+    def __init__(self, config: CurriculumConfig, composed: Composed | None = None):
         self.config = config
         self.folder = Path(config.run_folder)
         self.state_path = self.folder / "curriculum.json"
         self.order = ordered(config.entries)
-        self.composed = composed or {}  # configurations of the calls, by entry
+        self.composed: Composed = composed or {}
         self.records = self._read()
 
     def _read(self) -> dict[str, Record]:
@@ -265,17 +266,10 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
+def run_curriculum(config: CurriculumConfig, composed: Composed | None = None) -> dict[str, Any]:
     """Runs what is not done. The answer's `exit_code` is that of the entry that stopped it, 0 when all are done."""
-    if not config.entries:
-        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
-    if config.dry_run:
-        from launch.curriculum.foresight import forecast
-
-        return forecast(config)
-    calls = refuse_impossible(Curriculum(config))
     with locked(Path(config.run_folder)):
-        curriculum = Curriculum(config, calls)
+        curriculum = Curriculum(config, composed)
         refuse_submitted(curriculum)
         ran: list[str] = []
         for position, name in enumerate(curriculum.order, 1):
@@ -302,20 +296,6 @@ def refuse_submitted(curriculum: Curriculum) -> None:
             got=", ".join(names),
             fix="the same command with cluster=slurm; or nextstate curriculum cancel cluster=slurm",
         )
-
-
-def refuse_impossible(curriculum: Curriculum) -> dict[str, list[Any]]:
-    """Ask the plan of every stage that is to be trained, before the first entry starts. Inputs may still be made.
-
-    The configurations that were composed for it, which a `Curriculum` of the same entries need not compose again.
-    """
-    from launch.curriculum.foresight import foresee
-
-    if curriculum.config.preflight:
-        impossible = [seen for seen in foresee(curriculum, due(curriculum)) if seen.verdict.problems]
-        if impossible:
-            raise UserError("\n".join(f"{seen.name}: {seen.verdict.error()}" for seen in impossible))
-    return curriculum.composed
 
 
 def due(curriculum: Curriculum) -> list[str]:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from launch.curriculum.entries import Curriculum, CurriculumConfig, due
+from launch.curriculum.entries import Composed, Curriculum, CurriculumConfig, due
 from launch.plan.places import place_of
 from launch.plan.preflight import Verdict, judge, judge_start
+from model.errors import UserError
 from training.config import from_dict
 
 
@@ -34,6 +35,19 @@ def foresee(curriculum: Curriculum, names: Iterable[str], *, starts: bool = True
     ]
     ask = judge_start if starts else judge
     return [Seen(name, ask(stage, place)) for name, stage in stages if stage.preflight]
+
+
+def refuse_impossible(config: CurriculumConfig) -> Composed:
+    """Ask the plan of every stage that is to be trained, before the first entry starts. Inputs may still be made.
+
+    The configurations that were composed for it, which a `Curriculum` of the same entries need not compose again.
+    """
+    curriculum = Curriculum(config)
+    if config.preflight:
+        impossible = [seen for seen in foresee(curriculum, due(curriculum)) if seen.verdict.problems]
+        if impossible:
+            raise UserError("\n".join(f"{seen.name}: {seen.verdict.error()}" for seen in impossible))
+    return curriculum.composed
 
 
 def forecast(config: CurriculumConfig) -> dict[str, Any]:

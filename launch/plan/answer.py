@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.devices import find_device
 from launch.plan.layout import Layout, largest_data
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESERVED_SHARE
+from launch.plan.published import HeldOutError, told_accuracy
 from launch.plan.search import Plan, Problem, check_layout, plan_layout, search
 from launch.plan.stage import layout_of, problem_of
 from launch.plan.timing import Efficiencies
 from model.errors import UserError
+from model.parallel.devices import find_device
 from training.config import TrainConfig
 
 TOKEN_BYTES = 4.024  # of packed files with their sidecars (docs/data_formats.md)
@@ -135,7 +136,7 @@ def assumptions(problem: Problem, attention_flops: str) -> dict[str, Any]:
         "storage_gigabytes_per_second": cluster.storage_gigabytes_per_second,
         "efficiencies": dict(Efficiencies().__dict__),
         "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no interleaving",
-        "accuracy": "differences below the mean error of check=published (some percent) do not rank layouts",
+        "accuracy": f"{told_accuracy(device.name)}; differences below the mean error do not rank layouts",
         "published_runs": "nextstate plan check=published compares the step times with published ones",
     }
 
@@ -175,6 +176,7 @@ def render(found: dict[str, Any]) -> str:
         "",
         f"FLOPs: {found['assumptions']['flops']}",
         f"engine: {found['assumptions']['engine']}",
+        f"accuracy: {found['assumptions']['accuracy']}",
     ]
     return "\n".join(lines)
 
@@ -206,4 +208,8 @@ def render_published(found: dict[str, Any]) -> str:
         for row in found["runs"]
     ]
     lines.append(f"\nmean absolute error {found['mean_absolute_error']:.1%}, worst {found['worst_error']:.1%}")
+    lines += [
+        f"publishers left out, {name}: {HeldOutError(**held_out).told()}"
+        for name, held_out in found["held_out"].items()
+    ]
     return "\n".join(lines)

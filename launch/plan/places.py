@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.devices import DEVICES, Device, find_device
 from launch.plan.memory import usable_bytes
+from model.parallel.devices import DEVICES, Device, device_of_driver, find_device
 
 # What a rank's process takes on a CPU before it holds a tensor: Python, torch, megatron-core. Measured on toy stages.
 PROCESS_BYTES = 0.5e9
@@ -22,15 +22,6 @@ PROCESS_BYTES = 0.5e9
 CORE_FLOPS_PER_SECOND = 256e9
 HOST_BYTES_PER_SECOND = 1e12
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-# Words of the driver's names, the more particular first: "NVIDIA A100-SXM4-40GB" has no row of its own memory.
-DRIVER_NAMES = {
-    "gb200": "gb200",
-    "b200": "b200",
-    "h200": "h200",
-    "h100": "h100",
-    "a100-sxm4-40gb": "a100_40gb",
-    "a100": "a100_80gb",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def this_machine() -> Place:
         return host(memory_limit_bytes(), num_cores())
     name, memory_bytes = accelerators[0]
     count = len(accelerators)
-    known = next((DEVICES[row] for part, row in DRIVER_NAMES.items() if part in name.lower()), None)
+    known = device_of_driver(name)
     base = known or replace(DEVICES["h100"], name=name)  # for the shape of it: its speed is told to be unknown
     device = replace(base, title=name, memory_bytes=memory_bytes)
     cluster = ClusterConfig(name="local", kind="local", num_accelerators=count, accelerators_per_node=count)

@@ -185,6 +185,11 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     if source is not None and not Path(source).exists():
         found.append(f"stage.initialize_from={source} does not exist")
     if is_planned(config):
+        found += [
+            f"stage.validation.{name}={path} is no folder of packed rows"
+            for name, path in config.stage.validation.items()
+            if not Path(path).is_dir()
+        ]
         absent = [
             f"{name} ({entry.path})"
             for name, entry in config.stage.data.datasets.items()

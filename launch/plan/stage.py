@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.devices import Device
 from launch.plan.layout import Batch, Layout
 from launch.plan.search import Problem
 from launch.plan.shape import ModelShape
+from model.parallel.devices import Device
 from training.config import TrainConfig
 from training.objectives.registry import options_of
 

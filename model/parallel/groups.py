@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+import numpy as np
+
 from model.errors import UserError
 from model.parallel import cpu_backend
 
@@ -35,6 +37,14 @@ class MegatronRanks:
         value = torch.tensor([int(flag)])
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         return bool(value.item())
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        import torch
+        import torch.distributed as distributed
+
+        total = torch.from_numpy(np.array(values, np.float64))
+        distributed.all_reduce(total)
+        return total.numpy()
 
     def barrier(self) -> None:
         import torch.distributed as distributed

@@ -105,7 +105,7 @@ def test_a_damaged_output_is_made_again(make, damage):
 
 def test_force_until_and_dry_run(make, capsys):
     assert run_curriculum(make(until="b"))["ran"] == ["a", "b"]
-    answer = run_curriculum(make(dry_run=True))
+    answer = command.run(make(dry_run=True))
     assert answer["ran"] == []
     assert [(one["what"], one["is_due"]) for one in answer["planned"]] == [
         ("writer_module", name == "c") for name in "abc"

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from launch.cluster.profile import ClusterConfig
 from launch.command_line import cli
 from launch.composition import compose as configs
-from launch.plan.devices import DEVICES, find_device
+from launch.plan.accuracy import held_out_errors
 from launch.plan.layout import Batch, Layout, candidates, divisors, nearest, violations
 from launch.plan.memory import mask_elements, peak_memory, stage_memory, stage_parameters
-from launch.plan.published import compare, published_runs
+from launch.plan.published import HELD_OUT_ERRORS, compare, published_runs, told_accuracy
 from launch.plan.shape import ModelShape
 from launch.plan.timing import Machine, StepModel
 from model.config import count_parameters
 from model.errors import UserError
+from model.parallel.devices import DEVICES, find_device
 from training.config import DatasetEntry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +196,12 @@ def test_published_runs_are_predicted_by_one_set_of_efficiencies():
     for run in published_runs():
         assert run.batch.global_batch_size % (run.layout.data * run.layout.micro_batch) == 0, run.name
         assert run.shape.num_layers % run.layout.pipeline == 0 or "405B" in run.name  # 126 layers on 8 stages
+
+
+def test_errors_on_publishers_left_out_are_those_that_are_told(capsys):
+    assert held_out_errors() == HELD_OUT_ERRORS
+    assert told_accuracy("h100").startswith("step times of publishers left out of the fit were off by 8.2%")
+    assert "not known" in told_accuracy("b200")
 
 
 def test_the_table_in_the_docs_is_what_the_command_prints(capsys):

@@ -9,7 +9,8 @@ import pytest
 
 from launch.command_line import cli
 from launch.composition.compose import compose_config
-from launch.curriculum.entries import CurriculumConfig, EntryConfig, command_line, insisting, run_curriculum
+from launch.curriculum import actions
+from launch.curriculum.entries import CurriculumConfig, EntryConfig, command_line, insisting
 from launch.local.left_environment import refuse_left_environment
 from launch.plan import places, preflight
 from launch.plan.places import host, place_of, visible_accelerators
@@ -109,11 +110,11 @@ def test_preflight_false_insists(tmp_path, small_machine):
     entry = EntryConfig(command="train", overrides=overrides, outputs=["x"])
     curriculum = CurriculumConfig(run_folder=str(tmp_path / "c"), entries={"x": entry})
     with pytest.raises(UserError, match="x: this stage cannot run here"):
-        run_curriculum(curriculum)
+        actions.act(curriculum)
     assert not (tmp_path / "c").exists()
     curriculum.preflight = False
     with pytest.raises(AssertionError, match="something was started"):
-        run_curriculum(curriculum)
+        actions.act(curriculum)
     assert command_line(entry, *insisting(curriculum, entry))[-1] == "preflight=false"
 
 

@@ -93,3 +93,10 @@ def test_latest_checkpoint_ignores_unpublished_folders(tmp_path):
     assert latest_checkpoint(tmp_path / "checkpoints" / "step_00000005").name == "step_00000005"
     with pytest.raises(UserError, match="no complete checkpoint"):
         latest_checkpoint(tmp_path / "nothing")
+
+
+def test_a_published_folder_is_told_to_be_converted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="nextstate convert from_hf source="):
+        latest_checkpoint(tmp_path)

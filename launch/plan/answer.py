@@ -8,6 +8,7 @@ from typing import Any
 from launch.cluster.profile import ClusterConfig
 from launch.plan.layout import Layout, largest_data
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESERVED_SHARE
+from launch.plan.packed_lengths import NUM_ROWS, mean_document_tokens
 from launch.plan.published import HeldOutError, told_accuracy
 from launch.plan.search import Plan, Problem, check_layout, plan_layout, search
 from launch.plan.stage import layout_of, problem_of
@@ -45,7 +46,8 @@ def answer(
     attention_flops: str,
 ) -> dict[str, Any]:
     """The whole answer: the best layouts, the stage's own one, storage, and what was assumed."""
-    problem = make_problem(config, cluster, document_tokens, attention_flops)
+    measured = mean_document_tokens(config) if document_tokens is None else None
+    problem = make_problem(config, cluster, document_tokens or measured, attention_flops)
     own = own_layout(config, problem)
     problems = check_layout(problem, own)
     plans = search(problem, recompute)
@@ -63,8 +65,17 @@ def answer(
         "ranked": [plan.to_dict() for plan in plans[:NUM_RANKED]],
         "stage_layout": stage_layout(problem, own, problems),
         "storage": storage(problem, plans[0]),
-        "assumptions": assumptions(problem, attention_flops),
+        "assumptions": assumptions(problem, attention_flops) | {"documents": told_documents(document_tokens, measured)},
     }
+
+
+def told_documents(given: int | None, measured: float | None) -> str:
+    """Where the lengths of documents are from."""
+    if given is not None:
+        return f"{given:,} tokens, as document_tokens says"
+    if measured is not None:
+        return f"{measured:,.0f} tokens for the mean token, in the first {NUM_ROWS} packed rows of the mixture"
+    return "a row is one document, the dearest case: there are no packed rows to look at, and no document_tokens"
 
 
 def dry_run(config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None) -> dict[str, Any]:
@@ -175,6 +186,7 @@ def render(found: dict[str, Any]) -> str:
         f"  use it: {best['overrides']}",
         "",
         f"FLOPs: {found['assumptions']['flops']}",
+        f"documents: {found['assumptions']['documents']}",
         f"engine: {found['assumptions']['engine']}",
         f"accuracy: {found['assumptions']['accuracy']}",
     ]

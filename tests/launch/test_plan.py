@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_stage import make_config, write_packed
 
+from data_pipeline.storage.descriptors import DescriptorCache
+from data_pipeline.storage.packed_files import PackedDataset
 from launch.cluster.profile import ClusterConfig
 from launch.command_line import cli
 from launch.composition import compose as configs
 from launch.plan.accuracy import held_out_errors
 from launch.plan.layout import Batch, Layout, candidates, divisors, nearest, violations
 from launch.plan.memory import mask_elements, peak_memory, stage_memory, stage_parameters
+from launch.plan.packed_lengths import mean_document_tokens
 from launch.plan.published import HELD_OUT_ERRORS, compare, published_runs, told_accuracy
 from launch.plan.shape import ModelShape
 from launch.plan.timing import Machine, StepModel
@@ -303,6 +307,35 @@ def test_shorter_documents_cost_less(capsys):
     _, full = answer_of(capsys, *BASE, "attention_flops=full")
     assert full["best"]["mfu"] > whole["best"]["mfu"]
     assert full["best"]["step_seconds"] == whole["best"]["step_seconds"]
+
+
+def test_lengths_of_packed_documents_enter(tmp_path, capsys):
+    packed = write_packed(tmp_path)
+    config = make_config(tmp_path, packed)
+    dataset = PackedDataset(packed, DescriptorCache())
+    lengths = []
+    for row in range(len(dataset)):
+        _, segments = dataset.row(row)
+        lengths += segments["length"].tolist()
+        lengths += [64 - segments["length"].sum()]  # padding, which attends to itself
+    expected = sum(length**2 for length in lengths) / sum(lengths)
+    assert 20 < expected < 45
+    assert mean_document_tokens(config, len(dataset)) == pytest.approx(expected)
+    config.stage.data.datasets["text"].path = str(tmp_path / "not yet")
+    assert mean_document_tokens(config) is None
+    stage = ["stage=toy_pretrain_1", "stage.sequence_length=64", "stage.data.datasets.interleaved.weight=0"]
+    sizes = [
+        "model=toy",
+        "model.vocabulary.text_size=64",
+        "model.vocabulary.visual_size=64",
+        "model.vocabulary.pad_multiple=128",
+    ]
+    code, answer = answer_of(
+        capsys, *sizes, *stage, f"stage.data.datasets.text.path={packed}", "cluster.num_accelerators=2"
+    )
+    assert code == 0, answer
+    assert answer["assumptions"]["attended_tokens"] < 25
+    assert "packed rows" in answer["assumptions"]["documents"]
 
 
 # --- the dry run ----------------------------------------------------------------------------------------------------

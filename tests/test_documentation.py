@@ -52,6 +52,7 @@ def help_examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), documented(executed=True))
 def test_marked_commands_run(page, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    write_shown_files(next(path for path in PAGES if path.name == page), tmp_path)
     assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
 

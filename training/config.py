@@ -58,6 +58,7 @@ class StageConfig:
     micro_batch_size: int = 4  # rows of one data-parallel rank in one forward pass
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    validation: dict[str, str] = field(default_factory=dict)  # held-out packed datasets by any name: their folders
     initialize_from: str | None = None  # a stage folder or checkpoint folder; null: fresh weights
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "next_token"})  # and its own keys beside `name`
 
@@ -88,6 +89,14 @@ class ParallelConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """How often, and on how much, the sets of `stage.validation` are measured."""
+
+    every_steps: int = 500  # from one measurement to the next; the last step is measured always
+    num_rows: int = 32  # of each set
+
+
+@dataclass
 class CheckpointConfig:
     every_steps: int = 100  # from one checkpoint to the next
     keep: int = 2  # newest complete checkpoints kept; the final one always
@@ -99,6 +108,7 @@ class LoggingConfig:
     every_steps: int = 1  # from one line of metrics to the next
     wandb_mode: str = "offline"  # offline | online | disabled
     wandb_project: str = "nextstate"  # of Weights & Biases
+    tensorboard: bool = False  # event files in the stage folder too
 
 
 @dataclass
@@ -129,9 +139,11 @@ class TrainConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     callbacks: dict[str, CallbackEntry] = field(default_factory=dict)  # the user's own, by any name
+    preflight: bool = True  # refuse before the start what the plan says cannot work; false: start it all the same
     json: bool = False  # print one JSON object on stdout at the end
 
     @property
@@ -212,7 +224,7 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
 
 def results_of(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a config dict that decides the trained weights (paths and prefetching do not)."""
-    stage = {name: value for name, value in values["stage"].items() if name != "data"}
+    stage = {name: value for name, value in values["stage"].items() if name not in ("data", "validation")}
     stage["weights"] = {name: entry["weight"] for name, entry in values["stage"]["data"]["datasets"].items()}
     return {
         "model": values["model"],
@@ -296,6 +308,8 @@ def _validate_reliability(config: TrainConfig, problems: Problems) -> None:
     for key, value in (
         ("logging.every_steps", logging.every_steps),
         ("checkpoint.every_steps", checkpoint.every_steps),
+        ("validation.every_steps", config.validation.every_steps),
+        ("validation.num_rows", config.validation.num_rows),
         ("checkpoint.keep", checkpoint.keep),
     ):
         problems.check(value > 0, key, f"must be positive, got {value}", f"{key}=1")
@@ -318,6 +332,8 @@ def check_data(config: TrainConfig, problems: Problems) -> None:
             f"must not be negative, got {entry.weight}",
             f"{key}.datasets.{name}.weight=1.0",
         )
+    for name, path in config.stage.validation.items():
+        problems.check(bool(path), f"stage.validation.{name}", "is empty", f"stage.validation.{name}=PATH")
     problems.check(
         data.prefetch_batches >= 0, f"{key}.prefetch_batches", "must not be negative", f"{key}.prefetch_batches=2"
     )

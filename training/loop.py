@@ -14,6 +14,8 @@ from training.config import TrainConfig, differences, results_of
 from training.contracts.job import Job
 from training.contracts.results import StepResult
 from training.contracts.run_view import LoopState
+from training.engines.speed import SpeedMeter
+from training.inference.validation import Validation
 from training.metrics import StepRecord
 from training.objectives.checks import fixed_of, in_todays_form
 from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite
@@ -36,6 +38,8 @@ class Run:
     signals: StopSignals
     events: EventLog
     heartbeat: Heartbeat
+    validation: Validation | None = None  # where the stage names held-out sets
+    speed: SpeedMeter | None = None  # on the rank that writes figures for people
     config_yaml: str = ""  # goes into each checkpoint folder
     state: LoopState = field(default_factory=LoopState)
     saved_step: int = -1  # of the newest checkpoint known to be complete
@@ -58,6 +62,8 @@ def train(run: Run) -> str:
     finally:
         enter("close the data")
         run.job.batches.close()
+        if run.validation is not None:
+            run.validation.close()
         enter("callbacks at the end")
         for callback in run.callbacks:
             callback.on_end(run, status)
@@ -70,6 +76,7 @@ def _run_steps(run: Run) -> str:
         started = time.monotonic()
         enter("wait for data", state.step)
         batches = run.job.batches.next(state, engine, lambda: run.signals.received is not None)
+        data_seconds = time.monotonic() - started
         enter("agree on stopping")
         if engine.ranks.any_rank(run.signals.received is not None):
             return _stop(run)
@@ -88,6 +95,11 @@ def _run_steps(run: Run) -> str:
                 _roll_back_or_end(run, _with_state_of_weights(run, decision))
                 continue
         record = _count_step(run, result, decision, rate, time.monotonic() - started)
+        if run.speed is not None:
+            record.speed.update(run.speed.figures(batches, result.num_tokens, record.step_seconds, data_seconds))
+        if run.validation is not None and run.validation.is_due(state.step):
+            enter("validation")
+            record.held_out.update(run.validation.measure(engine))
         enter("callbacks")
         for callback in run.callbacks:
             callback.on_step(run, record)

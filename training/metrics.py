@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from training.reliability.json_lines import read_json_lines
 
 METRICS_NAME = "metrics.jsonl"
 NUM_LAST_STEPS = 10
+HELD_OUT = "held_out_loss"  # {set: {class: loss}}
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class StepRecord:
     consumed_samples: int  # after this step
     step_seconds: float
     skipped: str = ""
+    held_out: dict[str, Any] = field(
+        default_factory=dict
+    )  # of `training.inference.validation.Validation`, where it was due
+    speed: dict[str, float] = field(default_factory=dict)  # figures of `training.engines.speed.SpeedMeter`, on rank 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -40,8 +45,8 @@ class StepRecord:
             "tokens": result.num_tokens,
             "consumed_samples": self.consumed_samples,
             "step_seconds": round(self.step_seconds, 6),
-        }
-        line |= {name: _finite(value) for name, value in result.metrics.items()}
+        } | self.speed
+        line |= {name: _finite(value) for name, value in (result.metrics | self.held_out).items()}
         return line | ({"skipped": self.skipped} if self.skipped else {})
 
 
@@ -53,6 +58,12 @@ def first_and_last_loss(stage_folder: Path) -> tuple[float | None, float | None]
         return None, None
     last = losses[-NUM_LAST_STEPS:]
     return losses[0], sum(last) / len(last)
+
+
+def last_held_out(stage_folder: Path) -> dict[str, Any]:
+    """The figures of the last validation; {} without one."""
+    lines = [line for line in read_json_lines(stage_folder / METRICS_NAME) if HELD_OUT in line]
+    return {name: lines[-1][name] for name in (HELD_OUT, f"{HELD_OUT}_by_source") if name in lines[-1]} if lines else {}
 
 
 def _finite(value: Any) -> Any:

@@ -152,11 +152,15 @@ def assemble(config: TrainConfig, job: Job, signals: StopSignals, heartbeat: Hea
 
     from training.callbacks.base import in_order
     from training.callbacks.registry import make_callbacks
+    from training.engines.speed import SpeedMeter
+    from training.inference.validation import Validation
     from training.loop import Run
     from training.reliability.checkpoint import CheckpointStore
     from training.reliability.guard import StepGuard
 
     folder, ranks = config.stage_folder, job.engine.ranks
+    heartbeat.enter("measure the device")
+    speed = SpeedMeter(config, ranks) if ranks.rank == 0 else None
     heartbeat.enter("find checkpoints")
     return Run(
         config=config,
@@ -167,6 +171,8 @@ def assemble(config: TrainConfig, job: Job, signals: StopSignals, heartbeat: Hea
         signals=signals,
         events=events,
         heartbeat=heartbeat,
+        validation=Validation(config, ranks) if config.stage.validation else None,
+        speed=speed,
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(config.to_dict())),
     )
 
@@ -196,7 +202,7 @@ def load_weights(shards: ShardStore, source: Path) -> None:
 def summarize(run: Run) -> dict[str, Any]:
     """The stage's figures, of its whole life over all restarts; memory is summed over the ranks."""
     from model.checkpoint.reader import step_folder_name
-    from training.metrics import first_and_last_loss
+    from training.metrics import first_and_last_loss, last_held_out
     from training.reliability.watchdog import peak_memory_bytes, read_heartbeats
 
     run.heartbeat.enter("summarize")
@@ -222,6 +228,7 @@ def summarize(run: Run) -> dict[str, Any]:
             "skipped_windows": state.skipped_windows,
             "checkpoint": str(run.store.folder / step_folder_name(state.step)),
         }
+        | last_held_out(config.stage_folder)
         | run.job.objective.final_metrics()
     )
 

@@ -101,6 +101,11 @@ class PackedDataSource:
                 self._ahead[sample] = self._reader.submit(self._read, sample)
         return self._ahead.pop(first_sample).result()
 
+    @property
+    def num_rows(self) -> int:
+        """Of all datasets, each row once."""
+        return sum(len(dataset) for dataset in self._datasets)
+
     def close(self) -> None:
         """Stop reading ahead and wait for the thread to end. May be called twice."""
         if self._closed:

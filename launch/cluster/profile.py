@@ -10,7 +10,7 @@ from model.errors import Problems
 
 @dataclass
 class ClusterConfig(Scheduling):
-    """Scheduling and hardware of a cluster. Figures of the accelerator itself stand in `launch.plan.devices` under its name."""
+    """Scheduling and hardware of a cluster. Figures of the accelerator itself stand in `model.parallel.devices` under its name."""
 
     name: str = "h100"  # of the profile
     device: str = "h100"  # name of the accelerator in the device table

@@ -43,8 +43,10 @@ def run(path: Path) -> int:
 
         config = load_yaml(path)
         if "RANK" in os.environ:
+            from launch.local.left_environment import refuse_left_environment
             from training.stage import run_stage
 
+            refuse_left_environment(config, os.environ)
             run_stage(config)
         else:
             from launch.local.ranks import run_local

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 from launch.composition import registry
 from model.durable import NO_SPACE
 from model.errors import UserError, escapes_shown
+from training.reliability.signals import COMMAND_VARIABLE
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Call:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if arguments is None:  # the ranks and entries that this process starts name the command to go on with
+        os.environ.setdefault(COMMAND_VARIABLE, shlex.join(["nextstate", *sys.argv[1:]]))
     with escapes_shown():
         return answer_to(list(sys.argv[1:] if arguments is None else arguments))
 
@@ -175,6 +179,7 @@ def quiet_libraries() -> None:
     if "PYTHONWARNINGS" not in os.environ:
         os.environ["PYTHONWARNINGS"] = "ignore"
         warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter and every setting
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ HELP = """Submit one stage to a cluster: configuration, batch script, job id.
 
 Script, resolved configuration, a copy of the code and the log are kept in <run_folder>/jobs/<stage.name>. The job
 saves before its time limit, is queued again, and goes on; what is queued, running or done is not submitted twice.
+What the plan says cannot work on cluster.num_accelerators of cluster.device is refused; preflight=false insists.
 Other commands are submitted by command=NAME with their own overrides in arguments.
 
 examples:
@@ -61,25 +63,35 @@ class Config(TrainConfig):
         problems.check(self.shares == 1 or not self.calls, "shares", "exclusive with calls")
         problems.raise_if_any()
         if self.command == "train":
-            try:
+            if self.dry_run:
+                tell_refusal(lambda: validate(self))
+            else:
                 validate(self)
-            except UserError as error:
-                if not self.dry_run:
-                    raise
-                print(f"warning: this would be refused: {error}", file=sys.stderr)
+
+
+def tell_refusal(check: Callable[[], None]) -> None:
+    """What would be refused is told, and the dry run goes on."""
+    try:
+        check()
+    except UserError as error:
+        print(f"warning: this would be refused: {error}", file=sys.stderr)
 
 
 def run(config: Config) -> dict[str, Any]:
     from launch.cluster import submission as submit
+    from launch.plan.preflight import refuse_impossible
     from training.stage import finished_summary
 
     work = work_of(config)
     if config.dry_run:
+        if config.command == "train":
+            tell_refusal(lambda: refuse_impossible(config, config.cluster))
         return {"script": submit.dry_run(work, config.cluster)}
     if config.command == "train":
         summary = finished_summary(config)
         if summary is not None:
             return {"name": work.name, "state": "done", "submitted": False, "summary": summary}
+        refuse_impossible(config, config.cluster)
     if config.cluster.kind == "local":
         return submit.run_here(work, config.cluster)
     return submit.submit(work, config.cluster)

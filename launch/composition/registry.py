@@ -32,7 +32,7 @@ def check_command(name: str, where: str = "") -> None:
     """Raises `UserError` that names the command that was probably meant."""
     known = list(command_summaries())
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)  # "serve" is not "score"
         raise UserError(
             f"there is no command {name!r}",
             where=where,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ def act(config: CurriculumConfig) -> dict[str, Any]:
 
 
 def start(config: CurriculumConfig) -> dict[str, Any]:
-    if config.cluster.kind == "local":
-        return run_curriculum(config)
-    from launch.curriculum.chain import run_chain
+    """Run it here or submit it, once the plan agrees; or show what would happen."""
+    from launch.curriculum.chain import run_chain, scripts_of
+    from launch.curriculum.foresight import forecast, refuse_impossible
 
-    return run_chain(config)
+    if not config.entries:
+        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
+    if config.dry_run:
+        return forecast(config) | ({"scripts": scripts_of(config)} if config.scripts else {})
+    composed = refuse_impossible(config)
+    return run_curriculum(config, composed) if config.cluster.kind == "local" else run_chain(config, composed)
 
 
 def status(config: CurriculumConfig) -> dict[str, Any]:
@@ -80,14 +86,28 @@ def logs(config: CurriculumConfig) -> dict[str, Any]:
 def render(answer: dict[str, Any]) -> str:
     if "logs" in answer:
         return "\n".join("\n".join([f"== {path}", *lines]) for path, lines in answer["logs"].items())
-    if "scripts" in answer:
-        return "\n".join(f"== {name}\n{script}" for name, script in answer["scripts"].items())
+    if "planned" in answer:
+        return forecast(answer)
     titles = ("entry", "state", "step", "tokens", "loss", "left", "seconds", "GiB", "jobs", "restarts")
-    rows = [titles, *(row(entry) for entry in answer["entries"])]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(titles))]
+    return table([titles, *(row(entry) for entry in answer["entries"])], words=(0, 1))
+
+
+def forecast(answer: dict[str, Any]) -> str:
+    """The table of a dry run, what does not fit and why, and the scripts where they are asked for."""
+    from launch.curriculum.foresight import render_forecast
+
+    parts = [table(render_forecast(answer), words=(0, 1, 8))]
+    parts += [f"{one['name']}: {text}" for one in answer["planned"] for text in one.get("problems", [])]
+    parts += [f"== {name}\n{script}" for name, script in answer.get("scripts", {}).items()]
+    return "\n".join(parts)
+
+
+def table(rows: Sequence[Sequence[str]], *, words: Collection[int]) -> str:
+    """Columns below each other; those of `words` begin on the left, those of figures end on the right."""
+    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
+            text.ljust(width) if column in words else text.rjust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in rows

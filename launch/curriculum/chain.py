@@ -19,6 +19,7 @@ from launch.cluster.job_folders import JobFolder, JobRecord, job_state
 from launch.cluster.submission import PYTHON_MODULE, Work, check_run_folder, dry_run, enqueue, recover
 from launch.composition.compose import compose_config
 from launch.curriculum.entries import (
+    Composed,
     Curriculum,
     CurriculumConfig,
     EntryConfig,
@@ -50,9 +51,9 @@ class Chain:
         return self.states[name] in ("queued", "running")
 
 
-def read_chain(config: CurriculumConfig, queue: dict[str, slurm.QueuedJob]) -> Chain:
+def read_chain(config: CurriculumConfig, queue: dict[str, slurm.QueuedJob], composed: Composed | None = None) -> Chain:
     """Nothing is written."""
-    chain = Chain(Curriculum(config), queue)
+    chain = Chain(Curriculum(config, composed), queue)
     for name in chain.curriculum.order:
         folder = JobFolder(chain.curriculum.folder, name)
         chain.jobs[name], chain.records[name] = folder, recover(folder, queue)
@@ -75,17 +76,13 @@ def settle(chain: Chain, name: str) -> None:
         record.outputs = {output: list(measure(chain.curriculum.folder / output)) for output in outputs}
 
 
-def run_chain(config: CurriculumConfig) -> dict[str, Any]:
+def run_chain(config: CurriculumConfig, composed: Composed | None = None) -> dict[str, Any]:
     """Submit every entry that is neither up to date nor queued, in order, each after those it needs."""
-    if not config.entries:
-        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
     folder = Path(config.run_folder)
-    if config.dry_run:
-        return show_chain(config)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stack.enter_context(jobs.locked(folder))
-        chain = read_chain(config, slurm.queue())
+        chain = read_chain(config, slurm.queue(), composed)
         submitted: dict[str, str] = {}
         for name in chain.curriculum.order:
             if is_due(chain, name, submitted):
@@ -97,13 +94,10 @@ def run_chain(config: CurriculumConfig) -> dict[str, Any]:
         return report(chain) | {"submitted": submitted}
 
 
-def show_chain(config: CurriculumConfig) -> dict[str, Any]:
-    """What would be submitted if nothing were done yet; needs no Slurm."""
+def scripts_of(config: CurriculumConfig) -> dict[str, str]:
+    """By entry, as they would be submitted if nothing were done yet; needs no Slurm."""
     curriculum = Curriculum(config)
-    scripts = {name: dry_run(entry_work(curriculum, name), config.cluster) for name in curriculum.order}
-    for name, entry in ((name, config.entries[name]) for name in curriculum.order):
-        print(f"{name}: after {', '.join(entry.needs) or 'nothing'}", file=sys.stderr)
-    return {"name": config.name, "run_folder": str(curriculum.folder), "entries": [], "scripts": scripts}
+    return {name: dry_run(entry_work(curriculum, name), config.cluster) for name in curriculum.order}
 
 
 def is_due(chain: Chain, name: str, submitted: dict[str, str]) -> bool:

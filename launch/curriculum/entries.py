@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
 
 STATE_VERSION = 1
+Composed = dict[str, list[Any]]  # configurations of the calls, by entry
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
 
 
@@ -60,7 +61,9 @@ class CurriculumConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
     until: str | None = None  # stop after this entry
     force: list[str] = field(default_factory=list)  # entries to run again although nothing has changed
-    dry_run: bool = False  # say what would run, run nothing
+    dry_run: bool = False  # show what would run, where and how long, run nothing
+    scripts: bool = False  # in a dry run: the batch scripts too
+    preflight: bool = True  # refuse before the first entry what the plan says cannot work; false: start it all the same
     entry: str | None = None  # whose log is shown; null: of all
     num_lines: int = 20  # of each log
     config_folder: str | None = None  # your own configs, for the entries too; left out: conf/ of the working folder
@@ -135,12 +138,12 @@ class Record:
 class Curriculum:
     """The entries in order of their needs, and their records on disk."""
 
-    def __init__(self, config: CurriculumConfig):
+    def __init__(self, config: CurriculumConfig, composed: Composed | None = None):
         self.config = config
         self.folder = Path(config.run_folder)
         self.state_path = self.folder / "curriculum.json"
         self.order = ordered(config.entries)
-        self._calls: dict[str, list[Any]] = {}  # composed configurations by entry
+        self.composed: Composed = composed or {}
         self.records = self._read()
 
     def _read(self) -> dict[str, Record]:
@@ -171,15 +174,19 @@ class Curriculum:
     def fingerprint(self, name: str) -> str:
         """Of everything that decides what the entry produces."""
         entry = self.config.entries[name]
-        if name not in self._calls:
-            self._calls[name] = resolved_calls(entry)
         return fingerprint_of(
             {
                 "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
-                "configs": self._calls[name],
+                "configs": self.calls(name),
                 "needs": {needed: self.records[needed].result for needed in entry.needs},
             }
         )
+
+    def calls(self, name: str) -> list[Any]:
+        """The composed configurations of an entry's calls."""
+        if name not in self.composed:
+            self.composed[name] = resolved_calls(self.config.entries[name])
+        return self.composed[name]
 
     def is_done(self, name: str) -> bool:
         record = self.records[name]
@@ -259,20 +266,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_curriculum(config: CurriculumConfig) -> dict[str, Any]:
+def run_curriculum(config: CurriculumConfig, composed: Composed | None = None) -> dict[str, Any]:
     """Runs what is not done. The answer's `exit_code` is that of the entry that stopped it, 0 when all are done."""
-    if not config.entries:
-        raise UserError("the curriculum has no entries", fix="nextstate curriculum curriculum=demo")
     with locked(Path(config.run_folder)):
-        curriculum = Curriculum(config)
+        curriculum = Curriculum(config, composed)
         refuse_submitted(curriculum)
         ran: list[str] = []
         for position, name in enumerate(curriculum.order, 1):
             label = f"[{position}/{len(curriculum.order)}] {name}"
             if name not in config.force and curriculum.is_done(name):
                 say(f"{label}: up to date")
-            elif config.dry_run:
-                say(f"{label}: {' '.join(command_line(config.entries[name]))}")
             else:
                 exit_code = run_entry(curriculum, name, label)
                 ran.append(name)
@@ -295,6 +298,13 @@ def refuse_submitted(curriculum: Curriculum) -> None:
         )
 
 
+def due(curriculum: Curriculum) -> list[str]:
+    """The entries that a run would start, if nothing that they need came out differently."""
+    config, order = curriculum.config, curriculum.order
+    last = order.index(config.until) + 1 if config.until else len(order)
+    return [name for name in order[:last] if name in config.force or not curriculum.is_done(name)]
+
+
 def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     """Runs one entry to its end and records it. Returns its exit code."""
     entry, record = curriculum.config.entries[name], curriculum.records[name]
@@ -306,7 +316,7 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     if fingerprint != record.fingerprint or name in curriculum.config.force:
         supersede(curriculum.folder, name, entry.outputs)
         record.wall_seconds, record.peak_memory_bytes = 0.0, 0
-    record.fingerprint, record.arguments = fingerprint, command_line(entry)
+    record.fingerprint, record.arguments = fingerprint, command_line(entry, *insisting(curriculum.config, entry))
     record.state, record.exit_code, record.started_at = "running", None, time.time()
     say(f"{label}: starts")
 
@@ -349,8 +359,13 @@ def new_result(fingerprint: str) -> str:
     return hashlib.blake2b(f"{fingerprint}/{time.time_ns()}".encode(), digest_size=16).hexdigest()
 
 
-def command_line(entry: EntryConfig) -> list[str]:
-    return [sys.executable, "-m", *module_call(entry)]
+def command_line(entry: EntryConfig, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", *module_call(replace(entry, overrides=[*entry.overrides, *overrides]))]
+
+
+def insisting(config: CurriculumConfig, entry: EntryConfig) -> list[str]:
+    """`preflight=false` of the curriculum, for its stages; not part of what an entry is."""
+    return ["preflight=false"] if entry.command == "train" and not config.preflight else []
 
 
 def module_call(entry: EntryConfig) -> list[str]:

@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.devices import find_device
-from launch.plan.layout import Batch, Layout, largest_data
+from launch.plan.layout import Layout, largest_data
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESERVED_SHARE
+from launch.plan.packed_lengths import NUM_ROWS, mean_document_tokens
+from launch.plan.published import HeldOutError, told_accuracy
 from launch.plan.search import Plan, Problem, check_layout, plan_layout, search
-from launch.plan.shape import ModelShape
+from launch.plan.stage import layout_of, problem_of
 from launch.plan.timing import Efficiencies
 from model.errors import UserError
+from model.parallel.devices import find_device
 from training.config import TrainConfig
-from training.objectives.registry import options_of
 
 TOKEN_BYTES = 4.024  # of packed files with their sidecars (docs/data_formats.md)
 NUM_RANKED = 10
 
 
 def make_problem(
-    config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None, attention_flops: str
+    config: TrainConfig, cluster: ClusterConfig, document_tokens: float | None, attention_flops: str
 ) -> Problem:
-    stage = config.stage
-    row = stage.sequence_length
-    span = row if document_tokens is None or options_of(config).document_attention == "full" else document_tokens
-    attended = span / 2
-    return Problem(
-        shape=ModelShape.of(config.model),
-        batch=Batch(row, stage.global_batch_size, attended),
-        num_steps=stage.steps,
-        device=find_device(cluster.device),
-        cluster=cluster,
-        mfu_attended_tokens=attended if attention_flops == "causal" else 2 * attended,
-    )
+    device = find_device(cluster.device)
+    return problem_of(config, cluster, device, document_tokens=document_tokens, attention_flops=attention_flops)
 
 
-def layout_of(config: TrainConfig, problem: Problem) -> Layout:
+def own_layout(config: TrainConfig, problem: Problem) -> Layout:
     """The stage's own layout; where it leaves the data-parallel ranks at one, as many as there is room for."""
-    parallel = config.parallel
-    layout = Layout(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        parallel.data,
-        config.stage.micro_batch_size,
-        parallel.recompute,
-        distributed_optimizer=parallel.distributed_optimizer,
-        sequence_parallel=parallel.sequence,
-    )
-    if parallel.data != 1 or min(layout.tensor, layout.pipeline, layout.context, layout.micro_batch) < 1:
+    layout = layout_of(config)
+    if layout.data != 1 or min(layout.tensor, layout.pipeline, layout.context, layout.micro_batch) < 1:
         return layout
     data = largest_data(layout, problem.batch, problem.cluster.num_accelerators)
-    return Layout(**{**layout.__dict__, "data": max(1, data)})
+    return replace(layout, data=max(1, data))
 
 
 def answer(
@@ -64,8 +46,9 @@ def answer(
     attention_flops: str,
 ) -> dict[str, Any]:
     """The whole answer: the best layouts, the stage's own one, storage, and what was assumed."""
-    problem = make_problem(config, cluster, document_tokens, attention_flops)
-    own = layout_of(config, problem)
+    measured = mean_document_tokens(config) if document_tokens is None else None
+    problem = make_problem(config, cluster, document_tokens or measured, attention_flops)
+    own = own_layout(config, problem)
     problems = check_layout(problem, own)
     plans = search(problem, recompute)
     return {
@@ -82,14 +65,23 @@ def answer(
         "ranked": [plan.to_dict() for plan in plans[:NUM_RANKED]],
         "stage_layout": stage_layout(problem, own, problems),
         "storage": storage(problem, plans[0]),
-        "assumptions": assumptions(problem, attention_flops),
+        "assumptions": assumptions(problem, attention_flops) | {"documents": told_documents(document_tokens, measured)},
     }
+
+
+def told_documents(given: int | None, measured: float | None) -> str:
+    """Where the lengths of documents are from."""
+    if given is not None:
+        return f"{given:,} tokens, as document_tokens says"
+    if measured is not None:
+        return f"{measured:,.0f} tokens for the mean token, in the first {NUM_ROWS} packed rows of the mixture"
+    return "a row is one document, the dearest case: there are no packed rows to look at, and no document_tokens"
 
 
 def dry_run(config: TrainConfig, cluster: ClusterConfig, document_tokens: int | None) -> dict[str, Any]:
     """Builds every part of the stage's own layout; see `launch.plan.simulate`."""
     problem = make_problem(config, cluster, document_tokens, "causal")
-    layout = layout_of(config, problem)
+    layout = own_layout(config, problem)
     problems = check_layout(problem, layout)
     if problems:
         raise UserError(
@@ -155,7 +147,7 @@ def assumptions(problem: Problem, attention_flops: str) -> dict[str, Any]:
         "storage_gigabytes_per_second": cluster.storage_gigabytes_per_second,
         "efficiencies": dict(Efficiencies().__dict__),
         "engine": "this project's: communication is not overlapped, gradients are reduced in float32, no interleaving",
-        "accuracy": "differences below the mean error of check=published (some percent) do not rank layouts",
+        "accuracy": f"{told_accuracy(device.name)}; differences below the mean error do not rank layouts",
         "published_runs": "nextstate plan check=published compares the step times with published ones",
     }
 
@@ -194,7 +186,9 @@ def render(found: dict[str, Any]) -> str:
         f"  use it: {best['overrides']}",
         "",
         f"FLOPs: {found['assumptions']['flops']}",
+        f"documents: {found['assumptions']['documents']}",
         f"engine: {found['assumptions']['engine']}",
+        f"accuracy: {found['assumptions']['accuracy']}",
     ]
     return "\n".join(lines)
 
@@ -226,4 +220,8 @@ def render_published(found: dict[str, Any]) -> str:
         for row in found["runs"]
     ]
     lines.append(f"\nmean absolute error {found['mean_absolute_error']:.1%}, worst {found['worst_error']:.1%}")
+    lines += [
+        f"publishers left out, {name}: {HeldOutError(**held_out).told()}"
+        for name, held_out in found["held_out"].items()
+    ]
     return "\n".join(lines)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.devices import Device
 from launch.plan.layout import Batch, Layout, candidates, nearest, violations
 from launch.plan.memory import StageMemory, peak_memory, usable_bytes
 from launch.plan.shape import ModelShape
 from launch.plan.timing import OUR_ENGINE, Implementation, Machine, StepModel, StepTime
 from model.errors import UserError
+from model.parallel.devices import Device
 
 
 @dataclass(frozen=True)

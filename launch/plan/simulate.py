@@ -98,6 +98,7 @@ def build_part(config: ModelConfig, layout: Layout) -> Any:
     return build_model(
         config,
         sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
         device="meta",
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

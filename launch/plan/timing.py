@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.devices import Device
 from launch.plan.layout import Batch, Layout
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_parameters
 from launch.plan.shape import ModelShape
+from model.parallel.devices import Device
 
 
 @dataclass(frozen=True)

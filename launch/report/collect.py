@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.report.run_folder import Damages, RunFolder, StageFolder, is_number, read_object
 from training.contracts.summary import StageSummary
+from training.metrics import HELD_OUT
 
 CLASSES = ("text", "visual", "structure")
 METRICS = (
@@ -35,6 +36,7 @@ STAGE_KEYS = (
 # Evaluations of other weights than the run's result: fresh ones, and the last stage without those before it.
 FROM_SCRATCH = "from_scratch"
 OTHER_WEIGHTS = ("untrained", FROM_SCRATCH)
+FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "mfu")
 MAX_CURVE_POINTS = 200
 # Of a shard's manifest, by its kind.
 NEEDED = {"packed": ("num_rows", "sequence_length", "tokens_by_source"), "tokens": ()}
@@ -146,6 +148,8 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
         for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
         if any(line.get(key) is not None for line in lines)
     }
+    stage["held_out"] = held_out_curves(lines)
+    stage["figures"] = {name: found for name in FIGURES if (found := curve(lines, name))}
     datasets = {
         name: entry for name, entry in datasets.items() if isinstance(entry, dict) and entry.get("weight", 1.0) > 0
     }
@@ -155,9 +159,20 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     return stage
 
 
+def held_out_curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Of each set that was measured in the loop, by class of token."""
+    measured = [line for line in lines if members(line, HELD_OUT)]
+    sets = dict.fromkeys(name for line in measured for name in line[HELD_OUT])
+    found = {}
+    for name in sets:
+        own = [{"step": line["step"]} | members(line[HELD_OUT], name) for line in measured]
+        found[name] = {kind: points for kind in ("all", *CLASSES) if (points := curve(own, kind))}
+    return found
+
+
 def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, mean loss) of up to MAX_CURVE_POINTS windows of equal width."""
-    points = [(float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]
+    """(step, mean value) of up to MAX_CURVE_POINTS windows of equal width."""
+    points = [(float(line["step"]), float(line[key])) for line in lines if is_number(line.get(key))]
     width = max(1, -(-len(points) // MAX_CURVE_POINTS))
     windows = [points[start : start + width] for start in range(0, len(points), width)]
     return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in windows]

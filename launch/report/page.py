@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from launch.report.charts import line_chart, share_bars
+from launch.report.charts import Series, line_chart, share_bars
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 METRIC_TITLES = {
@@ -28,6 +28,8 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Accuracies and what they stand beside", baseline_table(report["metrics"])),
         section("Stages", stage_table(report["stages"])),
         section("Loss by class of token", curves(report["stages"])),
+        section("Held-out loss", charts_of(held_out(report["stages"]), "loss")),
+        section("Rate, gradient norm, speed", charts_of(figures(report["stages"]), "")),
         section("Mixture as consumed", mixtures(report["stages"])),
         section("Data read", data_read_table(report["stages"])),
         samples(report["samples"], run_folder),
@@ -133,12 +135,29 @@ def whole(value: Any) -> str:
 
 
 def curves(stages: list[dict[str, Any]]) -> str:
-    charts = [
-        f"<figure><figcaption>{html.escape(str(stage['name']))}</figcaption>"
-        f"{line_chart(stage['curves'], x_label='step', y_label='loss')}</figure>"
+    return charts_of([(str(stage["name"]), stage["curves"]) for stage in stages], "loss")
+
+
+def held_out(stages: list[dict[str, Any]]) -> list[tuple[str, Series]]:
+    return [(f"{stage['name']}: {name}", series) for stage in stages for name, series in stage["held_out"].items()]
+
+
+def figures(stages: list[dict[str, Any]]) -> list[tuple[str, Series]]:
+    """A chart a figure: their scales differ."""
+    return [
+        (f"{stage['name']}: {name.replace('_', ' ')}", {"all": points})
         for stage in stages
+        for name, points in stage["figures"].items()
     ]
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+
+
+def charts_of(charts: list[tuple[str, Series]], y_label: str) -> str:
+    shown = [
+        f"<figure><figcaption>{html.escape(title)}</figcaption>"
+        f"{line_chart(series, x_label='step', y_label=y_label or title)}</figure>"
+        for title, series in charts
+    ]
+    return f'<div class="charts">{"".join(shown)}</div>' if shown else ""
 
 
 def mixtures(stages: list[dict[str, Any]]) -> str:

@@ -52,13 +52,16 @@ def latest_checkpoint(path: Path | str) -> Path:
         return path
     found = list_checkpoints(path)
     if not found:
+        is_published = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+        got = "a model in a published layout" if is_published else "a folder without one"
+        convert = f"nextstate convert from_hf source={path} target=FOLDER layout=NAME, and name that folder"
         raise UserError(
             "no complete checkpoint found",
             where=str(path),
             expected=f"a checkpoint folder with {MANIFEST_NAME}, or a stage folder with "
             f"{CHECKPOINTS_FOLDER}/step_*/{MANIFEST_NAME}",
-            got="a folder without one" if path.is_dir() else "no such folder",
-            fix="train the stage first, or name another folder",
+            got=got if path.is_dir() else "no such folder",
+            fix=convert if is_published else "train the stage first, or name another folder",
         )
     return found[0]
 

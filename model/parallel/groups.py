@@ -7,6 +7,8 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+
 from model.errors import UserError
 from model.parallel import cpu_backend
 
@@ -37,6 +39,14 @@ class MegatronRanks:
         value = torch.tensor([int(flag)])
         distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
         return bool(value.item())
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        import torch
+        import torch.distributed as distributed
+
+        total = torch.from_numpy(np.array(values, np.float64))
+        distributed.all_reduce(total)
+        return total.numpy()
 
     def barrier(self) -> None:
         import torch.distributed as distributed

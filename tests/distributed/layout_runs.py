@@ -116,6 +116,24 @@ def train(config: TrainConfig, num_steps: int) -> list[Any]:
     return Trainer(config).steps(0, num_steps)
 
 
+class HeldOut:
+    """Eleven rows that no step trains on, as `training.inference.validation.HeldOutRows`: they divide by no number of ranks."""
+
+    num_rows, micro_batch_size, source_names = 11, 2, list(SOURCES)
+
+    def batch(self, first_row: int) -> MicroBatch:
+        return micro_batch([random_row(np.random.default_rng(5000 + first_row + i)) for i in range(2)])
+
+
+def train_and_validate(config: TrainConfig, num_steps: int) -> tuple[list[Any], Any]:
+    """The results of the steps, then the held-out loss by class and by source."""
+    from training.inference.validation import loss_of
+
+    trainer = Trainer(config)
+    results = trainer.steps(0, num_steps)
+    return results, loss_of(trainer.engine, trainer.objective, trainer.ranks, HeldOut())
+
+
 class MemoryReader:
     """A checkpoint in memory: whole tensors put together from the shards of all ranks."""
 

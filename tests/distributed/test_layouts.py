@@ -14,6 +14,7 @@ from layout_runs import (
     load_foreign_checkpoint,
     save_after,
     train,
+    train_and_validate,
     train_config,
     vote,
 )
@@ -38,18 +39,27 @@ def ranks_of(layout: dict[str, Any]) -> int:
 
 
 @pytest.fixture(scope="module")
-def reference(pool: Any) -> list[Any]:
-    """One process."""
-    (results,) = pool.run(train, train_config(), NUM_STEPS, ranks=1)
+def trained(pool: Any) -> tuple[list[Any], Any]:
+    """One process: the steps and the held-out loss after them."""
+    ((results, held_out),) = pool.run(train_and_validate, train_config(), NUM_STEPS, ranks=1)
     assert results[-1].loss < 0.5 * results[0].loss, "the model learns, so the curves mean something"
-    return results
+    return results, held_out
+
+
+@pytest.fixture(scope="module")
+def reference(trained: tuple[list[Any], Any]) -> list[Any]:
+    return trained[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_losses_do_not_depend_on_the_layout(pool: Any, reference: list[Any], layout: dict[str, Any]) -> None:
-    by_rank = pool.run(train, train_config(**layout), NUM_STEPS, ranks=ranks_of(layout))
-    assert all(results == by_rank[0] for results in by_rank), "the report is the same on every rank"
-    for result, expected in zip(by_rank[0], reference, strict=True):
+def test_losses_do_not_depend_on_the_layout(pool: Any, trained: tuple[list[Any], Any], layout: dict[str, Any]) -> None:
+    by_rank = pool.run(train_and_validate, train_config(**layout), NUM_STEPS, ranks=ranks_of(layout))
+    assert all(answer == by_rank[0] for answer in by_rank), "the report is the same on every rank"
+    (results, held_out), (reference, held_out_alone) = by_rank[0], trained
+    for found, expected in zip(held_out, held_out_alone, strict=True):
+        assert found.keys() == expected.keys()
+        assert found == pytest.approx(expected, rel=1e-5)
+    for result, expected in zip(results, reference, strict=True):
         assert result.loss == pytest.approx(expected.loss, rel=1e-5)
         assert result.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
         for name in ("loss_text", "loss_visual", "loss_structure"):

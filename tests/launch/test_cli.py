@@ -53,6 +53,7 @@ def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
     ("arguments", "expected"),
     [
         (["trian"], "nextstate train"),
+        (["saver"], "nextstate --help"),  # like several commands, and near none
         (["train", "stage.stepz=3"], "did you mean stage.steps?"),
         (["train", "optimizer.learning_rate=1"], "did you mean stage.optimizer.learning_rate?"),
         (["train", "+surprise=1"], "unknown key 'surprise'"),

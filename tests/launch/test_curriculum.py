@@ -21,6 +21,7 @@ from launch.curriculum.entries import (
     EntryConfig,
     alive,
     command_line,
+    locked,
     measure,
     ordered,
     run_curriculum,
@@ -104,8 +105,12 @@ def test_a_damaged_output_is_made_again(make, damage):
 
 def test_force_until_and_dry_run(make, capsys):
     assert run_curriculum(make(until="b"))["ran"] == ["a", "b"]
-    assert run_curriculum(make(dry_run=True))["ran"] == []
-    assert "writer_module" in capsys.readouterr().err
+    answer = command.run(make(dry_run=True))
+    assert answer["ran"] == []
+    assert [(one["what"], one["is_due"]) for one in answer["planned"]] == [
+        ("writer_module", name == "c") for name in "abc"
+    ]
+    assert "up to date" in command.render(answer)
     assert run_curriculum(make())["ran"] == ["c"]
     assert run_curriculum(make(force=["b"]))["ran"] == ["b", "c"]
 
@@ -218,14 +223,14 @@ def test_cancel_ends_the_running_entry_and_logs_show_its_end(sleeping):
 
 def test_kill_9_of_the_curriculum_ends_its_entry_and_frees_the_lock(sleeping):
     process, run = sleeping
-    config = CurriculumConfig(run_folder=str(run), entries={"x": EntryConfig(module="m", outputs=["x"])}, dry_run=True)
-    with pytest.raises(UserError, match="another curriculum is running"):
-        run_curriculum(config)
+    with pytest.raises(UserError, match="another curriculum is running"), locked(run):
+        pass
     child = int(json.loads((run / "curriculum.json").read_text())["entries"]["sleep"]["process"][0])
     process.kill()
     process.wait()
     wait_for(lambda: not is_running(child))
-    run_curriculum(config)
+    with locked(run):
+        pass
 
 
 def is_running(pid: int) -> bool:

@@ -51,6 +51,8 @@ def run_folder(tmp_path):
                 "loss": 5.0 - step,
                 "loss_text": 4.0,
                 "loss_visual": None,
+                "learning_rate": "damaged" if step == 2 else 1e-3,
+                "held_out_loss": {"photos": {"all": 3.0 / step}},
                 "tokens_by_source": {"s": 20, "t": 10, "b": 10},
             }
             for step in (1, 2)
@@ -151,6 +153,8 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
 
 def test_mixture_and_curves_come_from_the_metrics(run_folder):
     stage = collect(run_folder)["stages"][0]
+    assert stage["held_out"] == {"photos": {"all": [(1.0, 3.0), (2.0, 1.5)]}}
+    assert stage["figures"] == {"learning_rate": [(1.0, 1e-3)]}
     assert stage["mixture"] == [
         {"source": "s", "tokens": 40, "share": 0.5, "weight": pytest.approx(0.25 * 150 / 190)},
         {"source": "t", "tokens": 20, "share": 0.25, "weight": pytest.approx(0.25 * 40 / 190)},

@@ -38,7 +38,7 @@ class MetricsFile(Callback):
 
     def on_step(self, run: RunView, record: StepRecord) -> None:
         is_due = record.step % self.every_steps == 0
-        if not (is_due or record.step in (1, run.config.stage.steps) or record.skipped):
+        if not (is_due or record.step in (1, run.config.stage.steps) or record.skipped or record.held_out):
             return
         try:
             self._lines.append(record.to_line())

@@ -18,6 +18,10 @@ def make_callbacks(config: TrainConfig, events: EventLog, rank: int) -> list[Cal
         callbacks += [MetricsFile(config.stage_folder, events, config.logging.every_steps), ProgressLine()]
         if config.logging.wandb_mode != "disabled":
             callbacks.append(WandbLogger(config.stage_folder, events, config.logging))
+        if config.logging.tensorboard:
+            from training.callbacks.tensorboard import TensorBoard
+
+            callbacks.append(TensorBoard(config.stage_folder, config.logging.every_steps))
     for name, entry in config.callbacks.items():
         callback_class = find_class("callback", entry.path, {}, f"callbacks.{name}.path")
         callbacks.append(made_with(callback_class, "callback", entry.options, f"callbacks.{name}.options"))

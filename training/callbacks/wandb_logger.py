@@ -32,7 +32,7 @@ class WandbLogger(Callback):
         self._attempt(lambda: self._start(run))
 
     def on_step(self, run: RunView, record: StepRecord) -> None:
-        if self._wandb_run is not None and record.step % self.config.every_steps == 0:
+        if self._wandb_run is not None and (record.held_out or record.step % self.config.every_steps == 0):
             self._attempt(lambda: self._wandb_run.log(flatten(record.to_line())))
 
     def on_end(self, run: RunView, status: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from training.contracts.inputs import InputMaker
@@ -22,6 +23,10 @@ class Ranks(Protocol):
 
     def any_rank(self, flag: bool) -> bool:
         """True on every rank when true on any: the ranks' common decision (signals, stops). Reads no device."""
+        ...
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """float64, added up over all ranks on the host; the same on every rank."""
         ...
 
     def barrier(self) -> None: ...

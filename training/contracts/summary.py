@@ -24,6 +24,7 @@ class StageSummary:
     tokens: int | None = None
     loss_first: float | None = None
     loss_last: float | None = None  # mean of the last steps
+    held_out_loss: dict[str, Any] | None = None  # {set: {class: loss}} of the last validation
     wall_seconds: float | None = None
     peak_memory_bytes: int | None = None  # summed over the ranks
     skipped_steps: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -11,10 +13,16 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
+COMMAND_VARIABLE = "NEXTSTATE_COMMAND"  # what the user typed, in words of a shell
+
+
 def heard_signals() -> list[signal.Signals]:
     """The signals to listen to here: `nohup` asks that SIGHUP goes unheard."""
     is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (is_deaf and number == signal.SIGHUP)]
+
+
+HEARD = "\nnextstate: {}: stopping after this step, with a checkpoint; Ctrl-C once more ends at once, without one\n"
 
 
 class StopSignals:
@@ -41,6 +49,10 @@ class StopSignals:
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        is_first = self.received is None
         self.received = self.received or signal.Signals(number).name
+        if is_first:
+            with contextlib.suppress(OSError):  # the terminal may be gone; print() might be in the middle of a line
+                os.write(2, HEARD.format(self.received).encode())
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)

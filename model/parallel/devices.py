@@ -95,6 +95,20 @@ _TABLE = (
     ),
 )
 DEVICES = {device.name: device for device in _TABLE}
+# Words of the driver's names, the more particular first.
+DRIVER_NAMES = {
+    "gb200": "gb200",
+    "b200": "b200",
+    "h200": "h200",
+    "h100": "h100",
+    "a100-sxm4-40gb": "a100_40gb",
+    "a100": "a100_80gb",
+}
+
+
+def device_of_driver(name: str) -> Device | None:
+    """The device that a driver calls `name` ("NVIDIA H100 80GB HBM3"); None where the table has none."""
+    return next((DEVICES[row] for part, row in DRIVER_NAMES.items() if part in name.lower()), None)
 
 
 def find_device(name: str) -> Device:
@@ -106,5 +120,5 @@ def find_device(name: str) -> Device:
         f"unknown device {name!r}",
         where="cluster.device",
         expected=", ".join(DEVICES),
-        fix=f"cluster.device={close[0]}" if close else "add it to launch/plan/devices.py with its data sheet",
+        fix=f"cluster.device={close[0]}" if close else "add it to model/parallel/devices.py with its data sheet",
     )

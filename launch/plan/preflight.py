@@ -1,0 +1,200 @@
+"""Asked before anything starts or is queued: can this stage run there at all? Imports no torch.
+
+What the plan says of memory and time is held against where the ranks will be. What cannot work is refused with the
+figures and the nearest layouts that fit; `preflight=false` starts it all the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launch.cluster.profile import ClusterConfig
+from launch.plan.layout import Layout, candidates, nearest
+from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_memory
+from launch.plan.places import PROCESS_BYTES, Place, place_of
+from launch.plan.search import Plan, Problem, plan_layout
+from launch.plan.shape import ModelShape
+from launch.plan.stage import layout_of, problem_of
+from model.errors import UserError
+from training.config import TrainConfig
+from training.contracts.layout import RECOMPUTE
+from training.objectives.registry import options_class
+
+LONGEST_DAYS = 365.0  # a stage that takes longer is taken for a mistake
+PLANNED_ENGINES = (None, "megatron")  # whose memory the plan counts
+NUM_OFFERS = 3
+INSIST = "preflight=false starts it all the same"
+
+
+@dataclass
+class Verdict:
+    """What the plan says of one stage in one place."""
+
+    place: Place
+    plan: Plan | None = None  # None: the plan does not know what the stage computes
+    memory_bytes: float = 0.0  # of one accelerator, or of the whole host
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # inputs that are not there yet
+    offers: list[str] = field(default_factory=list)  # overrides of layouts that fit, the nearest first
+
+    @property
+    def days(self) -> float | None:
+        return None if self.plan is None else days_of(self.plan, self.place)
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.plan is None:
+            return {"problems": self.problems}
+        return {
+            "ranks": self.plan.layout.world_size,
+            "memory_bytes": round(self.memory_bytes),
+            "usable_memory_bytes": round(self.place.usable_bytes),
+            "days": None if self.days is None else round(self.days, 3),
+            "fits": not self.problems,
+            "problems": self.problems,
+        }
+
+    def error(self) -> UserError:
+        lines = "\n".join(f"  {number}. {text}" for number, text in enumerate([*self.problems, *self.missing], 1))
+        got = ""
+        if self.plan is not None:
+            days = "" if self.days is None else f", {told_days(self.days, self.place)}"
+            ranks = self.plan.layout.world_size
+            got = f"{ranks:,} rank{'s' * (ranks > 1)}{days}: {self.plan.layout.overrides()}"
+        fixes = ["make first what is missing"] if self.missing else []
+        if self.offers:
+            fixes.append("the nearest that fit: " + "; or ".join(self.offers))
+        elif self.problems:
+            fixes.append(self.place.fits_with)
+        fix = "; ".join(fixes)
+        return UserError(
+            f"this stage cannot run here:\n{lines}", where=self.place.title, got=got, fix=f"{fix}. {INSIST}"
+        )
+
+
+def refuse_impossible(config: TrainConfig, cluster: ClusterConfig | None = None) -> None:
+    """Raises `UserError` for a stage that cannot run on this cluster; None is this machine. Nothing with preflight=false."""
+    if config.preflight:
+        verdict = judge_start(config, place_of(cluster))
+        verdict.missing = missing_inputs(config)
+        if verdict.problems or verdict.missing:
+            raise verdict.error()
+
+
+def is_planned(config: TrainConfig) -> bool:
+    """True for what trains the transformer on rows of tokens with an engine whose memory is counted."""
+    stage_keys = getattr(options_class(config.stage.objective_name), "stage_keys", None)
+    return config.engine in PLANNED_ENGINES and (stage_keys is None or "sequence_length" in stage_keys)
+
+
+def judge(config: TrainConfig, place: Place) -> Verdict:
+    """Of a stage whose configuration is valid. Layouts that fit are looked for only where its own does not."""
+    if not is_planned(config):
+        return Verdict(place)
+    problem = problem_of(config, place.cluster, place.device)
+    plan = plan_layout(problem, layout_of(config))
+    verdict = Verdict(place, plan, memory_of(plan, place))
+    world_size, room = plan.layout.world_size, place.cluster.num_accelerators
+    if world_size > room and not place.is_host:
+        verdict.problems.append(f"{world_size:,} ranks are asked for, {room:,} accelerators are there")
+    if verdict.memory_bytes > place.usable_bytes:
+        whose = "the rank" if world_size == 1 else f"all {world_size:,} ranks together"
+        whose = whose if place.is_host else "an accelerator"
+        verdict.problems.append(
+            f"{whose} would need {verdict.memory_bytes / 1e9:,.1f} GB, {place.usable_bytes / 1e9:,.1f} GB can be used"
+        )
+    if verdict.days is not None and verdict.days > LONGEST_DAYS:
+        verdict.problems.append(f"it would take {told_days(verdict.days, place)}")
+    if verdict.problems:
+        verdict.offers = nearest_that_fit(problem, plan.layout, place)
+    return verdict
+
+
+def judge_start(config: TrainConfig, place: Place) -> Verdict:
+    """`judge`, and the disk of the run folder, which is at hand when a stage is started or queued."""
+    verdict = judge(config, place)
+    if verdict.plan is not None:
+        verdict.problems += full_disk(verdict.plan.problem.shape, config)
+    return verdict
+
+
+def memory_of(plan: Plan, place: Place) -> float:
+    """Of the accelerator that needs most, or of all ranks together where they share one memory."""
+    if not place.is_host:
+        return plan.memory.total
+    layout, problem = plan.layout, plan.problem
+    needed = sum(stage_memory(problem.shape, layout, problem.batch, stage).total for stage in range(layout.pipeline))
+    return layout.world_size * PROCESS_BYTES + needed * layout.world_size / layout.pipeline
+
+
+def days_of(plan: Plan, place: Place) -> float | None:
+    """Of the whole stage. On a host the least that its cores could take; None for a device of unknown speed."""
+    if not place.has_known_speed:
+        return None
+    if not place.is_host:
+        return plan.seconds / 86_400
+    problem = plan.problem
+    flops = problem.shape.flops_per_token(problem.batch.attended_tokens) * problem.batch.tokens * problem.num_steps
+    return flops / place.device.bf16_flops_per_second / 86_400
+
+
+def told_days(days: float, place: Place) -> str:
+    amount = f"{days:,.0f} days" if days >= 10 else f"{days:.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
+    return f"at least {amount}" if place.is_host else amount
+
+
+def nearest_that_fit(problem: Problem, layout: Layout, place: Place) -> list[str]:
+    """Overrides of up to three layouts near this one that fit and end within the time."""
+    room, largest_tensor = place.cluster.num_accelerators, place.cluster.accelerators_per_fast_domain
+    model_ranks = layout.tensor * layout.pipeline * layout.context
+    wanted = replace(layout, data=max(1, room // model_ranks))
+    legal = candidates(problem.shape, problem.batch, room, largest_tensor=largest_tensor)
+    offers: list[str] = []
+    for one in nearest(wanted, legal, len(legal)):
+        plans = [plan_layout(problem, replace(one, recompute=choice)) for choice in RECOMPUTE]
+        fitting = [plan for plan in plans if fits_in_time(plan, place)]
+        if fitting and place.fills_nodes(one.world_size):
+            offers.append(min(fitting, key=lambda plan: plan.step.total).layout.overrides())
+        if len(offers) == NUM_OFFERS:
+            break
+    return offers
+
+
+def fits_in_time(plan: Plan, place: Place) -> bool:
+    days = days_of(plan, place)
+    return memory_of(plan, place) <= place.usable_bytes and (days is None or days <= LONGEST_DAYS)
+
+
+def full_disk(shape: ModelShape, config: TrainConfig) -> list[str]:
+    """One checkpoint has to find room where the run folder is."""
+    master = MASTER_BYTES if shape.dtype_bytes != 4 else 0
+    needed = shape.total_parameters() * (shape.dtype_bytes + master + MOMENT_BYTES)
+    folder = config.stage_folder.absolute()
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed <= free:
+        return []
+    return [f"one checkpoint takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free at {existing}"]
+
+
+def missing_inputs(config: TrainConfig) -> list[str]:
+    """Of a stage that starts now: weights to start from and packed rows that are not there."""
+    source, found = config.stage.initialize_from, []
+    if source is not None and not Path(source).exists():
+        found.append(f"stage.initialize_from={source} does not exist")
+    if is_planned(config):
+        found += [
+            f"stage.validation.{name}={path} is no folder of packed rows"
+            for name, path in config.stage.validation.items()
+            if not Path(path).is_dir()
+        ]
+        absent = [
+            f"{name} ({entry.path})"
+            for name, entry in config.stage.data.datasets.items()
+            if entry.weight != 0 and not Path(entry.path).is_dir()
+        ]
+        if absent:
+            found.append(f"there are no packed rows of {', '.join(absent)}")
+    return found

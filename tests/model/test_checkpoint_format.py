@@ -118,6 +118,8 @@ def test_a_hostile_manifest_with_a_right_checksum_is_one_message(tmp_path, chang
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"damaged|dtype"):
         CheckpointReader(tmp_path).read_full("a")
+
+
 def test_a_published_folder_is_told_to_be_converted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()

@@ -190,7 +190,7 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     assert "lost.png is missing" in text
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 4  # a curve and a mixture for each of two stages
+    assert page.tags.count("svg") == 8  # loss, held-out loss, rate and mixture for each of two stages
     assert "a &lt;red&gt; circle" in text
     assert not re.search(r"url\(|@import", text)
 

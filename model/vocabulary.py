@@ -91,6 +91,14 @@ class VocabularyConfig:
         )
         for name in ("text_size", "visual_size", "pad_multiple"):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
+        if self.preset == "emu35":
+            for name in ("text_size", "reserved_size", "visual_size"):
+                self.check_unset(problems, key, name, "the ids of preset=emu35 are fixed")
+
+    def check_unset(self, problems: Problems, key: str, name: str, reason: str) -> None:
+        """A size that nothing reads is a mistake when it is set to something else than its default."""
+        is_default = getattr(self, name) == getattr(VocabularyConfig(), name)
+        problems.check(is_default, f"{key}.{name}", f"has no effect: {reason}", f"leave {key}.{name} out")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from training.reliability.json_lines import read_json_lines
 
 METRICS_NAME = "metrics.jsonl"
 NUM_LAST_STEPS = 10
+# What two runs of the same steps do not share.
+MACHINE_KEYS = ("step_seconds", "data_seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_bytes")
 HELD_OUT = "held_out_loss"  # {set: {class: loss}}
 
 

@@ -47,6 +47,7 @@ class Config(TokenizeConfig):
     num_tasks: int = 0  # groups of shards; 0: chosen
     task: int = -1  # do the shards of this group only, as one task of a job array; -1: all groups
     executor: str = "auto"  # auto | local | datatrove
+    max_quarantined_share: float = 0.2  # of the samples, filtered ones apart; above it: exit code 2
     json: bool = False  # answer with one JSON object
 
     def validate(self) -> None:
@@ -69,6 +70,17 @@ class Config(TokenizeConfig):
             f"executor={' or '.join(EXECUTORS)}",
         )
         self.vocabulary.validate(problems, "vocabulary")
+        unset = {"text_size": "the text tokenizer says how many ids there are"}
+        if self.vision_tokenizer:
+            unset["visual_size"] = "the vision tokenizer says how many codes there are"
+        for name, reason in unset.items():
+            self.vocabulary.check_unset(problems, "vocabulary", name, reason)
+        problems.check(
+            0 <= self.max_quarantined_share <= 1,
+            "max_quarantined_share",
+            f"must be in [0, 1], got {self.max_quarantined_share}",
+            "max_quarantined_share=0.2",
+        )
         self.validate_tokenize(problems)
         problems.raise_if_any()
 
@@ -96,7 +108,25 @@ def run(config: Config) -> dict[str, Any]:
                 executor=executor,
                 log_folder=target / "logs",
             )
-    return summarize(target, jobs, len(jobs) - len(remaining))
+    answer = summarize(target, jobs, len(jobs) - len(remaining))
+    refuse_mostly_quarantined(answer, config.max_quarantined_share)
+    return answer
+
+
+def refuse_mostly_quarantined(answer: dict[str, Any], largest_share: float) -> None:
+    """Raises `UserError` where more samples could not be used than is normal. The files stay; what filters took is meant."""
+    unusable = Counter({reason: n for reason, n in answer["quarantined"].items() if not reason.startswith("filter_")})
+    num_quarantined = unusable.total()
+    num_samples = num_quarantined + answer["num_documents"]
+    if num_samples and num_quarantined > largest_share * num_samples:
+        raise UserError(
+            f"{num_quarantined:,} of {num_samples:,} samples could not be used",
+            where=f"{answer['target']}/*.quarantine.jsonl",
+            expected=f"at most {largest_share:.0%}",
+            got=", ".join(f"{reason} {count:,}" for reason, count in unusable.most_common()),
+            fix="look at the reasons: parts that a kind of sample needs may have other names in these shards; or "
+            f"max_quarantined_share={min(1.0, -(-100 * num_quarantined // num_samples) / 100)}",
+        )
 
 
 def plan_jobs(patterns: Any, target: Path) -> list[ShardJob]:

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.profile import ClusterConfig
-from launch.plan.layout import Layout, candidates, nearest
+from launch.plan.layout import Layout, candidates, nearest, violations
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_memory
 from launch.plan.places import PROCESS_BYTES, Place, place_of
 from launch.plan.search import Plan, Problem, plan_layout
 from launch.plan.shape import ModelShape
 from launch.plan.stage import layout_of, problem_of
 from model.errors import UserError
+from model.registry import find_class
 from training.config import TrainConfig
 from training.contracts.layout import RECOMPUTE
-from training.objectives.registry import options_class
+from training.objectives.registry import KEY, OPTIONS, options_class
 
 LONGEST_DAYS = 365.0  # a stage that takes longer is taken for a mistake
-PLANNED_ENGINES = (None, "megatron")  # whose memory the plan counts
+PLANNED_ENGINE = "megatron"  # whose memory the plan counts
 NUM_OFFERS = 3
 INSIST = "preflight=false starts it all the same"
 
@@ -85,16 +86,23 @@ def refuse_impossible(config: TrainConfig, cluster: ClusterConfig | None = None)
 
 def is_planned(config: TrainConfig) -> bool:
     """True for what trains the transformer on rows of tokens with an engine whose memory is counted."""
-    stage_keys = getattr(options_class(config.stage.objective_name), "stage_keys", None)
-    return config.engine in PLANNED_ENGINES and (stage_keys is None or "sequence_length" in stage_keys)
+    name = config.stage.objective_name
+    engine = config.engine or (
+        PLANNED_ENGINE if name in OPTIONS else getattr(find_class("objective", name, {}, KEY), "engine", "")
+    )
+    stage_keys = getattr(options_class(name), "stage_keys", None)
+    return engine == PLANNED_ENGINE and (stage_keys is None or "sequence_length" in stage_keys)
 
 
 def judge(config: TrainConfig, place: Place) -> Verdict:
-    """Of a stage whose configuration is valid. Layouts that fit are looked for only where its own does not."""
+    """Layouts that fit are looked for only where the stage's own does not."""
     if not is_planned(config):
         return Verdict(place)
-    problem = problem_of(config, place.cluster, place.device)
-    plan = plan_layout(problem, layout_of(config))
+    problem, layout = problem_of(config, place.cluster, place.device), layout_of(config)
+    illegal = violations(layout, problem.shape, problem.batch)
+    if illegal:
+        return Verdict(place, problems=illegal, offers=nearest_that_fit(problem, layout, place))
+    plan = plan_layout(problem, layout)
     verdict = Verdict(place, plan, memory_of(plan, place))
     world_size, room = plan.layout.world_size, place.cluster.num_accelerators
     if world_size > room and not place.is_host:
@@ -148,7 +156,7 @@ def told_days(days: float, place: Place) -> str:
 def nearest_that_fit(problem: Problem, layout: Layout, place: Place) -> list[str]:
     """Overrides of up to three layouts near this one that fit and end within the time."""
     room, largest_tensor = place.cluster.num_accelerators, place.cluster.accelerators_per_fast_domain
-    model_ranks = layout.tensor * layout.pipeline * layout.context
+    model_ranks = max(1, layout.tensor * layout.pipeline * layout.context)
     wanted = replace(layout, data=max(1, room // model_ranks))
     legal = candidates(problem.shape, problem.batch, room, largest_tensor=largest_tensor)
     offers: list[str] = []

@@ -376,6 +376,21 @@ def test_the_command_answers_for_the_whole_target(tmp_path: Path, text_folder: P
     assert manifest["sources"] == ["prose"]
 
 
+def test_the_command_ends_with_2_when_many_samples_cannot_be_used(tmp_path: Path, text_folder: Path) -> None:
+    samples: list[dict[str, object]] = [{"__key__": str(number), "txt": "hello"} for number in range(7)]
+    samples += [{"__key__": f"bad{number}", "cls": "3"} for number in range(2)]
+    write_shard(tmp_path / "raw/000000.tar", samples)
+    config = text_config(tmp_path, text_folder)
+    with pytest.raises(UserError, match=r"2 of 9 samples could not be used(.|\n)*unknown_kind 2(.|\n)*share=0.23"):
+        command.run(config)
+    assert command.run(dataclasses.replace(config, max_quarantined_share=0.23))["num_documents"] == 7
+    filtered = {"quarantined": {"filter_beauty": 90}, "num_documents": 10, "target": "t"}
+    command.refuse_mostly_quarantined(filtered, 0.2)
+    for sizes in ({"text_size": 5}, {"preset": "emu35", "visual_size": 9}):
+        with pytest.raises(UserError, match=f"vocabulary.{list(sizes)[-1]}: has no effect"):
+            command.run(dataclasses.replace(config, vocabulary=VocabularyConfig(**sizes)))  # type: ignore[arg-type]
+
+
 def test_the_command_in_two_processes_gives_the_same_bytes(tmp_path: Path, text_folder: Path) -> None:
     write_text_shards(tmp_path / "raw", 3)
     config = text_config(tmp_path, text_folder)

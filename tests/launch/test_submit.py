@@ -56,7 +56,7 @@ def test_a_dry_run_prints_the_script_alone_and_imports_nothing_heavy(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith("#!/bin/bash\n")
     check_syntax(answer.stdout)
-    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=8" in answer.stdout
+    assert "#SBATCH --nodes=128\n#SBATCH --ntasks-per-node=8" in answer.stdout
     assert "this would be refused" in answer.stderr  # the toy model has no 8 query groups
     assert list(tmp_path.iterdir()) == []
 

@@ -129,6 +129,9 @@ class StreamingImageSource:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason; a sample counts each time it is read
+        self.captioned: dict[
+            int, dict[str, np.ndarray]
+        ] = {}  # as `ImageSource`'s; pictures are taken whatever the kind
         self.corpora = [CorpusIndex(name, corpus, self.num_bad) for name, corpus in options.corpora.items()]
         self._corpus_shares = normalized([corpus.weight for corpus in options.corpora.values()])
         self._view_shares = normalized([view.share for view in options.views])

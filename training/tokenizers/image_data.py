@@ -6,7 +6,6 @@ tokenizer has to work at all resolutions that the later stages use.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections import Counter
@@ -19,6 +18,7 @@ import numpy as np
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
+from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from model.errors import UserError
@@ -91,11 +91,7 @@ class ImageSource:
 
     def _read_pictures(self, corpus: ImageCorpus) -> Iterator[tuple[int, np.ndarray, str]]:
         """(number of the sample, decoded picture, its caption or ""), as many as make `max_images` images."""
-        paths = sorted(glob.glob(corpus.path, recursive=True))
-        if not paths:
-            raise UserError(
-                "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
-            )
+        paths = find_shards([corpus.path], "path")
         num_left = max(2, corpus.max_images // max(1, corpus.random_squares))
         kinds = KindSet(corpus.kinds)
         for number, sample in enumerate(sample for path in paths for sample in read_shard(path, kinds)):

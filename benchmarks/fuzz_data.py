@@ -50,7 +50,7 @@ def good_media() -> list[tuple[str, bytes]]:
     random = np.random.default_rng(0)
     picture = Image.fromarray(random.integers(0, 256, (24, 32, 3), np.uint8)).resize((96, 64))
     files = []
-    for name, extension, options in (
+    pictures: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("JPEG", "jpg", {}),
         ("JPEG", "jpg", {"progressive": True}),
         ("PNG", "png", {}),
@@ -59,9 +59,10 @@ def good_media() -> list[tuple[str, bytes]]:
         ("GIF", "jpg", {}),
         ("TIFF", "jpg", {"compression": "tiff_lzw"}),
         ("BMP", "png", {}),
-    ):
+    )
+    for name, extension, options in pictures:
         stream = io.BytesIO()
-        picture.save(stream, name, **options)  # type: ignore[arg-type]
+        picture.save(stream, name, **options)
         files.append((extension, stream.getvalue()))
     for container, extension, codec in (
         ("mp4", "mp4", "libx264"),
@@ -80,14 +81,15 @@ def clip(container: str, codec: str, num_frames: int = 24) -> bytes:
     stream = io.BytesIO()
     with av.open(stream, "w", format=container) as output:
         video = output.add_stream(codec, rate=8)
-        video.width, video.height = 48, 32  # type: ignore[attr-defined]
-        video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"  # type: ignore[attr-defined]
+        assert isinstance(video, av.VideoStream)
+        video.width, video.height = 48, 32
+        video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for number in range(num_frames):
             pixels = np.full((32, 48, 3), number + 120 * (number >= num_frames // 2), np.uint8)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, 8)
-            output.mux(video.encode(frame))  # type: ignore[attr-defined]
-        output.mux(video.encode(None))  # type: ignore[attr-defined]
+            output.mux(video.encode(frame))
+        output.mux(video.encode(None))
     return stream.getvalue()
 
 

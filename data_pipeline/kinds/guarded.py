@@ -191,7 +191,7 @@ def serve(descriptor: int) -> None:
                 pipe.send_bytes(message)
 
 
-def _messages(decoder: MediaDecoder, what: str, data: bytes) -> Iterator[bytes | memoryview]:
+def _messages(decoder: MediaDecoder, what: str, data: bytes) -> Iterator[bytes]:
     try:
         pictures, length = decoder.film(data) if what == "film" else ([decoder.picture(data)], 0.0)
     except SampleError as error:
@@ -205,7 +205,7 @@ def _messages(decoder: MediaDecoder, what: str, data: bytes) -> Iterator[bytes |
         return
     for picture in pictures:
         yield _head(shape=picture.pixels.shape, original_size=picture.original_size, time_ms=picture.time_ms)
-        yield memoryview(np.ascontiguousarray(picture.pixels)).cast("B")
+        yield picture.pixels.tobytes()
     yield _head(seconds=length)
 
 

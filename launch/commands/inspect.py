@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.config import ModelConfig
 from model.errors import Problems
 
@@ -41,6 +42,7 @@ class Config:
         problems.raise_if_any()
 
 
+@file_errors_are_user_errors("what is inspected")
 def run(config: Config) -> dict[str, Any]:
     from launch.inspection import inspect_any_checkpoint, inspect_model, inspect_path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from data_pipeline.documents.tokenizers import load_text_tokenizer
 from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_jobs, run_tasks, threads_per_worker
+from data_pipeline.sources.patterns import find_shards
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest
@@ -37,7 +37,7 @@ _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 class Config(TokenizeConfig):
     """`source` defaults to the target folder's name."""
 
-    input: Any = None  # a pattern of .tar files, or a list of them
+    input: Any = None  # a pattern of .tar files (folder/*.tar, "x-{000..127}.tar"), or a list of them
     target: str = ""  # folder of token files
     text_tokenizer: str = ""  # folder or file
     vision_tokenizer: str | None = None  # stage folder; null: the shards hold text only
@@ -136,22 +136,11 @@ def plan_jobs(patterns: Any, target: Path) -> list[ShardJob]:
     that are not in the list: they would be packed with the others.
     """
     wanted = [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns]
-    shards: set[Path] = set()
-    for pattern in wanted:
-        found = glob.glob(pattern, recursive=True)
-        if not found:
-            raise UserError(
-                "no input shards",
-                where=f"input={pattern}",
-                expected="webdataset .tar files",
-                got="no file of this name or pattern",
-                fix="check the path",
-            )
-        shards.update(map(Path, found))
+    shards = find_shards(wanted, "input")
     same_name = Counter(shard.name for shard in shards)
     jobs = [
         ShardJob(shard, target / f"{number:06d}", str(shard) if same_name[shard.name] > 1 else shard.name)
-        for number, shard in enumerate(sorted(shards))
+        for number, shard in enumerate(shards)
     ]
     if target.is_dir():
         expected = {job.prefix for job in jobs}

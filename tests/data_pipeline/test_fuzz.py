@@ -14,7 +14,7 @@ def test_no_mutant_ends_a_job(tmp_path: Path, what: str) -> None:
     if what == "media":
         files, companion, count = fuzz_data.good_media(), {"txt": b"a caption"}, 150
     else:
-        files, companion, count = fuzz_data.good_transcripts(), {"mp4": fuzz_data.clip("mp4", "libx264", 8)}, 150
+        files, companion, count = fuzz_data.good_transcripts(), {"mp4": fuzz_data.clip("mp4", "libx264")}, 150
     unchanged = ({extension: data, **companion} for extension, data in files)
     whole = fuzz_data.run(unchanged, fuzz_data.make_worker(tmp_path / "whole"), tmp_path / "whole")
     assert dict(whole.reasons) == {"(a document)": len(files)}  # what is mutated is good

@@ -16,6 +16,7 @@ from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample, SampleError
+from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import source_images
 from data_pipeline.sources.shards import split_name
 from model.errors import UserError
@@ -200,3 +201,26 @@ def test_not_a_tar_is_one_bad_entry(tmp_path: Path) -> None:
 def test_a_missing_shard_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         list(read_shard(tmp_path / "none.tar"))
+
+
+def test_patterns_and_braces_name_shards(tmp_path: Path) -> None:
+    for name in ("x-000.tar", "x-001.tar", "a/x-000.tar", "b[1].tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*patterns: str) -> list[str]:
+        paths = find_shards([f"{tmp_path}/{pattern}" for pattern in patterns], "input")
+        return [str(path.relative_to(tmp_path)) for path in paths]
+
+    assert found("x-{000..001}.tar", "x-*.tar") == ["x-000.tar", "x-001.tar"]
+    assert found("{a,.}/x-000.tar") == ["a/x-000.tar", "x-000.tar"]
+    assert found("**/x-000.tar") == ["a/x-000.tar", "x-000.tar"]
+    assert found("b[1].tar") == ["b[1].tar"]
+    for pattern, message in (
+        ("x-{000..002}.tar", "x-002.tar"),
+        ("none/*.tar", "no input shards"),
+        ("x-{000..", "braces"),
+        ("s3://bucket/x.tar", "copy them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            found(pattern)

@@ -46,6 +46,20 @@ def test_a_raw_shard_with_a_bad_sample(tmp_path, capsys):
     assert answer["samples"][0]["parts"] == {"png": "PNG 8x6", "txt": "a red circle"}
 
 
+def test_a_damaged_picture_is_described_and_a_folder_in_place_of_a_file_is_one_message(tmp_path, capsys):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for name, content in {"a.png": b"no picture", "a.txt": b"words"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    answer = inspect(capsys, str(tmp_path / "0.tar"))
+    assert answer["samples"][0]["parts"]["png"] == "10 bytes, corrupt_image"
+    (tmp_path / "tokens/000000.json").mkdir(parents=True)
+    (tmp_path / "tokens/000000.idx").touch()
+    assert cli.main(["inspect", str(tmp_path / "tokens")]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
 @pytest.fixture
 def token_file(tmp_path):
     """One document: BOS, four text tokens, an image of 1*1, two tokens of padding."""

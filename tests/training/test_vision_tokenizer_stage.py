@@ -14,10 +14,12 @@ from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.registry import checked_options
 from model.vision_tokenizer import load_vision_tokenizer
+from model.vision_tokenizer.wrapper import to_model_range
 from training import stage
 from training.config import StageConfig, TrainConfig
 from training.objectives.registry import make_objective
 from training.reliability.checkpoint import CheckpointStore
+from training.tokenizers.collisions import describe_collisions
 from training.tokenizers.image_data import ImageSource, busiest_crops, squares
 from training.tokenizers.image_stream import StreamingImageSource
 from training.tokenizers.vision import VisionTokenizerOptions, measure
@@ -207,6 +209,29 @@ def test_saved_tokenizer_loads_and_matches(corpora, tmp_path):
             expected.append(10 * np.log10(255.0**2 / np.square(error).mean()))
         assert metrics[f"block_mean_psnr_db_{corpus}"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert np.unique(codes).size <= metrics["num_codes_used"]
+    assert [value for name, value in metrics.items() if name.endswith("_of")] == [1]  # all scenes have one caption
+
+
+def test_different_pictures_of_the_same_codes_are_named_by_their_captions(corpora, tmp_path):
+    job = build(make_config(corpora, tmp_path))
+    pixels = [np.asarray(Image.open(io.BytesIO(png(seed)))) for seed in range(3)]
+    images = dict(zip(("red", "blue", "green"), pixels, strict=True)) | {"also red": pixels[0]}
+    captioned = {2304: images, 576: {}}
+    model = job.objective.model
+    codes = {name: model.encode(to_model_range(image[None])).tolist() for name, image in images.items()}
+    apart = describe_collisions(model, captioned)
+    pairs = [("red", "blue"), ("red", "green"), ("blue", "green")]
+    assert apart["colliding_captions_2304"] == sum(codes[one] == codes[other] for one, other in pairs)
+    with torch.no_grad():
+        model.quantize.embedding.weight.copy_(torch.ones(32, 8))
+    assert describe_collisions(model, captioned) == {
+        "colliding_captions_2304": 3,
+        "colliding_captions_2304_of": 4,
+        "colliding_captions_2304_names": ["blue / green", "blue / red", "green / red"],
+        "colliding_captions_576": 0,
+        "colliding_captions_576_of": 0,
+        "colliding_captions_576_names": [],
+    }
 
 
 def test_training_lowers_the_loss_and_reports(corpora, tmp_path):

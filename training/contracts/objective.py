@@ -39,7 +39,7 @@ class Objective(Protocol):
         """Its share of each checkpoint's manifest, at least "kind"."""
         ...
 
-    def final_metrics(self) -> dict[str, float]:
+    def final_metrics(self) -> dict[str, Any]:
         """Figures of the trained model for the summary; raises `UserError` when it is of no use."""
         ...
 

@@ -6,7 +6,6 @@ tokenizer has to work at all resolutions that the later stages use.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 from collections import Counter
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.kinds.registry import KindSet, read_shard
-from data_pipeline.sources import BadSample, SampleError
+from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
+from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from model.errors import UserError
@@ -26,6 +26,7 @@ from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions,
 
 HELD_BACK_STREAM = 1  # keeps the draws of one purpose apart from another's
 BATCH_STREAM = 2
+MAX_CAPTIONED = 2_000  # pictures of different captions whose codes are compared in the end
 MIN_SAMPLES_TO_HOLD_BACK = 4  # a corpus of fewer holds back single pictures
 
 
@@ -40,6 +41,8 @@ class ImageSource:
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason
         self.held_back: dict[str, list[np.ndarray]] = {}  # by corpus, whole pictures at the first view's size
+        # By the area of each view, then by caption: the first whole picture of each, at most MAX_CAPTIONED.
+        self.captioned: dict[int, dict[str, np.ndarray]] = {view.area: {} for view in options.views}
         digest = hashlib.blake2b(digest_size=16)
         digest.update(json.dumps([_described(options), seed, global_batch_size]).encode())
         # [area][corpus][image], uint8 [H, W, 3]; views of the same area share them
@@ -65,13 +68,14 @@ class ImageSource:
             )
         first_area = self.options.views[0].area
         wanted = self.options.num_held_back // len(self.source_names)
-        chosen = choose_held_back([sample for sample, _ in found], wanted, rng)
+        chosen = choose_held_back([sample for sample, _, _ in found], wanted, rng)
         held_back = [self._resize(found[index][1], first_area) for index in sorted(chosen)]
         self.held_back[name] = held_back
         known = {image.tobytes() for image in held_back}
         for image in held_back:
             digest.update(image.tobytes())
-        for index, (_, picture) in enumerate(found):
+        for index, (_, picture, caption) in enumerate(found):
+            self._keep_captioned(caption, picture)
             if index in chosen or self._resize(picture, first_area).tobytes() in known:
                 continue
             for square in squares(picture, corpus.random_squares, rng):
@@ -80,24 +84,27 @@ class ImageSource:
                 for area, image in sized.items():
                     self.images[area][corpus_index].append(image)
 
-    def _read_pictures(self, corpus: ImageCorpus) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the sample, decoded picture), as many as make `max_images` images."""
-        paths = sorted(glob.glob(corpus.path, recursive=True))
-        if not paths:
-            raise UserError(
-                "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
-            )
+    def _keep_captioned(self, caption: str, picture: np.ndarray) -> None:
+        for area, kept in self.captioned.items():
+            if caption and caption not in kept and len(kept) < MAX_CAPTIONED:
+                kept[caption] = self._resize(picture, area)
+
+    def _read_pictures(self, corpus: ImageCorpus) -> Iterator[tuple[int, np.ndarray, str]]:
+        """(number of the sample, decoded picture, its caption or ""), as many as make `max_images` images."""
+        paths = find_shards([corpus.path], "path")
         num_left = max(2, corpus.max_images // max(1, corpus.random_squares))
         kinds = KindSet(corpus.kinds)
         for number, sample in enumerate(sample for path in paths for sample in read_shard(path, kinds)):
             if isinstance(sample, BadSample):
                 self.num_bad[sample.reason] += 1
                 continue
-            for picture in sample_pictures(kinds[sample.kind].images(sample), self.options, self.num_bad):
+            pictures = sample_pictures(kinds[sample.kind].images(sample), self.options, self.num_bad)
+            caption = _caption(sample)
+            for picture in pictures:
                 if num_left == 0:
                     return
                 num_left -= 1
-                yield number, picture
+                yield number, picture, caption
 
     def _resize(self, picture: np.ndarray, area: int) -> np.ndarray:
         return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
@@ -116,6 +123,14 @@ class ImageSource:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _caption(sample: Sample) -> str:
+    """Of a picture that is its sample's only one; else empty."""
+    try:
+        return sample.text("txt") if sample.kind == "image_text" else ""
+    except SampleError:
+        return ""
 
 
 def _described(options: ImageDataOptions) -> dict[str, Any]:

@@ -6,7 +6,6 @@ names its bytes. Decoded images are kept in a cache of bounded size, which chang
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 
 from data_pipeline.loading.read_ahead import Readers
 from data_pipeline.sources.image import ImageConfig, smart_resize
+from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.sources.shards import split_name
 from data_pipeline.storage.descriptors import read_exactly
@@ -46,11 +46,7 @@ class CorpusIndex:
     """Where the pictures of a corpus lie: 22 bytes a file, whatever its size. Only headers are read to make it."""
 
     def __init__(self, name: str, corpus: ImageCorpus, num_bad: Counter[str]):
-        self.paths = [Path(path) for path in sorted(glob.glob(corpus.path, recursive=True))]
-        if not self.paths:
-            raise UserError(
-                "no shards found for the vision tokenizer", where=corpus.path, expected="a glob of tar files"
-            )
+        self.paths = find_shards([corpus.path], "path")
         members: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         num_members = 0
@@ -129,6 +125,9 @@ class StreamingImageSource:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason; a sample counts each time it is read
+        self.captioned: dict[
+            int, dict[str, np.ndarray]
+        ] = {}  # as `ImageSource`'s; pictures are taken whatever the kind
         self.corpora = [CorpusIndex(name, corpus, self.num_bad) for name, corpus in options.corpora.items()]
         self._corpus_shares = normalized([corpus.weight for corpus in options.corpora.values()])
         self._view_shares = normalized([view.share for view in options.views])

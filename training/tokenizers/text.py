@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from data_pipeline.documents.prompts import EMPTY_PROMPTS
 from data_pipeline.documents.tokenizers import read_description, train_sentencepiece
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import Sample, SampleError
+from data_pipeline.sources.patterns import find_shards
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.format import checksum_file
-from model.errors import UserError
 from training.config import TrainConfig
 from training.tokenizers.tokenizer_options import TextTokenizerOptions
 
@@ -44,7 +43,7 @@ class TextTokenizer:
         config, options = self.config, self.options
         target = Path(config.run_folder) / config.stage.name
         started = time.monotonic()
-        shards = find_shards(options.corpora)
+        shards = find_shards(options.corpora, "stage.objective.corpora")
         inputs = {
             "code_version": CODE_VERSION,
             "options": {name: value for name, value in asdict(options).items() if name != "kinds" or value},
@@ -74,21 +73,6 @@ class TextTokenizer:
             "folder": str(target),
             "wall_seconds": time.monotonic() - started,
         }
-
-
-def find_shards(patterns: Iterable[str]) -> list[Path]:
-    shards: set[Path] = set()
-    for pattern in patterns:
-        found = glob.glob(pattern, recursive=True)
-        if not found:
-            raise UserError(
-                "no input shards",
-                where=f"stage.objective.corpora: {pattern}",
-                expected="webdataset .tar files",
-                fix="check the path",
-            )
-        shards.update(map(Path, found))
-    return sorted(shards)
 
 
 def training_texts(options: TextTokenizerOptions, shards: list[Path]) -> Iterator[str]:

@@ -26,6 +26,7 @@ from training.contracts.batches import Ranks
 from training.contracts.results import StepResult
 from training.contracts.shards import ShardReader
 from training.objectives.offline_rows import OfflineRows
+from training.tokenizers.collisions import describe_collisions
 from training.tokenizers.image_data import ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
 from training.tokenizers.tokenizer_options import VisionTokenizerOptions
@@ -176,9 +177,14 @@ class VisionTokenizer:
     def metadata(self) -> dict[str, Any]:
         return {"kind": CHECKPOINT_KIND, "model": asdict(self.options.model)}
 
-    def final_metrics(self) -> dict[str, float]:
-        """Figures on the held-back images, for the stage's summary. Raises `UserError` when the codes collapsed."""
-        return measure(self.average or self.model, self.images.held_back, self.options.min_codebook_use)
+    def final_metrics(self) -> dict[str, Any]:
+        """Figures on the held-back images, for the stage's summary, and which captions' pictures have the same codes.
+
+        Raises `UserError` when the codes collapsed.
+        """
+        model = self.average or self.model
+        figures = measure(model, self.images.held_back, self.options.min_codebook_use)
+        return figures | describe_collisions(model, self.images.captioned)
 
 
 @torch.no_grad()

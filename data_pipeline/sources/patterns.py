@@ -1,0 +1,48 @@
+"""Which files a dataset's name means: paths, patterns, and braces as webdataset writes them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from model.errors import UserError
+
+
+def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
+    """The shards in order of their paths, each once: `x.tar`, `x/**/*.tar`, `x-{000..127}.tar`, `{a,b}/*.tar`.
+
+    key: of the configuration, for messages. Raises `UserError` for a pattern without files, and for braces of which one name
+    has none: a shard that did not arrive is not left out without a word.
+    """
+    shards: set[Path] = set()
+    for pattern in patterns:
+        for name in _expanded(pattern, key):
+            # A file of this very name is meant, though it may look like a pattern.
+            found = [name] if Path(name).exists() else glob.glob(name, recursive=True)
+            if not found:
+                raise UserError(
+                    "no input shards",
+                    where=f"{key}={pattern}",
+                    expected="webdataset .tar files",
+                    got=f"no file of the name or pattern {name}",
+                    fix="copy them to a local or shared folder first" if "://" in name else "check the path",
+                )
+            shards.update(map(Path, found))
+    return sorted(shards)
+
+
+def _expanded(pattern: str, key: str) -> list[str]:
+    if Path(pattern).exists() or "{" not in pattern:
+        return [pattern]
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise UserError(
+            "the braces of an input pattern cannot be read",
+            where=f"{key}={pattern}",
+            expected="braces like x-{000..127}.tar or {a,b}/*.tar",
+            got=str(error),
+        ) from error

@@ -1,0 +1,39 @@
+"""Different pictures that a vision tokenizer gives the same codes: after it, nothing can tell them apart."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.wrapper import to_model_range
+
+MAX_NAMES = 100  # of pairs that are listed
+
+
+@torch.no_grad()
+def colliding_captions(model: IBQ, images: Mapping[str, np.ndarray]) -> list[list[str]]:
+    """Captions whose pictures (uint8 [H, W, 3], one each) differ and have the same codes: groups of two or more."""
+    groups: dict[tuple[tuple[int, ...], bytes], dict[bytes, str]] = defaultdict(dict)
+    device = model.quantize.embedding.weight.device
+    model.eval()
+    for caption, image in images.items():
+        codes = model.encode(to_model_range(image[None]).to(device)).cpu().numpy()
+        groups[codes.shape, codes.tobytes()].setdefault(image.tobytes(), caption)  # equal pictures count once
+    model.train()
+    return [sorted(found.values()) for found in groups.values() if len(found) > 1]
+
+
+def describe_collisions(model: IBQ, captioned: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, object]:
+    """For each view's area in pixels: how many pairs of captions collide, and their names, "a / b"."""
+    described: dict[str, object] = {}
+    for area, images in captioned.items():
+        groups = colliding_captions(model, images)
+        names = [f"{one} / {other}" for group in groups for at, one in enumerate(group) for other in group[at + 1 :]]
+        described[f"colliding_captions_{area}"] = len(names)
+        described[f"colliding_captions_{area}_of"] = len(images)
+        described[f"colliding_captions_{area}_names"] = names[:MAX_NAMES]
+    return described

@@ -95,7 +95,13 @@ def run_folder(tmp_path):
     tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
     tasks["real_video_reconstruction"] = {"count": 5}
     figures = {"t2i_accuracy": 0.9, "reconstruction_accuracy": 0.99, "next_state_accuracy": 0.8, "edit_accuracy": 0.7}
-    write(tmp_path / "evaluation" / "final.json", {"metrics": figures, "tasks": tasks, "samples": samples})
+    final = {"metrics": figures, "tasks": tasks, "samples": samples, "seen": {"t2i_accuracy": {"accuracy": 0.95}}}
+    final["baselines"] = {
+        "t2i_accuracy": {"dictionary": {"accuracy": 0.75, "count": 200}},
+        "next_state_accuracy": {"copy_of_the_last": {"accuracy": 0.0, "count": 200}},
+    }
+    write(tmp_path / "evaluation" / "final.json", final)
+    write(tmp_path / "evaluation" / "from_scratch.json", {"metrics": {"t2i_accuracy": 0.25}, "seen": {"x": {}}})
     write(tmp_path / "evaluation" / "untrained.json", {"metrics": {"t2i_accuracy": 0.05}})
     (tmp_path / "evaluation" / "samples").mkdir()
     Image.new("RGB", (4, 4), "red").save(tmp_path / "evaluation" / "samples" / "one.png")
@@ -131,7 +137,17 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
         "next_state_accuracy": 0.8,
         "edit_accuracy": 0.7,
         "num_prompts": 200,
+        "baselines": {
+            "t2i_accuracy": {"dictionary": 0.75, "from_scratch": 0.25, "untrained": 0.05},
+            "next_state_accuracy": {"copy_of_the_last": 0.0},
+        },
+        "seen_accuracy": {"t2i_accuracy": 0.95},
     }
+    page = (run_folder / "report.html").read_text()
+    row = (
+        "<tr><td>text to image</td><td>90.0%</td><td>95.0%</td><td>75.0%</td><td>25.0%</td><td>5.0%</td><td>-</td></tr>"
+    )
+    assert row in page.replace('<td class="number">', "<td>")
     assert report["tokens"][0]["quarantined"] == {"corrupt_image": 1}
 
 
@@ -175,9 +191,11 @@ class Outside(HTMLParser):
         super().__init__()
         self.references: list[str] = []
         self.tags: list[str] = []
+        self.names: list[str] = []  # of attributes
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.names += [name for name, _ in attributes]
         self.references += [value for name, value in attributes if name in ("src", "href") and value]
 
 
@@ -193,6 +211,36 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     assert page.tags.count("svg") == 8  # loss, held-out loss, rate and mixture for each of two stages
     assert "a &lt;red&gt; circle" in text
     assert not re.search(r"url\(|@import", text)
+
+
+def test_names_of_files_and_data_are_text_in_the_page(run_folder):
+    """Whatever a run's files call things: no tag, no attribute, no end of one comes of it."""
+    hostile = """"><script>alert(1)</script><img src=x onerror='x' \x1b]0;x\x07"""
+    for name in ("curriculum.json", "sft/summary.json", "evaluation/final.json", "packed/sft/a/000000.json"):
+        values = json.loads((run_folder / name).read_text())
+        write(run_folder / name, poisoned(values, hostile))
+    lines = [json.dumps({"step": 1, "loss": 1.0, "tokens_by_source": {hostile: 3}})]
+    write(run_folder / "sft" / "metrics.jsonl", "\n".join(lines))
+    write(run_folder / hostile.replace("/", "") / "summary.json", "{")
+    cli.main(["report", f"run_folder={run_folder}"])
+    text = (run_folder / "report.html").read_text()
+    page = Outside()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert "onerror" not in page.names
+    assert text.count("&lt;script&gt;") >= 5
+
+
+def poisoned(values, hostile):
+    """All texts but those by which the report finds things."""
+    if isinstance(values, dict):
+        kept = ("kind", "state", "name", "format")
+        return {
+            key: value if key in kept and key != "name" else poisoned(value, hostile) for key, value in values.items()
+        }
+    if isinstance(values, list):
+        return [poisoned(value, hostile) for value in values]
+    return values + hostile if isinstance(values, str) else values
 
 
 def test_a_run_that_has_only_begun_gives_a_report_too(tmp_path, capsys):
@@ -252,7 +300,7 @@ def test_tasks_of_another_world_are_shown(tmp_path):
     assert cli.main(["report", f"run_folder={tmp_path}"]) == 0
     metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
     known = {"chess_accuracy": 0.25, "go_accuracy": 0.5, "go_accuracy_untrained": 0.125, "num_prompts": 20}
-    assert {name: value for name, value in metrics.items() if value is not None} == known
+    assert {name: value for name, value in metrics.items() if isinstance(value, int | float)} == known
     page = (tmp_path / "report.html").read_text()
     for part in ("chess accuracy", "25.0%", "go accuracy untrained", "12.5%", "20 held-out prompts"):
         assert part in page

@@ -16,9 +16,12 @@ from data_pipeline.documents.templates import split_context
 from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from model.errors import UserError
-from model.generation.ar import ARGenerator, Decoder, Generation, Grid
+from model.generation.ar import Decoder, Generation, Grid
+from model.generation.decoding_config import DecodingConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar
+from model.generation.paths import DiscretePath, make_path
 from model.generation.settings import SamplingConfig
+from model.generation.strategies import DecodingMetrics, make_strategy
 from model.vocabulary import Vocabulary
 from training.inference.loading import VisionTokenizer, load_checkpoint
 from training.inference.prompts import FORMATS, INTERLEAVED_TASK, InferenceOptions, Output, Prompt
@@ -40,11 +43,15 @@ class InferenceModel:
         image_format: str = "emu35",
         options: InferenceOptions | None = None,
         device: str = "cpu",
+        dida: dict[str, Any] | None = None,
     ) -> None:
+        """`dida`: what the checkpoint's manifest says of parallel image decoding; None: it was not trained for it."""
         self.decoder, self.vocabulary = decoder, vocabulary
         self.text_tokenizer, self.vision_tokenizer = text_tokenizer, vision_tokenizer
         self.max_sequence_length, self.device = max_sequence_length, device
         self.options = options or InferenceOptions()
+        self.dida = dida
+        self.decoding, self.decoding_metrics = DecodingConfig(), DecodingMetrics()
         self.builder = DocumentBuilder(vocabulary, text_tokenizer, image_format)
         *digits_from_one, zero, self.star_id, _ = encode_grid(text_tokenizer, 1234567890, 1)
         self.digit_ids = [zero, *digits_from_one]
@@ -74,7 +81,22 @@ class InferenceModel:
             image_format=loaded.image_format,
             options=options,
             device=str(loaded.decoder.device),
+            dida=loaded.dida,
         )
+
+    def decode_with(self, decoding: DecodingConfig) -> None:
+        """From now on; `decoding_metrics` begin anew. Raises `UserError` for a checkpoint that cannot."""
+        self.decoding, self.decoding_metrics = decoding, DecodingMetrics()
+        grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, device=self.device)
+        make_strategy(decoding, self.decoder, grammar, self.path, self.decoding_metrics)
+
+    @property
+    def path(self) -> DiscretePath | None:
+        """The path that the checkpoint's copies were noised along; None: it was not trained on any."""
+        if self.dida is None:
+            return None
+        codebook = self.vision_tokenizer.codebook() if self.dida["path"] == "metric" else None
+        return make_path(self.dida, self.vocabulary.visual_size, codebook)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
@@ -88,14 +110,16 @@ class InferenceModel:
         answers: dict[int, Generation] = {}
         for grammar_options, indices in groups.items():
             grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device)
-            generator = ARGenerator(self.decoder, grammar, self.options.max_batch_size)
+            strategy = make_strategy(
+                self.decoding, self.decoder, grammar, self.path, self.decoding_metrics, self.options.max_batch_size
+            )
             conditional = [self._prompt_tokens(with_codes[index]) for index in indices]
             unconditional = [self._unconditional_tokens(with_codes[index]) for index in indices]
-            found = generator.sample(
+            found = strategy.sample(
                 conditional,
                 self._fit(sampling, conditional),
                 seed,
-                [self._grid(with_codes[index]) for index in indices],
+                self._grids([with_codes[index] for index in indices]),
                 unconditional,
                 [first_index + index for index in indices],
             )
@@ -185,6 +209,21 @@ class InferenceModel:
             )
         return (height // factor, width // factor) if height and width else None
 
+    def _grids(self, items: Sequence[_EncodedPrompt]) -> list[Grid | None]:
+        """Of each prompt's pictures to make. Raises `UserError` for one outside those that DiDA was trained on."""
+        grids = [self._grid(item) for item in items]
+        if self.decoding.strategy in ("dida", "verified") and self.dida is not None:
+            for grid in filter(None, grids):
+                limits = (self.dida["heights"], self.dida["widths"])
+                if not all(low <= side <= high for side, (low, high) in zip(grid, limits, strict=True)):
+                    raise UserError(
+                        "the checkpoint was not trained to decode images of this size in parallel",
+                        expected="{} to {} x {} to {} visual tokens".format(*limits[0], *limits[1]),
+                        got="{} x {}".format(*grid),
+                        fix="decoding.strategy=ar, or another image size",
+                    )
+        return grids
+
     def _fit(self, sampling: SamplingConfig, prompts: Sequence[list[int]]) -> SamplingConfig:
         """At most as many new tokens as the model's length leaves behind the longest prompt."""
         longest = max(len(prompt) for prompt in prompts)
@@ -211,7 +250,8 @@ class InferenceModel:
             shown.append(next(pictures) if is_image else self.text_tokenizer.decode(part.tolist()))
         text = "".join(part for part in shown if isinstance(part, str))
         images = [part for part in shown if not isinstance(part, str)]
-        return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished)
+        codes = [part for part in parts if part.ndim == 2]
+        return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished, codes)
 
 
 @dataclass

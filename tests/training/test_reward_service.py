@@ -26,7 +26,7 @@ from training.rewards.client import RemoteReward
 from training.rewards.host import serve, write_private
 from training.rewards.micro_batches import ServiceLimits
 from training.rewards.service import RewardService
-from training.rewards.wire import WireError, decoded, encoded
+from training.rewards.wire import PixelBudget, WireError, decoded, encoded
 
 TOKEN = "a-token-for-tests"
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 8, 3), np.uint8)
@@ -104,6 +104,13 @@ def test_what_is_no_answer_is_refused(change):
         changed["id"] = fingerprint_of({name: value for name, value in changed.items() if name != "id"})
     with pytest.raises(WireError):
         decoded(changed)
+
+
+def test_a_request_unfolds_to_so_many_pixels_and_no_more():
+    record, budget = encoded(Answer("t2i", images=[PICTURE])), PixelBudget(left=PICTURE.size // 3)
+    assert decoded(record, budget).images[0].shape == PICTURE.shape
+    with pytest.raises(WireError, match="more than"):
+        decoded(record, budget)
 
 
 def test_scores_in_order_batched_and_asked_once(tmp_path):

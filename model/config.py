@@ -16,6 +16,32 @@ from model.vocabulary import Vocabulary, VocabularyConfig
 LOGIT_CHUNK_BYTES = 1 << 30
 
 
+ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # the linear layers of a transformer layer
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters on the linear layers; all other weights are then frozen."""
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0  # the adapters' output is scaled by alpha / rank
+    modules: list[str] = field(
+        default_factory=lambda: list(ADAPTED)
+    )  # linear_qkv | linear_proj | linear_fc1 | linear_fc2
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(self.rank >= 0, f"{key}.rank", f"must not be negative, got {self.rank}", f"{key}.rank=16")
+        problems.check(self.alpha > 0, f"{key}.alpha", f"must be positive, got {self.alpha}", f"{key}.alpha=16")
+        unknown = sorted(set(self.modules) - set(ADAPTED))
+        choices = ", ".join(ADAPTED)
+        problems.check(not unknown, f"{key}.modules", f"there is no {', '.join(unknown)}; choices are {choices}")
+        problems.check(bool(self.modules), f"{key}.modules", "is empty: nothing would be trained", f"{key}.rank=0")
+
+
 @dataclass
 class ModelConfig:
     """A decoder-only transformer: pre-RMSNorm, SwiGLU, GQA, QK-norm before RoPE, no biases, untied embeddings.
@@ -38,6 +64,7 @@ class ModelConfig:
     init_std: float = 0.02  # of the fresh weights
     dtype: str = "float32"  # float32 | bfloat16
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def validate(self, problems: Problems, key: str = "model") -> None:
         for name in (
@@ -65,6 +92,7 @@ class ModelConfig:
             f"{key}.dtype=bfloat16",
         )
         self.vocabulary.validate(problems, f"{key}.vocabulary")
+        self.adapter.validate(problems, f"{key}.adapter")
 
 
 def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, int]:

@@ -93,10 +93,17 @@ def our_tensors(theirs: dict[str, torch.Tensor], config: ModelConfig) -> dict[st
     return ours
 
 
-def write_checkpoint(folder: Path, theirs: dict[str, torch.Tensor], config: ModelConfig, **metadata: Any) -> Path:
-    """A checkpoint folder of one file."""
+def write_checkpoint(
+    folder: Path,
+    theirs: dict[str, torch.Tensor],
+    config: ModelConfig,
+    more: dict[str, torch.Tensor] | None = None,
+    **metadata: Any,
+) -> Path:
+    """A checkpoint folder of one file; `more`: logical tensors of ours beside those of the model."""
     folder.mkdir(parents=True)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in our_tensors(theirs, config).items()}
+    ours = our_tensors(theirs, config) | (more or {})
+    tensors = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
     save_file(tensors, folder / "all.safetensors")
     keys = {}
     for name, tensor in tensors.items():

@@ -227,11 +227,17 @@ def results_of(values: dict[str, Any]) -> dict[str, Any]:
     stage = {name: value for name, value in values["stage"].items() if name not in ("data", "validation")}
     stage["weights"] = {name: entry["weight"] for name, entry in values["stage"]["data"]["datasets"].items()}
     return {
-        "model": values["model"],
+        "model": weights_of(values["model"]),
         "seed": values["seed"],
         "stage": stage,
         "reliability": {name: value for name, value in values["reliability"].items() if name != "hang_timeout_seconds"},
     }
+
+
+def weights_of(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's config dict; without adapters as it was before there were any, so that older runs go on."""
+    adapter = model.get("adapter") or {}
+    return {name: value for name, value in model.items() if name != "adapter" or adapter.get("rank")}
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -10,7 +10,8 @@ HELP = """Convert checkpoints to and from published layouts, bit by bit, without
 
 actions: init makes a checkpoint of fresh weights; from_hf reads a published layout (emu35, qwen3, emu3, ibq) and
 to_hf writes one; reshard rewrites a checkpoint for another tensor/pipeline layout; verify compares a checkpoint with an
-export; surgery gives a text model our vocabulary. A conversion that was killed goes on when the same command runs again.
+export; surgery gives a text model our vocabulary; merge adds a checkpoint's adapters to its weights and to_peft writes them
+alone, in the format of peft. A conversion that was killed goes on when the same command runs again.
 
 examples:
   nextstate convert init model=toy seed=11 target=fresh
@@ -19,7 +20,9 @@ examples:
   nextstate convert from_hf source=Qwen3-32B target=start model=emu35_34b layout=qwen3
   nextstate convert reshard source=fresh target=resharded tensor=2 pipeline=2
   nextstate convert verify source=fresh target=export layout=emu35
-  nextstate convert surgery source=Qwen3-32B target=start model=emu35_34b model.rms_norm_eps=1e-6"""
+  nextstate convert surgery source=Qwen3-32B target=start model=emu35_34b model.rms_norm_eps=1e-6
+  nextstate convert merge source=runs/mine/sft target=merged
+  nextstate convert to_peft source=runs/mine/sft target=adapter"""
 
 POSITIONAL = "action"
 Config = ConvertConfig

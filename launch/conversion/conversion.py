@@ -12,7 +12,7 @@ from typing import Any
 from launch.conversion.certificate import certify_written, verify
 from launch.conversion.options import ConvertConfig
 from model.checkpoint.manifest import CheckpointManifest, latest_checkpoint
-from model.conversion import actions, surgery, vision
+from model.conversion import actions, low_rank, surgery, vision
 from model.conversion.actions import Options, Outcome
 from model.conversion.hugging_face import model_config
 from model.conversion.mappings import VISION_LAYOUT
@@ -50,10 +50,13 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         outcome = actions.from_published(source, target, config.model, config.layout, options)
     elif config.action == "to_hf":
         outcome = actions.to_published(source, target, config.layout or "", options)
-    elif config.action == "reshard":
+    elif config.action in ("reshard", "merge"):
         inside = latest_checkpoint(source) / TOKENIZER_FOLDER
         extras.tokenizer = inside if os.path.lexists(inside) else None
-        outcome = actions.reshard(source, target, options)
+        rewrite = low_rank.merge if config.action == "merge" else actions.reshard
+        outcome = rewrite(source, target, options)
+    elif config.action == "to_peft":
+        outcome = low_rank.to_peft(source, target, options)
     else:
         assert config.model is not None, "validated"
         chosen = surgery.SurgeryOptions(**asdict(config.surgery))
@@ -102,7 +105,7 @@ class Extras:
                 copy_tokenizer(self.tokenizer, folder / TOKENIZER_FOLDER)
         if self.config.verify == "none" and written.non_finite:
             self.notes.append(f"weights that are not finite: {listed(written.non_finite)}")
-        if self.config.action != "init" and self.config.verify != "none":
+        if self.config.action not in ("init", "merge") and self.config.verify != "none":
             self.answer["parity"] = certify_written(self.config, self.source, folder, written)
 
     def bind_tokenizer(self) -> dict[str, Any] | None:

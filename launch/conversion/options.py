@@ -8,7 +8,7 @@ from model.config import ModelConfig
 from model.errors import Problems
 from model.vision_tokenizer.config import VisionTokenizerConfig
 
-ACTIONS = ("init", "from_hf", "to_hf", "reshard", "verify", "surgery")
+ACTIONS = ("init", "from_hf", "to_hf", "reshard", "verify", "surgery", "merge", "to_peft")
 LAYOUT_NAMES = ("emu35", "qwen3", "emu3", "ibq")
 VERIFY = ("auto", "logits", "keys", "none")
 
@@ -26,7 +26,7 @@ class SurgeryOptions:
 
 @dataclass
 class ConvertConfig:
-    action: str = ""  # init | from_hf | to_hf | reshard | verify | surgery
+    action: str = ""  # init | from_hf | to_hf | reshard | verify | surgery | merge | to_peft
     source: str | None = None  # a stage or checkpoint folder, or a published one (for from_hf also a file)
     target: str | None = None  # the folder that is made; of verify: the export that is compared
     layout: str | None = None  # emu35 | qwen3 | emu3 | ibq; null: as config.json of the source says

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
+from model.backbone.adapters import add_adapters
 from model.backbone.packed_attention import PackedAttention
 from model.config import ModelConfig
 from model.parallel import cpu_backend
@@ -94,9 +95,12 @@ def megatron_config(
     )
 
 
-def _layer_spec() -> ModuleSpec:
-    """A layer of Transformer Engine's modules where it is installed on a GPU, of megatron-core's own otherwise."""
-    if cpu_backend.has_accelerator() and importlib.util.find_spec("transformer_engine"):
+def _layer_spec(*, has_adapters: bool) -> ModuleSpec:
+    """A layer of Transformer Engine's modules where it is installed on a GPU, of megatron-core's own otherwise.
+
+    Adapters need the latter: Transformer Engine's linear layers take their input before the norm.
+    """
+    if not has_adapters and cpu_backend.has_accelerator() and importlib.util.find_spec("transformer_engine"):
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
@@ -127,7 +131,9 @@ def build_model(
     """
     core_config = megatron_config(config, sequence_parallel=sequence_parallel, recompute=recompute)
     num_layers = get_num_layers_to_build(core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    block = TransformerBlockSubmodules(layer_specs=[_layer_spec()] * num_layers, layer_norm=RMSNorm)
+    block = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(has_adapters=config.adapter.rank > 0)] * num_layers, layer_norm=RMSNorm
+    )
     with torch.device(device) if device is not None else nullcontext():
         model = GPTModel(
             core_config,
@@ -138,6 +144,8 @@ def build_model(
             post_process=post_process,
             position_embedding_type="none",  # RoPE is applied by PackedAttention
         )
+        if config.adapter.rank > 0:
+            add_adapters(model, config.adapter)
     model.model_config = config
     mark_split_parameters(model)
     if seed is not None:

@@ -334,6 +334,7 @@ def to_published(source_path: Path, target: Path, layout_name: str, options: Opt
     source = CheckpointSource(source_path)
     try:
         config = config_of(source)
+        refuse_adapters(config, source.place)
         found = our_weights(source)
         expected = {one.ours: [one.our_shape] for one in mapped_tensors(layout.all_rules, config)}
         dtype = check_tensors(source.place, found, expected, options.dtype)
@@ -383,6 +384,16 @@ def config_of(source: CheckpointSource) -> ModelConfig:
             fix="layout=ibq for a vision tokenizer",
         )
     return hugging_face.model_config(source.manifest.get("model") or {}, source.place)
+
+
+def refuse_adapters(config: ModelConfig, place: str) -> None:
+    """Of conversions that know weights only."""
+    if config.adapter.rank > 0:
+        raise UserError(
+            "the checkpoint has adapters beside its weights",
+            where=place,
+            fix=f"nextstate convert merge source={place} target=FOLDER, and convert that one; or to_peft for them alone",
+        )
 
 
 def our_weights(source: CheckpointSource) -> dict[str, TensorInfo]:

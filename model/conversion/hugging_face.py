@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.small_files import read_object
-from model.config import ModelConfig
+from model.config import AdapterConfig, ModelConfig
 from model.conversion.mappings import LAYOUTS, Layout
 from model.errors import Problems, UserError
 from model.vocabulary import EMU35_VISUAL_SIZE, EMU35_VISUAL_START, Vocabulary, VocabularyConfig
@@ -243,7 +243,8 @@ def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
 def model_config(values: dict[str, Any], place: str) -> ModelConfig:
     """The `ModelConfig` that a manifest or a record holds as a plain dictionary."""
     try:
-        return ModelConfig(**{**values, "vocabulary": VocabularyConfig(**values["vocabulary"])})
+        adapter = AdapterConfig(**values.get("adapter", {}))
+        return ModelConfig(**values | {"vocabulary": VocabularyConfig(**values["vocabulary"]), "adapter": adapter})
     except (KeyError, TypeError) as error:
         raise UserError(
             "the model's configuration cannot be read", where=place, got=f"{type(error).__name__}: {error}"

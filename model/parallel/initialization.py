@@ -1,7 +1,8 @@
 """Initial weights as a function of (seed, logical name of the parameter): the same in every layout.
 
 Matrices are normal(0, std) with std = `init_std`; the two that write into the residual stream (attention output and
-MLP down projection) use init_std / sqrt(2 * num_layers), as megatron-core does. Norms start at one. Rows that pad the
+MLP down projection) use init_std / sqrt(2 * num_layers), as megatron-core does. Norms start at one. An adapter's A is
+normal(0, 1 / sqrt(hidden_size)), its B zero. Rows that pad the
 vocabulary are drawn like the others. A matrix is drawn in blocks of rows, each from its own generator, so that a rank
 draws little more than the part it holds.
 """
@@ -27,6 +28,10 @@ def standard_deviation(name: str, config: ModelConfig) -> float | None:
     """Of a parameter's initial values; None for norms, which start at one."""
     if name.endswith(("norm.weight", "norm_weight")):
         return None
+    if name.endswith(".lora.a"):
+        return 1.0 / math.sqrt(config.hidden_size)
+    if name.endswith(".lora.b"):
+        return 0.0  # the adapted model starts as the model itself
     if name.endswith(_RESIDUAL_OUTPUTS):
         return config.init_std / math.sqrt(2.0 * config.num_layers)
     return config.init_std

@@ -11,6 +11,8 @@ import torch
 from model.errors import UserError
 from model.parallel.megatron import ShardedTensor, ShardedTensorFactory, parallel_state
 
+ADAPTER = ".lora."  # in names: between the adapted layer and `a` or `b`
+
 
 @dataclass(frozen=True)
 class Block:
@@ -61,12 +63,36 @@ def logical_parameters(model: Any) -> dict[str, LogicalParameter]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     sharded = model.sharded_state_dict(metadata=metadata)
-    found = {}
-    for name, _ in model.named_parameters():
+    found: dict[str, LogicalParameter] = {}
+    for name, parameter in model.named_parameters():
+        layer, mark, matrix = name.rpartition(ADAPTER)
+        if mark:  # an adapter, after its layer's own weight
+            found[name] = adapter_part(found[f"{layer}.weight"], matrix, tuple(parameter.shape))
+            continue
         entry = sharded[name]
         assert isinstance(entry, ShardedTensor | ShardedTensorFactory), f"{name}: not a sharded tensor"
         found[name] = _logical(entry)
     return found
+
+
+def adapter_part(weight: LogicalParameter, matrix: str, shape: tuple[int, ...]) -> LogicalParameter:
+    """A [rank, in] or B [out, rank] of an adapter (`model.backbone.adapters`), cut as its layer's weight [out, in] is.
+
+    `shape`: of this rank's part. B has the rows of the weight's blocks, A the columns of them.
+    """
+    name = f"{weight.name.removesuffix('.weight')}{ADAPTER}{matrix}"
+    if matrix == "b":
+        blocks = tuple(
+            Block((one.local_offset[0], 0), (one.global_offset[0], 0), (one.shape[0], shape[1]))
+            for one in weight.blocks
+        )
+        global_shape = (weight.global_shape[0], shape[1])
+    else:
+        first = weight.blocks[0]  # all of them have the same columns
+        blocks = (Block((0, 0), (0, first.global_offset[1]), (shape[0], first.shape[1])),)
+        global_shape = (shape[0], weight.global_shape[1])
+    is_split = sum(math.prod(block.shape) for block in blocks) < math.prod(global_shape)
+    return LogicalParameter(name, global_shape, blocks, is_split)
 
 
 def mark_split_parameters(model: Any) -> None:

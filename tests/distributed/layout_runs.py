@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data_pipeline.loading.batch import MicroBatch
-from model.config import ModelConfig
+from model.config import AdapterConfig, ModelConfig
 from model.vocabulary import VocabularyConfig
 from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig
 from training.contracts.results import StepResult
@@ -20,7 +20,7 @@ SOURCES = ("first", "second")
 VOCABULARY = VocabularyConfig(text_size=90, reserved_size=16, visual_size=60, pad_multiple=64)
 
 
-def train_config(dtype: str = "float32", dropout: float = 0.0, **layout: Any) -> TrainConfig:
+def train_config(dtype: str = "float32", dropout: float = 0.0, adapter_rank: int = 0, **layout: Any) -> TrainConfig:
     model = ModelConfig(
         name="tiny",
         num_layers=4,
@@ -32,6 +32,7 @@ def train_config(dtype: str = "float32", dropout: float = 0.0, **layout: Any) ->
         dtype=dtype,
         vocabulary=VOCABULARY,
         dropout=dropout,
+        adapter=AdapterConfig(rank=adapter_rank, alpha=16.0),
     )
     optimizer = OptimizerConfig(learning_rate=3e-3, gradient_clip=0.5, weight_decay=0.1)
     stage = StageConfig(
@@ -185,6 +186,18 @@ def save_after(config: TrainConfig, num_steps: int) -> tuple[MemoryReader, list[
     reader = MemoryReader([_copied(shard) for shard in gather_shards(trainer)])
     later = trainer.steps(num_steps, num_steps + 3)
     return reader, later, MemoryReader(gather_shards(trainer)).tensors
+
+
+def train_whole(
+    config: TrainConfig, num_steps: int
+) -> tuple[list[Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The results of some steps, and every logical tensor before and after them."""
+    trainer = Trainer(config)
+    before = MemoryReader([_copied(shard) for shard in gather_shards(trainer)])
+    results = trainer.steps(0, num_steps)
+    after = MemoryReader(gather_shards(trainer))
+    assert all(bool((count == 1).all()) for count in after.covered.values()), "each element has one owner"
+    return results, before.tensors, after.tensors
 
 
 def continue_from(config: TrainConfig, reader: MemoryReader, num_steps: int) -> tuple[list[Any], dict[str, Any]]:

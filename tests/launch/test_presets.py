@@ -1,9 +1,14 @@
 """The presets hold the published figures of Emu3.5 (arXiv 2510.26583, Tables 1 and 2, section 4.1.3)."""
 
+import json
+
 import pytest
 
+from launch.command_line import cli
 from launch.composition.compose import compose_config
 from launch.inspection import inspect_model
+from launch.plan.answer import layout_of, make_problem
+from launch.plan.search import plan_layout
 
 
 def train_config(*overrides: str, model: str = "emu35_34b"):
@@ -78,3 +83,55 @@ def test_a_folder_may_be_given_where_other_commands_have_a_group_of_that_name():
     corpus = "stage.objective.data.corpora.a.path=x"
     options = train_config("stage=vision_tokenizer", "vision_tokenizer=ibq_small", corpus).stage.objective
     assert options["model"]["ch"] == 16
+
+
+PUBLISHED_STAGES = ("pretrain_1", "pretrain_2", "sft_1", "sft_2")
+
+
+@pytest.mark.parametrize("stage", PUBLISHED_STAGES)
+def test_the_layout_of_a_preset_fits_its_cluster(stage):
+    """80 GB accelerators, 1,024 of them, as `nextstate plan` counts memory."""
+    config = compose_config("plan", ["model=emu35_34b", f"stage={stage}", "cluster=h100"])
+    problem = make_problem(config, config.cluster, None, "causal")
+    own = plan_layout(problem, layout_of(config, problem))
+    assert own.fits
+    without = compose_config("plan", ["model=emu35_34b", f"stage={stage}", "parallel.recompute=none"])
+    problem = make_problem(without, without.cluster, None, "causal")
+    assert not plan_layout(problem, layout_of(without, problem)).fits, "recomputation would not be needed"
+
+
+def test_the_published_curriculum_is_whole(tmp_path, capsys):
+    """Raw shards to evaluation: what an entry reads is given, or made by an entry that it waits for."""
+    assert cli.main(["curriculum", "curriculum=emu35", f"run_folder={tmp_path}", "dry_run=true", "json=true"]) == 0
+    shown = [entry["name"] for entry in json.loads(capsys.readouterr().out)["entries"]]
+    entries = compose_config("curriculum", ["curriculum=emu35", f"run_folder={tmp_path}"]).entries
+    assert shown == list(entries)
+    assert [name for name in entries if name in PUBLISHED_STAGES] == list(PUBLISHED_STAGES)
+    given = {str(tmp_path / name) for name in ("raw", "published")}
+    made: dict[str, set[str]] = {}  # what is there once an entry is done
+    for name, entry in entries.items():
+        before = set(given).union(*(made[needed] for needed in entry.needs))
+        made[name] = before | {str(tmp_path / output) for output in entry.outputs}
+        for read in paths_read(entry, tmp_path):
+            assert any(read == one or read.startswith(f"{one}/") for one in before), f"{name} reads {read}"
+    assert (tmp_path / "start").as_posix() in paths_read(entries["pretrain_1"], tmp_path)
+
+
+def paths_read(entry, run_folder) -> list[str]:
+    """Below the run folder, outputs excepted; for a stage those of its composed configuration."""
+    if entry.command == "train":
+        stage = compose_config("train", entry.overrides).stage
+        return [stage.initialize_from, *(dataset.path for dataset in stage.data.datasets.values())]
+    given = [*entry.overrides, *(text for one in entry.each.values() for text in one)]
+    texts = [text for text in given if not text.startswith("run_folder=")]
+    values = [text.split("=", 1) for text in texts]
+    own = [str(run_folder / output) for output in entry.outputs]
+    paths = [path for key, path in values if key != "target" and path.startswith(str(run_folder))]
+    return [path for path in paths if path not in own]
+
+
+@pytest.mark.parametrize("task_at", [("sft_1", "x2i", 768), ("sft_1", "exploration", 720), ("sft_2", "narrative", 720)])
+def test_the_published_resolutions_of_tasks(task_at):
+    stage, task, side = task_at
+    entry = compose_config("curriculum", ["curriculum=emu35"]).entries[f"tokenize_{stage}"]
+    assert f"image.max_area={side * side}" in entry.each[task]

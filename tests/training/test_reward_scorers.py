@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -208,6 +209,7 @@ def test_a_model_behind_a_server_marks_answers(tmp_path):
     first = ChatServer.seen[0]
     assert (first["authorization"], first["model"], first["temperature"]) == ("Bearer secret", "judge", 0)
     assert "add {braces}" in first["messages"][0]["content"][-1]["text"]
+    judge.policy = dataclasses.replace(judge.policy, deadline_seconds=0.3)
     assert judge.score(answers[:1]) == [None]  # nobody is there any more
 
 

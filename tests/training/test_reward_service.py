@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,7 @@ from training.rewards.client import RemoteReward
 from training.rewards.host import serve, write_private
 from training.rewards.micro_batches import ServiceLimits
 from training.rewards.service import RewardService
-from training.rewards.wire import WireError, decoded, encoded
+from training.rewards.wire import PixelBudget, WireError, decoded, encoded
 
 TOKEN = "a-token-for-tests"
 PICTURE = np.random.default_rng(0).integers(0, 256, (12, 8, 3), np.uint8)
@@ -105,6 +106,13 @@ def test_what_is_no_answer_is_refused(change):
         decoded(changed)
 
 
+def test_a_request_unfolds_to_so_many_pixels_and_no_more():
+    record, budget = encoded(Answer("t2i", images=[PICTURE])), PixelBudget(left=PICTURE.size // 3)
+    assert decoded(record, budget).images[0].shape == PICTURE.shape
+    with pytest.raises(WireError, match="more than"):
+        decoded(record, budget)
+
+
 def test_scores_in_order_batched_and_asked_once(tmp_path):
     reward = Asked()
     with served(reward, tmp_path / "address", ServiceLimits(max_batch=4, max_wait_seconds=0.2)):
@@ -119,6 +127,7 @@ def test_scores_in_order_batched_and_asked_once(tmp_path):
     asked = [prompt for batch in reward.batches for prompt in batch]
     assert sorted(prompt for prompt in asked if prompt != "unknown") == sorted(map(str, range(10)))
     assert asked.count("unknown") == 4  # a failure is not kept: every try asked again
+    client.policy = replace(client.policy, deadline_seconds=0.3)
     assert client.score(numbered(1)) == [None]  # nobody is there
 
 
@@ -145,7 +154,7 @@ def test_a_service_that_only_fails_gives_missing_scores_in_time(tmp_path):
 def test_a_service_that_dies_and_returns_elsewhere_is_found(tmp_path):
     address = tmp_path / "address"
     with served(Asked(), address):
-        client = remote(address, tries=200, deadline_seconds=60)
+        client = remote(address, tries=1, deadline_seconds=60)
     results = []
     waiting = threading.Thread(target=lambda: results.append(client.score(numbered(5))))
     waiting.start()

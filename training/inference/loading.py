@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
 from model.checkpoint.manifest import CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
-from model.config import ModelConfig
+from model.config import AdapterConfig, ModelConfig
 from model.errors import UserError
 from model.vocabulary import VocabularyConfig
 
@@ -61,7 +61,8 @@ def load_checkpoint(
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` that a manifest holds as a plain dictionary."""
-    return ModelConfig(**{**values, "vocabulary": VocabularyConfig(**values["vocabulary"])})
+    adapter = AdapterConfig(**values.get("adapter", {}))
+    return ModelConfig(**values | {"vocabulary": VocabularyConfig(**values["vocabulary"]), "adapter": adapter})
 
 
 def check_kind(manifest: CheckpointManifest, folder: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from model.errors import Problems
-from training.config import StageConfig, TrainConfig, differences, translated
+from training.config import StageConfig, TrainConfig, differences, translated, weights_of
 from training.objectives.registry import KEY, options_class, options_of
 
 ALWAYS_READ = ("name", "objective")
@@ -55,7 +55,7 @@ def fixed_of(values: dict[str, Any]) -> dict[str, Any]:
     objective = stage["objective"]
     names = ("name", *getattr(options_class(objective["name"]), "fixed", ()))
     return {
-        "model": values["model"],
+        "model": weights_of(values["model"]),
         "seed": values["seed"],
         "stage": {
             "sequence_length": stage["sequence_length"],

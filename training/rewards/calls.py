@@ -26,7 +26,7 @@ class CallPolicy:
 
     deadline_seconds: float = 120.0  # all tries of one request together
     try_seconds: float = 40.0  # one try, from connecting to the last byte
-    tries: int = 3
+    tries: int = 3  # that somebody answered, or kept waiting
     backoff_seconds: float = 0.2  # before the second try, twice as long before each further one
     parallel: int = 8  # requests at once
     max_reply_bytes: int = 1 << 24
@@ -37,20 +37,21 @@ class CallPolicy:
 
 
 class CallError(Exception):
-    """A try that failed. `again`: another one may succeed."""
+    """A try that failed. `again`: another one may succeed. `answered`: somebody was there, so it counts as a try."""
 
-    def __init__(self, reason: str, *, again: bool = True):
+    def __init__(self, reason: str, *, again: bool = True, answered: bool = True):
         super().__init__(reason)
-        self.reason, self.again = reason, again
+        self.reason, self.again, self.answered = reason, again, answered
 
 
 async def tried(policy: CallPolicy, once: Callable[[float], Awaitable[None]], faults: Counter[str]) -> bool:
     """`once(seconds left)` until it returns, within the policy's limits; False when it never did.
 
-    Every failed try is counted in `faults` by its reason. Nothing but a `CallError` of `once` is taken for one.
+    While nobody is there only the deadline ends it: a service may die and return. Every failed try is counted in
+    `faults` by its reason. Nothing but a `CallError` of `once` is taken for one.
     """
-    end = time.monotonic() + policy.deadline_seconds
-    for number in range(policy.tries):
+    end, pause, num_tries = time.monotonic() + policy.deadline_seconds, policy.backoff_seconds, 0
+    while num_tries < policy.tries:
         seconds = min(policy.try_seconds, end - time.monotonic())
         if seconds <= 0:
             faults["deadline"] += 1
@@ -61,13 +62,15 @@ async def tried(policy: CallPolicy, once: Callable[[float], Awaitable[None]], fa
             return True
         except TimeoutError:
             faults["late"] += 1
+            num_tries += 1
         except CallError as fault:
             faults[fault.reason] += 1
+            num_tries += fault.answered
             if not fault.again:
                 return False
-        if number + 1 < policy.tries:
-            pause = min(LONGEST_PAUSE_SECONDS, policy.backoff_seconds * 2.0**number) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(pause, max(0.0, end - time.monotonic())))
+        if num_tries < policy.tries:
+            await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(0.0, end - time.monotonic())))
+            pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
     return False
 
 
@@ -90,7 +93,8 @@ async def json_reply(
                 if len(data) > max_bytes:
                     raise CallError("reply too long")
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
-        raise CallError(f"connection: {type(error).__name__}") from error
+        refused = isinstance(error, httpx.ConnectError)
+        raise CallError(f"connection: {type(error).__name__}", answered=not refused) from error
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -37,7 +37,7 @@ class ServiceAddress:
             content = json.loads(Path(place).read_text(encoding="utf-8"))
             return cls(str(content["url"]).rstrip("/"), str(content["token"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CallError(f"no address file: {type(error).__name__}") from error
+            raise CallError(f"no address file: {type(error).__name__}", answered=False) from error
 
 
 @dataclass
@@ -116,11 +116,13 @@ class RemoteReward:
         """The version of the reward there. Raises `UserError` when nobody answers, or the reward is not served."""
         faults: Counter[str] = Counter()
         served: dict[str, str] = {}
-        tries = max(3, round(self.start_seconds))
-        patient = CallPolicy(self.start_seconds, min(10.0, self.start_seconds), tries, backoff_seconds=0.05)
+        patient = CallPolicy(self.start_seconds, min(10.0, self.start_seconds), backoff_seconds=0.05)
 
         async def once(_: float) -> None:
-            served.update((await self._ask(client, "/rewards", None))["rewards"])
+            rewards = (await self._ask(client, "/rewards", None)).get("rewards")
+            if not isinstance(rewards, dict):
+                raise CallError("reply without rewards")
+            served.update(rewards)
 
         async with new_client(self.policy) as client:
             answered = await tried(patient, once, faults)

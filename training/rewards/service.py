@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from training.rewards.base import Reward
 from training.rewards.micro_batches import MicroBatcher, ServiceLimits, TooManyWaitingError, Verdict
-from training.rewards.wire import WireError, decoded
+from training.rewards.wire import PixelBudget, WireError, decoded
 
 
 class BadRequestError(Exception):
@@ -100,7 +100,8 @@ class RewardService:
         if not isinstance(records, list):
             raise BadRequestError("answers must be a list")
         try:
-            answers = await asyncio.to_thread(lambda: [decoded(record) for record in records])
+            budget = PixelBudget()
+            answers = await asyncio.to_thread(lambda: [decoded(record, budget) for record in records])
         except WireError as error:
             raise BadRequestError(str(error)) from error
         batcher, seconds = self._batchers[name], min(float(seconds), self.limits.max_deadline_seconds)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,24 @@ from PIL import Image
 from model.durable import fingerprint_of
 from training.rewards.base import Answer
 
-MAX_PIXELS = 1 << 25  # of a picture that a service decodes: 32 megapixels, 100 MB
+MAX_PIXELS = 1 << 27  # of all pictures of a request together: 128 megapixels, 400 MB
 TEXT_FIELDS = ("task", "prompt", "text")
 
 
 class WireError(ValueError):
     """What arrived is no answer; the message says why."""
+
+
+@dataclass
+class PixelBudget:
+    """How much a request may still unfold to: a small PNG can hold a huge picture."""
+
+    left: int = MAX_PIXELS
+
+    def take(self, num_pixels: int) -> None:
+        self.left -= num_pixels
+        if self.left < 0:
+            raise WireError(f"its pictures have more than {MAX_PIXELS} pixels")
 
 
 def png_bytes(image: np.ndarray) -> bytes:
@@ -38,8 +51,12 @@ def encoded(answer: Answer) -> dict[str, Any]:
     return values | {"id": fingerprint_of(values)}
 
 
-def decoded(values: object) -> Answer:
-    """The answer in what arrived. Raises `WireError`; whatever was sent, nothing but JSON and PNG is read."""
+def decoded(values: object, budget: PixelBudget | None = None) -> Answer:
+    """The answer in what arrived. Raises `WireError`; whatever was sent, nothing but JSON and PNG is read.
+
+    `budget`: of the request that it is part of.
+    """
+    budget = budget or PixelBudget()
     if not isinstance(values, Mapping):
         raise WireError("an answer is no JSON object")
     for name in TEXT_FIELDS:
@@ -54,8 +71,8 @@ def decoded(values: object) -> Answer:
     return Answer(
         values["task"],
         values["prompt"],
-        [_decoded_image(image) for image in sources],
-        [None if image is None else _decoded_image(image) for image in images],
+        [_decoded_image(image, budget) for image in sources],
+        [None if image is None else _decoded_image(image, budget) for image in images],
         values["text"],
         bool(values.get("finished")),
         fields,
@@ -66,14 +83,13 @@ def _encoded_image(image: np.ndarray) -> str:
     return base64.b64encode(png_bytes(image)).decode("ascii")
 
 
-def _decoded_image(text: object) -> np.ndarray:
+def _decoded_image(text: object, budget: PixelBudget) -> np.ndarray:
     if not isinstance(text, str):
         raise WireError("a picture is no text")
     try:
         data = base64.b64decode(text, validate=True)
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise WireError(f"a picture has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}")
+            budget.take(picture.width * picture.height)
             return np.asarray(picture.convert("RGB"))
     except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, WireError):

@@ -110,6 +110,8 @@ def optimized_parts(optimizer: MegatronOptimizer, model: torch.nn.Module) -> dic
     """By local parameter name; with the distributed optimizer each data-parallel rank holds its own range."""
     parts = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if isinstance(optimizer, DistributedOptimizer):
             if parameter not in optimizer.model_param_group_index_map:
                 continue

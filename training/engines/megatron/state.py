@@ -10,7 +10,7 @@ from model.config import count_parameters
 from model.errors import UserError
 from model.parallel.groups import MegatronRanks
 from model.parallel.megatron import GPTModel, MegatronOptimizer, get_cuda_rng_tracker, parallel_state
-from model.parallel.sharding import logical_parameters
+from model.parallel.sharding import ADAPTER, logical_parameters
 from training.config import TrainConfig
 from training.contracts.shards import Shard, ShardReader
 from training.engines.flat_ranges import read_into, shards_of
@@ -62,11 +62,17 @@ class MegatronShards:
         return found
 
     def load_model(self, reader: ShardReader) -> None:
-        """Weights from a checkpoint of any layout; the optimizer's master weights follow them."""
+        """Weights from a checkpoint of any layout; the optimizer's master weights follow them.
+
+        On a checkpoint without adapters those of the model start fresh.
+        """
         known = set(reader.keys())
+        has_adapters = any(ADAPTER in key for key in known)
         for name, parameter in self.model.named_parameters():
             logical = self.logical[name]
             key = f"model/{logical.name}"
+            if ADAPTER in key and not has_adapters:
+                continue
             if key not in known or tuple(reader.global_shape(key)) != logical.global_shape:
                 found = str(tuple(reader.global_shape(key))) if key in known else "no such key"
                 raise UserError(

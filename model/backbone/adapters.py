@@ -1,0 +1,87 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the linear layers of a GPTModel, in every layout.
+
+    y = W x + alpha / rank * B A x       A [rank, in], B [out, rank]; B starts at zero, so training starts from W.
+
+An adapter is a child `lora` of its linear layer and is added by a hook, so the layer and its name stay megatron-core's. A of
+a column-parallel layer and B of a row-parallel one are held alike by all tensor-parallel ranks; the others are split
+as the layer's weight is. The fused layers (queries, keys and values; gate and up) have one A for all their parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from model.config import AdapterConfig
+from model.parallel.megatron import (
+    GPTModel,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # split by the rows of W; the others by its columns
+
+
+class Adapter(nn.Module):
+    """alpha / rank * B A x of one linear layer: inputs as the layer has them, outputs as it returns them."""
+
+    def __init__(
+        self, weight: torch.Tensor, config: AdapterConfig, *, is_column_parallel: bool, sequence_parallel: bool
+    ):
+        """`weight` [out, in] is this rank's part of the layer's."""
+        super().__init__()
+        self.scale = config.scale
+        self.is_column_parallel, self.sequence_parallel = is_column_parallel, sequence_parallel
+        options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        self.a = nn.Parameter(torch.empty(config.rank, weight.shape[1], **options))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], config.rank, **options))
+        # Held by all tensor-parallel ranks, while each sees its own part of the sequence: megatron-core adds up the
+        # gradients of parameters with this mark.
+        whole = self.a if is_column_parallel else self.b
+        whole.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = functional.linear(x, self.a)
+        if self.is_column_parallel:
+            inner = (
+                gather_from_sequence_parallel_region(inner)
+                if self.sequence_parallel
+                else copy_to_tensor_model_parallel_region(inner)
+            )
+        elif self.sequence_parallel:
+            inner = reduce_scatter_to_sequence_parallel_region(inner)
+        else:
+            inner = reduce_from_tensor_model_parallel_region(inner)
+        return functional.linear(inner, self.b) * self.scale
+
+
+def _add_adapter(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+    """Forward hook of megatron-core's linear layers, which return (output, bias)."""
+    values, bias = output
+    return values + layer.lora(inputs[0]), bias
+
+
+def _with_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+    """What frozen embeddings return: recomputation passes gradients only through inputs that ask for one."""
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output
+
+
+def add_adapters(model: GPTModel, config: AdapterConfig) -> None:
+    """Freeze the model's own parameters and put an adapter on every layer named in `config.modules`."""
+    model.requires_grad_(False)
+    sequence_parallel = model.config.sequence_parallel
+    for name, layer in list(model.named_modules()):
+        kind = name.rpartition(".")[2]
+        if kind in config.modules:
+            is_column_parallel = kind in COLUMN_PARALLEL
+            layer.lora = Adapter(
+                layer.weight, config, is_column_parallel=is_column_parallel, sequence_parallel=sequence_parallel
+            )
+            layer.register_forward_hook(_add_adapter)
+    if model.pre_process:
+        model.embedding.register_forward_hook(_with_gradient)

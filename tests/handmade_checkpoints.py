@@ -1,7 +1,8 @@
-"""The manifest of a checkpoint whose files a test has written by hand."""
+"""Checkpoints whose files a test has written by hand."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,3 +27,33 @@ def publish_manifest(folder: Path, manifest: dict[str, Any], *, by_piece: bool =
     manifest["manifest_crc32"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
+
+
+def save_vision_tokenizer(folder: Path, model: Any, /, **changes: Any) -> None:
+    """A checkpoint of an `IBQ` in `folder`; `changes` of its manifest."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model/{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "rank_00000.safetensors")
+    keys = {
+        name: {
+            "global_shape": list(tensor.shape),
+            "dtype": "float32",
+            "pieces": [
+                {
+                    "file": "rank_00000.safetensors",
+                    "name": name,
+                    "offset": [0] * tensor.dim(),
+                    "shape": list(tensor.shape),
+                }
+            ],
+        }
+        for name, tensor in tensors.items()
+    }
+    manifest = {
+        "format_version": 1,
+        "kind": "vision_tokenizer",
+        "model": dataclasses.asdict(model.config),
+        "keys": keys,
+    }
+    publish_manifest(folder, manifest | changes)

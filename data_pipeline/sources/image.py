@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +26,14 @@ class ImageConfig:
     resize: str = "bounded"  # bounded: never above max_area; emu35: every picture to max_area, enlarged too
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], upright, transparency on white. Raises `SampleError("corrupt_image")`."""
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> np.ndarray:
+    """uint8 [H, W, 3], upright, transparency on white. `formats`: Pillow's names of what may be read; None: all.
+
+    Raises `SampleError`: `corrupt_image`, or `image_too_large` before more than `max_pixels` are unpacked.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
+            if picture.width * picture.height > max_pixels:
                 raise SampleError("image_too_large", f"{picture.width} x {picture.height}")
             upright = ImageOps.exif_transpose(picture)
             if upright.has_transparency_data:

@@ -7,8 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from handmade_checkpoints import publish_manifest
-from safetensors.torch import save_file
+from handmade_checkpoints import save_vision_tokenizer
 
 from model.errors import Problems, UserError
 from model.vision_tokenizer import load_vision_tokenizer
@@ -209,36 +208,9 @@ def test_initial_weights_are_a_function_of_the_seed():
     assert fingerprint_of(tiny_model(3)) != fingerprint_of(tiny_model(4))
 
 
-def save_checkpoint(folder, model, /, **changes):
-    tensors = {f"model/{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "rank_00000.safetensors")
-    keys = {
-        name: {
-            "global_shape": list(tensor.shape),
-            "dtype": "float32",
-            "pieces": [
-                {
-                    "file": "rank_00000.safetensors",
-                    "name": name,
-                    "offset": [0] * tensor.dim(),
-                    "shape": list(tensor.shape),
-                }
-            ],
-        }
-        for name, tensor in tensors.items()
-    }
-    manifest = {
-        "format_version": 1,
-        "kind": "vision_tokenizer",
-        "model": dataclasses.asdict(model.config),
-        "keys": keys,
-    }
-    publish_manifest(folder, manifest | changes)
-
-
 def test_loads_from_a_checkpoint(tmp_path):
     model = tiny_model()
-    save_checkpoint(tmp_path, model)
+    save_vision_tokenizer(tmp_path, model)
     tokenizer = load_vision_tokenizer(tmp_path)
     assert tokenizer.fingerprint == fingerprint_of(model)
     images = np.random.default_rng(1).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
@@ -248,10 +220,10 @@ def test_loads_from_a_checkpoint(tmp_path):
 
 def test_foreign_checkpoints_are_refused(tmp_path):
     model = tiny_model()
-    save_checkpoint(tmp_path, model, kind="transformer")
+    save_vision_tokenizer(tmp_path, model, kind="transformer")
     with pytest.raises(UserError, match="not a vision tokenizer"):
         load_vision_tokenizer(tmp_path)
-    save_checkpoint(tmp_path, model, model=dataclasses.asdict(tiny_config(n_embed=33, num_res_blocks=2)))
+    save_vision_tokenizer(tmp_path, model, model=dataclasses.asdict(tiny_config(n_embed=33, num_res_blocks=2)))
     with pytest.raises(UserError) as caught:
         load_vision_tokenizer(tmp_path)
     assert "quantize.embedding.weight: (32, 8) instead of (33, 8)" in str(caught.value)

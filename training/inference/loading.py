@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
-from model.checkpoint.manifest import CheckpointManifest
+from model.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
 from model.errors import UserError
@@ -34,6 +34,7 @@ class LoadedModel:
     text_tokenizer: TextTokenizer
     vision_tokenizer: VisionTokenizer
     image_format: str  # of the documents that it was trained on
+    folder: Path  # of the checkpoint
 
 
 def load_checkpoint(
@@ -44,6 +45,7 @@ def load_checkpoint(
     untrained: bool = False,
 ) -> LoadedModel:
     """Loads the checkpoint that a folder means; arguments as of `InferenceModel.load`."""
+    check_not_published(Path(checkpoint))
     folder = latest_checkpoint(checkpoint)
     with CheckpointReader(folder) as reader:
         manifest = CheckpointManifest.of(reader.manifest, folder)
@@ -54,7 +56,19 @@ def load_checkpoint(
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
         config = model_config(manifest.model or {})
         decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
-    return LoadedModel(decoder, config, text, vision, manifest.image_format)
+    return LoadedModel(decoder, config, text, vision, manifest.image_format, folder)
+
+
+def check_not_published(folder: Path) -> None:
+    """Refuses a folder in a published layout, which `convert from_hf` turns into a checkpoint."""
+    ours = (folder / MANIFEST_NAME).exists()
+    if not ours and (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+        raise UserError(
+            "this is a published checkpoint, not one of ours",
+            where=str(folder),
+            expected="a stage folder or a checkpoint folder",
+            fix=f"nextstate convert from_hf source={folder} target=FOLDER, and then checkpoint=FOLDER",
+        )
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_inference import TEXT_SIZE, TEXTS, VOCABULARY, GrayTokenizer, HashDecoder, toy_model
+import torch
+from toy_inference import TEXT_SIZE, TEXTS, VOCABULARY, GrayTokenizer, HashDecoder, RowsDecoder, toy_model
 
 from data_pipeline.documents.builder import Picture, Text
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
@@ -67,7 +68,24 @@ def test_a_rollout_grows_like_a_training_document(tokenizer: SentencePieceTokeni
     assert [part.text for part in one.parts] == ["right", "", "left", "", "up", ""]
     assert [part.is_given for part in one.parts] == [True, False] * 3
     assert one.finished
-    assert not np.array_equal(first.codes, second.codes), "each turn draws numbers of its own"
+
+
+class FlatDecoder(RowsDecoder):
+    """All ids are as likely, whatever came before."""
+
+    def row_logits(self, row: list[int]) -> torch.Tensor:
+        return torch.zeros(VOCABULARY.padded_size)
+
+
+def test_each_turn_and_each_answer_draw_numbers_of_their_own(tokenizer: SentencePieceTokenizer) -> None:
+    model = toy_model(tokenizer, FlatDecoder())
+    prompt = Prompt("interleaved", parts=[frame(0)], image_size=SIZE)
+    plain = SamplingConfig(max_new_tokens=40)
+    answerings = begin_rollouts(model, [prompt, prompt], plain, [0, 1], 2, ["up", "up"])
+    answer_all(model, answerings, plain, 0)
+    drawn = {codes.tobytes() for one in answerings for codes in one.pictures}
+    assert len(drawn) == 4
+    assert {one.num_turns for one in answerings} == {2}
 
 
 def test_an_answer_of_several_pictures_goes_on_behind_each(tokenizer: SentencePieceTokenizer) -> None:
@@ -98,6 +116,28 @@ def test_text_is_told_in_whole_characters(tokenizer: SentencePieceTokenizer) -> 
     (byte, *_) = tokenizer.encode("漢")
     assert reader.read(byte) == []
     assert reader.end() == [TextPiece("\ufffd")]
+
+
+class FirstByteDecoder(RowsDecoder):
+    """Says the first byte of a character of three, again and again."""
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        super().__init__()
+        self.byte = tokenizer.encode("漢")[0]
+
+    def row_logits(self, row: list[int]) -> torch.Tensor:
+        return torch.zeros(VOCABULARY.padded_size).index_fill(0, torch.tensor([self.byte]), 100.0)
+
+
+def test_what_is_held_is_told_when_an_answer_is_cut_short(tokenizer: SentencePieceTokenizer) -> None:
+    model = toy_model(tokenizer, FirstByteDecoder(tokenizer))
+    plain = SamplingConfig(max_new_tokens=3)
+    (one,) = begin(model, [Prompt("story", "a")], plain, [0])
+    told: list[Event] = []
+    answer_all(model, [one], plain, 0, lambda _, event: told.append(event))
+    assert told == [TextPiece("\ufffd" * 3)]
+    assert one.text == "\ufffd" * 3
+    assert not one.finished
 
 
 def test_a_watch_that_raises_ends_the_turn(tokenizer: SentencePieceTokenizer) -> None:

@@ -170,7 +170,8 @@ def take_turn(
         for row, reader in enumerate(readers):
             tell(row, reader.read(ids[row]))
 
-    decoder = ObservedDecoder(model.decoder, see if watch else None)  # type: ignore[arg-type]
+    assert model.decoder is not None, "only the tokenizers were loaded"
+    decoder = ObservedDecoder(model.decoder, see if watch else None)
     started = time.perf_counter()
     generations = model.sample(
         [Question(one.prompt, one.unconditional, turn.grid, turn.grammar) for one in rows],

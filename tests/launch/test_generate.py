@@ -172,6 +172,13 @@ def test_presets_are_the_published_settings(task: str) -> None:
         assert pixels_of(read_size(config.image_size), config.image_area, 16) == (55 * 16, 73 * 16)
 
 
+@pytest.mark.parametrize("wrong", ["generate preset=emu35_t3i", "serve preset=emu35_t3i", "evaluate evaluation=toyy"])
+def test_a_preset_that_does_not_exist_is_refused(wrong: str) -> None:
+    command, override = wrong.split()
+    with pytest.raises(UserError, match=r"there is no (preset|evaluation) named"):
+        compose_config(command, ["checkpoint=c", override])
+
+
 def test_ratios_have_the_published_grids() -> None:
     for ratio, grid in PUBLISHED_GRIDS.items():
         size = read_size(ratio)

@@ -52,10 +52,7 @@ def parse_image_block(
     head = ids[1 : marks[0]]
     if (head >= vocabulary.text_size).any():
         raise MalformedImageError("the size is not text")
-    match = _GRID.fullmatch(text_tokenizer.decode(head.tolist()))
-    if match is None:
-        raise MalformedImageError(f"not a size: {text_tokenizer.decode(head.tolist())!r}")
-    height, width = int(match[1]), int(match[2])
+    height, width = grid_of_header(head.tolist(), text_tokenizer)
     start = int(marks[0]) + 1
     num_body = height * (width + 1) - 1
     body = ids[start : start + num_body]
@@ -70,6 +67,15 @@ def parse_image_block(
             codes = vocabulary.ids_to_codes(rows[:, :width])
             return ImageBlock(codes, start + num_body + len(ending))
     raise MalformedImageError("no EOI after the last row")
+
+
+def grid_of_header(ids: Sequence[int], text_tokenizer: TextTokenizer) -> tuple[int, int]:
+    """(height, width) that the text between BOI and IMG says. Raises `MalformedImageError`."""
+    text = text_tokenizer.decode(list(ids))
+    match = _GRID.fullmatch(text)
+    if match is None:
+        raise MalformedImageError(f"not a size: {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def read_items(tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary, text_tokenizer: TextTokenizer) -> list[Item]:

@@ -38,7 +38,7 @@ class ImageConfig:
 
 
 @contextlib.contextmanager
-def open_picture(data: bytes) -> Iterator[Image.Image]:
+def open_picture(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """A picture of one of `PICTURE_FORMATS`, its pixels not decoded yet: the one place where pictures are opened.
 
     Raises `SampleError`, also for what the block raises about the picture's bytes: `corrupt_image`, `image_too_large`.
@@ -47,7 +47,7 @@ def open_picture(data: bytes) -> Iterator[Image.Image]:
         if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
             raise SampleError("corrupt_image", f"{data.count(bytes((0xFF, 0xDA)))} scans")
         with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+            if picture.width * picture.height > max_pixels:
                 raise SampleError("image_too_large", f"{picture.width} x {picture.height}")
             yield picture
     except Image.DecompressionBombError as error:
@@ -56,9 +56,9 @@ def open_picture(data: bytes) -> Iterator[Image.Image]:
         raise SampleError("corrupt_image", f"{type(error).__name__}: {error}") from error
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """uint8 [H, W, 3], upright, transparency on white. Raises `SampleError`, see `open_picture`."""
-    with open_picture(data) as picture:
+    with open_picture(data, max_pixels) as picture:
         ImageOps.exif_transpose(picture, in_place=True)
         return _to_rgb(picture)
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from launch.commands import evaluate as evaluate_command
-from launch.commands import generate as generate_command
 from model.errors import UserError
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import PhaseSampling, SamplingConfig
@@ -207,49 +206,6 @@ def test_evaluate_command_lists_all_problems() -> None:
         evaluate_command.run(config)
     for key in ("checkpoint", "tasks.a.path", "batch_size", "sampling.text.top_p"):
         assert key in str(caught.value)
-
-
-def test_generate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = loads(monkeypatch)
-    config = generate_command.Config(checkpoint="somewhere", prompt="3", image_size=8, num=2, out=str(tmp_path / "out"))
-    answer = generate_command.run(config)
-    assert [entry["pictures"] for entry in answer["answers"]] == [["000_0_0.png"], ["000_1_0.png"]]
-    assert np.asarray(Image.open(tmp_path / "out" / "000_1_0.png"))[0, 0, 0] == 3
-    assert json.loads((tmp_path / "out" / "generated.json").read_text()) == answer
-    assert "000_1_0.png" in generate_command.render(answer)
-    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "source.png")
-    (tmp_path / "edits.jsonl").write_text('{"text": "1", "images": ["source.png"]}\n\n{"text": "2"}\n')
-    config = generate_command.Config(
-        checkpoint="somewhere", prompts_file=str(tmp_path / "edits.jsonl"), format="x2i", out=str(tmp_path / "b")
-    )
-    prompts = [generate_command.make_prompt(config, q) for q in generate_command.read_questions(config)]
-    assert [(prompt.text, len(prompt.images)) for prompt in prompts] == [("1", 1), ("2", 0)]
-    assert prompts[0].images[0][0, 0, 0] == 9
-    assert len(generate_command.run(config)["answers"]) == 2
-    assert seen.model.calls == [(2, 0), (2, 0)]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"prompt": "a", "prompts_file": "b"}, "either prompt or prompts_file"),
-        ({"prompt": "a", "image_size": "big"}, "not a size"),
-        ({"prompt": "a", "image_size": [48, 0]}, "not a size"),
-        ({"prompt": "a", "format": "t3i"}, "unknown format"),
-        ({"prompt": "a", "format": "x2i"}, "source pictures"),
-        ({"prompts_file": "nowhere.txt"}, "cannot be read"),
-        ({"prompts_file": "broken.jsonl"}, "not a JSON object"),
-        ({"prompts_file": "odd.jsonl"}, "not a prompt"),
-        ({"prompt": "a", "images": ["broken.jsonl"]}, "source picture cannot be read"),
-    ],
-)
-def test_generate_command_refuses(values: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    loads(monkeypatch)
-    Path("broken.jsonl").write_text("{text")
-    Path("odd.jsonl").write_text('{"txt": "a"}')
-    with pytest.raises(UserError, match=message):
-        generate_command.run(generate_command.Config(checkpoint="somewhere", **values))
 
 
 def test_a_reconstruction_never_asks_the_decoder() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from handmade_checkpoints import publish_manifest
 from safetensors.torch import save_file
+from toy_inference import TEXT_SIZE, TEXTS, VOCABULARY, VOCABULARY_CONFIG, GrayTokenizer, RowsDecoder, toy_model
 
 from data_pipeline.documents.builder import DocumentBuilder, Picture, Text
 from data_pipeline.documents.reading import split_parts
@@ -21,55 +22,24 @@ from model.config import ModelConfig
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.parallel import groups
-from model.vocabulary import Vocabulary, VocabularyConfig
 from training.inference.model import InferenceModel
-from training.inference.prompts import InferenceOptions, Prompt
+from training.inference.prompts import Prompt
 
-TEXTS = ["a red circle at top left", "make the circle blue", "it moves right"] * 40
-TEXT_SIZE = 288
-VOCABULARY_CONFIG = VocabularyConfig(text_size=TEXT_SIZE, visual_size=64, pad_multiple=64)
-VOCABULARY = Vocabulary.from_config(VOCABULARY_CONFIG)
 GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=200)
 
 
-class GrayTokenizer:
-    """A code is the mean brightness of an 8 x 8 patch, in 64 steps."""
-
-    factor, codebook_size, fingerprint = 8, 64, "gray"
-
-    def encode(self, images: np.ndarray) -> np.ndarray:
-        batch, height, width, _ = images.shape
-        patches = images.reshape(batch, height // 8, 8, width // 8, 8, 3)
-        return (patches.mean(axis=(2, 4, 5)) / 4).astype(np.int64)
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        gray = (codes * 4).astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)
-        return np.stack([gray] * 3, axis=-1)
-
-
-class PlaybackDecoder:
+class PlaybackDecoder(RowsDecoder):
     """Knows whole documents by heart; says the next token of the one that begins like a row."""
 
-    device = "cpu"
-
     def __init__(self, documents: Sequence[np.ndarray]) -> None:
+        super().__init__()
         self.documents = [document.tolist() for document in documents]
-        self.rows: list[list[int]] = []
 
-    def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
-        self.rows = [list(prompt) for prompt in prompts]
-        return self._logits()
-
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
-        self.rows = [[*row, token] for row, token in zip(self.rows, ids.tolist(), strict=True)]
-        return self._logits()
-
-    def _logits(self) -> torch.Tensor:
-        logits = torch.zeros(len(self.rows), VOCABULARY.padded_size)
-        for index, row in enumerate(self.rows):
-            for document in self.documents:
-                if document[: len(row)] == row and len(document) > len(row):
-                    logits[index, document[len(row)]] = 10.0
+    def row_logits(self, row: list[int]) -> torch.Tensor:
+        logits = torch.zeros(VOCABULARY.padded_size)
+        for document in self.documents:
+            if document[: len(row)] == row and len(document) > len(row):
+                logits[document[len(row)]] = 10.0
         return logits
 
 
@@ -96,14 +66,7 @@ def codes_of(image: np.ndarray) -> Picture:
 
 
 def make_model(documents: Sequence[np.ndarray], tokenizer: SentencePieceTokenizer, **options: Any) -> InferenceModel:
-    return InferenceModel(
-        PlaybackDecoder(documents),
-        VOCABULARY,
-        tokenizer,
-        GrayTokenizer(),
-        max_sequence_length=2048,
-        options=InferenceOptions(**options),
-    )
+    return toy_model(tokenizer, PlaybackDecoder(documents), **options)
 
 
 def test_answers_to_prompts_of_every_format_come_from_training_documents(tokenizer: SentencePieceTokenizer) -> None:

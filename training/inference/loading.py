@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
-from model.checkpoint.manifest import CheckpointManifest
+from model.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import AdapterConfig, ModelConfig
 from model.errors import UserError
@@ -35,6 +35,7 @@ class LoadedModel:
     text_tokenizer: TextTokenizer
     vision_tokenizer: VisionTokenizer
     image_format: str  # of the documents that it was trained on
+    folder: Path  # of the checkpoint
     dida: dict[str, Any] | None = None  # what the manifest says of parallel image decoding; None: not trained for it
 
 
@@ -46,6 +47,7 @@ def load_checkpoint(
     untrained: bool = False,
 ) -> LoadedModel:
     """Loads the checkpoint that a folder means; arguments as of `InferenceModel.load`."""
+    check_not_published(Path(checkpoint))
     folder = latest_checkpoint(checkpoint)
     with CheckpointReader(folder) as reader:
         manifest = CheckpointManifest.of(reader.manifest, folder)
@@ -56,7 +58,19 @@ def load_checkpoint(
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
         config = model_config(manifest.model or {})
         decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
-    return LoadedModel(decoder, config, text, vision, manifest.image_format, manifest.values.get("dida"))
+    return LoadedModel(decoder, config, text, vision, manifest.image_format, folder, manifest.values.get("dida"))
+
+
+def check_not_published(folder: Path) -> None:
+    """Refuses a folder in a published layout, which `convert from_hf` turns into a checkpoint."""
+    ours = (folder / MANIFEST_NAME).exists()
+    if not ours and (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+        raise UserError(
+            "this is a published checkpoint, not one of ours",
+            where=str(folder),
+            expected="a stage folder or a checkpoint folder",
+            fix=f"nextstate convert from_hf source={folder} target=FOLDER, and then checkpoint=FOLDER",
+        )
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:

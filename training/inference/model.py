@@ -24,7 +24,7 @@ from model.generation.settings import SamplingConfig
 from model.generation.strategies import DecodingMetrics, make_strategy
 from model.vocabulary import Vocabulary
 from training.inference.loading import VisionTokenizer, load_checkpoint
-from training.inference.prompts import FORMATS, INTERLEAVED_TASK, InferenceOptions, Output, Prompt
+from training.inference.prompts import FORMATS, INTERLEAVED_TASK, INTERLEAVED_TASKS, InferenceOptions, Output, Prompt
 
 ENCODER_BATCH_SIZE = 64  # pictures
 
@@ -43,12 +43,14 @@ class InferenceModel:
         image_format: str = "emu35",
         options: InferenceOptions | None = None,
         device: str = "cpu",
+        checkpoint: str = "",
         dida: dict[str, Any] | None = None,
     ) -> None:
         """`dida`: what the checkpoint's manifest says of parallel image decoding; None: it was not trained for it."""
         self.decoder, self.vocabulary = decoder, vocabulary
         self.text_tokenizer, self.vision_tokenizer = text_tokenizer, vision_tokenizer
         self.max_sequence_length, self.device = max_sequence_length, device
+        self.checkpoint = checkpoint  # the folder that it comes from
         self.options = options or InferenceOptions()
         self.dida = dida
         self.decoding, self.decoding_metrics = DecodingConfig(), DecodingMetrics()
@@ -81,6 +83,7 @@ class InferenceModel:
             image_format=loaded.image_format,
             options=options,
             device=str(loaded.decoder.device),
+            checkpoint=str(loaded.folder),
             dida=loaded.dida,
         )
 
@@ -102,29 +105,59 @@ class InferenceModel:
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:
         """One answer for each prompt. Prompt i draws with index `first_index + i`, whatever its batch."""
-        assert self.decoder is not None, "only the tokenizers were loaded"
-        with_codes = self._encode_prompts(prompts)
+        questions = self.questions(prompts)
         groups: dict[GrammarOptions, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            groups[self._grammar_options(prompt)].append(index)
+        for index, question in enumerate(questions):
+            groups[question.grammar].append(index)
         answers: dict[int, Generation] = {}
-        for grammar_options, indices in groups.items():
-            grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device)
-            strategy = make_strategy(
-                self.decoding, self.decoder, grammar, self.path, self.decoding_metrics, self.options.max_batch_size
-            )
-            conditional = [self._prompt_tokens(with_codes[index]) for index in indices]
-            unconditional = [self._unconditional_tokens(with_codes[index]) for index in indices]
-            found = strategy.sample(
-                conditional,
-                self._fit(sampling, conditional),
-                seed,
-                self._grids([with_codes[index] for index in indices]),
-                unconditional,
-                [first_index + index for index in indices],
-            )
+        for indices in groups.values():
+            group = [questions[index] for index in indices]
+            found = self.sample(group, sampling, seed, [first_index + index for index in indices])
             answers.update(zip(indices, found, strict=True))
         return self._outputs([answers[index] for index in range(len(prompts))])
+
+    def questions(self, prompts: Sequence[Prompt]) -> list[Question]:
+        """Prompts as tokens, with what may answer them."""
+        return [
+            Question(
+                self._prompt_tokens(item),
+                self._unconditional_tokens(item),
+                self._grid(item),
+                self._grammar_options(item.prompt),
+            )
+            for item in self._encode_prompts(prompts)
+        ]
+
+    def sample(
+        self,
+        questions: Sequence[Question],
+        sampling: SamplingConfig,
+        seed: int,
+        draws: Sequence[int],
+        decoder: Decoder | None = None,
+    ) -> list[Generation]:
+        """Answers to questions that share a grammar; `draws` identify them to the random numbers.
+
+        `decoder` stands in place of the model's own, for a caller that wants to see each step.
+        """
+        assert self.decoder is not None, "only the tokenizers were loaded"
+        grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, questions[0].grammar, self.device)
+        used = decoder or self.decoder
+        metrics, limit = self.decoding_metrics, self.options.max_batch_size
+        strategy = make_strategy(self.decoding, used, grammar, self.path, metrics, limit)
+        prompts = [question.prompt for question in questions]
+        return strategy.sample(
+            prompts,
+            self._fit(sampling, prompts),
+            seed,
+            [question.grid for question in questions],
+            [question.unconditional for question in questions],
+            draws,
+        )
+
+    def picture(self, codes: np.ndarray) -> np.ndarray:
+        """uint8 [h * factor, w * factor, 3] of codes [h, w]."""
+        return self._decode_images([codes])[0]
 
     def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]:
         """Pictures through the vision tokenizer and back, at `image_size`."""
@@ -149,12 +182,12 @@ class InferenceModel:
         return encoded
 
     def _encode_images(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> list[Picture]:
-        """Codes of pictures, resized to the area of `size` (zeros: as they are, up to whole tokens)."""
+        """Codes of pictures, resized to the area of `size` (zeros: as they are, up to whole tokens); codes stay."""
         config = ImageConfig(max_area=size[0] * size[1], min_area=size[0] * size[1]) if size[0] else ImageConfig()
         factor = self.vision_tokenizer.factor
-        resized = [smart_resize(image, config, factor) for image in images]
-        codes = _by_shape(resized, self.vision_tokenizer.encode)
-        return [Picture(np.asarray(grid)) for grid in codes]
+        resized = [smart_resize(image, config, factor) for image in images if image.ndim == 3]
+        codes = iter(_by_shape(resized, self.vision_tokenizer.encode))
+        return [Picture(np.asarray(next(codes) if image.ndim == 3 else image)) for image in images]
 
     def _decode_images(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
         return _by_shape(codes, self.vision_tokenizer.decode)
@@ -164,7 +197,10 @@ class InferenceModel:
             emu3_format=self.builder.image_format == "emu3",
             repeat_grid=self.options.grids == "released",
             max_side=self.options.max_grid_side,
+            max_image_tokens=self.options.image_tokens[1],
         )
+        if prompt.format in INTERLEAVED_TASKS:
+            return replace(base, max_images=self.options.max_images)
         if prompt.format != "interleaved":
             return replace(base, max_images=1, stop_after_images=1, begin_with_image=self.options.image_first)
         ends_with_text = bool(prompt.parts) and isinstance(prompt.parts[-1], str)
@@ -195,9 +231,10 @@ class InferenceModel:
         height, width = item.prompt.image_size
         if self.options.grids == "released" and item.pictures:
             is_edit = item.prompt.format == "x2i" and len(item.pictures) == 1
-            is_continued = item.prompt.format == "interleaved" and not height
+            is_continued = item.prompt.format in ("interleaved", INTERLEAVED_TASK) and not height
             if is_edit or is_continued:
                 rows, columns = item.pictures[-1].codes.shape
+                self._check_trained(rows, columns)
                 return rows, columns
         factor = self.vision_tokenizer.factor
         if height % factor or width % factor:
@@ -207,22 +244,29 @@ class InferenceModel:
                 got=f"{height} x {width}",
                 fix=f"image_size={max(1, round(height / factor)) * factor}",
             )
-        return (height // factor, width // factor) if height and width else None
+        if not (height and width):
+            return None
+        self._check_trained(height // factor, width // factor)
+        return height // factor, width // factor
 
-    def _grids(self, items: Sequence[_EncodedPrompt]) -> list[Grid | None]:
-        """Of each prompt's pictures to make. Raises `UserError` for one outside those that DiDA was trained on."""
-        grids = [self._grid(item) for item in items]
+    def _check_trained(self, rows: int, columns: int) -> None:
         if self.decoding.strategy in ("dida", "verified") and self.dida is not None:
-            for grid in filter(None, grids):
-                limits = (self.dida["heights"], self.dida["widths"])
-                if not all(low <= side <= high for side, (low, high) in zip(grid, limits, strict=True)):
-                    raise UserError(
-                        "the checkpoint was not trained to decode images of this size in parallel",
-                        expected="{} to {} x {} to {} visual tokens".format(*limits[0], *limits[1]),
-                        got="{} x {}".format(*grid),
-                        fix="decoding.strategy=ar, or another image size",
-                    )
-        return grids
+            limits = (self.dida["heights"], self.dida["widths"])
+            if not all(low <= side <= high for side, (low, high) in zip((rows, columns), limits, strict=True)):
+                raise UserError(
+                    "the checkpoint was not trained to decode images of this size in parallel",
+                    expected="{} to {} x {} to {} visual tokens".format(*limits[0], *limits[1]),
+                    got=f"{rows} x {columns}",
+                    fix="decoding.strategy=ar, or another image size",
+                )
+        smallest, largest = self.options.image_tokens
+        if not smallest <= rows * columns <= largest or max(rows, columns) > self.options.max_grid_side:
+            raise UserError(
+                "the image size is outside of what the model is asked for",
+                expected=f"{smallest} to {largest} tokens, at most {self.options.max_grid_side} a side",
+                got=f"{rows} x {columns} tokens of {self.vision_tokenizer.factor} pixels",
+                fix="another image_size, or answers.image_tokens and answers.max_grid_side if it was trained on it",
+            )
 
     def _fit(self, sampling: SamplingConfig, prompts: Sequence[list[int]]) -> SamplingConfig:
         """At most as many new tokens as the model's length leaves behind the longest prompt."""
@@ -252,6 +296,16 @@ class InferenceModel:
         images = [part for part in shown if not isinstance(part, str)]
         codes = [part for part in parts if part.ndim == 2]
         return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished, codes)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as tokens: what it is answered from."""
+
+    prompt: list[int]
+    unconditional: list[int]  # without what guidance leaves out
+    grid: Grid | None  # of the pictures to make; None: the model chooses
+    grammar: GrammarOptions
 
 
 @dataclass

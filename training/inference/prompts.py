@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data_pipeline.documents.prompts import TASKS
 from model.errors import Problems
 
-FORMATS = ("t2i", "x2i", "interleaved")
+FORMATS = (*TASKS, "interleaved")
+INTERLEAVED_TASKS = tuple(task for task in TASKS if task not in ("t2i", "x2i"))  # answered with text and pictures
 INTERLEAVED_TASK = "explore"  # of the chat template, when interleaved prompts are asked as chat
 
 
@@ -17,10 +19,10 @@ class Prompt:
     """One question.
 
     Pictures are uint8 [H, W, 3] of any size; they are resized to the area of `image_size`, which is the height and
-    width in pixels of the pictures to make (zeros: the model chooses).
+    width in pixels of the pictures to make (zeros: the model chooses). Codes, integers [h, w], are taken as they are.
     """
 
-    format: str  # t2i | x2i | interleaved
+    format: str  # t2i | x2i | interleaved | howto | story | explore | vla
     text: str = ""  # caption or instruction
     images: list[np.ndarray] = field(default_factory=list)  # sources
     # What came so far, in order; read for interleaved prompts, which have neither text nor images apart from it.
@@ -47,12 +49,14 @@ class InferenceOptions:
 
     interleaved_as: str = "document"  # document: continue it; chat: ask in the chat template
     context_frames: int = 1  # of interleaved prompts as chat: what follows them belongs to the answer
-    max_images: int = 1  # in the answer to an interleaved prompt; other answers hold one
+    max_images: int = 1  # in the answer to an interleaved prompt or task; t2i and x2i are answered with one
     image_first: bool = True  # answers start with a picture, except after an interleaved one
     # An edit of one picture has that picture's grid, later pictures that of the one before. An image size that a prompt
     # gives stands above the model's choice.
     grids: str = "released"  # released: as above; free: the model chooses every time
     max_grid_side: int = 999  # in tokens, of a grid that the model chooses; 99: two digits a side
+    # Fewest and most tokens of a grid that is asked for, and the most of one that the model chooses.
+    image_tokens: list[int] = field(default_factory=lambda: [1, 16_384])
     max_batch_size: int = 256  # sequences decoded at once
 
     def validate(self, problems: Problems, key: str) -> None:
@@ -68,6 +72,12 @@ class InferenceOptions:
             self.grids in ("released", "free"), f"{key}.grids", f"unknown value {self.grids!r}", f"{key}.grids=released"
         )
         problems.check(1 <= self.max_grid_side <= 999, f"{key}.max_grid_side", "must be in [1, 999]")
+        problems.check(
+            len(self.image_tokens) == 2 and 1 <= self.image_tokens[0] <= self.image_tokens[1],
+            f"{key}.image_tokens",
+            f"not two rising numbers: {list(self.image_tokens)}",
+            f"{key}.image_tokens=[1,4096]",
+        )
         problems.check(self.max_batch_size > 0, f"{key}.max_batch_size", "must be positive")
 
 

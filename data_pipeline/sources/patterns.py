@@ -35,11 +35,11 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
 def _expanded(pattern: str, key: str) -> list[str]:
     if Path(pattern).exists() or "{" not in pattern:
         return [pattern]
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         return list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(
             "the braces of an input pattern cannot be read",
             where=f"{key}={pattern}",

@@ -13,7 +13,7 @@ from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_j
 from data_pipeline.sources.patterns import find_shards
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
-from data_pipeline.storage.format import published_prefixes, read_manifest
+from data_pipeline.storage.format import published_prefixes, read_manifest, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
@@ -28,7 +28,14 @@ HELP = """Turn raw webdataset shards into token files.
 One shard becomes one token file. A shard that is done already, with the same configuration and
 tokenizers, is skipped. Samples that cannot be used are counted by reason and listed beside the
 token file in NNNNNN.quarantine.jsonl.
+
+  nextstate tokenize status input='runs/demo/corpora/scenes/*.tar' target=runs/demo/tokens/48/scenes
+
+says how much is done, at what rate, and how long the rest takes.
 """
+
+POSITIONAL = "action"
+ACTIONS = ("run", "status")
 
 _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 
@@ -37,6 +44,7 @@ _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 class Config(TokenizeConfig):
     """`source` defaults to the target folder's name."""
 
+    action: str = "run"  # run | status: what is done of this input; needs no tokenizer
     input: Any = None  # a pattern of .tar files (folder/*.tar, "x-{000..127}.tar"), or a list of them
     target: str = ""  # folder of token files
     text_tokenizer: str = ""  # folder or file
@@ -52,7 +60,10 @@ class Config(TokenizeConfig):
 
     def validate(self) -> None:
         problems = Problems()
-        for name in ("target", "text_tokenizer"):
+        problems.check(
+            self.action in ACTIONS, "action", f"unknown action {self.action!r}", f"one of {', '.join(ACTIONS)}"
+        )
+        for name in ("target", "text_tokenizer") if self.action == "run" else ("target",):
             problems.check(bool(getattr(self, name)), name, "is required", f"{name}=<path>")
         problems.check(bool(self.input), "input", "is required", "input='<folder>/*.tar'")
         problems.check(self.workers > 0, "workers", "must be positive", "workers=1")
@@ -90,6 +101,8 @@ def run(config: Config) -> dict[str, Any]:
     """Tokenize what is not tokenized yet; the answer counts all of the target."""
     config.validate()
     target = Path(config.target)
+    if config.action == "status":
+        return status(target, plan_jobs(config.input, target))
     config = replace(config, source=config.source or target.name)
     jobs = plan_jobs(config.input, target)
     shards = [str(job.shard) for job in jobs]
@@ -209,6 +222,41 @@ def check_sizes(vocabulary: Vocabulary, sizes: dict[str, int]) -> None:
                 got=f"{size:,}",
                 fix="vocabulary.preset=compact, or the tokenizers of this preset",
             )
+
+
+_RECENT = 200  # finished shards whose times tell the rate
+
+
+def status(target: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
+    """From the manifests alone: shards done, changed since (they will be done again) and left, what the done ones hold.
+
+    The rate is that of the last shards that were finished, all workers together; None before there are two.
+    """
+    finished: list[tuple[float, ShardJob]] = []
+    num_changed = 0
+    for job in jobs:
+        path = suffixed(job.prefix, ".json")
+        if path.is_file():
+            recorded = (read_manifest(job.prefix, "tokens").get("inputs") or [{}])[0]
+            if (recorded.get("name"), recorded.get("bytes")) == (job.shard.name, job.shard.stat().st_size):
+                finished.append((path.stat().st_mtime, job))
+            else:
+                num_changed += 1
+    finished.sort(key=lambda one: one[0])
+    recent = [when for when, _ in finished[-_RECENT:]]
+    seconds = recent[-1] - recent[0] if recent else 0.0
+    rate = (len(recent) - 1) / seconds if seconds > 0 else None
+    num_left = len(jobs) - len(finished)
+    answer = summarize(target, [job for _, job in finished], 0)
+    del answer["skipped_shards"]
+    return answer | {
+        "num_shards": len(jobs),
+        "done_shards": len(finished),
+        "changed_shards": num_changed,
+        "left_shards": num_left,
+        "shards_per_hour": round(rate * 3600, 3) if rate else None,
+        "remaining_hours": round(num_left / rate / 3600, 3) if rate else None,
+    }
 
 
 def summarize(target: Path, jobs: Sequence[ShardJob], num_skipped: int) -> dict[str, Any]:

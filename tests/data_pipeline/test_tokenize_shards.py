@@ -391,6 +391,31 @@ def test_the_command_ends_with_2_when_many_samples_cannot_be_used(tmp_path: Path
             command.run(dataclasses.replace(config, vocabulary=VocabularyConfig(**sizes)))  # type: ignore[arg-type]
 
 
+def test_status_says_what_is_done_and_left(tmp_path: Path, text_folder: Path) -> None:
+    write_text_shards(tmp_path / "raw", 3)
+    config = text_config(tmp_path, text_folder)
+    asked = dataclasses.replace(config, action="status", text_tokenizer="")
+    answer = command.run(asked)
+    assert (answer["num_shards"], answer["done_shards"], answer["left_shards"]) == (3, 0, 3)
+    assert answer["shards_per_hour"] is answer["remaining_hours"] is None
+    done = command.run(config)
+    for number in range(3):
+        os.utime(tmp_path / f"tokens/prose/{number:06d}.json", (1000 + 90 * number, 1000 + 90 * number))
+    write_text_shards(tmp_path / "raw", 5)
+    write_shard(tmp_path / "raw/000001.tar", [{"__key__": "new", "txt": "hello world " * 2000}])
+    answer = command.run(asked)
+    assert (answer["num_shards"], answer["done_shards"], answer["changed_shards"], answer["left_shards"]) == (
+        5,
+        2,
+        1,
+        3,
+    )
+    assert (answer["shards_per_hour"], answer["remaining_hours"]) == (20.0, 0.15)
+    assert answer["num_documents"] == 8 < done["num_documents"]
+    with pytest.raises(UserError, match="unknown action"):
+        command.run(dataclasses.replace(config, action="stauts"))
+
+
 def test_the_command_in_two_processes_gives_the_same_bytes(tmp_path: Path, text_folder: Path) -> None:
     write_text_shards(tmp_path / "raw", 3)
     config = text_config(tmp_path, text_folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.charts import line_chart, share_bars
+from launch.report.reinforcement import reinforcement_section
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 METRIC_TITLES = {
@@ -27,6 +28,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         headline(report),
         section("Stages", stage_table(report["stages"])),
         section("Loss by class of token", curves(report["stages"])),
+        section("Reinforcement learning", reinforcement_section(report["rl"], report["rl_curves"])),
         section("Mixture as consumed", mixtures(report["stages"])),
         section("Data read", data_read_table(report["stages"])),
         samples(report["samples"], run_folder),

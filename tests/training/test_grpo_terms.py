@@ -138,15 +138,15 @@ NAN = float("nan")
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_advantages_of_a_group(scale: str) -> None:
     rewards = np.array([[1.0], [2.0], [6.0], [NAN]])
-    found = advantages_of(rewards, np.array([2.0]), 4, AdvantageOptions(scale=scale, clip=0))
-    spread = np.std([2, 4, 12], ddof=1) if scale == "std" else 1.0
-    np.testing.assert_allclose(found, np.array([-4, -2, 6, 0]) / spread, rtol=1e-5)
+    found = advantages_of(rewards, np.full((4, 1), 2.0), 4, AdvantageOptions(scale=scale, clip=0))
+    spread = np.std([1, 2, 6], ddof=1) if scale == "std" else 1.0
+    np.testing.assert_allclose(found, np.array([-2, -1, 3, 0]) / spread, rtol=1e-5)
 
 
 def test_rewards_of_different_scales_are_compared_apart() -> None:
     """A sum drowns the small reward; compared apart, both count by their weights."""
     rewards = np.array([[100.0, 0.2], [200.0, 0.1], [100.0, 0.1], [200.0, 0.2]])
-    weights = np.array([1.0, 1.0])
+    weights = np.ones((4, 2))
     summed = advantages_of(rewards, weights, 4, AdvantageOptions())
     assert abs(summed[1] - summed[3]) < 0.01
     apart = advantages_of(rewards, weights, 4, AdvantageOptions(rewards="separate"))
@@ -173,7 +173,7 @@ def test_a_reward_without_weight_is_watched_only() -> None:
     rewards, weights = np.array([[NAN, 1.0], [7.0, 2.0], [9.0, 2.0]]), np.array([0.0, 1.0])
     assert teaches(rewards, weights, AdvantageOptions())
     for how in ("sum", "separate"):
-        found = advantages_of(rewards, weights, 3, AdvantageOptions(rewards=how))
+        found = advantages_of(rewards, np.tile(weights, (3, 1)), 3, AdvantageOptions(rewards=how))
         assert found[0] < 0 < found[1] == found[2]
 
 
@@ -186,6 +186,6 @@ def test_opposite_rewards_are_compared_apart_only() -> None:
 def test_nearly_tied_groups_do_not_explode() -> None:
     rewards = np.zeros((64, 1))
     rewards[0] = 1e-3
-    found = advantages_of(rewards, np.array([1.0]), 64, AdvantageOptions(clip=5.0))
+    found = advantages_of(rewards, np.ones((64, 1)), 64, AdvantageOptions(clip=5.0))
     assert found.max() == 5.0
-    assert advantages_of(rewards, np.array([1.0]), 64, AdvantageOptions(clip=0)).max() > 7.0
+    assert advantages_of(rewards, np.ones((64, 1)), 64, AdvantageOptions(clip=0)).max() > 7.0

@@ -80,15 +80,19 @@ class InferenceModel:
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:
         """One answer for each prompt. Prompt i draws with index `first_index + i`, whatever its batch."""
+        asked = self.ask(prompts, sampling, seed, range(first_index, first_index + len(prompts)))
+        return self.outputs([one.generation for one in asked])
+
+    def ask(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, draws: Sequence[int]) -> list[Asked]:
+        """The answers as tokens, with the prompts that they follow; `draws` identify them to the random numbers."""
         assert self.decoder is not None, "only the tokenizers were loaded"
         with_codes = self._encode_prompts(prompts)
         groups: dict[GrammarOptions, list[int]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
             groups[self._grammar_options(prompt)].append(index)
-        answers: dict[int, Generation] = {}
+        answers: dict[int, Asked] = {}
         for grammar_options, indices in groups.items():
-            grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, grammar_options, self.device)
-            generator = ARGenerator(self.decoder, grammar, self.options.max_batch_size)
+            generator = ARGenerator(self.decoder, self.grammar(grammar_options), self.options.max_batch_size)
             conditional = [self._prompt_tokens(with_codes[index]) for index in indices]
             unconditional = [self._unconditional_tokens(with_codes[index]) for index in indices]
             found = generator.sample(
@@ -97,10 +101,13 @@ class InferenceModel:
                 seed,
                 [self._grid(with_codes[index]) for index in indices],
                 unconditional,
-                [first_index + index for index in indices],
+                [draws[index] for index in indices],
             )
-            answers.update(zip(indices, found, strict=True))
-        return self._outputs([answers[index] for index in range(len(prompts))])
+            answers.update(zip(indices, map(Asked, conditional, unconditional, found), strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    def grammar(self, options: GrammarOptions | None = None) -> ImageGrammar:
+        return ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, options, self.device)
 
     def reconstruct(self, images: Sequence[np.ndarray], image_size: tuple[int, int]) -> list[np.ndarray]:
         """Pictures through the vision tokenizer and back, at `image_size`."""
@@ -198,7 +205,8 @@ class InferenceModel:
             )
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
-    def _outputs(self, generations: list[Generation]) -> list[Output]:
+    def outputs(self, generations: Sequence[Generation]) -> list[Output]:
+        """Text and pictures of answers; a picture that is cut short is left out."""
         split = [split_parts(generation.ids, self.vocabulary, self.text_tokenizer) for generation in generations]
         grids = [part for parts in split for part in parts if part.ndim == 2]
         pictures = iter(self._decode_images(grids))
@@ -212,6 +220,15 @@ class InferenceModel:
         text = "".join(part for part in shown if isinstance(part, str))
         images = [part for part in shown if not isinstance(part, str)]
         return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer as tokens. The conditions are the ids before it, with and without what guidance leaves out."""
+
+    prompt: Sequence[int]
+    unconditional: Sequence[int]
+    generation: Generation
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,8 +64,13 @@ class MegatronShards:
 
     def load_model(self, reader: ShardReader) -> None:
         """Weights from a checkpoint of any layout; the optimizer's master weights follow them."""
+        self.read_weights(reader, dict(self.model.named_parameters()))
+        self.optimizer.reload_model_params()
+
+    def read_weights(self, reader: ShardReader, into: Mapping[str, torch.Tensor]) -> None:
+        """A checkpoint's weights into tensors of the shapes that this rank has, by local parameter name."""
         known = set(reader.keys())
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in into.items():
             logical = self.logical[name]
             key = f"model/{logical.name}"
             if key not in known or tuple(reader.global_shape(key)) != logical.global_shape:
@@ -77,7 +83,6 @@ class MegatronShards:
                     fix="train with the model configuration that the checkpoint was written with",
                 )
             read_into(reader, key, logical, parameter.detach().view(-1), 0)
-        self.optimizer.reload_model_params()
 
     def load_optimizer(self, reader: ShardReader) -> None:
         """Optimizer state from a checkpoint of any layout. Master weights that it lacks stay those of the model."""

@@ -20,7 +20,7 @@ class AdvantageOptions:
     """How rewards become advantages."""
 
     scale: str = "std"  # std: by the group's standard deviation (GRPO, arXiv 2402.03300) | none (Dr.GRPO, 2503.20783)
-    # sum: weigh and add the rewards, then compare | separate: compare each reward within the group, then weigh and
+    # sum: the weighted mean of the rewards, then compare | separate: compare each reward within the group, then weigh and
     # add (GDPO, arXiv 2601.05242): a reward of a large scale, or one that all answers earn, does not drown the others
     rewards: str = "sum"
     clip: float = 5.0  # largest absolute advantage; 0: no limit. Nearly tied groups would give huge ones
@@ -40,8 +40,8 @@ class AdvantageOptions:
 
 
 def is_scored(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """bool [samples]: no reward with a weight is missing."""
-    found: np.ndarray = ~np.isnan(rewards[:, weights != 0]).any(axis=1)
+    """bool [samples]: no reward with a weight is missing. `weights` [rewards], or [samples, rewards]."""
+    found: np.ndarray = ~(np.isnan(rewards) & (weights != 0)).any(axis=1)
     return found
 
 
@@ -50,14 +50,14 @@ def teaches(rewards: np.ndarray, weights: np.ndarray, options: AdvantageOptions)
     scored = rewards[is_scored(rewards, weights)]
     if len(scored) < options.min_scored:
         return False
-    compared = scored[:, weights != 0] if options.rewards == "separate" else _sums(scored, weights)[:, None]
+    compared = scored[:, weights != 0] if options.rewards == "separate" else _means(scored, weights)[:, None]
     return bool((np.ptp(compared, axis=0) > EPSILON).any())
 
 
 def advantages_of(rewards: np.ndarray, weights: np.ndarray, group_size: int, options: AdvantageOptions) -> np.ndarray:
     """float64 [samples]: of whole groups of a global batch, one behind the other; 0 where a reward is missing.
 
-    `rewards` [samples, rewards], `weights` [rewards]. With `rewards=separate` the sums are divided by their standard
+    `rewards` and `weights` [samples, rewards]; the answers of a group share their weights. With `rewards=separate` the sums are divided by their standard
     deviation over the batch, as GDPO does, so that their size does not grow with the number of rewards.
     """
     scored = is_scored(rewards, weights)
@@ -65,7 +65,7 @@ def advantages_of(rewards: np.ndarray, weights: np.ndarray, group_size: int, opt
     for start in range(0, len(rewards), group_size):
         group = np.arange(start, start + group_size)[scored[start : start + group_size]]
         if len(group):
-            found[group] = _compared(rewards[group], weights, options)
+            found[group] = _compared(rewards[group], weights[group[0]], options)
     if options.rewards == "separate" and scored.any():
         found /= found[scored].std() + EPSILON
     return found if options.clip == 0 else found.clip(-options.clip, options.clip)
@@ -74,15 +74,15 @@ def advantages_of(rewards: np.ndarray, weights: np.ndarray, group_size: int, opt
 def _compared(rewards: np.ndarray, weights: np.ndarray, options: AdvantageOptions) -> np.ndarray:
     """[G] of a group whose rewards are all known."""
     if options.rewards == "sum":
-        return _above_the_mean(_sums(rewards, weights), options)
+        return _above_the_mean(_means(rewards, weights), options)
     columns = [weight * _above_the_mean(rewards[:, k], options) for k, weight in enumerate(weights) if weight != 0]
     return np.sum(columns, axis=0)
 
 
-def _sums(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[G]: weighted sums; a reward of weight 0 may be missing."""
-    sums: np.ndarray = np.where(weights != 0, rewards, 0.0) @ weights
-    return sums
+def _means(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[G]: weighted means; a reward of weight 0 may be missing."""
+    means: np.ndarray = np.where(weights != 0, rewards, 0.0) @ weights / weights.sum()
+    return means
 
 
 def _above_the_mean(values: np.ndarray, options: AdvantageOptions) -> np.ndarray:

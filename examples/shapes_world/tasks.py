@@ -25,8 +25,11 @@ from examples.shapes_world.motion import (
     random_held_out_clip,
     rest_scene,
 )
+from examples.shapes_world.scenes import scenes_wanted
 from examples.shapes_world.world import caption, draw_array, random_held_out_scene, random_scene
 from training.inference.evaluation import EvaluationPrompt
+from training.rewards.base import Answer
+from training.rewards.rules import SceneMatch
 
 MAX_ATTEMPTS_ALONE = 200  # draws of an unseen one-shape prompt before two shapes are taken instead
 
@@ -62,7 +65,7 @@ class ShapesTask:
         """Prompt `number` of the list, with one or two shapes."""
         raise NotImplementedError
 
-    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool:
+    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float:
         """Does the first picture (uint8 [H, W, 3]) show exactly the scene asked for? No picture is a failure."""
         return bool(images) and shows(images[0], prompt.target)
 
@@ -147,3 +150,25 @@ class ReconstructionAccuracy(ShapesTask):
         return EvaluationPrompt(
             format="reconstruction", images=[self.shrink(draw_array(scene))], target=scene, image_size=self.image_size
         )
+
+
+@dataclass
+class CrowdedT2I(T2IAccuracy):
+    """Captions that ask for more shapes than any training picture has."""
+
+    name: str = field(default="t2i_crowded", init=False)
+    num_shapes: int = 3
+
+    def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
+        return super().make_prompt(rng, self.num_shapes, number)
+
+
+@dataclass
+class CrowdedReward(CrowdedT2I):
+    """The same prompts, each answer with the reward of reinforcement learning: 0 to 1."""
+
+    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> float:
+        answer = Answer(prompt.format, prompt.text, images=list(images), fields=scenes_wanted([prompt.target]))
+        (score,) = SceneMatch("examples.shapes_world.scenes.ShapesReader").score([answer])
+        assert score is not None, "the prompt says which scene it wants"
+        return score

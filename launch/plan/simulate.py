@@ -119,8 +119,11 @@ class UnreportedObjective:
             weights=batch.loss_weights.reshape(-1),
         )
 
+    def label_log_probs(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
+        return scores.log_probs(inputs.labels)
+
     def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
-        losses = -scores.log_probs(inputs.labels)
+        losses = -self.label_log_probs(scores, inputs)
         return LossSums(torch.dot(losses, inputs.weights), torch.zeros(0, dtype=torch.float64))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from launch.report.reinforcement import collect_reinforcement
 from launch.report.run_folder import Damages, RunFolder, StageFolder, is_number, read_object
 from training.contracts.summary import StageSummary
 from training.metrics import HELD_OUT
@@ -49,6 +50,8 @@ def collect(run_folder: Path) -> dict[str, Any]:
     """
     run = RunFolder(run_folder)
     curriculum, evaluations, tokenizer = run.curriculum(), run.evaluations(), run.tokenizer()
+    stages = run.stages()
+    rl, rl_curves = collect_reinforcement(stages, evaluations, curve)
     report = {
         "name": curriculum.get("name", run_folder.name),
         "wall_seconds": curriculum.get("wall_seconds"),
@@ -56,10 +59,12 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "tokenizer": {key: tokenizer.values.get(key) if tokenizer else None for key in ("psnr_db", "codebook_use")},
         "packing": collect_packing(run_folder / "packed", run.damages),
         "tokens": collect_tokens(run_folder / "tokens", run.damages),
-        "stages": [collect_stage(folder, summary) for folder, summary in run.stages()],
+        "stages": [collect_stage(folder, summary) for folder, summary in stages],
         "metrics": collect_metrics(evaluations),
         "dida": collect_dida(evaluations, members(curriculum, "entries")),
         "rollout": collect_rollout(evaluations),
+        "rl": rl,
+        "rl_curves": rl_curves,
         "samples": collect_samples(evaluations),
         "entries": [
             {"name": name, **{key: entry.get(key) for key in ("state", "wall_seconds", "peak_memory_bytes")}}

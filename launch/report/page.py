@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.charts import Series, line_chart, share_bars
+from launch.report.reinforcement import reinforcement_section
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 METRIC_TITLES = {
@@ -30,6 +31,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Loss by class of token", curves(report["stages"])),
         section("Held-out loss", charts_of(held_out(report["stages"]), "loss")),
         section("Rate, gradient norm, speed", charts_of(figures(report["stages"]), "")),
+        section("Reinforcement learning", reinforcement_section(report["rl"], report["rl_curves"])),
         section("Mixture as consumed", mixtures(report["stages"])),
         section("Data read", data_read_table(report["stages"])),
         section("Images in parallel", dida_tables(report["dida"])),

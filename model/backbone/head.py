@@ -13,6 +13,7 @@ g (1[j is the given id] - p_j) - e p_j (log p_j + H).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,23 @@ class TokenScores:
         found: tuple[torch.Tensor, torch.Tensor] = _WeightedLosses.apply(  # type: ignore[no-untyped-call]
             self._hidden, self._weight, ids, weights, self._columns
         )
+        return found
+
+    def adjusted(
+        self, temperatures: torch.Tensor, partners: torch.Tensor | None = None, guidance_scale: float = 1.0
+    ) -> TokenScores:
+        """Scores of the distribution that a sampler draws from, with temperature and classifier-free guidance.
+
+        `temperatures` float32 [T]. `partners` int64 [T]: for a guided token the place of the hidden state without the
+        condition, -1 for the others. Exact: the output layer is linear, so the guided logits u + scale (c - u) are
+        those of the same mixture of hidden states, whose gradient reaches both.
+        """
+        hidden = self._hidden.float()
+        if partners is not None:
+            guided = guidance_scale * hidden + (1 - guidance_scale) * hidden[partners.clamp(min=0)]
+            hidden = torch.where((partners >= 0)[:, None], guided, hidden)
+        found = copy.copy(self)
+        found._hidden = (hidden / temperatures[:, None]).to(self._hidden.dtype)
         return found
 
     def _compute(

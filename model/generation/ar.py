@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +39,8 @@ class Generation:
     log_probs: np.ndarray  # float32 [n]; of the sampling distribution (see `Choice`), 0 for forced tokens
     sampled: np.ndarray  # bool [n]; False where the grammar left no choice
     finished: bool  # False: max_new_tokens came first
+    # int64 [n]: what might have stood at each place, see `ImageGrammar.masks_of`; a trainer scores over the same ids
+    mask_numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class ARGenerator:
@@ -106,7 +108,7 @@ class ARGenerator:
         for position in range(sampling.max_new_tokens):
             guide_logits = logits[rows:] if unconditional else None
             choice = next_tokens(logits[:rows], state, self.grammar, sampling, numbers[:, position], guide_logits)
-            record.add(choice, state.done)
+            record.add(choice, self.grammar.mask_numbers(state), state.done)
             before, state = state, self.grammar.advance(state, choice.ids)
             if bool(state.done.all()) or position + 1 == sampling.max_new_tokens:
                 break
@@ -130,12 +132,12 @@ class _Record:
     def __init__(self) -> None:
         self.steps: list[tuple[torch.Tensor, ...]] = []
 
-    def add(self, choice: Choice, was_done: torch.Tensor) -> None:
-        self.steps.append((choice.ids, choice.log_probs, choice.sampled, ~was_done))
+    def add(self, choice: Choice, mask_numbers: torch.Tensor, was_done: torch.Tensor) -> None:
+        self.steps.append((choice.ids, choice.log_probs, choice.sampled, mask_numbers, ~was_done))
 
     def split(self, done: torch.Tensor) -> list[Generation]:
         columns = [torch.stack(column, dim=1).cpu().numpy() for column in zip(*self.steps, strict=True)]
         return [
-            Generation(ids[real], log_probs[real], sampled[real], finished)
-            for ids, log_probs, sampled, real, finished in zip(*columns, done.tolist(), strict=True)
+            Generation(ids[real], log_probs[real], sampled[real], finished, mask_numbers[real])
+            for ids, log_probs, sampled, mask_numbers, real, finished in zip(*columns, done.tolist(), strict=True)
         ]

@@ -18,6 +18,7 @@ from model.vocabulary import Vocabulary
 
 MAX_DIGITS = 3  # of one side of a grid
 STAR, END_OF_HEADER = 10, 11  # columns of the header table after the ten digits
+HEADER_SIZE = 12  # columns of that table
 
 
 class Phase(IntEnum):
@@ -129,25 +130,42 @@ class ImageGrammar:
 
     def below_visual_mask(self, state: GrammarState) -> torch.Tensor:
         """bool [B, visual_start]: the allowed text and structure ids (rows in the CODES phase are all False)."""
-        mask = torch.zeros((len(state.phase), self.vocabulary.visual_start), dtype=torch.bool, device=self.device)
-        text = state.phase == Phase.TEXT
-        mask[text] = self._text_mask
-        mask[:, self.vocabulary.boi] = text & self._may_start_image(state)
-        in_header = self._in_header(state)
-        header_rows = torch.zeros((int(in_header.sum()), mask.shape[1]), dtype=torch.bool, device=self.device)
-        header_rows[:, self._header_ids] = self._header_allowed(state)[in_header]
-        mask[in_header] = header_rows
-        forced = self._forced_by_phase[state.phase]
-        rows = torch.nonzero(forced >= 0).squeeze(1)
-        mask[rows, forced[rows]] = True
-        return mask
+        return self._below_visual(self.mask_numbers(state))
 
     def mask(self, state: GrammarState) -> torch.Tensor:
         """bool [B, padded vocabulary]: the ids that may follow. Never empty; padded ids never."""
-        size = (len(state.phase), self.vocabulary.padded_size)
-        mask = torch.zeros(size, dtype=torch.bool, device=self.device)
-        mask[:, : self.vocabulary.visual_start] = self.below_visual_mask(state)
-        mask[:, self.vocabulary.visual_start : self.vocabulary.size] = (state.phase == Phase.CODES)[:, None]
+        return self.masks_of(self.mask_numbers(state))
+
+    def mask_numbers(self, state: GrammarState) -> torch.Tensor:
+        """int64 [B]: a name for each row's mask, the same for equal masks and small to keep; see `masks_of`."""
+        powers = 2 ** torch.arange(HEADER_SIZE, device=self.device)
+        header = (self._header_allowed(state) * powers).sum(1)
+        detail = torch.where(self._in_header(state), header, 0)
+        detail = torch.where((state.phase == Phase.TEXT) & self._may_start_image(state), 1, detail)
+        return state.phase * 2**HEADER_SIZE + detail
+
+    def masks_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """bool [N, padded vocabulary] of `mask_numbers` (int64 [N]): what may stand at each of those places."""
+        mask = torch.zeros((len(numbers), self.vocabulary.padded_size), dtype=torch.bool, device=self.device)
+        mask[:, : self.vocabulary.visual_start] = self._below_visual(numbers)
+        codes = numbers // 2**HEADER_SIZE == Phase.CODES
+        mask[:, self.vocabulary.visual_start : self.vocabulary.size] = codes[:, None]
+        return mask
+
+    def _below_visual(self, numbers: torch.Tensor) -> torch.Tensor:
+        phase, detail = numbers // 2**HEADER_SIZE, numbers % 2**HEADER_SIZE
+        mask = torch.zeros((len(numbers), self.vocabulary.visual_start), dtype=torch.bool, device=self.device)
+        text = phase == Phase.TEXT
+        mask[text] = self._text_mask
+        mask[:, self.vocabulary.boi] = text & (detail == 1)
+        in_header = (phase == Phase.HEIGHT) | (phase == Phase.WIDTH)
+        header_rows = torch.zeros((int(in_header.sum()), mask.shape[1]), dtype=torch.bool, device=self.device)
+        powers = 2 ** torch.arange(HEADER_SIZE, device=self.device)
+        header_rows[:, self._header_ids] = (detail[in_header, None] // powers) % 2 == 1
+        mask[in_header] = header_rows
+        forced = self._forced_by_phase[phase]
+        rows = torch.nonzero(forced >= 0).squeeze(1)
+        mask[rows, forced[rows]] = True
         return mask
 
     def advance(self, state: GrammarState, ids: torch.Tensor) -> GrammarState:

@@ -53,6 +53,30 @@ class MegatronRanks:
 
         distributed.barrier()
 
+    @property
+    def is_first_of_replica(self) -> bool:
+        from model.parallel.megatron import parallel_state
+
+        places = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        return places == (0, 0, 0)
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        import torch
+        import torch.distributed as distributed
+
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        distributed.all_gather(sizes, torch.tensor([len(payload)]))
+        longest = max(int(size) for size in sizes)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else 0
+        everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        distributed.all_gather(everyone, mine)
+        return [one[: int(size)].numpy().tobytes() for one, size in zip(everyone, sizes, strict=True)]
+
 
 def initialize(
     *,

@@ -11,6 +11,7 @@ import torch
 
 from training.contracts.inputs import InputMaker
 from training.contracts.run_view import LoopState
+from training.contracts.shards import ShardReader
 
 
 class Ranks(Protocol):
@@ -31,12 +32,28 @@ class Ranks(Protocol):
 
     def barrier(self) -> None: ...
 
+    @property
+    def is_first_of_replica(self) -> bool:
+        """One rank of each replica: the one that writes and asks for the others of its replica."""
+        ...
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """What every rank brought, by rank, on every rank; over the hosts' process group."""
+        ...
+
 
 class Policy(Protocol):
     """The weights in training, asked without gradient."""
 
     def log_probs(self, batches: Sequence[Any], objective: InputMaker) -> list[torch.Tensor]:
         """float32 [tokens] of each batch: the log-probability of every label, the same on every rank of a replica."""
+        ...
+
+    def weights_of(self, reader: ShardReader) -> AbstractContextManager[None]:
+        """The weights of a checkpoint in place of those in training, for the time of the context (reference policies).
+
+        They are kept on the host from the first call on; those in training come back bit for bit.
+        """
         ...
 
     def decoder(self) -> AbstractContextManager[Any]:

@@ -55,6 +55,18 @@ class TokenScores(Protocol):
         """float32 [T_local], in nats, differentiable."""
         ...
 
+    def log_probs_and_entropy(
+        self, ids: torch.Tensor, allowed: AllowedSets | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both, for less than the price of both."""
+        ...
+
+    def adjusted(
+        self, temperatures: torch.Tensor, partners: torch.Tensor | None = None, guidance_scale: float = 1.0
+    ) -> TokenScores:
+        """Of the distribution that a sampler draws from; see `model.backbone.head.TokenScores.adjusted`."""
+        ...
+
 
 @dataclass
 class LossSums:
@@ -68,6 +80,10 @@ class InputMaker(Protocol):
     """The part of an objective that says what a batch means to the model."""
 
     def inputs(self, batch: Any) -> ModelInput: ...
+
+    def label_log_probs(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
+        """float32 [T_local]: what `Policy.log_probs` says of every label, as this objective reads the model."""
+        ...
 
 
 class LossMaker(InputMaker, Protocol):

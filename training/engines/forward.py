@@ -90,7 +90,7 @@ class Forward:
         def keep(stage_input: StageInput, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
             values = torch.zeros(len(stage_input.held) * self.context_size, device=self.device)
             held = torch.from_numpy(stage_input.held).to(self.device)
-            values[held] = self._scores(output).log_probs(stage_input.scored.labels)
+            values[held] = objective.label_log_probs(self._scores(output), stage_input.scored)
             found.append(values)
             return values.sum(), _no_tokens(), None
 

@@ -30,6 +30,11 @@ class Alone:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
+    is_first_of_replica = True
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return [payload]
+
 
 class SingleEngine:
     """See `training.contracts.engine.Engine`; `shards` are the engine's own."""
@@ -77,6 +82,9 @@ class SingleEngine:
         self.objective.discard_gradients()
 
     def log_probs(self, batches: Sequence[Any], objective: InputMaker) -> list[torch.Tensor]:
+        raise AssertionError("this engine trains no model of tokens")
+
+    def weights_of(self, reader: ShardReader) -> Any:
         raise AssertionError("this engine trains no model of tokens")
 
     def decoder(self) -> Any:

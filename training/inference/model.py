@@ -105,16 +105,25 @@ class InferenceModel:
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:
         """One answer for each prompt. Prompt i draws with index `first_index + i`, whatever its batch."""
+        asked = self.ask(prompts, sampling, seed, range(first_index, first_index + len(prompts)))
+        return self.outputs([one.generation for one in asked])
+
+    def ask(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, draws: Sequence[int]) -> list[Asked]:
+        """The answers as tokens, with the prompts that they follow; `draws` identify them to the random numbers."""
         questions = self.questions(prompts)
         groups: dict[GrammarOptions, list[int]] = defaultdict(list)
         for index, question in enumerate(questions):
             groups[question.grammar].append(index)
-        answers: dict[int, Generation] = {}
+        answers: dict[int, Asked] = {}
         for indices in groups.values():
             group = [questions[index] for index in indices]
-            found = self.sample(group, sampling, seed, [first_index + index for index in indices])
-            answers.update(zip(indices, found, strict=True))
-        return self._outputs([answers[index] for index in range(len(prompts))])
+            found = self.sample(group, sampling, seed, [draws[index] for index in indices])
+            for index, question, generation in zip(indices, group, found, strict=True):
+                answers[index] = Asked(question.prompt, question.unconditional, generation)
+        return [answers[index] for index in range(len(prompts))]
+
+    def grammar(self, options: GrammarOptions | None = None) -> ImageGrammar:
+        return ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, options, self.device)
 
     def questions(self, prompts: Sequence[Prompt]) -> list[Question]:
         """Prompts as tokens, with what may answer them."""
@@ -141,7 +150,7 @@ class InferenceModel:
         `decoder` stands in place of the model's own, for a caller that wants to see each step.
         """
         assert self.decoder is not None, "only the tokenizers were loaded"
-        grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, questions[0].grammar, self.device)
+        grammar = self.grammar(questions[0].grammar)
         used = decoder or self.decoder
         metrics, limit = self.decoding_metrics, self.options.max_batch_size
         strategy = make_strategy(self.decoding, used, grammar, self.path, metrics, limit)
@@ -281,7 +290,8 @@ class InferenceModel:
             )
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
-    def _outputs(self, generations: list[Generation]) -> list[Output]:
+    def outputs(self, generations: Sequence[Generation]) -> list[Output]:
+        """Text and pictures of answers; a picture that is cut short is left out."""
         split = [split_parts(generation.ids, self.vocabulary, self.text_tokenizer) for generation in generations]
         grids = [part for parts in split for part in parts if part.ndim == 2]
         pictures = iter(self._decode_images(grids))
@@ -306,6 +316,15 @@ class Question:
     unconditional: list[int]  # without what guidance leaves out
     grid: Grid | None  # of the pictures to make; None: the model chooses
     grammar: GrammarOptions
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer as tokens. The conditions are the ids before it, with and without what guidance leaves out."""
+
+    prompt: Sequence[int]
+    unconditional: Sequence[int]
+    generation: Generation
 
 
 @dataclass

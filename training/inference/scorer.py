@@ -22,7 +22,7 @@ from model.parallel.megatron import parallel_state
 from model.parallel.sharding import load_weights
 from model.vocabulary import Vocabulary
 from training.config import ParallelConfig
-from training.contracts.inputs import ModelInput
+from training.contracts.inputs import LocalInput, ModelInput, TokenScores
 from training.engines.forward import Forward
 from training.inference.scoring import Documents, ScoreConfig, open_inputs, writing
 
@@ -122,6 +122,9 @@ class DocumentInputs:
             labels=np.roll(tokens, -1),
             weights=np.ones(len(tokens), np.float32),
         )
+
+    def label_log_probs(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
+        return scores.log_probs(inputs.labels)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Iterator[Packed]:

@@ -108,6 +108,9 @@ class NextToken:
         """(sum of weights * losses, the losses [T_local]): what an objective derived from this one changes."""
         return scores.weighted_losses(inputs.labels, weights)
 
+    def label_log_probs(self, scores: TokenScores, inputs: LocalInput) -> torch.Tensor:
+        return scores.log_probs(inputs.labels)
+
     def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
         scale = torch.where(totals[0] > 0, 1.0 / totals[0], 0.0).to(inputs.weights.dtype)
         loss, losses = self.weighted_losses(scores, inputs, inputs.weights * scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from training.config import TrainConfig
 from training.contracts.engine import StepSums
 from training.contracts.inputs import InputMaker
 from training.contracts.objective import TokenObjective
+from training.contracts.shards import ShardReader
 from training.engines.forward import Forward
 from training.engines.megatron.optimizer import build_optimizer, set_learning_rate, squared_gradient_norm
 from training.engines.megatron.state import MegatronShards
@@ -83,6 +84,7 @@ class MegatronEngine:
         )
         self.shards = MegatronShards(self.config, self.model, self.optimizer, self.ranks)
         self.forward = Forward(self.config.model, self.model, self.device, called=self.wrapped)
+        self._other: tuple[ShardReader, dict[str, torch.Tensor]] | None = None  # a checkpoint and its weights here
 
     def forward_backward(self, batches: Sequence[Any], objective: TokenObjective) -> StepSums:
         """Reduced gradients and what the report needs; nothing is applied, and nothing read from the device, yet."""
@@ -112,6 +114,21 @@ class MegatronEngine:
             return self.forward.log_probs(batches, objective)
 
     @contextmanager
+    def weights_of(self, reader: ShardReader) -> Iterator[None]:
+        """See `training.contracts.batches.Policy`: what was read once stays on the host."""
+        parameters = dict(self.model.named_parameters())
+        if self._other is None or self._other[0] is not reader:
+            weights = {name: torch.empty_like(one, device="cpu") for name, one in parameters.items()}
+            self.shards.read_weights(reader, weights)
+            self._other = (reader, weights)
+        trained = {name: one.detach().to("cpu", copy=True) for name, one in parameters.items()}
+        try:
+            _copy_into(parameters, self._other[1])
+            yield
+        finally:
+            _copy_into(parameters, trained)
+
+    @contextmanager
     def decoder(self) -> Iterator[CachedDecoder]:
         """Over the training weights themselves: nothing is copied. Raises `UserError` with pipeline parallelism."""
         if self.config.parallel.pipeline > 1:
@@ -135,6 +152,12 @@ class MegatronEngine:
             yield
         finally:
             self.wrapped.train(was_training)
+
+
+@torch.no_grad()
+def _copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def _check_world(config: TrainConfig, world_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,13 +63,18 @@ class MegatronShards:
         return found
 
     def load_model(self, reader: ShardReader) -> None:
-        """Weights from a checkpoint of any layout; the optimizer's master weights follow them.
+        """Weights from a checkpoint of any layout; the optimizer's master weights follow them."""
+        self.read_weights(reader, dict(self.model.named_parameters()))
+        self.optimizer.reload_model_params()
 
-        On a checkpoint without adapters those of the model start fresh.
+    def read_weights(self, reader: ShardReader, into: Mapping[str, torch.Tensor]) -> None:
+        """A checkpoint's weights into tensors of the shapes that this rank has, by local parameter name.
+
+        On a checkpoint without adapters those of the model stay as they are.
         """
         known = set(reader.keys())
         has_adapters = any(ADAPTER in key for key in known)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in into.items():
             logical = self.logical[name]
             key = f"model/{logical.name}"
             if ADAPTER in key and not has_adapters:
@@ -83,7 +89,6 @@ class MegatronShards:
                     fix="train with the model configuration that the checkpoint was written with",
                 )
             read_into(reader, key, logical, parameter.detach().view(-1), 0)
-        self.optimizer.reload_model_params()
 
     def load_optimizer(self, reader: ShardReader) -> None:
         """Optimizer state from a checkpoint of any layout. Master weights that it lacks stay those of the model."""

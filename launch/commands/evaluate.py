@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launch.report.answers import publish_answer
 from model.errors import Problems
+from model.generation.decoding_config import STRATEGIES, DecodingConfig
 from model.generation.settings import SamplingConfig
-from training.inference.prompts import InferenceOptions
+from training.inference.prompts import ComparisonConfig, InferenceOptions
 
 HELP = """Evaluate a checkpoint on tasks and keep the figures, with samples, as JSON and PNG files.
 
@@ -18,7 +19,10 @@ A task is a class with `prompts()` and `judge()`, named by its dotted path; its 
 examples:
   nextstate evaluate checkpoint=runs/demo/sft out=runs/demo/evaluation/final.json \\
       tasks.t2i_accuracy.path=examples.shapes_world.tasks.T2IAccuracy tasks.t2i_accuracy.num_prompts=200
-  nextstate evaluate evaluation=toy_untrained run_folder=runs/demo   the figure before training"""
+  nextstate evaluate evaluation=toy_untrained run_folder=runs/demo   the figure before training
+  nextstate evaluate evaluation=toy_dida run_folder=runs/demo decoders=[ar,dida,sjd]   ways to decode images, compared"""
+
+NUM_STRIPS = 3  # rollouts shown of each decoder
 
 
 @dataclass
@@ -29,6 +33,11 @@ class Config:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {path: package.Class, ...}
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    decoders: list[str] = field(default_factory=list)  # strategies to compare, instead of `decoding.strategy` alone
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)  # of `decoders`
+    # Of `decoders`: {path: package.Class, ...}, a class with `rollouts()`; the accuracy after each step.
+    rollouts: dict[str, Any] = field(default_factory=dict)
     untrained: bool = False  # fresh weights of the checkpoint's model instead of its own
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
     vision_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
@@ -49,6 +58,15 @@ class Config:
         problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0")
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
+        self.decoding.validate(problems, "decoding")
+        self.comparison.validate(problems, "comparison")
+        for name in self.decoders:
+            problems.check(
+                name in STRATEGIES, "decoders", f"unknown decoder {name!r}", f"decoders=[{','.join(STRATEGIES)}]"
+            )
+        problems.check(
+            not self.decoders or "ar" in self.decoders, "decoders", "are compared with ar", "decoders=[ar,dida]"
+        )
         problems.raise_if_any()
 
 
@@ -71,6 +89,9 @@ def run(config: Config) -> dict[str, Any]:
         untrained=config.untrained,
     )
     out = base / config.out
+    if config.decoders:
+        return publish_answer(out, compared(config, model, tasks, base))
+    model.decode_with(config.decoding)
     samples_folder = out.parent / "samples" / out.stem
     results = evaluate(
         model,
@@ -92,6 +113,53 @@ def run(config: Config) -> dict[str, Any]:
     return publish_answer(out, answer)
 
 
+def compared(config: Config, model: Any, tasks: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The answer for `decoders`: each one's figures, and its accuracies once more as metrics `DECODER_TASK`."""
+    from training.inference.decoders import compare_decoders
+
+    found = compare_decoders(
+        model,
+        tasks,
+        config.sampling,
+        {name: replace(config.decoding, strategy=name) for name in config.decoders},
+        config.comparison,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    if config.rollouts:
+        for name, one in found.items():
+            model.decode_with(replace(config.decoding, strategy=name))
+            one["rollout"] = rolled_out(config, model, base / config.out, name)
+    accuracies = {f"{name}_{task}": value for name, one in found.items() for task, value in one["accuracies"].items()}
+    return {
+        "checkpoint": str(base / config.checkpoint),
+        "untrained": config.untrained,
+        "metrics": accuracies,
+        "dida_steps": config.decoding.dida.steps,
+        "decoders": found,
+    }
+
+
+def rolled_out(config: Config, model: Any, out: Path, name: str) -> dict[str, Any]:
+    """`accuracy_by_step`, and the frames of some rollouts as strips, whose names are relative to the answer's folder."""
+    from PIL import Image
+
+    from training.inference.evaluation import load_task
+    from training.inference.rollouts import accuracy_by_step, roll_out, strip
+
+    arguments = {key: value for key, value in config.rollouts.items() if key != "path"}
+    task: Any = load_task(config.rollouts["path"], arguments)
+    rollouts = task.rollouts()
+    frames = roll_out(model, rollouts, config.sampling, config.seed)
+    folder = out.parent / "samples" / out.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    strips = [f"rollout_{name}_{number}.png" for number in range(min(NUM_STRIPS, len(frames)))]
+    for own, file in zip(frames, strips, strict=False):
+        Image.fromarray(strip(own)).save(folder / file)
+    shown = [str((folder / file).relative_to(out.parent)) for file in strips]
+    return {"accuracy_by_step": accuracy_by_step(rollouts, frames), "strips": shown}
+
+
 def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """All tasks' samples, taken out of `results`, with file names relative to `folder`."""
     prefix = samples_folder.relative_to(folder)
@@ -104,7 +172,13 @@ def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]
 
 def render(answer: dict[str, Any]) -> str:
     lines = [f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")]
-    for name, task in answer["tasks"].items():
+    for name, one in answer.get("decoders", {}).items():
+        accuracies = ", ".join(f"{task} {value:.3f}" for task, value in one["accuracies"].items())
+        lines.append(
+            f"{name}: {accuracies}; joint {one['joint']:.3f}, entropy ratio {one['entropy_ratio']:.3f}, "
+            f"{one['num_forwards']:.1f} forward passes and {one['seconds']:.3f} s an answer"
+        )
+    for name, task in answer.get("tasks", {}).items():
         # A mean of graded scores is no proportion and has no such interval.
         interval = " (95% {:.3f} to {:.3f})".format(*task["interval"]) if task["interval"] else ""
         lines.append(f"{name}: {task['accuracy']:.3f}{interval} of {task['count']}, {task['seconds']:.1f} s")

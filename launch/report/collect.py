@@ -53,6 +53,8 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "tokens": collect_tokens(run_folder / "tokens", run.damages),
         "stages": [collect_stage(folder, summary) for folder, summary in run.stages()],
         "metrics": collect_metrics(evaluations),
+        "dida": collect_dida(evaluations, members(curriculum, "entries")),
+        "rollout": collect_rollout(evaluations),
         "samples": collect_samples(evaluations),
         "entries": [
             {"name": name, **{key: entry.get(key) for key in ("state", "wall_seconds", "peak_memory_bytes")}}
@@ -61,6 +63,49 @@ def collect(run_folder: Path) -> dict[str, Any]:
         ],
     }
     return report | {"damaged": run.damages.told()}
+
+
+def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, Any] | None:
+    """Parallel against token-by-token decoding, of the evaluation `dida`; None where a run has none.
+
+    Ratios are of ar to dida: of forward passes and of seconds of one answer at batch 1. `ar_after_minus_before` is the
+    change of token-by-token accuracies since the evaluation `final`, by task.
+    """
+    evaluation, before = evaluations.get("dida", {}), members(evaluations.get("final", {}), "metrics")
+    decoders = members(evaluation, "decoders")
+    ar, dida = members(decoders, "ar"), members(decoders, "dida")
+    if not ar or not dida:
+        return None
+    by_steps, after = members(dida, "by_steps"), members(ar, "accuracies")
+    return {
+        "joint_ar": ar.get("joint"),
+        "joint_by_steps": {steps: one.get("joint") for steps, one in by_steps.items()},
+        "entropy_ratio_by_steps": {steps: one.get("entropy_ratio") for steps, one in by_steps.items()},
+        "chosen_steps": evaluation.get("dida_steps"),
+        "accuracies": {name: members(one, "accuracies") for name, one in decoders.items()},
+        "forwards_ratio": ratio(ar.get("num_forwards"), dida.get("num_forwards")),
+        "wall_ratio_batch1": ratio(ar.get("seconds"), dida.get("seconds")),
+        "ar_after_minus_before": {task: value - before[task] for task, value in after.items() if task in before},
+        "wall_seconds": members(entries, "dida").get("wall_seconds"),
+    }
+
+
+def collect_rollout(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Accuracy after each step of world rollouts, of dida where it was compared, else of ar; `by_decoder` has all."""
+    decoders = members(evaluations.get("dida", {}), "decoders")
+    by_decoder = {name: found for name, one in decoders.items() if (found := members(one, "rollout"))}
+    chosen = by_decoder.get("dida") or by_decoder.get("ar")
+    if chosen is None:
+        return None
+    return {
+        "accuracy_by_step": chosen.get("accuracy_by_step"),
+        "strips": chosen.get("strips"),
+        "by_decoder": by_decoder,
+    }
+
+
+def ratio(above: Any, below: Any) -> float | None:
+    return above / below if isinstance(above, int | float) and isinstance(below, int | float) and below else None
 
 
 def members(values: dict[str, Any], key: str) -> dict[str, Any]:

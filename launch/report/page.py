@@ -29,6 +29,8 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Loss by class of token", curves(report["stages"])),
         section("Mixture as consumed", mixtures(report["stages"])),
         section("Data read", data_read_table(report["stages"])),
+        section("Images in parallel", dida_tables(report["dida"])),
+        section("World rollout", rollout(report["rollout"], run_folder)),
         samples(report["samples"], run_folder),
         section("Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])),
         section("Time and memory", entry_table(report["entries"])),
@@ -67,6 +69,40 @@ def headline(report: dict[str, Any]) -> str:
     prompts = report["metrics"].get("num_prompts")
     note = f"<p>Accuracies on {prompts} held-out prompts.</p>" if isinstance(prompts, int) else ""
     return f'<dl class="figures">{items}</dl>{note}'
+
+
+def rollout(found: dict[str, Any] | None, run_folder: Path) -> str:
+    """The accuracy after each step, and strips of frames."""
+    if found is None:
+        return ""
+    rows = [
+        [name, *(percent(share, 0) for share in one.get("accuracy_by_step") or [])]
+        for name, one in found["by_decoder"].items()
+    ]
+    steps = [str(number) for number in range(1, len(found["accuracy_by_step"] or []) + 1)]
+    strips = "".join(picture(run_folder / "evaluation" / name) for name in found["strips"] or [])
+    note = "<p>Each frame is made from the one before it and words; right means that all shapes are where they should be.</p>"
+    return note + table(["decoder", *steps], rows) + f'<div class="samples">{strips}</div>'
+
+
+def dida_tables(dida: dict[str, Any] | None) -> str:
+    """Quality against steps, and what is saved."""
+    if dida is None:
+        return ""
+    steps = [
+        [steps, percent(joint), percent(dida["entropy_ratio_by_steps"].get(steps))]
+        for steps, joint in dida["joint_by_steps"].items()
+    ]
+    steps.append(["token by token", percent(dida["joint_ar"]), percent(1.0)])
+    tasks = sorted({task for accuracies in dida["accuracies"].values() for task in accuracies})
+    rows = [[name, *(percent(values.get(task)) for task in tasks)] for name, values in dida["accuracies"].items()]
+    note = (
+        f"<p>{html.escape(str(dida['chosen_steps']))} steps an image: {unit(dida['forwards_ratio'], 'times', 1)} fewer forward "
+        f"passes and {unit(dida['wall_ratio_batch1'], 'times', 1)} faster than token by token, for one answer at a time. "
+        "Joint: agreement of neighbouring codes with a second sample of token-by-token decoding.</p>"
+    )
+    headers = ["decoder", *(METRIC_TITLES.get(task, task.replace("_", " ")) for task in tasks)]
+    return note + table(["steps", "joint", "entropy"], steps) + table(headers, rows)
 
 
 def percent(value: Any, digits: int = 1) -> str:

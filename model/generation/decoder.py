@@ -83,19 +83,21 @@ def decoder_forward(
     *,
     num_new: torch.Tensor | None = None,
     last_only: bool = False,
+    whole: bool = False,
 ) -> torch.Tensor:
     """Run new tokens of B sequences behind what the cache holds of them, and append them to it.
 
     `tokens`, `position_ids`: int64 [B, t]. Row b's tokens take the slots from `cache.lengths[b]` on. `num_new` int64
     [B]: how many of the t tokens of each row are real (all by default); those behind are padding, and only the real
     ones lengthen the row. Returns float32 logits [B, t, padded vocabulary], ids that pad the vocabulary at -inf; with
-    `last_only` [B, 1, ...] of each row's last real token. All tensor-parallel ranks return the same; the model must
+    `last_only` [B, 1, ...] of each row's last real token. With `whole` every new token sees all new tokens, as those of a
+    noisy copy of an image do. All tensor-parallel ranks return the same; the model must
     not be split over pipeline stages.
     """
     assert hasattr(model, "embedding"), "decoding needs the whole depth on one rank"
     assert hasattr(model, "output_layer"), "decoding needs the whole depth on one rank"
     config: ModelConfig = model.model_config
-    step = _cached_step(config, position_ids, cache)
+    step = _cached_step(config, position_ids, cache, whole)
     was_training = model.training
     model.eval()
     with without_sequence_parallel(model):
@@ -120,7 +122,7 @@ def _last_real(hidden: torch.Tensor, num_new: torch.Tensor | None) -> torch.Tens
     return hidden[num_new - 1, rows][None]
 
 
-def _cached_step(config: ModelConfig, position_ids: torch.Tensor, cache: KeyValueCache) -> CachedSequences:
+def _cached_step(config: ModelConfig, position_ids: torch.Tensor, cache: KeyValueCache, whole: bool) -> CachedSequences:
     steps = torch.arange(position_ids.shape[1], device=position_ids.device)
     slots = cache.lengths[:, None] + steps[None]
     reach = int(slots.max()) + 1
@@ -128,7 +130,8 @@ def _cached_step(config: ModelConfig, position_ids: torch.Tensor, cache: KeyValu
     is_even = len(steps) == 1 and bool((cache.lengths == cache.lengths[0]).all())
     mask = None
     if not is_even:
-        mask = torch.arange(reach, device=slots.device)[None, None, None] <= slots[:, None, :, None]
+        last_seen = slots[:, -1:].expand_as(slots) if whole else slots
+        mask = torch.arange(reach, device=slots.device)[None, None, None] <= last_seen[:, None, :, None]
     cos, sin = rotary_tables(position_ids.T, config.head_dim, config.rope_theta, cache.keys.dtype)
     return CachedSequences(
         qkv_format="sbhd",

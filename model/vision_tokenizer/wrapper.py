@@ -74,6 +74,10 @@ class VisionTokenizer:
         ]
         return np.concatenate(parts) if parts else np.empty((0, height, width, 3), dtype=np.uint8)
 
+    def codebook(self) -> torch.Tensor:
+        """float32 [codes, D], a vector a code."""
+        return self.model.quantize.embedding.weight.detach().float()
+
     @property
     def _tile(self) -> int:
         """Codes of a side that are computed at once."""

@@ -272,3 +272,30 @@ def test_charts_place_points_inside_the_picture():
     assert "nothing recorded" in line_chart({}, x_label="", y_label="")
     assert [nice_ceiling(value) for value in (0.03, 1.0, 2.2, 6.0, 0.0)] == [0.05, 1.0, 2.5, 10.0, 1.0]
     assert share_bars([("a", 0.5, 0.25)]).count("<rect") == 1
+
+
+def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
+    by_steps = {steps: {"joint": joint, "entropy_ratio": 1.01} for steps, joint in (("1", 0.2), ("6", 0.79))}
+    walked = {"accuracy_by_step": [1.0, 0.5], "strips": ["samples/dida/strip.png"]}
+    ar = {"joint": 0.8, "num_forwards": 48, "seconds": 0.3, "accuracies": {"t2i_accuracy": 0.9, "own": 1.0}}
+    dida = {"num_forwards": 12, "seconds": 0.1, "accuracies": {"t2i_accuracy": 0.85}, "by_steps": by_steps}
+    dida["rollout"] = walked
+    write(tmp_path / "evaluation" / "final.json", {"metrics": {"t2i_accuracy": 0.95}})
+    write(tmp_path / "evaluation" / "dida.json", {"dida_steps": 6, "decoders": {"ar": ar, "dida": dida}, "metrics": {}})
+    write(tmp_path / "curriculum.json", {"entries": {"dida": {"state": "done", "wall_seconds": 200.0}}})
+    assert cli.main(["report", f"run_folder={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = report["dida"]
+    assert report["rollout"]["accuracy_by_step"] == [1.0, 0.5]
+    assert found["joint_ar"] == 0.8
+    assert found["joint_by_steps"] == {"1": 0.2, "6": 0.79}
+    assert found["entropy_ratio_by_steps"] == {"1": 1.01, "6": 1.01}
+    assert found["chosen_steps"] == 6
+    assert found["forwards_ratio"] == 4.0
+    assert found["wall_ratio_batch1"] == pytest.approx(3.0)
+    assert found["ar_after_minus_before"] == {"t2i_accuracy": pytest.approx(-0.05)}
+    assert found["wall_seconds"] == 200.0
+    page = (tmp_path / "report.html").read_text()
+    assert "Images in parallel" in page
+    assert "79.0%" in page
+    assert "World rollout" in page

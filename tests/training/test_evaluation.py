@@ -13,6 +13,7 @@ from PIL import Image
 
 from launch.commands import evaluate as evaluate_command
 from model.errors import UserError
+from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import PhaseSampling, SamplingConfig
 from training.inference.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
 from training.inference.prompts import Output, Prompt
@@ -42,6 +43,9 @@ class GrayModel:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
+
+    def decode_with(self, decoding: DecodingConfig) -> None:
+        assert decoding.strategy == "ar", "what the command does unless told"
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0

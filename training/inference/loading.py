@@ -25,16 +25,18 @@ class VisionTokenizer(Protocol):
 
     def encode(self, images: np.ndarray) -> np.ndarray: ...
     def decode(self, codes: np.ndarray) -> np.ndarray: ...
+    def codebook(self) -> Any: ...
 
 
 @dataclass
 class LoadedModel:
-    decoder: Any  # model.generation.decoder.CachedDecoder
+    decoder: Any  # model.generation.image_decoder.ImageDecoder
     config: ModelConfig
     text_tokenizer: TextTokenizer
     vision_tokenizer: VisionTokenizer
     image_format: str  # of the documents that it was trained on
     folder: Path  # of the checkpoint
+    dida: dict[str, Any] | None = None  # what the manifest says of parallel image decoding; None: not trained for it
 
 
 def load_checkpoint(
@@ -56,7 +58,7 @@ def load_checkpoint(
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
         config = model_config(manifest.model or {})
         decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
-    return LoadedModel(decoder, config, text, vision, manifest.image_format, folder)
+    return LoadedModel(decoder, config, text, vision, manifest.image_format, folder, manifest.values.get("dida"))
 
 
 def check_not_published(folder: Path) -> None:
@@ -124,9 +126,9 @@ def load_vision(folder: Path) -> VisionTokenizer:
 
 
 def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None) -> Any:
-    """A `CachedDecoder` with the checkpoint's weights, or with fresh ones drawn from `seed`."""
+    """An `ImageDecoder` with the checkpoint's weights, or with fresh ones drawn from `seed`."""
     from model.backbone.transformer import build_model
-    from model.generation.decoder import CachedDecoder
+    from model.generation.image_decoder import ImageDecoder
     from model.parallel import groups
     from model.parallel.sharding import load_weights
 
@@ -135,4 +137,4 @@ def load_decoder(reader: CheckpointReader, config: ModelConfig, seed: int | None
     model = build_model(config, seed=seed)
     if seed is None:
         load_weights(model, reader)
-    return CachedDecoder(model.eval())
+    return ImageDecoder(model.eval())

@@ -16,9 +16,12 @@ from data_pipeline.documents.templates import split_context
 from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from model.errors import UserError
-from model.generation.ar import ARGenerator, Decoder, Generation, Grid
+from model.generation.ar import Decoder, Generation, Grid
+from model.generation.decoding_config import DecodingConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar
+from model.generation.paths import DiscretePath, make_path
 from model.generation.settings import SamplingConfig
+from model.generation.strategies import DecodingMetrics, make_strategy
 from model.vocabulary import Vocabulary
 from training.inference.loading import VisionTokenizer, load_checkpoint
 from training.inference.prompts import FORMATS, INTERLEAVED_TASK, INTERLEAVED_TASKS, InferenceOptions, Output, Prompt
@@ -41,12 +44,16 @@ class InferenceModel:
         options: InferenceOptions | None = None,
         device: str = "cpu",
         checkpoint: str = "",
+        dida: dict[str, Any] | None = None,
     ) -> None:
+        """`dida`: what the checkpoint's manifest says of parallel image decoding; None: it was not trained for it."""
         self.decoder, self.vocabulary = decoder, vocabulary
         self.text_tokenizer, self.vision_tokenizer = text_tokenizer, vision_tokenizer
         self.max_sequence_length, self.device = max_sequence_length, device
         self.checkpoint = checkpoint  # the folder that it comes from
         self.options = options or InferenceOptions()
+        self.dida = dida
+        self.decoding, self.decoding_metrics = DecodingConfig(), DecodingMetrics()
         self.builder = DocumentBuilder(vocabulary, text_tokenizer, image_format)
         *digits_from_one, zero, self.star_id, _ = encode_grid(text_tokenizer, 1234567890, 1)
         self.digit_ids = [zero, *digits_from_one]
@@ -77,7 +84,22 @@ class InferenceModel:
             options=options,
             device=str(loaded.decoder.device),
             checkpoint=str(loaded.folder),
+            dida=loaded.dida,
         )
+
+    def decode_with(self, decoding: DecodingConfig) -> None:
+        """From now on; `decoding_metrics` begin anew. Raises `UserError` for a checkpoint that cannot."""
+        self.decoding, self.decoding_metrics = decoding, DecodingMetrics()
+        grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, device=self.device)
+        make_strategy(decoding, self.decoder, grammar, self.path, self.decoding_metrics)
+
+    @property
+    def path(self) -> DiscretePath | None:
+        """The path that the checkpoint's copies were noised along; None: it was not trained on any."""
+        if self.dida is None:
+            return None
+        codebook = self.vision_tokenizer.codebook() if self.dida["path"] == "metric" else None
+        return make_path(self.dida, self.vocabulary.visual_size, codebook)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
@@ -120,9 +142,11 @@ class InferenceModel:
         """
         assert self.decoder is not None, "only the tokenizers were loaded"
         grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, questions[0].grammar, self.device)
-        generator = ARGenerator(decoder or self.decoder, grammar, self.options.max_batch_size)
+        used = decoder or self.decoder
+        metrics, limit = self.decoding_metrics, self.options.max_batch_size
+        strategy = make_strategy(self.decoding, used, grammar, self.path, metrics, limit)
         prompts = [question.prompt for question in questions]
-        return generator.sample(
+        return strategy.sample(
             prompts,
             self._fit(sampling, prompts),
             seed,
@@ -226,6 +250,15 @@ class InferenceModel:
         return height // factor, width // factor
 
     def _check_trained(self, rows: int, columns: int) -> None:
+        if self.decoding.strategy in ("dida", "verified") and self.dida is not None:
+            limits = (self.dida["heights"], self.dida["widths"])
+            if not all(low <= side <= high for side, (low, high) in zip((rows, columns), limits, strict=True)):
+                raise UserError(
+                    "the checkpoint was not trained to decode images of this size in parallel",
+                    expected="{} to {} x {} to {} visual tokens".format(*limits[0], *limits[1]),
+                    got=f"{rows} x {columns}",
+                    fix="decoding.strategy=ar, or another image size",
+                )
         smallest, largest = self.options.image_tokens
         if not smallest <= rows * columns <= largest or max(rows, columns) > self.options.max_grid_side:
             raise UserError(
@@ -261,7 +294,8 @@ class InferenceModel:
             shown.append(next(pictures) if is_image else self.text_tokenizer.decode(part.tolist()))
         text = "".join(part for part in shown if isinstance(part, str))
         images = [part for part in shown if not isinstance(part, str)]
-        return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished)
+        codes = [part for part in parts if part.ndim == 2]
+        return Output(text, images, shown, generation.ids, generation.log_probs, generation.finished, codes)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Output:
     tokens: np.ndarray  # int64 [n]
     log_probs: np.ndarray  # float32 [n]; see `model.generation.ar.Generation`
     finished: bool  # False: the length limit came first
+    codes: list[np.ndarray] = field(default_factory=list)  # int64 [H, W] of each of `images`
 
 
 @dataclass
@@ -78,3 +79,24 @@ class InferenceOptions:
             f"{key}.image_tokens=[1,4096]",
         )
         problems.check(self.max_batch_size > 0, f"{key}.max_batch_size", "must be positive")
+
+
+@dataclass
+class ComparisonConfig:
+    """What `evaluate decoders=[...]` measures beside the tasks' accuracies."""
+
+    statistics_temperature: float = 1.0  # of visual tokens in the samples that statistics are taken of
+    statistics_prompts: int = 200  # of the first task that asks for new pictures
+    dida_steps: list[int] = field(default_factory=list)  # also measured for dida, beside its own
+    single_prompts: int = 8  # asked one at a time for the latency
+
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(self.statistics_temperature >= 0, f"{key}.statistics_temperature", "must not be negative")
+        for name in ("statistics_prompts", "single_prompts"):
+            problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive", f"{key}.{name}=8")
+        problems.check(
+            all(steps > 0 for steps in self.dida_steps),
+            f"{key}.dida_steps",
+            "must be positive",
+            f"{key}.dida_steps=[4]",
+        )

@@ -41,9 +41,20 @@ class NextToken:
 
     @property
     def num_sums(self) -> int:
-        return 1 + len(TokenClass) + len(self.source_names)
+        return 1 + self._num_kinds
+
+    @property
+    def _num_kinds(self) -> int:
+        """Classes and sources, which labels are counted by."""
+        return len(TokenClass) + len(self.source_names)
 
     def batches(self, ranks: Ranks) -> OfflineRows:
+        return OfflineRows(self.packed_rows(ranks.data_parallel_rank, ranks.data_parallel_size))
+
+    def packed_rows(
+        self, data_parallel_rank: int, data_parallel_size: int, num_rows: int | None = None
+    ) -> PackedDataSource:
+        """The stage's rows as this data-parallel rank reads them; with `num_rows` global batches of so many, unprefetched."""
         stage = self.config.stage
         datasets = datasets_in_use(self.config)
         rows = PackedDataSource(
@@ -51,20 +62,20 @@ class NextToken:
             weights={name: entry.weight for name, entry in datasets.items()},
             seed=self.config.seed,
             sequence_length=stage.sequence_length,
-            global_batch_size=stage.global_batch_size,
-            micro_batch_size=stage.micro_batch_size,
-            data_parallel_rank=ranks.data_parallel_rank,
-            data_parallel_size=ranks.data_parallel_size,
+            global_batch_size=num_rows or stage.global_batch_size,
+            micro_batch_size=1 if num_rows else stage.micro_batch_size,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
             loss_weights=asdict(self.options.loss_weights),
             document_attention=self.options.document_attention,
             vocabulary=self.vocabulary,
-            prefetch_batches=stage.data.prefetch_batches,
+            prefetch_batches=0 if num_rows else stage.data.prefetch_batches,
             stage=stage.name,
             read_before=rows_read_before(self.config),
         )
         self.source_names = rows.source_names
         self._data = tokenizers_of([entry.path for entry in datasets.values()]) | {RECORD_KEY: rows.record.to_dict()}
-        return OfflineRows(rows)
+        return rows
 
     def inputs(self, batch: MicroBatch) -> ModelInput:
         return ModelInput(
@@ -81,7 +92,7 @@ class NextToken:
 
     def totals(self, batches: Sequence[MicroBatch]) -> np.ndarray:
         """float64 [2 + classes + sources]: weight, positions, and labels with loss by class and by source."""
-        totals = np.zeros(1 + self.num_sums)
+        totals = np.zeros(2 + self._num_kinds)
         by_class, by_source = np.split(totals[2:], [len(TokenClass)])
         for batch in batches:
             counted = batch.loss_weights > 0

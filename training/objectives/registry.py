@@ -10,12 +10,14 @@ from training.config import TrainConfig
 KEY = "stage.objective"
 OBJECTIVES = {
     "next_token": "training.objectives.next_token.NextToken",
+    "dida": "training.objectives.dida.Dida",
     "vision_tokenizer": "training.tokenizers.vision.VisionTokenizer",
     "text_tokenizer": "training.tokenizers.text.TextTokenizer",
 }
 # The `Options` of each, from modules that need no torch: commands that compute nothing ask for these only.
 OPTIONS = {
     "next_token": "training.objectives.token_options.NextTokenOptions",
+    "dida": "training.objectives.dida_options.DidaOptions",
     "vision_tokenizer": "training.tokenizers.tokenizer_options.VisionTokenizerOptions",
     "text_tokenizer": "training.tokenizers.tokenizer_options.TextTokenizerOptions",
 }

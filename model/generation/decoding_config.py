@@ -1,0 +1,55 @@
+"""How answers are decoded, as configuration. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.errors import Problems
+
+STRATEGIES = ("ar", "dida", "sjd", "verified")
+
+
+@dataclass
+class DenoiseConfig:
+    """How images are decoded in parallel. Temperatures multiply that of the visual tokens."""
+
+    steps: int = 8  # forward passes of an image
+    shift: float = 1.0  # of the times of the steps; below 1: finer at the end
+    schedule: str = "linear"  # linear | cosine (of the mask path)
+    temperature: float = 1.0  # of the first draws
+    end_temperature: float = 0.5  # in the last `end_share` of the steps
+    end_share: float = 0.2  # of the steps, at the end
+    last_temperature: float = 0.3  # of the last step's draw, which is the image
+    corrector: float = 0.8  # share of tokens that the predictor moves; the others are noised anew; 1: off
+    corrector_share: float = 0.6  # of the steps, in the middle, that have the corrector
+    guidance_until: float = 0.9  # time after which guidance is off
+
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(self.steps > 0, f"{key}.steps", "must be positive", f"{key}.steps=8")
+        problems.check(self.shift > 0, f"{key}.shift", "must be positive", f"{key}.shift=1.0")
+        problems.check(
+            self.schedule in ("linear", "cosine"), f"{key}.schedule", f"unknown value {self.schedule!r}", "linear"
+        )
+        for name in ("temperature", "end_temperature", "last_temperature"):
+            problems.check(getattr(self, name) >= 0, f"{key}.{name}", "must not be negative", f"{key}.{name}=1.0")
+        for name in ("end_share", "corrector", "corrector_share", "guidance_until"):
+            problems.check(0 <= getattr(self, name) <= 1, f"{key}.{name}", "must be in [0, 1]")
+
+
+@dataclass
+class DecodingConfig:
+    """Which strategy decodes the images of an answer; text is always decoded token by token."""
+
+    strategy: str = "ar"  # ar | dida | sjd | verified
+    dida: DenoiseConfig = field(default_factory=DenoiseConfig)  # read by dida and verified
+    window: int = 16  # codes that sjd guesses at once
+
+    def validate(self, problems: Problems, key: str) -> None:
+        problems.check(
+            self.strategy in STRATEGIES,
+            f"{key}.strategy",
+            f"unknown value {self.strategy!r}",
+            f"{key}.strategy={'|'.join(STRATEGIES)}",
+        )
+        self.dida.validate(problems, f"{key}.dida")
+        problems.check(self.window > 0, f"{key}.window", "must be positive", f"{key}.window=16")

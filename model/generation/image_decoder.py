@@ -1,0 +1,66 @@
+"""The transformer as parallel decoding of images sees it: blocks of tokens, read without a trace or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from model.backbone.key_value_cache import KeyValueCache
+from model.generation.decoder import CachedDecoder, decoder_forward
+
+
+class ImageDecoder(CachedDecoder):
+    """A `CachedDecoder` that also reads blocks, and counts its forward passes."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.num_forwards = 0
+        # Shown the noisy copies (int64 [R, t]) before each look at them, and which rows of the batch they belong to.
+        self.watch: Callable[[list[int], torch.Tensor], None] | None = None
+        self._rows: list[int] = []
+
+    def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
+        self.num_forwards += 1
+        return super().start(prompts, max_new_tokens)
+
+    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
+        self.num_forwards += 1
+        return super().step(ids, advances)
+
+    @property
+    def cache(self) -> KeyValueCache:
+        assert self._cache is not None, "start comes first"
+        return self._cache
+
+    def look(self, tokens: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """Logits [R, t, padded vocabulary] after each of int64 [R, t] behind every row, which stays as long as it is.
+
+        `whole`: every token sees all of them (a noisy copy of an image), else those before it.
+        """
+        self.num_forwards += 1
+        if whole and self.watch is not None:
+            self.watch(self._rows, tokens)
+        positions = self.cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        nothing = torch.zeros_like(self.cache.lengths)
+        return decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
+
+    def keep(self, num_tokens: torch.Tensor) -> None:
+        """The first tokens (int64 [R]) of the last look that was not `whole` become part of the rows."""
+        self.cache.lengths += num_tokens
+
+    @contextmanager
+    def only(self, rows: torch.Tensor) -> Iterator[None]:
+        """Work on some rows (int64 [R]) alone; their cache is copied, unless they are all."""
+        whole, self._rows = self.cache, rows.tolist()
+        if len(rows) == whole.batch_size:
+            yield
+            return
+        part = KeyValueCache(whole.keys[:, rows], whole.values[:, rows], whole.lengths[rows])
+        self._cache = part
+        try:
+            yield
+        finally:
+            self._cache = whole
+        whole.keys[:, rows], whole.values[:, rows], whole.lengths[rows] = part.keys, part.values, part.lengths

@@ -1,0 +1,262 @@
+"""Answers whose images are decoded as wholes: text token by token, then all codes of an image by an `ImagePhase`.
+
+When every sequence of the batch has come to an image or to its end, the images are decoded, grid by grid, and read once
+more as clean tokens (the commit pass): the cache is then what a prefill of the answer would have made, and text goes on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from model.errors import UserError
+from model.generation.ar import ARGenerator, Generation, Grid
+from model.generation.grammar import GrammarState, ImageGrammar, Phase
+from model.generation.image_decoder import ImageDecoder
+from model.generation.sampling import guide, next_tokens, uniform_numbers
+from model.generation.settings import SamplingConfig
+
+
+@dataclass
+class ImageBlock:
+    """The tokens of image blocks of one grid from IMG to EOI, for R sequences. Codes lie at `places`."""
+
+    tokens: torch.Tensor  # int64 [R, L]; codes are padding until they are known
+    places: torch.Tensor  # int64 [N]
+
+    def with_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [R, L], code tokens `ids` [R, N] filled in."""
+        tokens = self.tokens.clone()
+        tokens[:, self.places] = ids
+        return tokens
+
+
+@dataclass
+class GuidedImages:
+    """What a phase may ask while it decodes images of one grid: logits of codes, guided where sampling says so."""
+
+    decoder: ImageDecoder
+    grammar: ImageGrammar
+    sampling: SamplingConfig
+    block: ImageBlock
+    numbers: np.ndarray  # uint64 [R], seeds of the images' numbers
+    num_rows: int  # R; behind them as many unconditional rows when guided
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.sampling.guidance_scale != 1.0)
+
+    def logits(self, tokens: torch.Tensor, at: torch.Tensor, *, whole: bool, guided: bool = True) -> torch.Tensor:
+        """float32 [R, n, codes] after the tokens at `at` (int64 [R, n]) of a block int64 [R, t]."""
+        vocabulary = self.grammar.vocabulary
+        both = torch.cat([tokens, tokens]) if self.is_guided else tokens
+        logits = self.decoder.look(both, whole=whole)[..., vocabulary.visual_start : vocabulary.size]
+        at = at[..., None].expand(-1, -1, logits.shape[-1])
+        found = logits[: self.num_rows].gather(1, at)
+        if self.is_guided and guided:
+            found = guide(found, logits[self.num_rows :].gather(1, at), self.sampling.guidance_scale)
+        return found
+
+    def uniforms(self, stream: int, count: int) -> torch.Tensor:
+        """float64 [R, count] in [0, 1): each image's own numbers of one stream."""
+        return torch.as_tensor(uniform_numbers(stream, self.numbers, count), device=self.grammar.device)
+
+    def keep(self, num_tokens: torch.Tensor) -> None:
+        self.decoder.keep(num_tokens.repeat(2) if self.is_guided else num_tokens)
+
+
+class ImagePhase(Protocol):
+    def decode(self, images: GuidedImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes int64 [R, N], log-probabilities float32 [R, N], and how many tokens of each block are read: int64 [R]."""
+        ...
+
+
+@dataclass
+class _Answer:
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+
+    def add(self, ids: list[int], log_probs: list[float], sampled: list[bool]) -> None:
+        self.ids += ids
+        self.log_probs += log_probs
+        self.sampled += sampled
+
+
+class PhaseGenerator(ARGenerator):
+    """An `ARGenerator` that hands every image to a phase. The log-probabilities of codes are the phase's."""
+
+    decoder: ImageDecoder
+
+    def __init__(
+        self, decoder: ImageDecoder, grammar: ImageGrammar, phase: ImagePhase, max_batch_size: int = 256, spare: int = 0
+    ) -> None:
+        """`spare`: tokens behind the longest answer that a phase may look at."""
+        super().__init__(decoder, grammar, max_batch_size)
+        self.phase, self.spare = phase, spare
+        self._blocks: dict[Grid, ImageBlock] = {}
+
+    @torch.inference_mode()
+    def _batch(
+        self,
+        prompts: list[Sequence[int]],
+        unconditional: list[Sequence[int]],
+        grids: list[Grid | None],
+        sampling: SamplingConfig,
+        uniforms: np.ndarray,
+    ) -> list[Generation]:
+        limit, device = sampling.max_new_tokens, self.grammar.device
+        numbers = torch.as_tensor(uniforms, device=device)
+        seeds = (uniforms[:, 0] * 2.0**52).astype(np.uint64)  # of each sequence, whatever its batch
+        state = self._start(prompts, grids)
+        logits = self.decoder.start([*prompts, *unconditional], limit + self.spare)
+        answers = [_Answer() for _ in prompts]
+        rows = torch.arange(len(prompts), device=device)
+        cut = torch.zeros_like(state.done)
+        while True:
+            counts = torch.tensor([len(answer.ids) for answer in answers], device=device)
+            ended = state.done | cut | (counts >= limit)
+            at_image = ~ended & (state.phase == Phase.CODES)
+            active = ~ended & ~at_image
+            if not active.any() and not at_image.any():
+                break
+            if not active.any():
+                state, logits, cut = self._images(state, logits, at_image, cut, answers, seeds, sampling)
+                continue
+            position = counts.clamp(max=limit - 1)
+            guide_logits = logits[len(prompts) :] if unconditional else None
+            choice = next_tokens(
+                logits[: len(prompts)], state, self.grammar, sampling, numbers[rows, position], guide_logits
+            )
+            for row in torch.nonzero(active).flatten().tolist():
+                answers[row].add([int(choice.ids[row])], [float(choice.log_probs[row])], [bool(choice.sampled[row])])
+            before, after = state, self.grammar.advance(state, choice.ids)
+            state = _merged(active, after, before)
+            # IMG is read as the first token of the image's block.
+            reads = active & (state.phase != Phase.CODES)
+            both = torch.cat([reads, reads & self._in_image(before, choice.ids)]) if unconditional else reads
+            if bool(both.any()):
+                stepped = self.decoder.step(choice.ids.repeat(2) if unconditional else choice.ids, both)
+                logits = torch.where(both[:, None], stepped, logits)
+        return [
+            Generation(np.array(a.ids, np.int64), np.array(a.log_probs, np.float32), np.array(a.sampled, bool), done)
+            for a, done in zip(answers, state.done.tolist(), strict=True)
+        ]
+
+    def _start(self, prompts: list[Sequence[int]], grids: list[Grid | None]) -> GrammarState:
+        state = self.grammar.start(prompts, grids)
+        if bool((state.phase == Phase.CODES).any()):
+            raise UserError(
+                "a prompt ends inside an image, which only token-by-token decoding can go on with",
+                fix="decoding.strategy=ar",
+            )
+        return state
+
+    def _images(
+        self,
+        state: GrammarState,
+        logits: torch.Tensor,
+        at_image: torch.Tensor,
+        cut: torch.Tensor,
+        answers: list[_Answer],
+        seeds: np.ndarray,
+        sampling: SamplingConfig,
+    ) -> tuple[GrammarState, torch.Tensor, torch.Tensor]:
+        """Decodes the images that sequences have come to; those that no longer fit are cut."""
+        groups: dict[Grid, list[int]] = defaultdict(list)
+        for row in torch.nonzero(at_image).flatten().tolist():
+            groups[int(state.height[row]), int(state.width[row])].append(row)
+        for grid, members in groups.items():
+            size = self._block(grid, 1).tokens.shape[1] - 1
+            fitting = [row for row in members if len(answers[row].ids) + size <= sampling.max_new_tokens]
+            cut[[row for row in members if row not in fitting]] = True
+            if fitting:
+                state, logits = self._decode_group(state, logits, grid, fitting, answers, seeds, sampling)
+        return state, logits, cut
+
+    def _decode_group(
+        self,
+        state: GrammarState,
+        logits: torch.Tensor,
+        grid: Grid,
+        members: list[int],
+        answers: list[_Answer],
+        seeds: np.ndarray,
+        sampling: SamplingConfig,
+    ) -> tuple[GrammarState, torch.Tensor]:
+        device, num_rows = self.grammar.device, len(state.phase)
+        index = torch.tensor(members, device=device)
+        guided = len(logits) > num_rows
+        in_cache = torch.cat([index, index + num_rows]) if guided else index
+        block = self._block(grid, len(members))
+        # An image's numbers: those of its sequence, and of how much stands before it.
+        own = seeds[members] ^ (np.array([len(answers[row].ids) for row in members], np.uint64) << np.uint64(52))
+        with self.decoder.only(in_cache):
+            images = GuidedImages(self.decoder, self.grammar, sampling, block, own, len(members))
+            codes, log_probs, num_read = self.phase.decode(images)
+            ids = self.grammar.vocabulary.codes_to_ids(codes)
+            tokens = block.with_ids(ids)
+            last = self._commit(tokens, num_read, guided)
+        logits = logits.index_copy(0, in_cache, last)
+        for number, row in enumerate(members):
+            values = torch.zeros(tokens.shape[1])
+            values[block.places.cpu()] = log_probs[number].float().cpu()
+            drawn = torch.zeros(tokens.shape[1], dtype=torch.bool)
+            drawn[block.places.cpu()] = True
+            answers[row].add(tokens[number, 1:].tolist(), values[1:].tolist(), drawn[1:].tolist())
+        chosen = torch.zeros_like(state.done)
+        chosen[index] = True
+        return self._behind_image(state, chosen, len(block.places)), logits
+
+    def _commit(self, tokens: torch.Tensor, num_read: torch.Tensor, guided: bool) -> torch.Tensor:
+        """Reads what is not read yet of clean blocks: logits after EOI, [R, padded vocabulary] (twice R when guided)."""
+        first = int(num_read.min())
+        assert bool((num_read == first).all()), "blocks of one grid are read to the same token"
+        rest = tokens[:, first:]
+        logits = self.decoder.look(rest.repeat(2, 1) if guided else rest, whole=False)
+        self.decoder.keep(torch.full_like(self.decoder.cache.lengths, rest.shape[1]))
+        return logits[:, -1]
+
+    def _behind_image(self, state: GrammarState, chosen: torch.Tensor, num_codes: int) -> GrammarState:
+        """The state of the chosen sequences after their images."""
+        at_end = GrammarState(**vars(state))
+        at_end.phase = torch.full_like(state.phase, Phase.IMAGE_END)
+        at_end.position = torch.full_like(state.position, num_codes)
+        eoi = torch.full_like(state.phase, self.grammar.vocabulary.eoi)
+        return _merged(chosen, self.grammar.advance(at_end, eoi), state)
+
+    def _block(self, grid: Grid, num_rows: int) -> ImageBlock:
+        if grid not in self._blocks:
+            self._blocks[grid] = self._new_block(grid)
+        block = self._blocks[grid]
+        return ImageBlock(block.tokens.repeat(num_rows, 1), block.places)
+
+    def _new_block(self, grid: Grid) -> ImageBlock:
+        """IMG, rows of codes with their ends, EOI: as the grammar forces them."""
+        vocabulary = self.grammar.vocabulary
+        height, width = grid
+        state = self.grammar.start([[0]])
+        state.phase.fill_(Phase.CODES)
+        state.height.fill_(height)
+        state.width.fill_(width)
+        tokens, places = [vocabulary.img], []
+        while int(state.phase[0]) not in (Phase.TEXT, Phase.DONE):
+            forced = int(self.grammar.forced(state)[0])
+            if forced < 0:
+                places.append(len(tokens))
+            tokens.append(vocabulary.visual_start if forced < 0 else forced)
+            state = self.grammar.advance(state, torch.tensor([tokens[-1]], device=self.grammar.device))
+        device = self.grammar.device
+        return ImageBlock(torch.tensor([tokens], device=device), torch.tensor(places, device=device))
+
+
+def _merged(chosen: torch.Tensor, after: GrammarState, before: GrammarState) -> GrammarState:
+    """`after` where chosen, else `before`."""
+    return GrammarState(
+        **{name: torch.where(chosen, values, getattr(before, name)) for name, values in vars(after).items()}
+    )

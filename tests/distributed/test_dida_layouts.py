@@ -1,0 +1,27 @@
+"""Parallel image decoding learns the same in every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from image_rows import dida_config, train_dida
+
+LAYOUTS = {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}, "context": {"context": 2}}
+
+
+@pytest.fixture(scope="module")
+def reference(pool: Any) -> list[tuple[float, float, float]]:
+    (found,) = pool.run(train_dida, dida_config(), 4, ranks=1)
+    assert found[0][1] > 2.0, "18 codes, untrained"
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_losses_of_copies_do_not_depend_on_the_layout(
+    pool: Any, reference: list[tuple[float, float, float]], layout: dict[str, Any]
+) -> None:
+    for found in pool.run(train_dida, dida_config(**layout), 4, ranks=2):
+        for values, expected in zip(found, reference, strict=True):
+            assert values[:2] == pytest.approx(expected[:2], rel=1e-5)
+            assert values[2] == pytest.approx(expected[2], rel=1e-4)

@@ -1,0 +1,149 @@
+"""Strategies of decoding on a real model: what they share with token-by-token decoding, and what they count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_ar_model import CONFIG, DIGITS, STAR, VOCABULARY, full_logits
+
+from model.errors import UserError
+from model.generation.ar import ARGenerator
+from model.generation.decoding_config import DecodingConfig, DenoiseConfig
+from model.generation.grammar import GrammarOptions, ImageGrammar
+from model.generation.image_decoder import ImageDecoder
+from model.generation.paths import MaskPath, MetricPath, UniformPath
+from model.generation.settings import PhaseSampling, SamplingConfig
+from model.generation.strategies import DecodingMetrics, Strategy, make_strategy
+from model.parallel import groups
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+GRIDS = [(2, 3), (3, 2), (2, 3)]
+SAMPLING = SamplingConfig(max_new_tokens=60)
+GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=60)
+PATH = UniformPath(VOCABULARY.visual_size)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[torch.nn.Module]:
+    from model.backbone.transformer import build_model
+
+    started_here = not groups.is_initialized()
+    if started_here:
+        groups.initialize(rank=0, world_size=1)
+    yield build_model(CONFIG, seed=3).eval()
+    if started_here:
+        groups.destroy()
+
+
+def rules(**options: object) -> ImageGrammar:
+    defaults: dict[str, object] = {"begin_with_image": True, "max_images": 2, "stop_after_images": 2, "max_side": 3}
+    return ImageGrammar(VOCABULARY, DIGITS, STAR, GrammarOptions(**(defaults | options)))  # type: ignore[arg-type]
+
+
+def strategy(model: torch.nn.Module, name: str, grammar: ImageGrammar | None = None, **options: object) -> Strategy:
+    config = DecodingConfig(name, DenoiseConfig(steps=3), window=4)
+    for key, value in options.items():
+        setattr(config.dida, key, value)
+    return make_strategy(config, ImageDecoder(model), grammar or rules(), PATH, DecodingMetrics(), 8)
+
+
+def sequences(found: list) -> list[list[int]]:  # type: ignore[type-arg]
+    return [one.ids.tolist() for one in found]
+
+
+@pytest.mark.parametrize("name", ["sjd", "verified"])
+def test_exact_strategies_draw_what_greedy_decoding_draws(model: torch.nn.Module, name: str) -> None:
+    expected = ARGenerator(ImageDecoder(model), rules()).sample(PROMPTS, GREEDY, 0, GRIDS)
+    chosen = strategy(model, name)
+    found = chosen.sample(PROMPTS, GREEDY, 0, GRIDS)
+    assert sequences(found) == sequences(expected)
+    assert any(ids.count(VOCABULARY.boi) == 2 for ids in sequences(found)), "several images in one answer"
+    assert chosen.metrics.num_tokens == sum(map(len, sequences(expected)))
+
+
+@pytest.mark.parametrize("name", ["dida", "sjd", "verified"])
+def test_an_answer_does_not_depend_on_its_batch(model: torch.nn.Module, name: str) -> None:
+    together = strategy(model, name).sample(PROMPTS, SAMPLING, 5, GRIDS)
+    alone = [
+        strategy(model, name).sample([prompt], SAMPLING, 5, [grid], None, [index])[0]
+        for index, (prompt, grid) in enumerate(zip(PROMPTS, GRIDS, strict=True))
+    ]
+    assert sequences(together) == sequences(alone)
+    assert sequences(together) != sequences(strategy(model, name).sample(PROMPTS, SAMPLING, 6, GRIDS))
+
+
+def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module) -> None:
+    """And so is what follows: text, and a second image, greedy."""
+    chosen = strategy(model, "dida")
+    found = chosen.sample(PROMPTS, GREEDY, 0, GRIDS)
+    cache = chosen.decoder.cache
+    by_length = sorted(zip(PROMPTS, found, strict=True), key=lambda pair: len(pair[0]))  # as they share a batch
+    for row, (prompt, one) in enumerate(by_length):
+        length = int(cache.lengths[row])
+        assert length >= len(prompt) + len(one.ids) - 1
+        prefill = ImageDecoder(model)
+        prefill.start([(prompt + one.ids.tolist())[:length]], 1)
+        for ours, theirs in ((cache.keys, prefill.cache.keys), (cache.values, prefill.cache.values)):
+            assert torch.allclose(ours[:, row, :length], theirs[:, 0, :length], atol=1e-5)
+    wholes = full_logits(model, [p + one.ids.tolist() for p, one in zip(PROMPTS, found, strict=True)])
+    for prompt, one, logits in zip(PROMPTS, found, wholes, strict=True):
+        texts = np.flatnonzero((one.ids < VOCABULARY.text_size) & one.sampled)
+        for place in texts[texts > np.flatnonzero(one.ids == VOCABULARY.eoi)[0]]:
+            allowed = logits[len(prompt) + place - 1][: VOCABULARY.text_size]
+            assert int(allowed.argmax()) == one.ids[place]
+
+
+def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
+    one_image = rules(max_images=1, stop_after_images=1)
+    chosen = strategy(model, "dida", one_image, steps=4)
+    (answer,) = chosen.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
+    header = 5  # BOI 3 * 3 IMG: the prompt's pass comes before BOI, and IMG is read with the codes
+    assert chosen.metrics.num_forwards == header + 4 + 1
+    assert len(answer.ids) == header + 9 + 2 + 1
+    assert answer.finished
+    assert answer.sampled.sum() == 9
+    plain = strategy(model, "ar", one_image)
+    plain.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
+    assert plain.metrics.num_forwards == len(answer.ids)
+    assert plain.metrics.tokens_a_forward == 1.0
+
+
+@pytest.mark.parametrize("name", ["dida", "sjd", "verified"])
+def test_guidance_acts(model: torch.nn.Module, name: str) -> None:
+    """At scale 1 the unconditional prompt is not read; where both prompts are one, any scale gives the same."""
+    one_image = rules(max_images=1, stop_after_images=1)
+    unconditional = [[13]] * len(PROMPTS)
+    guided = replace(SAMPLING, guidance_scale=4.0)
+    plain = sequences(strategy(model, name, one_image).sample(PROMPTS, SAMPLING, 0, GRIDS))
+    assert sequences(strategy(model, name, one_image).sample(PROMPTS, guided, 0, GRIDS, PROMPTS)) == plain
+    assert sequences(strategy(model, name, one_image).sample(PROMPTS, guided, 0, GRIDS, unconditional)) != plain
+    if name == "dida":
+        off = strategy(model, name, one_image, guidance_until=0.0)
+        assert sequences(off.sample(PROMPTS, guided, 0, GRIDS, unconditional)) == plain
+
+
+def test_an_image_that_does_not_fit_ends_the_answer(model: torch.nn.Module) -> None:
+    (answer,) = strategy(model, "dida").sample([[1, 2]], SamplingConfig(max_new_tokens=10), 0, [(3, 3)])
+    assert not answer.finished
+    assert answer.ids.tolist()[-1] == VOCABULARY.img
+
+
+def test_what_cannot_be_decoded_in_parallel_is_refused(model: torch.nn.Module) -> None:
+    with pytest.raises(UserError, match="not trained for decoding"):
+        make_strategy(DecodingConfig("dida"), ImageDecoder(model), rules(), None, DecodingMetrics())
+    with pytest.raises(UserError, match="more decoding steps than an image has tokens"):
+        strategy(model, "dida", steps=7).sample([[1]], SAMPLING, 0, [(2, 3)])
+    inside = [1, VOCABULARY.boi, DIGITS[2], STAR, DIGITS[2], VOCABULARY.img, VOCABULARY.visual_start]
+    with pytest.raises(UserError, match="ends inside an image"):
+        strategy(model, "dida").sample([inside], SAMPLING, 0)
+
+
+@pytest.mark.parametrize("path", [MaskPath(40), MetricPath(torch.randn(40, 4), 3.0, 0.9)], ids=lambda path: path.name)
+def test_every_path_decodes(model: torch.nn.Module, path: object) -> None:
+    config = DecodingConfig("dida", DenoiseConfig(steps=3))
+    chosen = make_strategy(config, ImageDecoder(model), rules(), path, DecodingMetrics(), 8)  # type: ignore[arg-type]
+    assert all(one.finished or len(one.ids) >= 12 for one in chosen.sample(PROMPTS, SAMPLING, 0, GRIDS))

@@ -1,0 +1,243 @@
+"""The objective `dida`: which images get copies, what is learnt of them, and that nothing leaks either way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from image_rows import IDS, ROOM, ROW_TOKENS, batches_of, dida_config, make_dida, micro_batch
+
+from data_pipeline.loading.batch import MicroBatch
+from model.errors import Problems, UserError
+from model.generation.image_decoder import ImageDecoder
+from training.contracts.inputs import LocalInput, ModelInput
+from training.objectives.dida import Dida
+from training.objectives.dida_rows import DidaBatch, find_images
+from training.objectives.next_token import NextToken
+
+SEEDS = range(12)
+
+
+class GivenScores:
+    def __init__(self, log_probs: torch.Tensor) -> None:
+        self.given = log_probs
+
+    def weighted_losses(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return -(self.given * weights).sum(), -self.given
+
+
+def images_by_hand(rows: MicroBatch) -> list[tuple[int, int, int, int]]:
+    """(start, length, height, width) of image blocks with loss, by a walk."""
+    tokens, weights, found, at = rows.tokens.ravel().tolist(), rows.loss_weights.ravel(), [], 0
+    while IDS.img in tokens[at:]:
+        start = tokens.index(IDS.img, at)
+        end = tokens.index(IDS.eoi, start)
+        block = tokens[start + 1 : end]
+        height = block.count(IDS.eol) + 1
+        if weights[start] > 0:
+            found.append((start, len(block) + 1, height, (len(block) + 1) // height - 1))
+        at = end
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_images_are_those_that_are_learnt(seed: int) -> None:
+    rows = micro_batch(seed)
+    found = find_images(rows, IDS)
+    values = [found.starts, found.lengths, found.heights, found.widths]
+    assert list(zip(*(column.tolist() for column in values), strict=True)) == images_by_hand(rows)
+
+
+def test_copies_fill_the_room_of_their_row_in_changing_choice() -> None:
+    config = dida_config()
+    kept, all_images = set(), set()
+    for sample in range(0, 40, 4):
+        for batch in batches_of(config, sample):
+            images = find_images(batch.rows, IDS)
+            assert batch.num_images == len(images.starts)
+            for row in range(2):
+                own = batch.images.lengths[batch.images.starts // ROW_TOKENS == row]
+                assert own.sum() <= ROOM
+                rest = set(images.starts[images.starts // ROW_TOKENS == row]) - set(batch.images.starts)
+                lengths = dict(zip(images.starts, images.lengths, strict=True))
+                assert all(lengths[start] > ROOM - own.sum() for start in rest), "one more would have fitted"
+            kept |= set(batch.numbers)
+            all_images |= {int(start) for start in images.starts}
+    assert len(kept) > 20, "the test sees images"
+    again = [one.numbers.tolist() for one in batches_of(config, 8)]
+    assert again == [one.numbers.tolist() for one in batches_of(config, 8)]
+
+
+@pytest.mark.parametrize("path", ["uniform", "metric"])
+def test_what_is_learnt_of_rows_with_copies(path: str) -> None:
+    """Documents as without copies; of copies the codes alone, at the positions of the image."""
+    config = dida_config()
+    objective = make_dida(config, path=path)
+    for batch in batches_of(config, 0) + batches_of(config, 4):
+        plain, found = NextToken.inputs(objective, batch.rows), objective.inputs(batch)
+        assert found.tokens.size == 2 * (ROW_TOKENS + ROOM)
+        clean = found.fields["noisy"] == 0
+        real = np.flatnonzero(clean)[: plain.tokens.size]
+        for name in ("tokens", "labels", "weights", "position_ids"):
+            assert np.array_equal(getattr(found, name)[real], getattr(plain, name))
+        assert not found.weights[np.flatnonzero(clean)[plain.tokens.size :]].any(), "padding is not learnt"
+        copies = np.flatnonzero(~clean)
+        at = 0
+        for start, length in zip(batch.images.starts, batch.images.lengths, strict=True):
+            here, source = copies[at : at + length], slice(start, start + length)
+            assert np.array_equal(found.position_ids[here], plain.position_ids[source])
+            assert np.array_equal(found.labels[here], plain.labels[source])
+            assert np.array_equal(found.weights[here] > 0, IDS.is_visual(plain.labels[source]))
+            structure = ~IDS.is_visual(plain.tokens[source])
+            assert np.array_equal(found.tokens[here][structure], plain.tokens[source][structure]), "never noised"
+            assert IDS.is_visual(found.tokens[here][~structure]).all()
+            at += length
+        assert at == len(copies)
+
+
+def test_a_clean_prefix_is_neither_noised_nor_learnt() -> None:
+    config = dida_config()
+    objective = make_dida(config, clean_prefix_share=1.0, latest_time=1e-9)  # all else is noise
+    num_learnt = num_clean = 0
+    for batch in batches_of(config, 0):
+        plain, found = NextToken.inputs(objective, batch.rows), objective.inputs(batch)
+        copies, at = np.flatnonzero(found.fields["noisy"] > 0), 0
+        for start, length in zip(batch.images.starts, batch.images.lengths, strict=True):
+            here, source = copies[at : at + length], slice(start, start + length)
+            at += length
+            codes = IDS.is_visual(plain.labels[source])
+            learnt = (found.weights[here] > 0)[codes]
+            same = (found.tokens[here] == plain.tokens[source])[IDS.is_visual(plain.tokens[source])]
+            first = int(learnt.argmax()) if learnt.any() else len(learnt)
+            assert learnt[first:].all(), "behind the prefix all is learnt"
+            assert same[:first].all()
+            num_learnt, num_clean = num_learnt + learnt.sum(), num_clean + first
+    assert num_learnt > num_clean > 0
+
+
+def test_the_loss_is_that_of_both_streams() -> None:
+    config = dida_config()
+    objective = make_dida(config, clean_weight=0.3)
+    batches = batches_of(config, 0)
+    totals, sums, expected = objective.totals(batches), np.zeros(objective.num_sums), [0.0, 0.0]
+    loss = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches:
+        inputs = objective.inputs(batch)
+        log_probs = -torch.rand(inputs.tokens.size, generator=generator)
+        local = LocalInput(
+            torch.from_numpy(inputs.labels),
+            torch.from_numpy(inputs.weights),
+            {name: torch.from_numpy(values) for name, values in inputs.fields.items()},
+        )
+        found = objective.loss(GivenScores(log_probs), local, torch.from_numpy(totals))  # type: ignore[arg-type]
+        loss += float(found.loss)
+        sums += found.sums.numpy()
+        for stream in (0, 1):
+            chosen = (inputs.fields["noisy"] == stream) * inputs.weights
+            expected[stream] += float((-log_probs.numpy() * chosen).sum())
+    clean_weight = sum(float(batch.rows.loss_weights.sum()) for batch in batches)
+    num_codes = sum(int((batch.images.heights * batch.images.widths).sum()) for batch in batches)
+    assert totals[-3] == num_codes
+    mean = [expected[0] / clean_weight, expected[1] / num_codes]
+    assert loss == pytest.approx(mean[1] + 0.3 * mean[0], rel=1e-5)
+    result = objective.result(totals, sums, 1.0)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.metrics["loss_copies"] == pytest.approx(mean[1], rel=1e-5)
+    assert result.metrics["loss_next_token"] == pytest.approx(mean[0], rel=1e-5)
+    assert result.num_tokens == 4 * (ROW_TOKENS + ROOM)
+
+
+@pytest.fixture(scope="module")
+def forward(single_process: None):  # type: ignore[no-untyped-def]
+    """Logits [T, padded vocabulary] of whole inputs, as in training; and the model."""
+    from model.backbone.packed_attention import prepare_attention
+    from model.backbone.transformer import build_model
+
+    config = dida_config().model
+    model = build_model(config, seed=3).eval()
+
+    @torch.no_grad()
+    def logits(inputs: ModelInput) -> torch.Tensor:
+        packed = prepare_attention(
+            inputs.plan, torch.from_numpy(inputs.position_ids), head_dim=config.head_dim, rope_theta=config.rope_theta
+        )
+        found = model(torch.from_numpy(inputs.tokens)[None], None, None, packed_seq_params=packed)
+        return found[0].float()
+
+    logits.model = model  # type: ignore[attr-defined]
+    return logits
+
+
+def most_copied() -> tuple[Dida, DidaBatch]:
+    config = dida_config()
+    batches = [batch for sample in range(0, 24, 4) for batch in batches_of(config, sample)]
+    return make_dida(config), max(batches, key=lambda batch: len(batch.numbers))
+
+
+def test_the_clean_stream_is_that_without_copies(forward) -> None:  # type: ignore[no-untyped-def]
+    objective, batch = most_copied()
+    inputs = objective.inputs(batch)
+    clean = np.flatnonzero(inputs.fields["noisy"] == 0)
+    plain = forward(NextToken.inputs(objective, batch.rows))
+    assert torch.allclose(forward(inputs)[clean[: len(plain)]], plain, atol=1e-5)
+    other = inputs.tokens.copy()
+    noisy_codes = (inputs.fields["noisy"] > 0) & IDS.is_visual(other)
+    other[noisy_codes] = IDS.visual_start + (other[noisy_codes] - IDS.visual_start + 5) % 18
+    before, after = forward(inputs), forward(replace(inputs, tokens=other))
+    assert torch.equal(before[clean], after[clean]), "copies are seen by nothing clean"
+    assert not torch.equal(before, after)
+
+
+def test_copies_see_neither_their_clean_image_nor_what_follows(forward) -> None:  # type: ignore[no-untyped-def]
+    objective, batch = most_copied()
+    inputs = objective.inputs(batch)
+    before = forward(inputs)
+    copies = np.flatnonzero(inputs.fields["noisy"] > 0)
+    clean = np.flatnonzero(inputs.fields["noisy"] == 0)
+    bounds = np.cumsum(batch.images.lengths)
+    for number, start in enumerate(batch.images.starts):
+        own = copies[bounds[number] - batch.images.lengths[number] : bounds[number]]
+        other = inputs.tokens.copy()
+        document_end = batch.rows.cu_seqlens[np.searchsorted(batch.rows.cu_seqlens, start, "right")]
+        changed = clean[start:document_end]  # the image and all behind it in its document
+        other[changed] = (other[changed] + 7) % 30
+        after = forward(replace(inputs, tokens=other))
+        assert torch.equal(before[own], after[own])
+        assert not torch.equal(before[changed], after[changed])
+
+
+def test_logits_of_copies_are_those_of_decoding(forward) -> None:  # type: ignore[no-untyped-def]
+    """The block behind a cached prefix, as a sampler reads it."""
+    objective, batch = most_copied()
+    inputs = objective.inputs(batch)
+    trained, flat = forward(inputs), batch.rows.tokens.ravel()
+    copies, at = np.flatnonzero(inputs.fields["noisy"] > 0), 0
+    decoder = ImageDecoder(forward.model)
+    for start, length in zip(batch.images.starts, batch.images.lengths, strict=True):
+        here = copies[at : at + length]
+        at += length
+        first = batch.rows.cu_seqlens[np.searchsorted(batch.rows.cu_seqlens, start, "right") - 1]
+        decoder.start([flat[first:start].tolist()], int(length))
+        block = torch.from_numpy(inputs.tokens[here])[None]
+        for _ in range(2):  # a look leaves no trace
+            found = decoder.look(block, whole=True)[0]
+            assert torch.allclose(found[:, : IDS.size], trained[here][:, : IDS.size], atol=1e-5)
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    problems = Problems()
+    options = Dida.Options(path="metrik", c=-1.0, latest_time=1.0, document_attention="full", clean_prefix_share=2.0)
+    options.validate(problems, "stage.objective")
+    with pytest.raises(UserError) as caught:
+        problems.raise_if_any()
+    for key in ("path", "c", "latest_time", "document_attention", "clean_prefix_share"):
+        assert f"stage.objective.{key}" in str(caught.value)
+    config = dida_config(tensor=2, context=2)
+    config.stage.data.datasets = {}
+    problems = Problems()
+    Dida.Options(copy_tokens=33).validate_run(problems, config)
+    with pytest.raises(UserError, match="97 is not a multiple"):
+        problems.raise_if_any()

@@ -1,0 +1,105 @@
+"""Rows of the objective `dida`: packed rows and which of their images get a copy. A pure function of seed and sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.loading.batch import MicroBatch
+from data_pipeline.loading.loader import PackedDataSource
+from model.vocabulary import Vocabulary
+from training.contracts.inputs import ModelInput
+
+MAX_IMAGES_A_ROW = 1 << 16  # images of a row have numbers below this
+
+
+@dataclass(frozen=True)
+class Images:
+    """Image blocks in flattened rows, those that the next-token loss learns; C of them, ascending."""
+
+    starts: np.ndarray  # int64 [C], the last token of the header (IMG), whose label is the first code
+    lengths: np.ndarray  # int64 [C], up to the last code; ends of rows lie between
+    heights: np.ndarray  # int64 [C], in codes
+    widths: np.ndarray  # int64 [C]
+
+    def select(self, chosen: np.ndarray) -> Images:
+        return Images(self.starts[chosen], self.lengths[chosen], self.heights[chosen], self.widths[chosen])
+
+
+@dataclass(eq=False)
+class DidaBatch:
+    """A micro-batch of packed rows, and the images that get copies; `numbers` make the noise."""
+
+    rows: MicroBatch
+    images: Images
+    numbers: np.ndarray  # int64 [C], one for each image of the whole data: sample * MAX_IMAGES_A_ROW + place in its row
+    num_images: int  # those without a copy included: copies have no room for all
+    prepared: ModelInput | None = None  # made once, by the objective
+
+
+def find_images(rows: MicroBatch, vocabulary: Vocabulary) -> Images:
+    """The complete image blocks of one document each whose codes have loss."""
+    tokens, weights = rows.tokens.reshape(-1), rows.loss_weights.reshape(-1)
+    starts = np.flatnonzero(tokens == vocabulary.img)
+    ends: np.ndarray = np.append(np.flatnonzero(tokens == vocabulary.eoi), tokens.size)
+    stops = ends[np.searchsorted(ends, starts)]
+    visual = vocabulary.is_visual(tokens)
+    visual_before = np.concatenate(([0], np.cumsum(visual)))
+    places: np.ndarray = np.append(np.flatnonzero(visual), -1)  # -1 at the end: of rows without codes
+    last_codes = places[visual_before[stops] - 1]
+    bounds = np.asarray(rows.cu_seqlens, dtype=np.int64)
+    same_document = np.searchsorted(bounds, starts, "right") == np.searchsorted(bounds, stops, "right")
+    good = (stops < tokens.size) & same_document & (last_codes > starts) & (weights[starts] > 0)
+    starts, last_codes = starts[good], last_codes[good]
+    row_ends: np.ndarray = np.append(
+        np.flatnonzero((tokens == vocabulary.eol) | (tokens == vocabulary.eoi)), tokens.size
+    )
+    widths = row_ends[np.searchsorted(row_ends, starts)] - starts - 1
+    num_codes = visual_before[last_codes + 1] - visual_before[starts]
+    return Images(starts, last_codes + 1 - starts, num_codes // np.maximum(widths, 1), widths)
+
+
+class RowsWithCopies:
+    """Implements `training.objectives.offline_rows.Rows` over packed rows.
+
+    `room` tokens behind each row take the copies of its images, in an order drawn from (seed, sample); images that do not
+    fit any more have none this time.
+    """
+
+    def __init__(self, rows: PackedDataSource, vocabulary: Vocabulary, seed: int, room: int, stride: int, offset: int):
+        """Micro-batch m of a global batch begins `m * stride + offset` samples after its first one."""
+        self.rows, self.vocabulary, self.seed, self.room = rows, vocabulary, seed, room
+        self.stride, self.offset = stride, offset
+        self.fingerprint = rows.fingerprint
+
+    def batch(self, first_sample: int) -> list[DidaBatch]:
+        return [
+            self._with_copies(rows, first_sample + number * self.stride + self.offset)
+            for number, rows in enumerate(self.rows.batch(first_sample))
+        ]
+
+    def close(self) -> None:
+        self.rows.close()
+
+    def _with_copies(self, rows: MicroBatch, first_sample: int) -> DidaBatch:
+        images = find_images(rows, self.vocabulary)
+        in_row = images.starts // rows.tokens.shape[1]
+        first_of_row = np.searchsorted(in_row, in_row)  # of each image, the first of its row
+        numbers = (first_sample + in_row) * MAX_IMAGES_A_ROW + np.arange(len(in_row)) - first_of_row
+        kept = [
+            image
+            for row in range(len(rows.tokens))
+            for image in self._fitting(np.flatnonzero(in_row == row), images.lengths, first_sample + row)
+        ]
+        chosen = np.array(sorted(kept), dtype=np.int64)
+        return DidaBatch(rows, images.select(chosen), numbers[chosen], len(in_row))
+
+    def _fitting(self, candidates: np.ndarray, lengths: np.ndarray, sample: int) -> list[int]:
+        """Those of one row's images that fit, the first ones in an order of their own."""
+        chosen, free = [], self.room
+        for image in np.random.default_rng([self.seed, sample]).permutation(candidates).tolist():
+            if lengths[image] <= free:
+                chosen.append(image)
+                free -= int(lengths[image])
+        return chosen

@@ -10,6 +10,7 @@ from launch.generation.questions import Question, are_parts, check_question, rea
 from launch.generation.sizes import PUBLISHED_AREA, read_size
 from launch.report.answers import publish_answer
 from model.errors import Problems
+from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import SamplingConfig
 from training.inference.prompts import FORMATS, InferenceOptions
 
@@ -50,6 +51,7 @@ class Config:
     stream: bool = False  # tell text and finished rows as they come: a JSON object a line
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)  # how pictures are decoded
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
     vision_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
     seed: int = 0  # of the sampling
@@ -78,6 +80,7 @@ class Config:
         problems.check(0 <= self.first_index < 1 << 31, "first_index", "must be in [0, 2**31)", "first_index=0")
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
+        self.decoding.validate(problems, "decoding")
         problems.raise_if_any()
 
 
@@ -91,6 +94,7 @@ def run(config: Config) -> dict[str, Any]:
     questions = questions_of(config)
     prompts = prompts_of(questions)
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
+    model.decode_with(config.decoding)
     for question, prompt in zip(questions, prompts, strict=True):
         prompt.image_size = pixels_of(question.image_size, config.image_area, model.vision_tokenizer.factor)
     answerings = begin_all(config, model, questions, prompts)
@@ -157,6 +161,7 @@ def write_answers(
         answers.append(entry | {"text_answer": one.text, "finished": one.finished})
         traces.append({"asked": asked, "answer": answer} | written | trace_of(one, config.seed))
     settings = {"sampling": asdict(config.sampling), "answers": asdict(config.answers)}
+    settings["decoding"] = asdict(config.decoding)
     trace = {"checkpoint": model.checkpoint or config.checkpoint, "settings": settings, "answers": traces}
     publish_answer(folder / "trace.json", trace)
     return publish_answer(folder / "generated.json", {"folder": str(folder), "answers": answers})
@@ -166,7 +171,7 @@ def _streamed(config: Config, answerings: list[Any]) -> Any:
     """A watch that writes what is new as a JSON object a line: {"prompt", "answer", "text"} or {..., "row", "codes"}."""
     import json
 
-    from training.inference.observing import TextPiece
+    from training.inference.observing import Refined, TextPiece
 
     places = {id(one): divmod(index, config.num) for index, one in enumerate(answerings)}
 
@@ -175,6 +180,9 @@ def _streamed(config: Config, answerings: list[Any]) -> Any:
         told: dict[str, Any] = {"prompt": prompt, "answer": answer}
         if isinstance(event, TextPiece):
             told["text"] = event.text
+        elif isinstance(event, Refined):
+            told |= {"picture": len(one.pictures), "step": event.step, "steps": event.num_steps}
+            told["codes"] = event.codes.tolist()
         else:
             told |= {"picture": len(one.pictures), "row": len(event.codes) - 1, "grid": list(event.grid)}
             told["codes"] = event.codes[-1].tolist()

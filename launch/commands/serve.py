@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.generation.sizes import PUBLISHED_AREA, read_size
 from model.errors import Problems, UserError
+from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import SamplingConfig
 from training.inference.prompts import FORMATS, InferenceOptions
 
@@ -45,6 +46,7 @@ class Config:
     max_source_pixels: int = 16_777_216  # of one picture that is sent
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)  # how pictures are decoded
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
     vision_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
     seed: int = 0  # of answers that ask for none; each has a number of its own
@@ -68,6 +70,7 @@ class Config:
             problems.check(getattr(self, name) > 0, name, "must be positive", f"{name}=1")
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
+        self.decoding.validate(problems, "decoding")
         problems.raise_if_any()
 
 
@@ -79,6 +82,7 @@ def run(config: Config) -> dict[str, Any]:
     from training.inference.model import InferenceModel
 
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
+    model.decode_with(config.decoding)
     app = app_of(config, model, token)
     server = server_of(app)
     listener = bound(config)

@@ -63,6 +63,7 @@ async function draw(event) {
     const { frame, image, words } = shown[data.index];
     if (data.b64_json) image.src = `data:image/png;base64,${data.b64_json}`;
     if (data.rows) words.textContent = `${data.rows} of ${data.grid[0]} rows`;
+    if (data.steps) words.textContent = `${data.step} of ${data.steps} steps`;
     if (data.nextstate) {
       const how = data.nextstate;
       words.textContent = `seed ${how.seed}, number ${how.index}: ${how.forwards} forwards, ${how.seconds.toFixed(1)} s`;

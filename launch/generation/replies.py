@@ -56,7 +56,7 @@ class PicturesReply:
         """The events of a stream."""
         if isinstance(told, Preview):
             kind = f"{self.name}.partial_image"
-            seen = {"partial_image_index": told.number, "rows": told.rows, "grid": list(told.grid)}
+            seen = {"partial_image_index": told.number} | told.fields()
             return [event({"type": kind, "b64_json": base64_png(told.pixels), "index": index} | seen, kind)]
         if isinstance(told, Finished):
             self.pictures[index].append(told)
@@ -94,7 +94,7 @@ class ChatReply:
             return [self._chunk({"content": told.text})]
         if isinstance(told, Preview):
             partial = {"url": f"data:image/png;base64,{base64_png(told.pixels)}", "index": told.number}
-            return [self._chunk({"partial_image": partial | {"rows": told.rows, "grid": list(told.grid)}})]
+            return [self._chunk({"partial_image": partial | told.fields()})]
         if isinstance(told, Finished):
             self.parts.append(picture_part(told))
             return [self._chunk({"images": [picture_part(told)]})]

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from model.errors import UserError
 from model.generation.settings import SamplingConfig
 from training.inference.answering import Answering, begin, begin_rollouts, take_turn
 from training.inference.model import InferenceModel
-from training.inference.observing import Event, Rows, TextPiece
+from training.inference.observing import Event, Refined, Rows, TextPiece
 from training.inference.prompts import Prompt
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,17 @@ class NobodyWaitsError(Exception):
 
 @dataclass(frozen=True)
 class Preview:
-    """The finished rows of a picture, uint8 [h, W, 3]."""
+    """A picture that is not finished, uint8 [h, W, 3]: its first rows, or all of it while it is refined."""
 
     pixels: np.ndarray
     number: int  # of the preview, within its picture
-    rows: int
-    grid: tuple[int, int]
+    event: Rows | Refined
+
+    def fields(self) -> dict[str, Any]:
+        """How far it is."""
+        if isinstance(self.event, Rows):
+            return {"rows": len(self.event.codes), "grid": list(self.event.grid)}
+        return {"step": self.event.step, "steps": self.event.num_steps}
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Scheduler:
         if isinstance(event, TextPiece):
             job.tell(event)
         elif (number := preview_number(event, job.num_previews)) is not None:
-            job.tell(Preview(self.model.picture(event.codes), number, len(event.codes), event.grid))
+            job.tell(Preview(self.model.picture(event.codes), number, event))
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """Tells those who asked; what is no mistake of theirs goes to the log too, and the thread goes on."""
@@ -208,9 +214,12 @@ def _alike(job: Job, other: Job) -> bool:
     return mine == theirs and job.seed == other.seed and job.sampling == other.sampling
 
 
-def preview_number(event: Rows, num_previews: int) -> int | None:
-    """Which of `num_previews`, spread evenly over a picture's rows, is due with this row; None: none of them."""
-    rows, height = len(event.codes), event.grid[0]
-    number = rows * (num_previews + 1) // height
-    is_new = number > (rows - 1) * (num_previews + 1) // height
-    return number - 1 if is_new and not event.is_whole else None
+def preview_number(event: Rows | Refined, num_previews: int) -> int | None:
+    """Which of `num_previews`, spread evenly over a picture's rows or steps, is due with this one; None: none of them."""
+    if isinstance(event, Rows):
+        done, total = len(event.codes), event.grid[0]
+    else:
+        done, total = event.step + 1, event.num_steps + 1
+    number = done * (num_previews + 1) // total
+    is_new = number > (done - 1) * (num_previews + 1) // total
+    return number - 1 if is_new and done < total else None

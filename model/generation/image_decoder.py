@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,9 @@ class ImageDecoder(CachedDecoder):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.num_forwards = 0
+        # Shown the noisy copies (int64 [R, t]) before each look at them, and which rows of the batch they belong to.
+        self.watch: Callable[[list[int], torch.Tensor], None] | None = None
+        self._rows: list[int] = []
 
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
         self.num_forwards += 1
@@ -37,6 +40,8 @@ class ImageDecoder(CachedDecoder):
         `whole`: every token sees all of them (a noisy copy of an image), else those before it.
         """
         self.num_forwards += 1
+        if whole and self.watch is not None:
+            self.watch(self._rows, tokens)
         positions = self.cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)
         nothing = torch.zeros_like(self.cache.lengths)
         return decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
@@ -48,7 +53,7 @@ class ImageDecoder(CachedDecoder):
     @contextmanager
     def only(self, rows: torch.Tensor) -> Iterator[None]:
         """Work on some rows (int64 [R]) alone; their cache is copied, unless they are all."""
-        whole = self.cache
+        whole, self._rows = self.cache, rows.tolist()
         if len(rows) == whole.batch_size:
             yield
             return

@@ -20,9 +20,12 @@ from data_pipeline.documents.reading import split_parts
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from model.config import ModelConfig
 from model.errors import UserError
+from model.generation.decoding_config import DecodingConfig, DenoiseConfig
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.parallel import groups
+from training.inference.answering import answer_all, begin
 from training.inference.model import InferenceModel
+from training.inference.observing import Event, Refined, Rows
 from training.inference.prompts import Prompt
 
 GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=200)
@@ -297,6 +300,48 @@ def test_loaded_model_answers_like_the_one_that_was_saved(
         assert found.images[0].shape == (16, 16, 3)
     fresh = InferenceModel.load(checkpoint, untrained=True).generate(prompts, GREEDY)
     assert fresh[0].log_probs.tolist() != loaded[0].log_probs.tolist()
+
+
+def test_turns_are_taken_with_any_strategy(real_model: torch.nn.Module, tokenizer: SentencePieceTokenizer) -> None:
+    from model.generation.image_decoder import ImageDecoder
+
+    found = {}
+    for strategy in ("ar", "sjd"):  # greedy, both say the same
+        model = toy_model(tokenizer, ImageDecoder(real_model))
+        model.decode_with(DecodingConfig(strategy))
+        told: list[Event] = []
+        (one,) = begin(model, [Prompt("t2i", TEXTS[0], image_size=(16, 32))], GREEDY, [0])
+        answer_all(model, [one], GREEDY, 0, lambda _, event, told=told: told.append(event))
+        assert [len(event.codes) for event in told if isinstance(event, Rows)] == [1, 2]
+        found[strategy] = one
+    assert found["sjd"].ids == found["ar"].ids
+    assert found["ar"].num_forwards == len(found["ar"].ids)
+    assert 0 < found["sjd"].num_forwards < found["ar"].num_forwards
+
+
+def test_a_picture_is_seen_while_it_is_refined(real_model: torch.nn.Module, tokenizer: SentencePieceTokenizer) -> None:
+    from model.generation.image_decoder import ImageDecoder
+
+    model = toy_model(tokenizer, ImageDecoder(real_model))
+    model.dida = {"path": "uniform", "heights": [1, 9], "widths": [1, 9]}
+    model.decode_with(DecodingConfig("dida", DenoiseConfig(steps=4)))
+    guided = SamplingConfig(guidance_scale=2.0, max_new_tokens=60)
+    answerings = begin(model, [Prompt("t2i", text, image_size=(16, 32)) for text in TEXTS[:2]], guided, [0, 1])
+    told: dict[int, list[Event]] = {id(one): [] for one in answerings}
+    answer_all(model, answerings, guided, 0, lambda one, event: told[id(one)].append(event))
+    for one in answerings:
+        *refined, first, second = told[id(one)]
+        assert [(event.step, event.num_steps) for event in refined if isinstance(event, Refined)] == [
+            (step, 4) for step in range(4)
+        ]
+        assert all(event.codes.shape == (2, 4) for event in refined if isinstance(event, Refined))
+        assert isinstance(first, Rows)
+        assert isinstance(second, Rows)
+        assert np.array_equal(second.codes, one.pictures[0])
+    # The prompt; BOI 2 * 4 (IMG is read with the copies); four looks; the commit pass.
+    assert answerings[0].num_forwards == 1 + 4 + 4 + 1
+    with pytest.raises(UserError, match="not trained to decode images of this size in parallel"):
+        begin(model, [Prompt("t2i", "a", image_size=(16, 80))], guided, [0])
 
 
 def test_foreign_tokenizers_and_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:

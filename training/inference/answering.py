@@ -8,10 +8,13 @@ words that are said before each next state.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from data_pipeline.documents.reading import split_parts
 from model.errors import UserError
@@ -19,7 +22,7 @@ from model.generation.ar import Generation, Grid
 from model.generation.grammar import GrammarOptions
 from model.generation.settings import SamplingConfig
 from training.inference.model import InferenceModel, Question
-from training.inference.observing import Event, ObservedDecoder, Progress
+from training.inference.observing import Event, ObservedDecoder, Progress, Refined, codes_of_copy
 from training.inference.prompts import Prompt
 
 DRAWS = 1 << 32  # numbers of answers; turn t of answer d draws as number d + t * DRAWS
@@ -171,24 +174,49 @@ def take_turn(
             tell(row, reader.read(ids[row]))
 
     assert model.decoder is not None, "only the tokenizers were loaded"
-    decoder = ObservedDecoder(model.decoder, see if watch else None)
+    # Other strategies than `ar` decode whole images: rows are told when all of them are there.
+    observed = ObservedDecoder(model.decoder, see if watch else None) if model.decoding.strategy == "ar" else None
+    decoder: Any = observed or model.decoder
+    before = decoder.num_forwards
+    decoder.watch = _refining(model, rows, watch) if watch and model.decoding.strategy == "dida" else None
     started = time.perf_counter()
-    generations = model.sample(
-        [Question(one.prompt, one.unconditional, turn.grid, turn.grammar) for one in rows],
-        replace(sampling, max_new_tokens=turn.max_new_tokens),
-        seed,
-        [one.draw + one.num_turns * DRAWS for one in rows],
-        decoder,
-    )
+    try:
+        generations = model.sample(
+            [Question(one.prompt, one.unconditional, turn.grid, turn.grammar) for one in rows],
+            replace(sampling, max_new_tokens=turn.max_new_tokens),
+            seed,
+            [one.draw + one.num_turns * DRAWS for one in rows],
+            observed,
+        )
+    finally:
+        decoder.watch = None
     seconds = time.perf_counter() - started
     for row, (one, generation) in enumerate(zip(rows, generations, strict=True)):
         if watch:  # the last token is drawn and not read again
             for token in generation.ids[readers[row].num_read :].tolist():
                 tell(row, readers[row].read(token))
             tell(row, readers[row].end())
-        one.num_forwards += decoder.num_forwards
+        one.num_forwards += decoder.num_forwards - before
         one.seconds += seconds
         _receive(model, one, generation)
+
+
+def _refining(
+    model: InferenceModel, rows: Sequence[Answering], watch: Watch
+) -> Callable[[list[int], torch.Tensor], None]:
+    """Tells what pictures look like before each step of DiDA; the rows behind the answers' own are guidance's."""
+    steps: Counter[int] = Counter()
+
+    def see(numbers: list[int], copies: torch.Tensor) -> None:
+        for place, row in enumerate(numbers):
+            if row >= len(rows):
+                continue
+            codes = codes_of_copy(copies[place].cpu().numpy(), model.vocabulary)
+            if codes is not None:
+                watch(rows[row], Refined(codes, steps[row], model.decoding.dida.steps))
+            steps[row] += 1
+
+    return see
 
 
 def _receive(model: InferenceModel, one: Answering, generation: Generation) -> None:

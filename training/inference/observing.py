@@ -34,7 +34,16 @@ class Rows:
         return len(self.codes) == self.grid[0]
 
 
-Event = TextPiece | Rows
+@dataclass(frozen=True)
+class Refined:
+    """A picture that is decoded as a whole, before one of its steps."""
+
+    codes: np.ndarray  # int64 [h, w]
+    step: int
+    num_steps: int
+
+
+Event = TextPiece | Rows | Refined
 
 
 class Progress:
@@ -90,6 +99,13 @@ class Progress:
             return []
         self._text = []
         return [TextPiece(text)] if text else []
+
+
+def codes_of_copy(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray | None:
+    """int64 [h, w] of a noisy copy, from IMG to its last code; None while codes are masked."""
+    body: np.ndarray = np.append(tokens[1:], vocabulary.eol)
+    rows = body.reshape(-1, int(np.argmax(body == vocabulary.eol)) + 1)[:, :-1]
+    return vocabulary.ids_to_codes(rows) if vocabulary.is_visual(rows).all() else None
 
 
 class ObservedDecoder:

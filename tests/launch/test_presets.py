@@ -92,8 +92,8 @@ def test_the_published_curriculum_is_whole(tmp_path, capsys):
     shown = [entry["name"] for entry in json.loads(capsys.readouterr().out)["planned"]]
     entries = compose_config("curriculum", ["curriculum=emu35", f"run_folder={tmp_path}"]).entries
     assert shown == list(entries)
-    assert [name for name in entries if name in PUBLISHED_STAGES] == list(PUBLISHED_STAGES)
-    given = {str(tmp_path / name) for name in ("raw", "published")}
+    assert [name for name in entries if name in (*PUBLISHED_STAGES, "rl")] == [*PUBLISHED_STAGES, "rl"]
+    given = {str(tmp_path / name) for name in ("raw", "published", "prompts")}
     made: dict[str, set[str]] = {}  # what is there once an entry is done
     for name, entry in entries.items():
         before = set(given).union(*(made[needed] for needed in entry.needs))

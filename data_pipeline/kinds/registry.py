@@ -19,6 +19,7 @@ KINDS = {
     "video_text": "data_pipeline.kinds.videos.VideoText",
     "video_interleaved": "data_pipeline.kinds.videos.InterleavedVideo",
     "x2i": "data_pipeline.kinds.pictures.AnyToImage",
+    "interleaved": "data_pipeline.kinds.interleaved.Interleaved",
     "chat": "data_pipeline.kinds.chat.ChatMessages",
 }
 

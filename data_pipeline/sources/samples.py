@@ -11,7 +11,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
 TRANSCRIPT_EXTENSIONS = ("words.json", "vtt", "srt", "ass", "ssa", "ttml")
 
-_SOURCE_IMAGE = re.compile(r"source_(\d+)\.(\w+)")
+_NUMBERED_IMAGE = re.compile(r"([a-z]+)_(\d{1,6})\.(\w+)")
 
 
 class SampleError(Exception):
@@ -70,6 +70,11 @@ def is_image(extension: str, stem: str = "") -> bool:
 
 def source_images(extensions: Collection[str]) -> list[str]:
     """The extensions of `source_0.png`, `source_1.png`..., by their number."""
-    matches = [_SOURCE_IMAGE.fullmatch(extension) for extension in extensions]
-    found = [match for match in matches if match and match[2] in IMAGE_EXTENSIONS]
-    return [match.string for match in sorted(found, key=lambda match: int(match[1]))]
+    return numbered_images(extensions, "source")
+
+
+def numbered_images(extensions: Collection[str], stem: str) -> list[str]:
+    """The extensions of `STEM_0.png`, `STEM_1.png`..., by their number."""
+    matches = [_NUMBERED_IMAGE.fullmatch(extension) for extension in extensions]
+    found = [match for match in matches if match and match[1] == stem and match[3] in IMAGE_EXTENSIONS]
+    return [match.string for match in sorted(found, key=lambda match: int(match[2]))]

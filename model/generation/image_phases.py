@@ -114,8 +114,10 @@ class PhaseGenerator(ARGenerator):
         numbers = torch.as_tensor(uniforms, device=device)
         seeds = (uniforms[:, 0] * 2.0**52).astype(np.uint64)  # of each sequence, whatever its batch
         state = self._start(prompts, grids)
-        logits = self.decoder.start([*prompts, *unconditional], limit + self.spare)
         answers = [_Answer() for _ in prompts]
+        known = [list(prompt) for prompt in [*prompts, *unconditional]]
+        state = self._read_forced(known, state, answers, limit)
+        logits = self.decoder.start(known, limit + self.spare)
         rows = torch.arange(len(prompts), device=device)
         cut = torch.zeros_like(state.done)
         while True:
@@ -156,6 +158,29 @@ class PhaseGenerator(ARGenerator):
                 fix="decoding.strategy=ar",
             )
         return state
+
+    def _read_forced(
+        self, known: list[list[int]], state: GrammarState, answers: list[_Answer], limit: int
+    ) -> GrammarState:
+        """The state behind what must follow the prompts (`known`, unconditional ones behind), which is read with them.
+
+        An answer that begins with an image of a given grid needs no forward pass for its header.
+        """
+        while True:
+            ids = self.grammar.forced(state)
+            room = torch.tensor([len(answer.ids) < limit for answer in answers], device=self.grammar.device)
+            follows = (ids >= 0) & ~state.done & room
+            if not bool(follows.any()):
+                return state
+            before, after = state, self.grammar.advance(state, ids.clamp(min=0))
+            state = _merged(follows, after, before)
+            in_image = self._in_image(before, ids)
+            for row in torch.nonzero(follows).flatten().tolist():
+                answers[row].add([int(ids[row])], [0.0], [False])
+                if state.phase[row] != Phase.CODES:  # IMG is read as the first token of the image's block
+                    known[row].append(int(ids[row]))
+                    if len(known) > len(answers) and bool(in_image[row]):
+                        known[len(answers) + row].append(int(ids[row]))
 
     def _images(
         self,

@@ -26,6 +26,13 @@ SMALL = {
     "pretrain_2": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "sft": ["stage.steps=3", "stage.optimizer.warmup_steps=0"],  # W&B offline, as in the demo
     "evaluate_untrained": [f"tasks.{task}.num_prompts=8" for task in TASKS],
+    "dida": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
+    "evaluate_dida": [
+        *(f"tasks.{task}.num_prompts=4" for task in ("t2i_accuracy", "next_state_accuracy", "edit_accuracy")),
+        "comparison.dida_steps=[2]",
+        "comparison.single_prompts=1",
+        "rollouts.num_rollouts=2",
+    ],
     "evaluate": [
         *(f"tasks.{task}.num_prompts=8" for task in ("reconstruction_accuracy", *TASKS)),
         *(f"seen.{task}.num_prompts=4" for task in TASKS),
@@ -34,7 +41,8 @@ SMALL = {
         "+baselines.dictionary.num_clips=16",
     ],
 }
-LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2)}
+LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2), "dida": (1, 1, 1, 2)}
+ROW_TOKENS = {"dida": 576 + 288}  # with copies
 
 
 def short_demo(folder: Path) -> CurriculumConfig:
@@ -72,10 +80,17 @@ def test_report_holds_every_figure(demo):
         stage = stages[name]
         assert (stage["tensor"], stage["pipeline"], stage["context"], stage["data"]) == layout
         assert stage["steps"] == 3
-        assert stage["tokens"] == 3 * 2 * 576
+        assert stage["tokens"] == 3 * 2 * ROW_TOKENS.get(name, 576)
         assert stage["loss_first"] > 0
         assert stage["loss_last"] > 0
         assert stage["wall_seconds"] > 0
+    dida = report["dida"]
+    assert dida["chosen_steps"] == 6
+    assert dida["forwards_ratio"] > 3
+    assert dida["joint_by_steps"].keys() == dida["entropy_ratio_by_steps"].keys() == {"2"}
+    assert dida["ar_after_minus_before"].keys() == {"t2i_accuracy", "next_state_accuracy", "edit_accuracy"}
+    assert dida["wall_seconds"] > 0
+    assert len(report["rollout"]["accuracy_by_step"]) == 8
     metrics = report["metrics"]
     for name in (
         "reconstruction_accuracy",
@@ -106,7 +121,7 @@ def test_report_page_stands_alone(demo):
 def test_stages_follow_one_another(demo):
     """Each stage is told to start from the one before it, and says in its event log that it did."""
     folder, _ = demo
-    for before, stage in (("pretrain_1", "pretrain_2"), ("pretrain_2", "sft")):
+    for before, stage in (("pretrain_1", "pretrain_2"), ("pretrain_2", "sft"), ("sft", "dida")):
         config = (folder / stage / "config.yaml").read_text()
         assert f"initialize_from: {folder}/{before}" in config
         events = [json.loads(line) for line in (folder / stage / "events.jsonl").read_text().splitlines()]

@@ -101,8 +101,8 @@ def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     one_image = rules(max_images=1, stop_after_images=1)
     chosen = strategy(model, "dida", one_image, steps=4)
     (answer,) = chosen.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
-    header = 5  # BOI 3 * 3 IMG: the prompt's pass comes before BOI, and IMG is read with the codes
-    assert chosen.metrics.num_forwards == header + 4 + 1
+    header = 5  # BOI 3 * 3 IMG: forced, so read with the prompt; IMG with the codes
+    assert chosen.metrics.num_forwards == 1 + 4 + 1
     assert len(answer.ids) == header + 9 + 2 + 1
     assert answer.finished
     assert answer.sampled.sum() == 9

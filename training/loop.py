@@ -15,9 +15,9 @@ from training.contracts.job import Job
 from training.contracts.results import StepResult
 from training.contracts.run_view import LoopState
 from training.engines.speed import SpeedMeter
-from training.inference.validation import Validation
 from training.metrics import StepRecord
 from training.objectives.checks import fixed_of, in_todays_form
+from training.objectives.held_out import Validation
 from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite
 from training.reliability.events import EventLog, tell
 from training.reliability.guard import Decision, StepGuard, Verdict

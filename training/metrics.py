@@ -29,7 +29,7 @@ class StepRecord:
     skipped: str = ""
     held_out: dict[str, Any] = field(
         default_factory=dict
-    )  # of `training.inference.validation.Validation`, where it was due
+    )  # of `training.objectives.held_out.Validation`, where it was due
     speed: dict[str, float] = field(default_factory=dict)  # figures of `training.engines.speed.SpeedMeter`, on rank 0
 
     @property

@@ -153,8 +153,8 @@ def assemble(config: TrainConfig, job: Job, signals: StopSignals, heartbeat: Hea
     from training.callbacks.base import in_order
     from training.callbacks.registry import make_callbacks
     from training.engines.speed import SpeedMeter
-    from training.inference.validation import Validation
     from training.loop import Run
+    from training.objectives.held_out import Validation
     from training.reliability.checkpoint import CheckpointStore
     from training.reliability.guard import StepGuard
 

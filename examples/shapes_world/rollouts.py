@@ -14,7 +14,7 @@ from examples.shapes_world.world import GRID, Item, Scene, draw_array, make_scen
 
 @dataclass
 class Walk:
-    """One rollout: see `training.inference.rollouts.Rollout`."""
+    """One rollout: see `training.inference.world_rollouts.Rollout`."""
 
     scenes: list[Scene]  # the first one is given
     words: list[str]

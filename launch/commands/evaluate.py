@@ -195,7 +195,7 @@ def rolled_out(config: Config, model: Any, out: Path, name: str) -> dict[str, An
     from PIL import Image
 
     from training.inference.evaluation import load_task
-    from training.inference.rollouts import accuracy_by_step, roll_out, strip
+    from training.inference.world_rollouts import accuracy_by_step, roll_out, strip
 
     arguments = {key: value for key, value in config.rollouts.items() if key != "path"}
     task: Any = load_task(config.rollouts["path"], arguments)

@@ -118,7 +118,7 @@ def train(config: TrainConfig, num_steps: int) -> list[Any]:
 
 
 class HeldOut:
-    """Eleven rows that no step trains on, as `training.inference.validation.HeldOutRows`: they divide by no number of ranks."""
+    """Eleven rows that no step trains on, as `training.objectives.held_out.HeldOutRows`: they divide by no number of ranks."""
 
     num_rows, micro_batch_size, source_names = 11, 2, list(SOURCES)
 
@@ -128,7 +128,7 @@ class HeldOut:
 
 def train_and_validate(config: TrainConfig, num_steps: int) -> tuple[list[Any], Any]:
     """The results of the steps, then the held-out loss by class and by source."""
-    from training.inference.validation import loss_of
+    from training.objectives.held_out import loss_of
 
     trainer = Trainer(config)
     results = trainer.steps(0, num_steps)

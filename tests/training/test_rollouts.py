@@ -11,7 +11,7 @@ from examples.shapes_world.rollouts import Rollouts
 from examples.shapes_world.world import draw_array
 from model.generation.settings import SamplingConfig
 from training.inference.prompts import Output, Prompt
-from training.inference.rollouts import accuracy_by_step, roll_out, strip
+from training.inference.world_rollouts import accuracy_by_step, roll_out, strip
 
 
 @dataclass

@@ -18,8 +18,8 @@ from tiny_stage import make_config, write_packed
 from data_pipeline.loading.batch import MicroBatch
 from training.callbacks.progress import ProgressLine, format_seconds
 from training.contracts.results import StepResult
-from training.inference.validation import CLASS_NAMES, PackedRows, loss_of
 from training.metrics import StepRecord
+from training.objectives.held_out import CLASS_NAMES, PackedRows, loss_of
 from training.objectives.token_options import NextTokenOptions
 from training.reliability.signals import COMMAND_VARIABLE
 

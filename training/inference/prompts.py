@@ -55,8 +55,9 @@ class InferenceOptions:
     # gives stands above the model's choice.
     grids: str = "released"  # released: as above; free: the model chooses every time
     max_grid_side: int = 999  # in tokens, of a grid that the model chooses; 99: two digits a side
-    # Fewest and most tokens of a grid that is asked for, and the most of one that the model chooses.
-    image_tokens: list[int] = field(default_factory=lambda: [1, 16_384])
+    image_tokens: list[int] = field(
+        default_factory=lambda: [1, 16_384]
+    )  # fewest and most of a picture; the most also where the model chooses
     max_batch_size: int = 256  # sequences decoded at once
 
     def validate(self, problems: Problems, key: str) -> None:

@@ -18,8 +18,8 @@ class ServiceLimits:
     max_batch: int = 32  # answers that a scorer sees at once
     max_wait_seconds: float = 0.01  # for a batch to fill
     max_waiting: int = 4096  # answers in a scorer's queue; more are answered with status 429
-    max_request_bytes: int = 1 << 27
-    max_deadline_seconds: float = 600.0
+    max_request_bytes: int = 1 << 27  # larger ones are answered with status 413
+    max_deadline_seconds: float = 600.0  # the longest that a request may ask for
     max_known: int = 65536  # scores that are kept for requests that come again
 
 

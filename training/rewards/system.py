@@ -36,7 +36,7 @@ class RewardEntry:
 
 @dataclass
 class RewardsConfig:
-    signals: dict[str, RewardEntry] = field(default_factory=dict)
+    signals: dict[str, RewardEntry] = field(default_factory=dict)  # name -> what judges answers
     scales: str | None = None  # file of frozen quantiles; needed where a signal has no range
     max_missing_share: float = 0.1  # of all scores of a batch; above, the run stops: something is broken
 

@@ -205,7 +205,7 @@ def run(stream: Iterator[dict[str, bytes]], worker: ShardTokenizer, folder: Path
     """Tokenize the samples, `SAMPLES_PER_SHARD` a shard, each shard as a job of its own."""
     outcome = Outcome()
     number = 0
-    while parts := [sample for sample, _ in zip(stream, range(SAMPLES_PER_SHARD - 1), strict=False)]:
+    while parts := [sample for _, sample in zip(range(SAMPLES_PER_SHARD - 1), stream, strict=False)]:
         shard = folder / f"{number:06d}.tar"
         write_shard(shard, [*parts, GOOD])
         number += 1

@@ -57,7 +57,7 @@ def outcome(path: Path) -> list[tuple[str, str]]:
         (["mp4", "txt", "vtt"], None),
         (["instruction.txt", "target.png"], None),
         (["instruction.txt", "source_0.png"], None),
-        (["json"], None),
+        (["json"], "chat"),
         (["flac", "txt"], None),
     ],
 )

@@ -266,7 +266,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_missing_and_empty_corpora_are_refused(corpora, tmp_path):
-    for path, message in ((tmp_path / "no_*.tar", "no shards"), (tmp_path / "text.tar", "no usable images")):
+    for path, message in ((tmp_path / "no_*.tar", "no input shards"), (tmp_path / "text.tar", "no usable images")):
         write_tar(tmp_path / "text.tar", [("0.txt", b"words")])
         with pytest.raises(UserError, match=message):
             build(make_config(corpora, tmp_path, data={"corpora": {"a": {"path": str(path)}}}))

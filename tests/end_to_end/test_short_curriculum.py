@@ -24,6 +24,16 @@ SMALL = {
     "pretrain_1": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "pretrain_2": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "sft": ["stage.steps=3", "stage.optimizer.warmup_steps=0"],  # W&B offline, as in the demo
+    "rl": [
+        "stage.steps=2",
+        "stage.global_batch_size=16",
+        "stage.micro_batch_size=4",
+        "stage.optimizer.warmup_steps=0",
+        "stage.objective.max_refills=0",
+        "logging.wandb_mode=disabled",
+    ],
+    "evaluate_rl_start": ["tasks.t2i_reward.num_prompts=8", "tasks.t2i_sampled.num_prompts=8"],
+    "evaluate_rl": ["tasks.t2i_reward.num_prompts=8", "tasks.t2i_sampled.num_prompts=8"],
     "evaluate_untrained": ["tasks.t2i_accuracy.num_prompts=8"],
     "evaluate": [
         f"tasks.{task}.num_prompts=8"

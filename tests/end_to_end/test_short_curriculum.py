@@ -33,6 +33,16 @@ SMALL = {
         "comparison.single_prompts=1",
         "rollouts.num_rollouts=2",
     ],
+    "rl": [
+        "stage.steps=2",
+        "stage.global_batch_size=16",
+        "stage.micro_batch_size=4",
+        "stage.optimizer.warmup_steps=0",
+        "stage.objective.max_refills=0",
+        "logging.wandb_mode=disabled",
+    ],
+    "evaluate_rl_start": ["tasks.t2i_reward.num_prompts=8", "tasks.t2i_sampled.num_prompts=8"],
+    "evaluate_rl": ["tasks.t2i_reward.num_prompts=8", "tasks.t2i_sampled.num_prompts=8"],
     "evaluate": [
         *(f"tasks.{task}.num_prompts=8" for task in ("reconstruction_accuracy", *TASKS)),
         *(f"seen.{task}.num_prompts=4" for task in TASKS),
@@ -84,6 +94,19 @@ def test_report_holds_every_figure(demo):
         assert stage["loss_first"] > 0
         assert stage["loss_last"] > 0
         assert stage["wall_seconds"] > 0
+    rl = report["rl"]
+    assert rl["steps"] == 2
+    assert {
+        "reward_sft",
+        "reward_final",
+        "reward_max",
+        "held_out_accuracy_sft",
+        "held_out_accuracy_rl",
+        "wall_seconds",
+        "dropped_groups",
+        "entropy_sft",
+        "entropy_final",
+    } <= rl.keys()
     dida = report["dida"]
     assert dida["chosen_steps"] == 6
     assert dida["forwards_ratio"] > 3

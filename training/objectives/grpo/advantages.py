@@ -20,10 +20,8 @@ class AdvantageOptions:
     """How rewards become advantages."""
 
     scale: str = "std"  # std: by the group's standard deviation (GRPO, arXiv 2402.03300) | none (Dr.GRPO, 2503.20783)
-    # GDPO (arXiv 2601.05242): a reward of a large scale, or one that all answers earn, does not drown the others.
-    rewards: str = (
-        "sum"  # sum: the weighted mean of the rewards, compared | separate: each compared, then weighed (GDPO)
-    )
+    # separate is GDPO's (arXiv 2601.05242): a reward of a large scale, or one that all answers earn, does not drown others.
+    rewards: str = "sum"  # sum: their weighted mean is compared | separate: each is compared, then weighed
     clip: float = 5.0  # largest absolute advantage; 0: no limit. Nearly tied groups would give huge ones
     min_scored: int = 2  # answers of a group with all rewards; with fewer the group is dropped
 

@@ -1,4 +1,4 @@
-"""Rollouts and updates: trainer and sampler agree, and no split of a batch changes what is learnt."""
+"""Rollouts and updates: trainer and sampler agree, and no layout, batch or split of them changes what is learnt."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rl_runs import gradient_of_forced, one_rollout, reference_is_the_start, ste
 from rl_world import rl_config, with_layout, write_tokenizer
 
 GUIDED = {"sampling": {"max_new_tokens": 24, "guidance_scale": 3.0, "image": {"temperature": 1.5}}}
+LAYOUTS = {"tensor": {"tensor": 2}, "data": {"data": 2}, "tensor_data": {"tensor": 2, "data": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +18,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tokenizer(tmp_path_factory.mktemp("rl"))
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("options", [{}, GUIDED], ids=["plain", "guided"])
 def test_trainer_and_sampler_agree_before_the_first_step(
-    pool: Any, tokenizer: Path, tmp_path: Path, options: dict[str, Any]
+    pool: Any, tokenizer: Path, tmp_path: Path, options: dict[str, Any], tensor: int
 ) -> None:
-    for _, parity in pool.run(one_rollout, rl_config(tokenizer, tmp_path, **options), ranks=1):
+    config = with_layout(rl_config(tokenizer, tmp_path, **options), tensor=tensor)
+    for _, parity in pool.run(one_rollout, config, ranks=tensor):
         assert parity.num_tokens == 8 * 6  # the codes: all else of these answers is forced
         assert parity.largest <= 1e-5
 
@@ -47,10 +50,12 @@ def alone(pool: Any, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) 
     return results
 
 
-def test_what_is_learnt_does_not_depend_on_the_split_into_micro_batches(
-    pool: Any, tokenizer: Path, tmp_path: Path, alone: list[Any]
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS.values()], ids=["micro_batches", *LAYOUTS])
+def test_what_is_learnt_does_not_depend_on_the_layout(
+    pool: Any, tokenizer: Path, tmp_path: Path, alone: list[Any], layout: dict[str, Any]
 ) -> None:
-    by_rank = pool.run(steps, with_layout(rl_config(tokenizer, tmp_path)), 3, ranks=1)
+    config = with_layout(rl_config(tokenizer, tmp_path), **layout)
+    by_rank = pool.run(steps, config, 3, ranks=config.parallel.world_size)
     for results in by_rank:
         for found, expected in zip(results, alone, strict=True):
             assert found.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)

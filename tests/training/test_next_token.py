@@ -21,6 +21,9 @@ class GivenScores:
     def log_probs(self, ids: torch.Tensor, allowed: object = None) -> torch.Tensor:
         return self.given
 
+    def weighted_losses(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.dot(-self.given, weights), -self.given.detach()
+
 
 def made(seed: int) -> tuple[NextToken, LocalInput, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)

@@ -72,7 +72,7 @@ class ZeroPlan:
         if choice.offload_optimizer and choice.stage > 1:
             gradients = 0.0
         optimizer = 0.0 if choice.offload_optimizer else count * (MASTER_BYTES + MOMENT_BYTES) / cut
-        buffers = min(count, self.options.bucket_elements) * GRADIENT_BYTES
+        buffers = float(min(count, self.options.bucket_elements) * GRADIENT_BYTES)
         if choice.stage == 3:  # gathered for their use, and what is kept for the next one
             buffers += min(count, max(self.largest_gathered, self.options.live_elements)) * size
         base = stage_memory(problem.shape, self.layout, problem.batch, 0)

@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         return functional.linear(inner, self.b) * self.scale
 
 
-def _add_adapter(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+def _add_adapter(layer: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
     """Forward hook of megatron-core's linear layers, which return (output, bias)."""
     values, bias = output
     return values + layer.lora(inputs[0]), bias

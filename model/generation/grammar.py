@@ -142,7 +142,8 @@ class ImageGrammar:
         header = (self._header_allowed(state) * powers).sum(1)
         detail = torch.where(self._in_header(state), header, 0)
         detail = torch.where((state.phase == Phase.TEXT) & self._may_start_image(state), 1, detail)
-        return state.phase * 2**HEADER_SIZE + detail
+        numbers: torch.Tensor = state.phase * 2**HEADER_SIZE + detail
+        return numbers
 
     def masks_of(self, numbers: torch.Tensor) -> torch.Tensor:
         """bool [N, padded vocabulary] of `mask_numbers` (int64 [N]): what may stand at each of those places."""

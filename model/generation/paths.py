@@ -189,7 +189,8 @@ class MetricPath:
     def speed(self, time: float) -> float:
         """d beta_t / dt."""
         time = min(max(time, EARLIEST_RATE_TIME), LATEST_TIME)
-        return self.c * self.alpha * time ** (self.alpha - 1) / (1 - time) ** (self.alpha + 1)
+        found: float = self.c * self.alpha * time ** (self.alpha - 1) / (1 - time) ** (self.alpha + 1)
+        return found
 
     def distances(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 [n, codes], squared distances of unit vectors."""

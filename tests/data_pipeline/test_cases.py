@@ -70,7 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"target={folder / 'tokens/media'}",
         f"text_tokenizer={folder / 'text'}",
     ]
-    assert main(["tokenize", *arguments, f"vision_tokenizer={folder / 'vision'}", "image.max_area=4096"]) == 0
+    arguments += [f"vision_tokenizer={folder / 'vision'}", "image.max_area=4096", "max_quarantined_share=1"]
+    assert main(["tokenize", *arguments]) == 0
     return folder
 
 

@@ -165,7 +165,8 @@ class Dida(NextToken):
         sources = layout.source_tokens()
 
         def spread(values: np.ndarray, padding: int) -> np.ndarray:
-            return np.concatenate((values, np.full(num_padding, padding, values.dtype)))[sources]
+            found: np.ndarray = np.concatenate((values, np.full(num_padding, padding, values.dtype)))[sources]
+            return found
 
         tokens, labels = spread(clean.tokens, self.vocabulary.pad), spread(clean.labels, self.vocabulary.pad)
         weights = spread(clean.weights, 0)

@@ -51,7 +51,9 @@ def ssim_map(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """float64 [H, W]: structural similarity (Wang et al. 2004) around each pixel of two uint8 [H, W, 3], over colours."""
     from skimage.metrics import structural_similarity
 
-    _, full = structural_similarity(one, other, win_size=SSIM_WINDOW, channel_axis=2, data_range=255, full=True)
+    _, full = structural_similarity(  # type: ignore[no-untyped-call]
+        one, other, win_size=SSIM_WINDOW, channel_axis=2, data_range=255, full=True
+    )
     found: np.ndarray = full.mean(axis=2)
     return found
 

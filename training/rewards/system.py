@@ -240,7 +240,9 @@ def weighted_mean(signals: Mapping[str, np.ndarray], weights: Mapping[str, np.nd
     shares = np.stack([weights[name] for name in signals])
     counted = np.where(shares > 0, values, 0.0)
     total = shares.sum(axis=0)
-    return np.divide((counted * shares).sum(axis=0), total, out=np.full(len(total), np.nan), where=total > 0)
+    found: np.ndarray = np.full(len(total), np.nan)
+    np.divide((counted * shares).sum(axis=0), total, out=found, where=total > 0)
+    return found
 
 
 def _mean(values: np.ndarray) -> float | None:

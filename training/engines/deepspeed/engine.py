@@ -64,7 +64,7 @@ class FrozenModel:
         config, layout = self.config, self.config.parallel
         build = partial(new_model, config.model, sequence_parallel=layout.sequence, recompute=layout.recompute)
         replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        settings = zero_settings(config, replicas=replicas, trained=self.trained)
+        settings = zero_settings(config, trained=self.trained)
         # Shapes are known before anything is allocated; a parameter that is cut does not show them.
         shapes = build_model(config.model, sequence_parallel=layout.sequence, recompute=layout.recompute, device="meta")
         self.logical = logical_parameters(shapes)

@@ -9,9 +9,9 @@ from training.config import TrainConfig
 NEVER = 2**62  # steps between two lines that DeepSpeed prints
 
 
-def zero_settings(config: TrainConfig, *, replicas: int, trained: bool = True) -> dict[str, Any]:
-    """`replicas` is the number of ranks that the state is cut over. A model that is not trained is cut whole: stage 3."""
-    options, rows = config.deepspeed, config.stage.micro_batch_size
+def zero_settings(config: TrainConfig, *, trained: bool = True) -> dict[str, Any]:
+    """A model that is not trained is cut whole: stage 3."""
+    options = config.deepspeed
     in_bfloat16 = config.model.dtype == "bfloat16"
     zero: dict[str, Any] = {
         "stage": options.zero_stage if trained else 3,
@@ -27,10 +27,9 @@ def zero_settings(config: TrainConfig, *, replicas: int, trained: bool = True) -
     if options.offload_weights != "none":
         zero["offload_param"] = {"device": options.offload_weights}
     settings: dict[str, Any] = {
-        # Only their product matters, and only to DeepSpeed's own counters: the engine says where a step ends.
-        "train_micro_batch_size_per_gpu": rows,
+        # For DeepSpeed's own counters only: the engine says where a step ends.
+        "train_micro_batch_size_per_gpu": config.stage.micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": rows * replicas,
         "gradient_clipping": config.stage.optimizer.gradient_clip,
         "steps_per_print": NEVER,
         "zero_allow_untested_optimizer": True,  # torch's AdamW

@@ -75,7 +75,8 @@ def _compared(rewards: np.ndarray, weights: np.ndarray, options: AdvantageOption
     if options.rewards == "sum":
         return _above_the_mean(_means(rewards, weights), options)
     columns = [weight * _above_the_mean(rewards[:, k], options) for k, weight in enumerate(weights) if weight != 0]
-    return np.sum(columns, axis=0)
+    found: np.ndarray = np.sum(columns, axis=0)
+    return found
 
 
 def _means(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -85,7 +86,7 @@ def _means(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _above_the_mean(values: np.ndarray, options: AdvantageOptions) -> np.ndarray:
-    centred = values - values.mean()
-    if options.scale == "none" or len(values) < 2:
-        return centred
-    return centred / (values.std(ddof=1) + EPSILON)
+    found: np.ndarray = values - values.mean()
+    if options.scale == "std" and len(values) > 1:
+        found = found / (values.std(ddof=1) + EPSILON)
+    return found

@@ -56,7 +56,7 @@ class Round:
         """An npz without pickles."""
         arrays: dict[str, np.ndarray] = {"totals": self.totals, "signals": self.signals, "weights": self.weights}
         for name, dtype in ARRAYS.items():
-            pieces = [np.asarray(getattr(sample, name), dtype) for sample in self.samples]
+            pieces: list[np.ndarray] = [np.asarray(getattr(sample, name), dtype) for sample in self.samples]
             arrays[name] = np.concatenate([np.zeros(0, dtype), *pieces])
         for name in ("prompt", "unconditional", "ids"):
             arrays[f"num_{name}"] = np.array([len(getattr(sample, name)) for sample in self.samples], np.int64)

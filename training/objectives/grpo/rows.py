@@ -97,7 +97,8 @@ def segments_of(sample: Sample, vocabulary: Vocabulary) -> np.ndarray:
     begins = sample.ids == vocabulary.boi
     begins[1:] |= sample.ids[:-1] == vocabulary.eoi
     begins[:1] = False
-    return begins.cumsum()
+    numbers: np.ndarray = begins.cumsum()
+    return numbers
 
 
 def inside_images(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -6,7 +6,6 @@ All else is counted: which cell "top left" fills, how "red circle" looks there, 
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections import defaultdict
@@ -18,6 +17,7 @@ from PIL import Image
 
 from data_pipeline.kinds.registry import read_shard
 from data_pipeline.sources import BadSample
+from data_pipeline.sources.image import decode_image
 from examples.shapes_world.media import mp4_frames
 from examples.shapes_world.world import GRID
 from model.errors import UserError
@@ -134,8 +134,7 @@ class Dictionary:
     def _captioned(self, folder: Path) -> Iterator[tuple[np.ndarray, str]]:
         for parts in samples(folder):
             picture = next(content for name, content in parts.items() if name in ("png", "jpg"))
-            with Image.open(io.BytesIO(picture)) as opened:
-                yield self._shrunk(np.asarray(opened.convert("RGB"))), parts["txt"].decode()
+            yield self._shrunk(decode_image(picture)), parts["txt"].decode()
 
     def _clips(self, folder: Path) -> Iterator[tuple[list[np.ndarray], str]]:
         """Frames from the middles of seconds, and the sentence said between the first two."""

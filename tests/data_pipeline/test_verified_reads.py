@@ -112,7 +112,7 @@ def test_flips_of_dataset_json_are_told(folders: tuple[Path, Path], tmp_path: Pa
 def test_manifests_of_older_versions_are_taken_and_damaged_new_ones_are_not(folders: tuple[Path, Path]) -> None:
     for manifest in (read_manifest(folders[0] / "000000"), read_dataset_manifest(folders[1])):
         assert seal(manifest) == manifest
-        old = {key: value for key, value in manifest.items() if key != "checksum"}
+        old = {key: value for key, value in manifest.items() if key not in ("checksum", "tasks")}
         check_seal(folders[0] / "x.json", old)
         for broken in (old | {"checksun": manifest["checksum"]}, manifest | {"kind": "other"}, [manifest], "text"):
             with pytest.raises(UserError, match=r"damaged[\s\S]*x\.json"):

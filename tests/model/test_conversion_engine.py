@@ -1,5 +1,7 @@
 """A checkpoint that the engine itself wrote: resharded, exported and loaded again."""
 
+import dataclasses
+
 import torch
 
 from model.checkpoint.reader import CheckpointReader
@@ -32,7 +34,7 @@ def test_the_engines_own_checkpoint_survives_every_step(tmp_path):
             if shard.key != "optimizer/step":
                 shard.tensor.fill_(0.5 + number)
         store = CheckpointStore(tmp_path, engine.ranks, engine.shards, 1, lambda phase: None)
-        metadata = {"kind": "transformer", "step": 7, "model": vars(MODEL) | {"vocabulary": vars(MODEL.vocabulary)}}
+        metadata = {"kind": "transformer", "step": 7, "model": dataclasses.asdict(MODEL)}
         written = store.save(7, metadata, "config: none\n")
         actions.reshard(written, tmp_path / "split", Options(tensor=2, pipeline=2))
         before = {

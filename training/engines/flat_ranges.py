@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from model.errors import UserError
 from model.parallel.sharding import Block, LogicalParameter
 from training.contracts.shards import Shard, ShardReader
 
@@ -64,20 +63,6 @@ def shards_of(key: str, parameter: LogicalParameter, flat: torch.Tensor, start: 
         Shard(key, flat[p.start - start : p.stop - start].view(p.shape), parameter.global_shape, p.global_offset)
         for p in pieces(parameter, start, start + flat.numel())
     ]
-
-
-def check_fits(reader: ShardReader, key: str, parameter: LogicalParameter) -> None:
-    """Raises `UserError` where a checkpoint lacks the parameter or has it in another shape."""
-    known = key in set(reader.keys())
-    if known and tuple(reader.global_shape(key)) == parameter.global_shape:
-        return
-    raise UserError(
-        "the checkpoint does not fit this model",
-        where=key,
-        expected=str(parameter.global_shape),
-        got=str(tuple(reader.global_shape(key))) if known else "no such key",
-        fix="train with the model configuration that the checkpoint was written with",
-    )
 
 
 @torch.no_grad()

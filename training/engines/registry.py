@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 ENGINES = {
     "megatron": "training.engines.megatron.engine.MegatronEngine",
-    "deepspeed": "training.engines.deepspeed.engine.DeepSpeedEngine",
     "single": "training.engines.single.SingleEngine",
 }
 

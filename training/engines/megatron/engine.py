@@ -54,8 +54,8 @@ class MegatronEngine:
             )
         self.config = config
         self.ranks = groups.MegatronRanks()
-        check_world(config, self.ranks.world_size)
-        seed_everything(config.seed)
+        _check_world(config, self.ranks.world_size)
+        _seed_everything(config.seed)
         self.device = torch.device("cuda" if cpu_backend.has_accelerator() else "cpu")
         self._build()
 
@@ -160,7 +160,7 @@ def _copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torc
         parameter.copy_(values[name])
 
 
-def check_world(config: TrainConfig, world_size: int) -> None:
+def _check_world(config: TrainConfig, world_size: int) -> None:
     expected = config.parallel.world_size
     if world_size != expected:
         raise UserError(
@@ -171,7 +171,7 @@ def check_world(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def seed_everything(seed: int) -> None:
+def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # libraries that draw from numpy's global generator
     groups.seed_random_streams(seed)

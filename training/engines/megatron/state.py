@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from model.config import count_parameters
+from model.errors import UserError
 from model.parallel.groups import MegatronRanks
 from model.parallel.megatron import GPTModel, MegatronOptimizer, get_cuda_rng_tracker, parallel_state
 from model.parallel.sharding import ADAPTER, logical_parameters
 from training.config import TrainConfig
 from training.contracts.shards import Shard, ShardReader
-from training.engines.flat_ranges import check_fits, read_into, shards_of
+from training.engines.flat_ranges import read_into, shards_of
 from training.engines.megatron.optimizer import get_step, optimized_parts, set_step
 
 
@@ -78,7 +79,15 @@ class MegatronShards:
             key = f"model/{logical.name}"
             if ADAPTER in key and not has_adapters:
                 continue
-            check_fits(reader, key, logical)
+            if key not in known or tuple(reader.global_shape(key)) != logical.global_shape:
+                found = str(tuple(reader.global_shape(key))) if key in known else "no such key"
+                raise UserError(
+                    "the checkpoint does not fit this model",
+                    where=key,
+                    expected=str(logical.global_shape),
+                    got=found,
+                    fix="train with the model configuration that the checkpoint was written with",
+                )
             read_into(reader, key, logical, parameter.detach().view(-1), 0)
 
     def load_optimizer(self, reader: ShardReader) -> None:

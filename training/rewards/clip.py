@@ -116,7 +116,8 @@ def load_clip(folder: Path, device: str) -> tuple[Any, Any, Preparation]:
         crop = values["crop_size"]
         size = int(crop["height"] if isinstance(crop, dict) else crop)
         preparation = Preparation(size, tuple(values["image_mean"]), tuple(values["image_std"]))
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+        model: Any = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model = model.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

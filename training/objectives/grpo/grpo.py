@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,9 @@ class Grpo:
         reader = CheckpointReader(folder)
         manifest = CheckpointManifest.of(reader.manifest, folder)
         check_kind(manifest, folder)
-        loaded = {}
-        for name, load in zip(TOKENIZERS, (load_text_tokenizer, load_vision), strict=True):
+        loaded: dict[str, Any] = {}
+        loaders: tuple[Callable[[Path], Any], ...] = (load_text_tokenizer, load_vision)
+        for name, load in zip(TOKENIZERS, loaders, strict=True):
             place = tokenizer_folder(manifest, folder, name, getattr(self.options, name))
             loaded[name] = load(place)
             check_fingerprint(manifest, folder, name, loaded[name].fingerprint)

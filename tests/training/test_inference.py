@@ -338,8 +338,8 @@ def test_a_picture_is_seen_while_it_is_refined(real_model: torch.nn.Module, toke
         assert isinstance(first, Rows)
         assert isinstance(second, Rows)
         assert np.array_equal(second.codes, one.pictures[0])
-    # The prompt; BOI 2 * 4 (IMG is read with the copies); four looks; the commit pass.
-    assert answerings[0].num_forwards == 1 + 4 + 4 + 1
+    # The prompt with BOI 2 * 4 behind it (IMG is read with the copies); four looks; the commit pass.
+    assert answerings[0].num_forwards == 1 + 4 + 1
     with pytest.raises(UserError, match="not trained to decode images of this size in parallel"):
         begin(model, [Prompt("t2i", "a", image_size=(16, 80))], guided, [0])
 

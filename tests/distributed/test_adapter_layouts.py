@@ -49,7 +49,9 @@ def test_adapters_train_alike_in_every_layout(pool: Any, reference: Any, layout:
         assert result.gradient_norm == pytest.approx(want.gradient_norm, rel=1e-4)
     for key in end:
         if ".lora." in key and key.startswith("model/"):
-            torch.testing.assert_close(after[key], end[key], rtol=1e-3, atol=1e-5)
+            # Where a gradient is all but zero Adam makes a step of its rounding: whole tensors are compared.
+            moved = torch.linalg.vector_norm(end[key] - start[key])
+            assert torch.linalg.vector_norm(after[key] - end[key]) <= 5e-3 * moved, key
 
 
 def test_a_stage_with_adapters_begins_from_a_checkpoint_without(pool: Any) -> None:

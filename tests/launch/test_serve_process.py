@@ -28,7 +28,7 @@ from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import initialize_weights
 
 TOY = ["model=toy", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48"]
-START_SECONDS = 420  # importing torch and megatron on a busy machine
+START_SECONDS = 240  # importing torch and megatron on a busy machine
 
 
 @dataclass

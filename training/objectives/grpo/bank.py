@@ -132,17 +132,17 @@ class Bank:
         """Remove this rank's files of rollouts that no restart comes back to."""
         for folder in self.folder.glob("[0-9]*"):
             if int(folder.name) < rollout - self._keep:
-                for path in folder.glob(f"*_rank_{self._rank}.zip*"):
-                    path.unlink(missing_ok=True)
-                if not any(folder.iterdir()):
-                    _remove_empty(folder)
+                _remove(folder, f"*_rank_{self._rank}.zip*")
 
     def _path(self, rollout: int, name: str) -> Path:
         return self.folder / f"{rollout:08d}" / f"{name}_rank_{self._rank}.zip"
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove(folder: Path, pattern: str) -> None:
+    """These files, and the folder when nothing else is in it. Ranks do this at the same time."""
     try:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
         folder.rmdir()
-    except OSError:  # another rank's file has come, or it has removed the folder
+    except OSError:  # another rank's files are still there, or it has removed the folder
         return

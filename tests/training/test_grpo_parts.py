@@ -189,3 +189,17 @@ def test_what_cannot_work_is_refused_before_anything_starts_and_all_at_once() ->
         validate(compose_config("train", [*toy, *REFUSED]))
     for told in REFUSED.values():
         assert told in str(error.value)
+
+
+def test_a_folder_of_rollouts_that_another_rank_removes_meanwhile_is_no_failure(tmp_path: Path, monkeypatch) -> None:
+    bank = Bank(tmp_path, data_parallel_rank=0, keep=0)
+    bank.write(0, "answers", "key", b"content")
+    unlink = Path.unlink
+
+    def unlink_and_lose_the_folder(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        path.parent.rmdir()
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_lose_the_folder)
+    bank.forget_before(1)
+    assert not list(tmp_path.iterdir())

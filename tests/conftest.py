@@ -19,12 +19,37 @@ if REPOSITORY not in sys.path:
 sys.path.append(str(Path(__file__).resolve().parent / "training"))
 
 
+# Files whose tests last longest come first, so that no process is left alone with one of them at the end.
+LONGEST_FIRST = ("tests/end_to_end", "tests/launch/test_slurm", "tests/launch/test_curriculum_slurm", "tests/distributed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay together when several processes run them: those of one file, and those of the one Slurm."""
+
+    def turn(item: pytest.Item) -> int:
+        return next((i for i, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start)), len(LONGEST_FIRST))
+
+    items.sort(key=turn)
+    on_slurm = {item.path for item in items if "running_slurm" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.path in on_slurm else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPool]:
     """Persistent worker processes over gloo; see `ProcessPool.run`."""
     processes = ProcessPool(tmp_path_factory.mktemp("pool"))
     yield processes
     processes.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_layout_left() -> Iterator[None]:
+    """A command leaves its layout to the end of its process, which is the tests' own here."""
+    yield
+    groups = sys.modules.get("model.parallel.groups")
+    if groups is not None and groups.is_initialized():
+        groups.destroy()
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ def test_truncated_shards_keep_what_comes_before_the_damage(cut: int, corpora: P
     ("entries", "message"),
     [
         ([("0.txt", b"words")], "no usable images"),
-        (None, "no shards"),
+        (None, "no input shards"),
         ([(f"{i}.png", b"?") for i in range(9)], "almost no usable"),
     ],
 )

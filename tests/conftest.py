@@ -20,7 +20,12 @@ sys.path.append(str(Path(__file__).resolve().parent / "training"))
 
 
 # Files whose tests last longest come first, so that no process is left alone with one of them at the end.
-LONGEST_FIRST = ("tests/end_to_end", "tests/launch/test_slurm", "tests/launch/test_curriculum_slurm", "tests/distributed")
+LONGEST_FIRST = (
+    "tests/end_to_end",
+    "tests/launch/test_slurm",
+    "tests/launch/test_curriculum_slurm",
+    "tests/distributed",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,6 +26,9 @@ from launch.composition.compose import compose_config
 from model.errors import UserError
 from training.inference.evaluation import evaluate, load_task
 from training.metrics import METRICS_NAME
+from training.objectives.registry import options_of
+from training.rewards.base import Answer
+from training.rewards.system import RewardSystem
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
 
@@ -110,6 +113,20 @@ def test_the_users_task_judges(own_folder):
     task = load_task(config.tasks["red"]["path"], arguments)
     result = evaluate(Painter(), {"red": task}, config.sampling)["red"]
     assert (result["accuracy"], result["count"]) == (1.0, 4)
+
+
+def test_the_users_reward_judges_beside_ours(own_folder):
+    """As the reinforcement learning of a configuration makes it."""
+    changed = "stage.objective.rewards.signals.red={path: my_lab.rewards.Redness, range: [0.0, 1.0]}"
+    config = compose_config("train", ["stage=toy_rl", "run_folder=runs/mine", changed])
+    system = RewardSystem(options_of(config).rewards)
+    red, blue = np.zeros((2, 8, 8, 3), np.uint8)
+    red[:4, :, 0] = red[4:, :, 1] = 100
+    blue[:4, :, 1] = blue[4:, :, 2] = 100
+    judged = system.judge([Answer("t2i", images=[picture], fields={"scenes": [[]]}) for picture in (red, blue, None)])
+    assert judged.raw["red"][:2] == pytest.approx([0.5, 0.0])
+    assert judged.signals["red"] == pytest.approx([5.5, 1.0, 1.0])
+    assert set(judged.raw) == {"scene", "red"}
 
 
 def script_of(*overrides: str) -> str:

@@ -8,11 +8,12 @@ setup: .venv/.ready  ## the environment, in .venv
 demo: setup  ## raw media to a trained model, images and a report, at toy size on this machine
 	.venv/bin/nextstate demo
 
-# Two processes run the tests; those of a file stay together. More of them need a core and 3 GB each.
+# Processes that run the tests; each needs a core and 3 GB. Those of a Slurm run by themselves.
 TEST_PROCESSES ?= 2
 
 test: setup  ## every test
-	.venv/bin/python -m pytest tests --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest tests -m "not slurm" --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest tests/launch -m slurm
 
 # What shows the engine: the import hook, the layouts, the model, what checkpoints hold.
 ENGINE_TESTS ?= tests/distributed tests/model/test_cpu_backend.py tests/model/test_transformer.py \

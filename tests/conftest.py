@@ -20,24 +20,22 @@ sys.path.append(str(Path(__file__).resolve().parent / "training"))
 
 
 # Files whose tests last longest come first, so that no process is left alone with one of them at the end.
-LONGEST_FIRST = (
-    "tests/end_to_end",
-    "tests/launch/test_slurm",
-    "tests/launch/test_curriculum_slurm",
-    "tests/distributed",
-)
+LONGEST_FIRST = ("tests/end_to_end", "tests/distributed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together when several processes run them: those of one file, and those of the one Slurm."""
+    """Tests of a file stay together when several processes run them. Those that start a Slurm are marked: it starts a
+    dozen ranks at once and counts seconds, so that they run by themselves (`make test`).
+    """
 
     def turn(item: pytest.Item) -> int:
         return next((i for i, start in enumerate(LONGEST_FIRST) if item.nodeid.startswith(start)), len(LONGEST_FIRST))
 
     items.sort(key=turn)
-    on_slurm = {item.path for item in items if "running_slurm" in getattr(item, "fixturenames", ())}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path in on_slurm else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if "running_slurm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slurm)
 
 
 @pytest.fixture(scope="session")

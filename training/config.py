@@ -190,20 +190,24 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def save_yaml(config: TrainConfig, path: Path, versions: dict[str, str] | None = None) -> None:
-    """Write the resolved config, with the versions of the code under `versions`, atomically."""
+RECORDED = ("versions", "machine")  # sections of a written config that are no settings
+
+
+def save_yaml(config: TrainConfig, path: Path, recorded: dict[str, dict[str, str]] | None = None) -> None:
+    """Write the resolved config, and `recorded` (sections of `RECORDED`: what ran it, and where), atomically."""
     from omegaconf import OmegaConf
 
     from model.durable import replace_file
 
-    values = config.to_dict() | ({"versions": versions} if versions else {})
+    values = config.to_dict() | (recorded or {})
     replace_file(path, OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def load_yaml(path: Path) -> TrainConfig:
     """Read what `save_yaml` wrote, which holds no reference to the environment."""
     values = read_yaml(Path(path), "the config file")
-    values.pop("versions", None)
+    for name in RECORDED:
+        values.pop(name, None)
     check_resolved(values, str(path))
     return from_dict(translated(values))
 

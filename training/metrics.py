@@ -11,6 +11,7 @@ from training.contracts.results import StepResult
 from training.reliability.json_lines import read_json_lines
 
 METRICS_NAME = "metrics.jsonl"
+PICTURES_NAME = "answers"  # folder of a stage; STEP/best_0_0.png and others: what an objective wants eyes to see
 NUM_LAST_STEPS = 10
 # What two runs of the same steps do not share.
 MACHINE_KEYS = ("step_seconds", "data_seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_bytes")

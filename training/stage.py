@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from model.durable import lock, write_json
 from model.errors import Problems, UserError
 from model.registry import check_name
@@ -56,7 +58,7 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
     with lock_stage(folder) if is_first_rank else contextlib.nullcontext():
         if is_first_rank:
             with told_to_the_user(folder):
-                save_yaml(config, folder / CONFIG_NAME, versions())
+                save_yaml(config, folder / CONFIG_NAME, {"versions": versions(), "machine": machine()})
         summary = {"name": config.stage.name} | learn(config)
         summary |= {"objective": config.stage.objective_name, "config_fingerprint": config.fingerprint()}
         if is_first_rank:
@@ -256,6 +258,17 @@ def lock_stage(folder: Path) -> Iterator[None]:
         with told_to_the_user(folder):
             held.enter_context(lock(path, taken, fix=fix, waiting_seconds=LOCK_PATIENCE_SECONDS))
         yield
+
+
+def machine() -> dict[str, str]:
+    """Where the first rank runs: for people who compare runs. Asks no library, so that it costs nothing."""
+    found = {"host": platform.node(), "system": f"{platform.system()} {platform.machine()}"}
+    found["cores"] = str(os.cpu_count())
+    found["memory"] = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    cards = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    names = [line.partition(":")[2].strip() for card in cards for line in card.read_text().splitlines()[:1]]
+    found["accelerators"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "none"
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.reinforcement import collect_reinforcement
-from launch.report.run_folder import Damages, RunFolder, StageFolder, is_number, read_object
+from launch.report.run_folder import CONFIG_NAME, METRICS_NAME, Damages, RunFolder, StageFolder, is_number, read_object
+from training.config import RECORDED
 from training.contracts.summary import StageSummary
 from training.metrics import HELD_OUT
+from training.reliability.events import EVENTS_NAME
 
 CLASSES = ("text", "visual", "structure")
 METRICS = (
@@ -192,6 +194,8 @@ def num_prompts(evaluations: dict[str, dict[str, Any]]) -> int | None:
 
 def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     lines, stage = folder.metrics(), {key: summary.values.get(key) for key in STAGE_KEYS}
+    configuration = folder.configuration()
+    stage["run"] = how_it_ran(folder, configuration)
     datasets = members(members(folder.settings(), "data"), "datasets")
     stage["curves"] = {
         name: curve(lines, key)
@@ -207,6 +211,21 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     stage["mixture"] = mixture(lines, weights, sources_of(datasets, folder.damages))
     stage["data_read"] = folder.data_read()
     return stage
+
+
+def how_it_ran(folder: StageFolder, configuration: dict[str, Any]) -> dict[str, Any]:
+    """What is needed to do it again. `files` are those of the stage's folder that say more."""
+    files = (CONFIG_NAME, METRICS_NAME, EVENTS_NAME, "tensorboard", "wandb")
+    return {
+        "seed": configuration.get("seed"),
+        "model": members(configuration, "model").get("name"),
+        "dtype": members(configuration, "model").get("dtype"),
+        "sequence_length": members(configuration, "stage").get("sequence_length"),
+        "global_batch_size": members(configuration, "stage").get("global_batch_size"),
+        "learning_rate": members(members(configuration, "stage"), "optimizer").get("learning_rate"),
+        **{name: members(configuration, name) for name in RECORDED},
+        "files": [f"{folder.path.name}/{name}" for name in files if (folder.path / name).exists()],
+    }
 
 
 def held_out_curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -7,9 +7,11 @@ import html
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from launch.report.charts import Series, line_chart, share_bars
 from launch.report.reinforcement import reinforcement_section
+from training.config import RECORDED
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 METRIC_TITLES = {
@@ -28,6 +30,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         headline(report),
         section("Accuracies and what they stand beside", baseline_table(report["metrics"])),
         section("Stages", stage_table(report["stages"])),
+        section("How it was run", run_table(report["stages"])),
         section("Loss by class of token", curves(report["stages"])),
         section("Held-out loss", charts_of(held_out(report["stages"]), "loss")),
         section("Rate, gradient norm, speed", charts_of(figures(report["stages"]), "")),
@@ -163,6 +166,20 @@ def stage_table(stages: list[dict[str, Any]]) -> str:
         for stage in stages
     ]
     return table(["stage", "layout", "steps", "tokens", "first loss", "last loss", "time"], rows)
+
+
+def run_table(stages: list[dict[str, Any]]) -> str:
+    """What is needed to do it again, and links to the files that say more; they are relative to the run folder."""
+    names = ("seed", "model", "dtype", "sequence_length", "global_batch_size", "learning_rate")
+    header = ["stage", *(name.replace("_", " ") for name in names), "versions", "machine"]
+    rows = [
+        [str(stage["name"]), *("-" if stage["run"][name] is None else str(stage["run"][name]) for name in names)]
+        + [", ".join(f"{key} {value}" for key, value in stage["run"][part].items()) or "-" for part in RECORDED]
+        for stage in stages
+    ]
+    paths = [path for stage in stages for path in stage["run"]["files"]]
+    links = " ".join(f'<a href="{html.escape(quote(path))}">{html.escape(path)}</a>' for path in paths)
+    return table(header, rows) + (f"<p>{links}</p>" if links else "")
 
 
 LAYOUT = (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"), ("DP", "data"))

@@ -110,8 +110,8 @@ class StageFolder:
             self.damages.note(self.path, error)
             return {}
 
-    def settings(self) -> dict[str, Any]:
-        """The section `stage` of its configuration; empty where there is none."""
+    def configuration(self) -> dict[str, Any]:
+        """As it was written when the stage started last, with what ran it and where; empty where there is none."""
         path = self.path / CONFIG_NAME
         try:
             values = read_yaml(path, "the stage's configuration")
@@ -119,7 +119,11 @@ class StageFolder:
             if path.exists():
                 self.damages.note(path, error.what + (f": {error.got}" if error.got else ""))
             return {}
-        stage = translated(values).get("stage")
+        return translated(values)
+
+    def settings(self) -> dict[str, Any]:
+        """The section `stage` of its configuration; empty where there is none."""
+        stage = self.configuration().get("stage")
         return stage if isinstance(stage, dict) else {}
 
 

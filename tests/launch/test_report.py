@@ -12,6 +12,7 @@ from PIL import Image
 from launch.command_line import cli
 from launch.report.charts import line_chart, nice_ceiling, share_bars
 from launch.report.collect import MAX_CURVE_POINTS, collect, curve
+from launch.report.page import render_page
 from model.checkpoint.manifest import manifest_checksum
 
 
@@ -63,7 +64,10 @@ def run_folder(tmp_path):
             "b": {"path": "q", "weight": 3.0},
             "left_out": {"path": "r", "weight": 0.0},
         }
-        write(tmp_path / name / "config.yaml", yaml.safe_dump({"stage": {"data": {"datasets": datasets}}}))
+        write(
+            tmp_path / name / "config.yaml",
+            yaml.safe_dump({"seed": 7, "machine": {"host": "n<1>"}, "stage": {"data": {"datasets": datasets}}}),
+        )
     packed = {
         "kind": "packed",
         "num_rows": 2,
@@ -160,6 +164,11 @@ def test_mixture_and_curves_come_from_the_metrics(run_folder):
         {"source": "t", "tokens": 20, "share": 0.25, "weight": pytest.approx(0.25 * 40 / 190)},
         {"source": "b", "tokens": 20, "share": 0.25, "weight": 0.75},
     ]
+    assert (stage["run"]["seed"], stage["run"]["machine"], stage["run"]["versions"]) == (7, {"host": "n<1>"}, {})
+    assert stage["run"]["files"] == ["pretrain_1/config.yaml", "pretrain_1/metrics.jsonl"]
+    page = render_page(collect(run_folder), run_folder)
+    assert "host n&lt;1&gt;" in page
+    assert '<a href="pretrain_1/metrics.jsonl">' in page
     assert stage["curves"] == {"all": [(1.0, 4.0), (2.0, 3.0)], "text": [(1.0, 4.0), (2.0, 4.0)]}
 
 
@@ -204,9 +213,11 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     text = (run_folder / "report.html").read_text()
     page = Outside()
     page.feed(text)
-    assert len(page.references) == 2
+    loaded = [reference for reference in page.references if reference.startswith("data:")]
+    assert len(loaded) == 2
     assert "lost.png is missing" in text
-    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert all(reference.startswith("data:image/png;base64,") for reference in loaded)
+    assert all((run_folder / reference).exists() for reference in page.references if reference not in loaded)
     assert "script" not in page.tags
     assert page.tags.count("svg") == 8  # loss, held-out loss, rate and mixture for each of two stages
     assert "a &lt;red&gt; circle" in text

@@ -15,13 +15,14 @@ import fake_objective
 import pytest
 import torch
 from fake_objective import FakeEngine, fake_config
+from PIL import Image
 from small_disk import small_disk
 
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 from training import stage
 from training.callbacks.metrics_file import MetricsFile
-from training.metrics import MACHINE_KEYS, first_and_last_loss
+from training.metrics import MACHINE_KEYS, PICTURES_NAME, first_and_last_loss
 from training.reliability.events import EventLog
 from training.reliability.json_lines import read_json_lines
 from training.schedule import learning_rate
@@ -521,12 +522,31 @@ def test_wandb_failure_is_told_once(tmp_path, monkeypatch, capsys):
     assert "no network" in events(config, "wandb_failed")[0]["error"]
 
 
+def test_pictures_that_an_objective_keeps_reach_wandb(tmp_path, monkeypatch):
+    config = fake_config(tmp_path)
+    config.logging.wandb_mode = "offline"
+    folder, write = config.stage_folder / PICTURES_NAME / "step_000003", MetricsFile.on_step
+
+    def keep(callback, run, record):
+        write(callback, run, record)
+        if record.step == 3:
+            folder.mkdir(parents=True)
+            Image.new("RGB", (4, 4), "red").save(folder / "best_0_0.png")
+
+    monkeypatch.setattr(MetricsFile, "on_step", keep)
+    run_stage(config)
+    shown = list((config.stage_folder / "wandb").rglob("*.png"))
+    assert [Image.open(path).getpixel((0, 0)) for path in shown] == [(255, 0, 0)]
+    assert not events(config, "wandb_failed")
+
+
 def test_wandb_offline_keeps_its_run_id(tmp_path, monkeypatch):
     config = fake_config(tmp_path)
     config.logging.wandb_mode = "offline"
     interrupt_at(monkeypatch, config, 6)
     run_stage(config)
-    folders = sorted((config.stage_folder / "wandb").glob("offline-run-*"))
+    folders = sorted((config.stage_folder / "wandb").glob("offline-run-*"))  # offline-run-TIME-ID, -1 in the same second
     manifest = json.loads((latest_checkpoint(config.stage_folder) / "manifest.json").read_text())
-    assert {folder.name.rpartition("-")[2] for folder in folders} == {manifest["wandb_run_id"]}
+    assert {folder.name.split("-")[3] for folder in folders} == {manifest["wandb_run_id"]}
+    assert not list((config.stage_folder / "wandb").rglob("*.png"))
     assert not events(config, "wandb_failed")

@@ -182,7 +182,7 @@ def test_round_trips(tmp_path):
     config.stage.objective["nested"] = {"list": [1, "a", None]}
     config.stage.initialize_from = "runs/x"
     assert from_dict(config.to_dict()) == config
-    save_yaml(config, tmp_path / "config.yaml", {"torch": "0"})
+    save_yaml(config, tmp_path / "config.yaml", {"versions": {"torch": "0"}, "machine": {"host": "h"}})
     assert load_yaml(tmp_path / "config.yaml") == config
     assert from_dict({}) == TrainConfig()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, cast
 from training.callbacks.base import Callback
 from training.config import LoggingConfig
 from training.contracts.run_view import RunView
-from training.metrics import StepRecord
+from training.metrics import PICTURES_NAME, StepRecord
 from training.reliability.events import EventLog, tell
 
 
@@ -27,18 +28,35 @@ class WandbLogger(Callback):
         self.stage_folder, self.events, self.config = stage_folder, events, config
         self.run_id: str | None = None
         self._wandb_run: Any = None
+        self._shown: set[str] = set()
 
     def on_start(self, run: RunView) -> None:
+        self._new_pictures()  # an earlier run showed them
         self._attempt(lambda: self._start(run))
 
     def on_step(self, run: RunView, record: StepRecord) -> None:
         if self._wandb_run is not None and (record.held_out or record.step % self.config.every_steps == 0):
             self._attempt(lambda: self._wandb_run.log(flatten(record.to_line())))
+        for folder in self._new_pictures() if self._wandb_run is not None else ():
+            self._attempt(functools.partial(self._show, record.step, folder))
 
     def on_end(self, run: RunView, status: str) -> None:
         if self._wandb_run is not None:
             self._attempt(lambda: self._wandb_run.finish(exit_code=0 if status != "failed" else 1))
             self._wandb_run = None
+
+    def _new_pictures(self) -> list[Path]:
+        """Folders of pictures that the objective kept since the last call."""
+        folders = [path for path in self.stage_folder.glob(f"{PICTURES_NAME}/*") if path.name not in self._shown]
+        self._shown |= {path.name for path in folders}
+        return folders
+
+    def _show(self, step: int, folder: Path) -> None:
+        """Its pictures under their names, as those of a step."""
+        import wandb
+
+        images = [wandb.Image(str(path), caption=path.stem) for path in sorted(folder.glob("*.png"))]
+        self._wandb_run.log({"step": step, PICTURES_NAME: images})
 
     def state(self) -> dict[str, Any]:
         return {"run_id": self.run_id}

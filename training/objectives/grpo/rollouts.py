@@ -23,6 +23,7 @@ from training.contracts.batches import Policy, Ranks
 from training.contracts.inputs import InputMaker
 from training.contracts.run_view import LoopState
 from training.inference.model import Asked, InferenceModel
+from training.metrics import PICTURES_NAME
 from training.objectives.grpo.advantages import advantages_of, is_scored, teaches
 from training.objectives.grpo.bank import Bank, Round, joined
 from training.objectives.grpo.grpo_options import GrpoOptions
@@ -35,7 +36,7 @@ from training.rewards.base import Answer
 from training.rewards.showcase import Showcase
 from training.rewards.system import RewardSystem
 
-BANK_NAME, SHOWCASE_NAME = "rollouts", "answers"
+BANK_NAME = "rollouts"
 
 
 class Rollouts:
@@ -59,7 +60,7 @@ class Rollouts:
         start = reference.manifest.get("manifest_crc32") if reference is not None else None
         self.fingerprint = fingerprint_of([self.order.fingerprint, start])
         self.bank = Bank(config.stage_folder / BANK_NAME, ranks.data_parallel_rank, config.checkpoint.every_steps + 1)
-        self.showcase = Showcase(config.stage_folder / SHOWCASE_NAME, options.keep_every_steps)
+        self.showcase = Showcase(config.stage_folder / PICTURES_NAME, options.keep_every_steps)
         self.grammar = answering.grammar()
         self.set_of: dict[int, int] = {}  # mask number -> row of `allowed_sets`
         self.allowed_sets = torch.zeros((0, answering.vocabulary.padded_size), dtype=torch.bool)

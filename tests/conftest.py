@@ -12,6 +12,9 @@ import pytest
 from process_pool import ProcessPool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Some hundred processes start; without byte code each compiles what it imports, which takes seconds.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 REPOSITORY = str(Path(__file__).resolve().parents[1])
 if REPOSITORY not in sys.path:
     sys.path.insert(0, REPOSITORY)

@@ -101,6 +101,9 @@ HARMLESS = frozenset(
 # Modules that define kernels of triton and import it unconditionally, where the others carry on without it.
 _TRITON_KERNELS = {PACKAGE + ".transformer.moe.ops.paged_stash"}
 
+# Imports for features that are off, each in a `try` that carries on without.
+_LEFT_OUT = {"wandb"}
+
 # What megatron-core says on every host without the GPU libraries; here it is as it should be.
 _EXPECTED_WARNINGS = ("Transformer Engine and Apex are not installed", "Apex is not installed", "absl.logging is not")
 
@@ -163,6 +166,14 @@ class _CpuRewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if node.attr == "is_cuda":
             node.attr = "is_cpu"
+        return node
+
+    def visit_Try(self, node: ast.Try) -> ast.AST:
+        """What megatron can do without and nothing here uses is as if it were not installed: importing it takes time."""
+        for index, statement in enumerate(node.body):
+            if isinstance(statement, ast.Import) and statement.names[0].name in _LEFT_OUT:
+                node.body[index] = ast.copy_location(ast.parse("raise ImportError").body[0], statement)
+        self.generic_visit(node)
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -244,6 +255,10 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         if module.__name__ == "megatron.core.tensor_parallel.random":
             _use_cpu_generator(module)
+        if module.__name__ == "megatron.core.jit":
+            # Decorating with torch.compile imports torch's compiler, half the time of importing megatron. What is
+            # decorated are fusions, which `model.backbone.transformer` switches off.
+            vars(module)["disable_jit_fuser"]()
 
 
 def _use_cpu_generator(random: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from model.parallel import cpu_backend
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_device_name_of_the_installed_megatron_has_a_rule() -> None:
@@ -42,6 +45,11 @@ def test_a_new_device_name_is_reported(source: str) -> None:
         ("torch.cuda.synchronize()", "None"),
         ("torch.cuda.current_stream().wait_event(e)", "torch.cpu.current_stream().wait_event(e)"),
         ("torch.cuda.manual_seed(seed)", "torch.manual_seed(seed)"),
+        (
+            "try:\n    import wandb\nexcept ImportError:\n    wandb = None",
+            "try:\n    raise ImportError\nexcept ImportError:\n    wandb = None",
+        ),
+        ("try:\n    import os\nfinally:\n    pass", "try:\n    import os\nfinally:\n    pass"),
         ("a.cuda_graphs = 'cuda graph'", "a.cuda_graphs = 'cuda graph'"),
     ],
 )
@@ -73,6 +81,19 @@ def test_megatron_is_imported_without_triton() -> None:
 
     is_installed = any((Path(folder) / "triton").is_dir() for folder in sys.path)
     assert is_installed or not [name for name in sys.modules if name.split(".")[0] == "triton"]
+
+
+def test_importing_megatron_imports_neither_the_compiler_nor_wandb() -> None:
+    """They are most of the time that it takes, in every process."""
+    program = """
+import subprocess
+import sys
+import model.parallel.megatron
+from megatron.core.inference.contexts import dynamic_context
+print(*{"wandb", "torch._dynamo", "torch._inductor"} & set(sys.modules))
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == ""
 
 
 def test_install_twice_keeps_one_hook() -> None:

@@ -545,7 +545,9 @@ def test_wandb_offline_keeps_its_run_id(tmp_path, monkeypatch):
     config.logging.wandb_mode = "offline"
     interrupt_at(monkeypatch, config, 6)
     run_stage(config)
-    folders = sorted((config.stage_folder / "wandb").glob("offline-run-*"))  # offline-run-TIME-ID, -1 in the same second
+    folders = sorted(
+        (config.stage_folder / "wandb").glob("offline-run-*")
+    )  # offline-run-TIME-ID, -1 in the same second
     manifest = json.loads((latest_checkpoint(config.stage_folder) / "manifest.json").read_text())
     assert {folder.name.split("-")[3] for folder in folders} == {manifest["wandb_run_id"]}
     assert not list((config.stage_folder / "wandb").rglob("*.png"))

@@ -63,7 +63,7 @@ def make_inputs(folder: Path) -> None:
 def kinds(inputs: Path) -> dict[str, Kind]:
     tokenize = [f"input={inputs}/raw/*.tar", f"text_tokenizer={inputs}/text_tokenizer"]
     tokenize += ["vocabulary.visual_size=64", "workers=2"]
-    pack = ["sequence_length=256", "open_bins=64"]
+    pack = ["sequence_length=256", "window_rows=64"]
     train = ["stage=toy_sft", *MODEL, "stage.steps=12", "stage.sequence_length=256", "checkpoint.every_steps=3"]
     train += ["stage.initialize_from=null", f"stage.data.datasets.all.path={inputs}/packed"]
     entries = {

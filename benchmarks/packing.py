@@ -1,10 +1,11 @@
-"""How full rows get, and at what speed: best fit with fillers, beside next fit and concatenate-and-cut.
+"""How full rows get, and at what speed: choosing from a window, beside next fit and concatenate-and-cut.
 
     python benchmarks/packing.py [--documents 20000] [--length 32768]
 
 Lengths only (no tokens are read): images of 1,058 tokens (video frames) or 1,024-4,096 (pairs), text of a median of
-about 800 tokens. `cut` is the share of documents that the row boundaries cut: concatenation cuts images as well, best
-fit cuts fillers only. Ratios are to next fit in the same run.
+about 800 tokens. `cut` is the share of documents that the row boundaries cut: concatenation cuts images as well, choosing
+cuts fillers only. The demo's chats (rows of 576, three sources of nearly constant length, nothing may be cut) come last.
+Ratios are to next fit in the same run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
+from data_pipeline.packing.window import Piece, Row, WindowPacker
 
 Document = tuple[int, bool]  # length, may be cut
 
@@ -34,8 +35,16 @@ def make_pool(shares: dict[str, float], num_documents: int, length: int) -> list
     return [(min(size, length), filler) for size, filler in pool]
 
 
-def best_fit(pool: list[Document], length: int, open_bins: int) -> Iterator[Row]:
-    packer = BestFitPacker(length, open_bins, 8, lambda piece, limit: limit)
+def make_chats(num_documents: int) -> list[Document]:
+    """Edits, pairs and videos as 3 : 3 : 2."""
+    random = np.random.default_rng(0)
+    lengths = {0: [130, 131, 131, 131], 1: [81, 81, 84, 88, 89, 89, 91, 92], 2: [181, 181, 195, 197, 197]}
+    kinds = random.choice(3, num_documents, p=[0.375, 0.375, 0.25])
+    return [(int(random.choice(lengths[kind])), False) for kind in kinds]
+
+
+def choose(pool: list[Document], length: int, window_rows: int) -> Iterator[Row]:
+    packer = WindowPacker(length, window_rows, 8, lambda piece, limit: limit)
     for number, (size, filler) in enumerate(pool):
         yield from (packer.add_filler if filler else packer.add)(Piece(number, 0, size))
     yield from packer.flush()
@@ -97,14 +106,17 @@ def main() -> None:
         "video 20, pairs 30, text 50": {"video": 0.2, "pairs": 0.3, "text": 0.5},
     }
     for name, shares in pools.items():
-        pool = make_pool(shares, arguments.documents, arguments.length)
-        filler = sum(size for size, may_cut in pool if may_cut) / sum(size for size, _ in pool)
-        print(f"{name} (% of documents); text is {filler:.1%} of the tokens")
-        base = report("next fit", next_fit(pool, arguments.length), pool, arguments.length, 0.0)
-        report("concatenate and cut", concatenate(pool, arguments.length), pool, arguments.length, base)
-        for bins in (16, 256):
-            rows = best_fit(pool, arguments.length, bins)
-            report(f"best fit, {bins} open rows", rows, pool, arguments.length, base)
+        compare(name, make_pool(shares, arguments.documents, arguments.length), arguments.length)
+    compare("the demo's chats", make_chats(arguments.documents), 576)
+
+
+def compare(name: str, pool: list[Document], length: int) -> None:
+    filler = sum(size for size, may_cut in pool if may_cut) / sum(size for size, _ in pool)
+    print(f"{name} (% of documents); text is {filler:.1%} of the tokens")
+    base = report("next fit", next_fit(pool, length), pool, length, 0.0)
+    report("concatenate and cut", concatenate(pool, length), pool, length, base)
+    for rows in (16, 256):
+        report(f"choose, window of {rows} rows", choose(pool, length, rows), pool, length, base)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def make_rows(folder: Path, num_rows: int, length: int) -> None:
         for _ in range(num_rows):
             writer.add(random.integers(0, VOCABULARY.size, length), segments)
         writer.finish(manifest)
-    pack({"rows": folder / "tokens"}, folder / "packed", PackConfig(length, num_rows, open_bins=1))
+    pack({"rows": folder / "tokens"}, folder / "packed", PackConfig(length, num_rows, window_rows=1))
 
 
 Reader = Callable[[int], np.ndarray]

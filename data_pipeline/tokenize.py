@@ -28,6 +28,7 @@ from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
 from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.kinds.guarded import GuardedDecoder
+from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
@@ -71,6 +72,7 @@ class TokenizeConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     kinds: list[str] = field(default_factory=list)  # of samples that the input may hold: names or paths; empty: ours
+    parts: PartsConfig = field(default_factory=PartsConfig)  # which files count, where captions stand
     filters: list[FilterConfig] = field(default_factory=list)  # in this order; the first that refuses counts
 
     def validate_tokenize(self, problems: Problems) -> None:
@@ -113,7 +115,7 @@ class ShardTokenizer:
         self.vision_tokenizer = vision_tokenizer
         factor = vision_tokenizer.factor if vision_tokenizer else 1
         self.decoder = GuardedDecoder(config.image, config.video, factor)
-        self.kinds = KindSet(config.kinds)
+        self.kinds = KindSet(config.kinds, config.parts)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
         self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
@@ -125,8 +127,9 @@ class ShardTokenizer:
         values = dataclasses.asdict(self.config)
         content = {
             "code_version": CODE_VERSION,
-            "config": {name: values[name] for name in names if name != "kinds"},
-            # What was tokenized before kinds could be chosen is not done again.
+            "config": {name: values[name] for name in names if name not in ("kinds", "parts")},
+            # What was tokenized before kinds and parts could be chosen is not done again.
+            **({"parts": values["parts"]} if self.config.parts != PartsConfig() else {}),
             **(
                 {"kinds": [[name, kind.version] for name, kind in self.kinds.by_name.items()]}
                 if values["kinds"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.kinds.base import SampleKind
+from data_pipeline.kinds.named_parts import PartsConfig, counted, named_caption
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, BadSample, Sample, SampleError
 from data_pipeline.sources.shards import read_groups
 from model.errors import UserError
@@ -27,10 +28,12 @@ KINDS = {
 class KindSet:
     """The kinds that a dataset may hold, tried in their order. No name: those that come with the project.
 
-    names: of `KINDS`, or dotted paths of classes derived from `SampleKind`. Raises `UserError` for an unknown one.
+    names: of `KINDS`, or dotted paths of classes derived from `SampleKind`. Raises `UserError` for an unknown one. parts:
+    which files count, and where captions stand.
     """
 
-    def __init__(self, names: Sequence[str] = ()):
+    def __init__(self, names: Sequence[str] = (), parts: PartsConfig | None = None):
+        self.parts = parts or PartsConfig()
         classes = [_find_kind(name) for name in names or KINDS]
         self.by_name = {kind.name: kind() for kind in classes}
         if len(self.by_name) < len(classes):
@@ -46,13 +49,17 @@ class KindSet:
 
     def sample(self, key: str, parts: dict[str, bytes]) -> Sample:
         """A sample from the files of one key. Raises `SampleError` for what shows without decoding."""
+        parts = counted(parts, self.parts)
+        metadata = _read_metadata(parts)
+        if self.parts.caption:
+            parts["txt"] = named_caption(metadata, self.parts.caption).encode("utf-8", "surrogatepass")
         kind = self.detect(parts)
         if kind is None:
             raise SampleError("unknown_kind", "parts: " + ", ".join(sorted(parts)))
         for extension, data in parts.items():
             if not data:
                 raise SampleError(_reason_of_empty(extension), extension)
-        sample = Sample(key, kind.name, parts, _read_metadata(parts))
+        sample = Sample(key, kind.name, parts, metadata)
         kind.check(sample)
         return sample
 

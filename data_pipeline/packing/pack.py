@@ -1,4 +1,4 @@
-"""Token files -> packed files: rows of fixed length, filled by best fit over a pool that mixes sources.
+"""Token files -> packed files: rows of fixed length, filled by choosing from a pool that mixes sources.
 
 Packing is a pure function of (manifests, seed, configuration). The plan, which uses lengths only, is made anew by
 every run; shards that are published already are not written again, so a run that was killed is continued by the same
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.documents.prompts import label
-from data_pipeline.packing.best_fit import BestFitPacker, Piece, Row
 from data_pipeline.packing.pool import Pool
+from data_pipeline.packing.window import Piece, Row, WindowPacker
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
@@ -36,6 +36,8 @@ from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
+# Goes into the fingerprint of a packed folder: rows of packers that choose otherwise are never mixed.
+_PACKER = "window-1"
 # Documents whose place in the order is computed at once.
 _ORDER_BLOCK = 65_536
 _log = logging.getLogger(__name__)
@@ -47,12 +49,12 @@ class PackConfig:
 
     sequence_length: int = 32_768  # tokens of a row
     rows_per_shard: int = 8_192
-    open_bins: int = 256  # rows being filled at once; more of them fill better and keep the order less
+    window_rows: int = 256  # documents of so many rows wait to be chosen from; more of them keep the order less
     minimum_piece_tokens: int = 8  # text is not cut into pieces shorter than this
     seed: int = 1234
 
     def validate(self, problems: Problems, key: str) -> None:
-        for name, least in (("sequence_length", 2), ("rows_per_shard", 1), ("open_bins", 1)):
+        for name, least in (("sequence_length", 2), ("rows_per_shard", 1), ("window_rows", 1)):
             value = getattr(self, name)
             problems.check(value >= least, f"{key}{name}", f"must be at least {least}, got {value}")
         fits = 1 <= self.minimum_piece_tokens <= self.sequence_length
@@ -93,7 +95,7 @@ def pack(
     pool = Pool({name: _as_list(folders) for name, folders in token_folders.items()})
     try:
         inputs = pool.source_fingerprints()
-        identity = {"config": asdict(config), "inputs": inputs, "format_version": FORMAT_VERSION}
+        identity = {"config": asdict(config), "inputs": inputs, "packer": _PACKER, "format_version": FORMAT_VERSION}
         fingerprint = fingerprint_of(identity)
         if not _is_complete(target, fingerprint):
             with claim_folder(target, "pack"):
@@ -133,7 +135,7 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
     for name, manifest in found.items():
         if manifest.get("config_fingerprint") != fingerprint:
             raise UserError(
-                "the target holds rows packed from other token files or with another configuration",
+                "the target holds rows packed from other token files, with another configuration or by another version",
                 where=str(target / f"{name}.json"),
                 expected=f"fingerprint {fingerprint}",
                 got=str(manifest.get("config_fingerprint")),
@@ -170,7 +172,7 @@ class _Packing:
         """The rows in order, each a list of pieces."""
         config = self.config
         lengths, fillers = self.pool.load_index()
-        packer = BestFitPacker(config.sequence_length, config.open_bins, config.minimum_piece_tokens, self.pool.cut)
+        packer = WindowPacker(config.sequence_length, config.window_rows, config.minimum_piece_tokens, self.pool.cut)
         for document in _document_order(len(self.pool), config.seed):
             length = int(lengths[document])
             whole = Piece(document, 0, length)
@@ -182,7 +184,7 @@ class _Packing:
                 yield from self.plan_long(packer, whole, bool(fillers[document]))
         yield from packer.flush()
 
-    def plan_long(self, packer: BestFitPacker, whole: Piece, filler: bool) -> Iterator[Row]:
+    def plan_long(self, packer: WindowPacker, whole: Piece, filler: bool) -> Iterator[Row]:
         pieces = self.pool.cut_to_rows(whole.document, self.config.sequence_length)
         if isinstance(pieces, str):
             self.refuse(whole.document, whole.length, pieces)

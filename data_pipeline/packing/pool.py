@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.packing.best_fit import Piece
+from data_pipeline.packing.window import Piece
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.format import published_prefixes, read_manifest
 from data_pipeline.storage.segments import Flag, Kind

@@ -16,7 +16,7 @@ class Config:
     target: str = ""  # folder of the packed files
     sequence_length: int = 32_768  # tokens of a row
     rows_per_shard: int = 8_192  # rows of one file
-    open_bins: int = 256  # rows being filled at once; more of them fill better
+    window_rows: int = 256  # documents of so many rows wait to be chosen from
     minimum_piece_tokens: int = 8  # text is not cut into pieces shorter than this
     seed: int = 1234  # of the order of the documents
     json: bool = False  # print one JSON object on stdout at the end
@@ -31,7 +31,7 @@ def run(config: Config) -> dict[str, Any]:
     settings = PackConfig(
         sequence_length=config.sequence_length,
         rows_per_shard=config.rows_per_shard,
-        open_bins=config.open_bins,
+        window_rows=config.window_rows,
         minimum_piece_tokens=config.minimum_piece_tokens,
         seed=config.seed,
     )

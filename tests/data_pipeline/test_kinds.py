@@ -16,6 +16,7 @@ from data_pipeline.documents.prompts import EMPTY_PROMPTS, TASKS
 from data_pipeline.documents.reading import split_parts
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from data_pipeline.filters.base import FilterChain, FilterConfig
+from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.kinds.registry import KINDS, KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample
 from data_pipeline.storage.token_files import TokenFileReader
@@ -215,3 +216,49 @@ def test_metadata_of_any_depth_is_a_reason_not_a_crash(tmp_path: Path) -> None:
     assert isinstance(deep, BadSample)
     assert deep.reason == "bad_metadata"
     assert isinstance(good, Sample)
+
+
+def test_captions_from_metadata_and_files_that_do_not_count(tmp_path: Path) -> None:
+    """Clips as cosmos-curate and video2dataset lay them out, an image of img2dataset with a caption of its own."""
+    windows = {"windows": [{"qwen_caption": "a dog runs"}, {"qwen_caption": " it stops\n"}]}
+    with webdataset.TarWriter(str(tmp_path / "0.tar")) as writer:
+        writer.write({"__key__": "clip", "mp4": b"film", "json": json.dumps(windows).encode(), "pickle": b"x"})
+        writer.write(
+            {"__key__": "named", "jpg": b"i", "txt": "old", "json": json.dumps({"windows": windows["windows"]})}
+        )
+        writer.write({"__key__": "sound", "mp4": b"film", "m4a": b"x", "json": b"{}"})
+        writer.write({"__key__": "number", "mp4": b"film", "json": json.dumps({"windows": [{"qwen_caption": 3}]})})
+        writer.write({"__key__": "bare", "mp4": b"film"})
+    parts = PartsConfig("windows.*.qwen_caption", ["pickle", ".M4A"])
+    found = list(read_shard(tmp_path / "0.tar", KindSet((), parts)))
+    clip, named = found[:2]
+    assert isinstance(clip, Sample)
+    assert isinstance(named, Sample)
+    assert (clip.kind, clip.text("txt")) == ("video_text", "a dog runs\nit stops")
+    assert (named.kind, named.text("txt")) == ("image_text", "a dog runs\nit stops")
+    assert [(bad.key, bad.reason) for bad in found[2:] if isinstance(bad, BadSample)] == [
+        ("sound", "no_caption"),
+        ("number", "no_caption"),
+        ("bare", "no_caption"),
+    ]
+    options = TextTokenizerOptions(corpora=["x"], template_copies=0, parts=parts)
+    assert list(training_texts(options, [tmp_path / "0.tar"])).count("a dog runs\nit stops") == 2
+    (first,) = (
+        item
+        for item in read_shard(tmp_path / "0.tar", KindSet((), PartsConfig("windows.1.qwen_caption")))
+        if item.key == "named"
+    )
+    assert isinstance(first, Sample)
+    assert first.text("txt") == "it stops"
+
+
+def test_token_files_made_before_parts_could_be_chosen_are_not_made_again(
+    tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    monkeypatch.setattr("data_pipeline.tokenize.encode_json", lambda content: hashed.append(content) or b"")
+    for parts in (PartsConfig(), PartsConfig("caption"), PartsConfig(ignore=["pickle"])):
+        ShardTokenizer(TokenizeConfig("mine", parts=parts), vocabulary_of(tokenizer), tokenizer, None)
+    assert "parts" not in str(hashed[0])
+    assert hashed[1]["parts"] == {"caption": "caption", "ignore": []}
+    assert hashed[2]["parts"] == {"caption": "", "ignore": ["pickle"]}

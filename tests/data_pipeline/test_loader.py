@@ -33,7 +33,7 @@ def datasets(tmp_path_factory) -> dict[str, Path]:
     mixed = write_sources(folder / "tokens", mixed_sources())
     chat = [(Kind.STRUCTURE, 1, Flag.NO_LOSS), (Kind.TEXT, 9, Flag.NO_LOSS), (Kind.TEXT, 12, 0)]
     other = write_sources(folder / "tokens2", {"chat": [chat] * 60, "text": [text(30)] * 20})
-    config = PackConfig(sequence_length=LENGTH, rows_per_shard=16, open_bins=8)
+    config = PackConfig(sequence_length=LENGTH, rows_per_shard=16, window_rows=8)
     pack(mixed, folder / "mixed", config)
     pack(other, folder / "chats", config)
     return {"mixed": folder / "mixed", "chats": folder / "chats"}
@@ -279,7 +279,7 @@ def test_rows_are_found_however_unevenly_segments_are_spread(tmp_path):
     sources = write_sources(
         tmp_path / "tokens", {"clips": [video(2040, 1, 3)] * 2, "text": [text(8190, splittable=False)] * 40}
     )
-    pack(sources, tmp_path / "packed", PackConfig(sequence_length=8192, open_bins=1))
+    pack(sources, tmp_path / "packed", PackConfig(sequence_length=8192, window_rows=1))
     dataset = PackedDataset(tmp_path / "packed")
     everything = np.load(tmp_path / "packed" / "000000.seg.npy")
     counts = np.bincount(everything["row"])

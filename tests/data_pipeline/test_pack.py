@@ -7,7 +7,8 @@ import os
 import resource
 import shutil
 import signal
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,17 @@ from hypothesis import strategies as st
 from packed_samples import VOCABULARY, Corpus, captioned, mixed_sources, text, video, write_sources, write_token_file
 
 from data_pipeline.packing import pack as pack_module
-from data_pipeline.packing.best_fit import BestFitPacker, Piece
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
+from data_pipeline.packing.subsets import closest_pair, dearest, fullest
+from data_pipeline.packing.window import Piece, WindowPacker
 from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset
 from data_pipeline.storage.segments import Flag, Kind
 from model.errors import UserError
 
-CONFIG = PackConfig(sequence_length=512, rows_per_shard=16, open_bins=8, seed=3)
+CONFIG = PackConfig(sequence_length=512, rows_per_shard=16, window_rows=8, seed=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +152,7 @@ def test_the_same_input_gives_the_same_bytes_wherever_it_stands(sources, packed,
     moved = {name: shutil.copytree(folder, tmp_path / "moved" / name) for name, folder in sources.items()}
     pack(dict(reversed(moved.items())), tmp_path / "again", CONFIG)
     assert content(tmp_path / "again") == content(packed)
-    other_seed = PackConfig(sequence_length=512, rows_per_shard=16, open_bins=8, seed=4)
+    other_seed = PackConfig(sequence_length=512, rows_per_shard=16, window_rows=8, seed=4)
     pack(sources, tmp_path / "other", other_seed)
     assert content(tmp_path / "other")["000000.bin"] != content(packed)["000000.bin"]
 
@@ -240,7 +242,7 @@ def test_long_documents_are_cut_at_boundaries_and_what_cannot_fit_is_refused(tmp
             "text": [text(450), text(101, splittable=False), []],
         },
     )
-    config = PackConfig(sequence_length=100, rows_per_shard=100, open_bins=4, seed=0)
+    config = PackConfig(sequence_length=100, rows_per_shard=100, window_rows=4, seed=0)
     summary = pack(sources, tmp_path / "packed", config)
     assert summary.quarantined == {"image_longer_than_row": 1, "segment_longer_than_row": 1, "empty_document": 1}
     listed = [json.loads(line) for line in (tmp_path / "packed" / "dataset.quarantine.jsonl").open()]
@@ -275,7 +277,7 @@ def test_any_corpus_is_packed_without_loss(tmp_path_factory, data):
     config = PackConfig(
         sequence_length=data.draw(st.integers(40, 120)),
         rows_per_shard=7,
-        open_bins=data.draw(st.integers(1, 6)),
+        window_rows=data.draw(st.integers(1, 6)),
         minimum_piece_tokens=data.draw(st.integers(1, 10)),
         seed=data.draw(st.integers(0, 99)),
     )
@@ -284,64 +286,99 @@ def test_any_corpus_is_packed_without_loss(tmp_path_factory, data):
     assert_everything_is_there(sources, folder / "packed")
 
 
-class NaivePacker:
-    """Best fit as one would say it: look at every open row. No fillers."""
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),
+    prices=st.lists(st.integers(1, 15), min_size=12, max_size=12),
+    room=st.integers(1, 30),
+    slack=st.integers(0, 3),
+)
+def test_searches_find_what_trying_every_subset_finds(lengths, prices, room, slack):
+    subsets = [some for count in range(len(lengths) + 1) for some in combinations(lengths, count) if sum(some) <= room]
+    fullest_sum = max(map(sum, subsets))
 
-    def __init__(self, sequence_length: int, open_bins: int):
-        self.sequence_length, self.open_bins = sequence_length, open_bins
-        self.rows: list[list[Piece]] = []
-        self.closed: list[list[Piece]] = []
+    found = fullest(lengths, room, 0)
+    assert sum(found) == fullest_sum
+    assert not Counter(found) - Counter(lengths)
+    enough = sum(fullest(lengths, room, slack))
+    assert enough == fullest_sum or room - slack <= enough <= room
 
-    def room(self, row: list[Piece]) -> int:
-        return self.sequence_length - sum(piece.length for piece in row)
+    distinct = sorted(set(lengths))
+    copies = [lengths.count(length) for length in distinct]
+    taken = dearest(distinct, copies, [prices[length - 1] for length in distinct], room)
+    assert sum(np.multiply(taken, distinct)) <= room
+    assert all(np.less_equal(taken, copies))
+    price = sum(count * prices[length - 1] for count, length in zip(taken, distinct, strict=True))
+    assert price == max(sum(prices[length - 1] for length in some) for some in subsets)
 
-    def add(self, piece: Piece, limited: bool = True) -> None:
-        fitting = [row for row in self.rows if self.room(row) >= piece.length]
-        if not fitting:
-            if limited and len(self.rows) == self.open_bins:
-                self.close(min(self.rows, key=self.room))
-            fitting = [[]]
-            self.rows.append(fitting[0])
-        row = min(fitting, key=self.room)
-        row.append(piece)
-        if self.room(row) == 0:
-            self.close(row)
-
-    def close(self, row: list[Piece]) -> None:
-        self.closed.append(row)
-        self.rows = [other for other in self.rows if other is not row]
-
-    def flush(self) -> None:
-        left = [piece for row in self.rows for piece in row]
-        self.rows = []
-        for piece in sorted(left, key=lambda piece: -piece.length):
-            self.add(piece, limited=False)
-        for row in sorted(self.rows, key=self.room):
-            self.closed.append(row)
+    pairs = [[*pair] for pair in product(lengths, distinct) if sum(pair) <= room] + [[n] for n in lengths if n <= room]
+    pair = closest_pair(lengths, distinct, room, 0)
+    assert pair in pairs or (not pair and not pairs)
+    assert sum(pair) == max(map(sum, pairs), default=0)
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), max_size=60), open_bins=st.integers(1, 6))
-def test_best_fit_is_what_looking_at_every_row_gives(lengths, open_bins):
-    packer, naive = (BestFitPacker(20, open_bins, 1, lambda piece, limit: 0), NaivePacker(20, open_bins))
+@given(lengths=st.lists(st.integers(1, 20), max_size=80), window_rows=st.integers(1, 4), priced=st.booleans())
+def test_each_piece_is_in_one_row_and_none_waits_for_long(lengths, window_rows, priced):
+    packer = WindowPacker(20, window_rows, 1, lambda piece, limit: 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if not priced:
+            patch.setattr("data_pipeline.packing.window._MOST_PRICED_CELLS", -1)
+        rows = []
+        for number, length in enumerate(lengths):
+            rows.extend(packer.add(Piece(number, 0, length)))
+            assert packer._waiting_tokens == sum(piece.length for piece in packer._waiting.values()) <= window_rows * 20
+        # Only pieces that came after the oldest that waits can have been placed in between.
+        waiting = [piece.document for piece in packer._waiting.values()]
+        assert waiting == sorted(waiting)
+        rows.extend(packer.flush())
+    assert sorted(piece for row in rows for piece in row) == [Piece(n, 0, length) for n, length in enumerate(lengths)]
+    assert all(0 < sum(piece.length for piece in row) <= 20 for row in rows)
+    firsts = [row[0].document for row in rows]
+    assert firsts == sorted(firsts)  # every row begins with the one that waited longest
+
+
+def fill_of(lengths: np.ndarray, sequence_length: int, window_rows: int) -> float:
+    packer = WindowPacker(sequence_length, window_rows, 8, lambda piece, limit: 0)
     rows = []
-    for number, length in enumerate(lengths):
+    for number, length in enumerate(lengths.tolist()):
         rows.extend(packer.add(Piece(number, 0, length)))
-        naive.add(Piece(number, 0, length))
     rows.extend(packer.flush())
-    naive.flush()
-    assert rows == naive.closed
+    return float(lengths.sum()) / (len(rows) * sequence_length)
+
+
+def test_rows_are_full_without_cutting_where_few_lengths_fit_badly():
+    """The demo's chats: three sources whose documents all have nearly the same length. Best fit reaches 94.6%."""
+    random = np.random.default_rng(0)
+    edits = random.choice([130, 131], 1_500, p=[0.24, 0.76])
+    pairs = random.choice(
+        [80, 81, 83, 84, 87, 88, 89, 90, 91, 92], 1_500, p=[0.06, 0.18, 0.04, 0.12, 0.02, 0.14, 0.2, 0.02, 0.08, 0.14]
+    )
+    videos = random.choice([179, 181, 193, 195, 197], 1_000, p=[0.09, 0.31, 0.03, 0.22, 0.35])
+    lengths = random.permutation(np.concatenate([edits, pairs, videos]))
+    assert fill_of(lengths, 576, 64) >= 0.995
+
+
+def test_rows_of_32768_tokens_are_full_without_cutting():
+    """Videos of frames of 1,058 tokens, image pairs, texts: without a filler."""
+    random = np.random.default_rng(0)
+    frames = np.clip(random.lognormal(2.2, 0.6, 700), 1, 29).astype(int)
+    videos = np.minimum(frames * (1_058 + random.integers(10, 40, 700)), 32_768)
+    pairs, texts = random.integers(1_050, 4_300, 560), np.clip(random.lognormal(6.7, 1.0, 140), 16, 32_768).astype(int)
+    lengths = random.permutation(np.concatenate([videos, pairs, texts]))
+    num_rows = -(-lengths.sum() // 32_768)
+    assert fill_of(lengths, 32_768, 16) >= lengths.sum() / ((num_rows + 2) * 32_768)  # the last rows hold what is left
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=60),
-    open_bins=st.integers(1, 4),
+    window_rows=st.integers(1, 4),
     minimum=st.integers(1, 5),
 )
-def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, open_bins, minimum):
+def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, window_rows, minimum):
     length = 20
-    packer = BestFitPacker(length, open_bins, minimum, lambda piece, limit: limit)
+    packer = WindowPacker(length, window_rows, minimum, lambda piece, limit: limit)
     rows, most_waiting = [], 0
     for number, (size, filler) in enumerate(pieces):
         if filler:
@@ -350,7 +387,7 @@ def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, open_bi
             rows.extend(packer.add(Piece(number, 0, min(size, length))))
         most_waiting = max(most_waiting, packer._reservoir_tokens)
     rows.extend(packer.flush())
-    assert most_waiting <= open_bins * length
+    assert most_waiting <= window_rows * length
     covered = defaultdict(list)
     for row in rows:
         assert 0 < sum(piece.length for piece in row) <= length
@@ -442,7 +479,7 @@ def test_the_command_answers(sources, tmp_path):
         target=str(tmp_path / "target"),
         sequence_length=512,
         rows_per_shard=64,
-        open_bins=8,
+        window_rows=8,
         minimum_piece_tokens=5,
     )
     answer = run(config)

@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Token files, and rows packed of them."""
     base = tmp_path_factory.mktemp("verified")
     write_tokens(base / "tokens" / "000000")
-    pack({"a": base / "tokens"}, base / "packed", PackConfig(sequence_length=32, rows_per_shard=3, open_bins=2))
+    pack({"a": base / "tokens"}, base / "packed", PackConfig(sequence_length=32, rows_per_shard=3, window_rows=2))
     return base / "tokens", base / "packed"
 
 
@@ -121,7 +121,7 @@ def test_manifests_of_older_versions_are_taken_and_damaged_new_ones_are_not(fold
 
 def test_a_replaced_shard_is_told(folders: tuple[Path, Path], tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens" / "000000", seed=1)
-    config = PackConfig(sequence_length=32, rows_per_shard=3, open_bins=2)
+    config = PackConfig(sequence_length=32, rows_per_shard=3, window_rows=2)
     pack({"a": tmp_path / "tokens"}, tmp_path / "other", config)
     everything = Path(shutil.copytree(folders[1], tmp_path / "everything"))
     without_manifest = Path(shutil.copytree(folders[1], tmp_path / "without_manifest"))

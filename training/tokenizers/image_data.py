@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
@@ -93,7 +94,7 @@ class ImageSource:
         """(number of the sample, decoded picture, its caption or ""), as many as make `max_images` images."""
         paths = find_shards([corpus.path], "path")
         num_left = max(2, corpus.max_images // max(1, corpus.random_squares))
-        kinds = KindSet(corpus.kinds)
+        kinds = KindSet(corpus.kinds, corpus.parts)
         for number, sample in enumerate(sample for path in paths for sample in read_shard(path, kinds)):
             if isinstance(sample, BadSample):
                 self.num_bad[sample.reason] += 1
@@ -134,11 +135,13 @@ def _caption(sample: Sample) -> str:
 
 
 def _described(options: ImageDataOptions) -> dict[str, Any]:
-    """What decides the images. An empty list of kinds is left out: it says what was so before there was one."""
+    """What decides the images. Kinds and parts are left out where they say what was so before they could be chosen."""
     described = asdict(options)
-    for corpus in described["corpora"].values():
-        if not corpus["kinds"]:
-            del corpus["kinds"]
+    for name, corpus in options.corpora.items():
+        if not corpus.kinds:
+            del described["corpora"][name]["kinds"]
+        if corpus.parts == PartsConfig():
+            del described["corpora"][name]["parts"]
     return described
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipeline.documents.prompts import EMPTY_PROMPTS
 from data_pipeline.documents.tokenizers import read_description, train_sentencepiece
+from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import Sample, SampleError
 from data_pipeline.sources.patterns import find_shards
@@ -46,7 +47,7 @@ class TextTokenizer:
         shards = find_shards(options.corpora, "stage.objective.corpora")
         inputs = {
             "code_version": CODE_VERSION,
-            "options": {name: value for name, value in asdict(options).items() if name != "kinds" or value},
+            "options": described(options),
             "seed": config.seed,
             "shards": {str(path): checksum_file(path) for path in shards},
         }
@@ -75,12 +76,18 @@ class TextTokenizer:
         }
 
 
+def described(options: TextTokenizerOptions) -> dict[str, Any]:
+    """What decides the tokenizer. Kinds and parts are left out where they say what was so before they could be chosen."""
+    optional = {"kinds": bool(options.kinds), "parts": options.parts != PartsConfig()}
+    return {name: value for name, value in asdict(options).items() if optional.get(name, True)}
+
+
 def training_texts(options: TextTokenizerOptions, shards: list[Path]) -> Iterator[str]:
     """The template, the extra texts, then one sample of each shard in turn, so that a limit on the
     bytes cuts all corpora alike."""
     yield from _TEMPLATE_TEXTS * options.template_copies
     yield from options.extra_texts
-    kinds = KindSet(options.kinds)
+    kinds = KindSet(options.kinds, options.parts)
     streams = [shard_texts(path, kinds) for path in shards]
     while streams:
         for stream in list(streams):

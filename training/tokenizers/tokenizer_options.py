@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from data_pipeline.kinds.named_parts import PartsConfig
 from model.errors import Problems
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.loss_config import (
@@ -28,6 +29,7 @@ class TextTokenizerOptions:
     template_copies: int = 200  # how often the chat template is counted
     extra_texts: list[str] = field(default_factory=list)  # trained on as well, before the corpora
     kinds: list[str] = field(default_factory=list)  # of samples, names or dotted paths; empty: all of the project's
+    parts: PartsConfig = field(default_factory=PartsConfig)  # which files count, where captions stand
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
@@ -46,6 +48,9 @@ class ImageCorpus:
     weight: float = 1.0  # share of the training images
     max_images: int = 4000  # kept in memory; without streaming
     kinds: list[str] = field(default_factory=list)  # of samples, without streaming: names or dotted paths; empty: ours
+    parts: PartsConfig = field(
+        default_factory=PartsConfig
+    )  # without streaming: which files count, where captions stand
     random_squares: int = 0  # take this many random squares of each picture instead of the whole of it
 
 

@@ -237,6 +237,36 @@ class DocumentBuilder:
             return with_words_joined([Text(before), *pictures, Text(after)])
         return with_words_joined([Text(opening("", system) if is_first else NEXT_QUESTION), *question, Text(ANSWER)])
 
+    def answered(self, identity: int, prompt: Sequence[int], answer: Sequence[int], task: str = "") -> Document:
+        """The document of a prompt's ids and of the ids that a model answered, as `chat` and `interleaved` lay them out.
+
+        Of a chat, the prompt has no loss. The answer may have ended before its ESS and EOS, or between them. Raises
+        `MalformedImageError` for a BOI that begins no whole image.
+        """
+        is_chat = self.vocabulary.bss in prompt
+        ending = [self.vocabulary.ess, self.vocabulary.eos] if is_chat else [self.vocabulary.eos]
+        body = list(answer)
+        while body and body[-1] in ending:
+            del body[-1]
+        draft = _Draft()
+        self._add_ids(draft, prompt, Flag.NO_LOSS if is_chat else 0)
+        self._add_ids(draft, [*body, *ending])
+        return draft.finish(identity, task)
+
+    def _add_ids(self, draft: _Draft, ids: Sequence[int], flags: int = 0) -> None:
+        at = 0
+        while at < len(ids):
+            end, kind, grid = at + 1, Kind.STRUCTURE, (0, 0)
+            if ids[at] == self.vocabulary.boi:
+                block = parse_image_block(ids[at:], self.vocabulary, self.text_tokenizer)
+                end, kind, grid = at + block.num_tokens, Kind.IMAGE, block.grid
+            elif ids[at] < self.vocabulary.text_size:
+                kind = Kind.TEXT
+                while end < len(ids) and ids[end] < self.vocabulary.text_size:
+                    end += 1
+            draft.add(ids[at:end], kind, flags, grid)
+            at = end
+
     def chat_prompt(
         self, task: str, question: str, images: Sequence[Picture] = (), response_so_far: Sequence[Part] = ()
     ) -> list[int]:

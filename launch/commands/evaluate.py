@@ -27,7 +27,7 @@ examples:
   nextstate evaluate evaluation=toy_untrained run_folder=runs/demo   the figure before training
   nextstate evaluate evaluation=toy_dida run_folder=runs/demo decoders=[ar,dida,sjd]   ways to decode images, compared"""
 
-NUM_STRIPS = 3  # rollouts shown of each decoder
+NUM_STRIPS = 3  # rollouts shown of each decoder, and pictures on their way
 
 
 @dataclass
@@ -180,6 +180,9 @@ def compared(config: Config, model: Any, tasks: dict[str, Any], base: Path) -> d
         for name, one in found.items():
             model.decode_with(replace(config.decoding, strategy=name))
             one["rollout"] = rolled_out(config, model, base / config.out, name)
+    if "dida" in found:
+        model.decode_with(replace(config.decoding, strategy="dida"))
+        found["dida"]["refinement"] = refined(config, model, tasks, base / config.out)
     accuracies = {f"{name}_{task}": value for name, one in found.items() for task, value in one["accuracies"].items()}
     return {
         "checkpoint": str(base / config.checkpoint),
@@ -192,22 +195,39 @@ def compared(config: Config, model: Any, tasks: dict[str, Any], base: Path) -> d
 
 def rolled_out(config: Config, model: Any, out: Path, name: str) -> dict[str, Any]:
     """`accuracy_by_step`, and the frames of some rollouts as strips, whose names are relative to the answer's folder."""
-    from PIL import Image
-
     from training.inference.evaluation import load_task
-    from training.inference.world_rollouts import accuracy_by_step, roll_out, strip
+    from training.inference.world_rollouts import accuracy_by_step, roll_out
 
     arguments = {key: value for key, value in config.rollouts.items() if key != "path"}
     task: Any = load_task(config.rollouts["path"], arguments)
     rollouts = task.rollouts()
     frames = roll_out(model, rollouts, config.sampling, config.seed)
+    strips = save_strips(frames[:NUM_STRIPS], out, f"rollout_{name}")
+    return {"accuracy_by_step": accuracy_by_step(rollouts, frames), "strips": strips}
+
+
+def refined(config: Config, model: Any, tasks: dict[str, Any], out: Path) -> list[str]:
+    """Strips of some pictures before each step and in the end, sampled as those of the statistics are."""
+    from training.inference.decoders import statistics_prompts
+    from training.inference.refinement import refine
+
+    temperature = config.comparison.statistics_temperature
+    sampling = replace(config.sampling, image=replace(config.sampling.image, temperature=temperature))
+    return save_strips(refine(model, statistics_prompts(tasks, NUM_STRIPS), sampling, config.seed), out, "refined")
+
+
+def save_strips(frames: Sequence[Sequence[Any]], out: Path, name: str) -> list[str]:
+    """Pictures beside one another, a file for each list of them; names relative to the folder of the answer `out`."""
+    from PIL import Image
+
+    from training.inference.world_rollouts import strip
+
     folder = out.parent / "samples" / out.stem
     folder.mkdir(parents=True, exist_ok=True)
-    strips = [f"rollout_{name}_{number}.png" for number in range(min(NUM_STRIPS, len(frames)))]
-    for own, file in zip(frames, strips, strict=False):
-        Image.fromarray(strip(own)).save(folder / file)
-    shown = [str((folder / file).relative_to(out.parent)) for file in strips]
-    return {"accuracy_by_step": accuracy_by_step(rollouts, frames), "strips": shown}
+    files = [folder / f"{name}_{number}.png" for number in range(len(frames))]
+    for own, file in zip(frames, files, strict=True):
+        Image.fromarray(strip(own)).save(file)
+    return [str(file.relative_to(out.parent)) for file in files]
 
 
 def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -93,12 +93,14 @@ def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]
         "joint_ar": ar.get("joint"),
         "joint_by_steps": {steps: one.get("joint") for steps, one in by_steps.items()},
         "entropy_ratio_by_steps": {steps: one.get("entropy_ratio") for steps, one in by_steps.items()},
+        "accuracies_by_steps": {steps: members(one, "accuracies") for steps, one in by_steps.items()},
         "chosen_steps": evaluation.get("dida_steps"),
         "accuracies": {name: members(one, "accuracies") for name, one in decoders.items()},
         "forwards_ratio": ratio(ar.get("num_forwards"), dida.get("num_forwards")),
         "wall_ratio_batch1": ratio(ar.get("seconds"), dida.get("seconds")),
         "ar_after_minus_before": {task: value - before[task] for task, value in after.items() if task in before},
         "wall_seconds": members(entries, "dida").get("wall_seconds"),
+        "refinement": dida.get("refinement"),
     }
 
 

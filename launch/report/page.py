@@ -37,7 +37,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Reinforcement learning", reinforcement_section(report["rl"], report["rl_curves"])),
         section("Mixture as consumed", mixtures(report["stages"])),
         section("Data read", data_read_table(report["stages"])),
-        section("Images in parallel", dida_tables(report["dida"])),
+        section("Images in parallel", dida_tables(report["dida"], run_folder)),
         section("World rollout", rollout(report["rollout"], run_folder)),
         samples(report["samples"], run_folder),
         section("Data", token_table(report["tokens"]) + packing_table(report["packing"]["datasets"])),
@@ -108,24 +108,42 @@ def rollout(found: dict[str, Any] | None, run_folder: Path) -> str:
     return note + table(["decoder", *steps], rows) + f'<div class="samples">{strips}</div>'
 
 
-def dida_tables(dida: dict[str, Any] | None) -> str:
-    """Quality against steps, and what is saved."""
+def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
+    """Quality against steps, what is saved, and pictures on their way from noise."""
     if dida is None:
         return ""
+    tasks = sorted({task for accuracies in dida["accuracies"].values() for task in accuracies})
+
+    def right(accuracies: dict[str, Any]) -> list[str]:
+        return [percent(accuracies.get(task)) for task in tasks]
+
     steps = [
-        [steps, percent(joint), percent(dida["entropy_ratio_by_steps"].get(steps))]
+        [
+            steps,
+            *right(dida["accuracies_by_steps"][steps]),
+            percent(joint),
+            percent(dida["entropy_ratio_by_steps"].get(steps)),
+        ]
         for steps, joint in dida["joint_by_steps"].items()
     ]
-    steps.append(["token by token", percent(dida["joint_ar"]), percent(1.0)])
-    tasks = sorted({task for accuracies in dida["accuracies"].values() for task in accuracies})
-    rows = [[name, *(percent(values.get(task)) for task in tasks)] for name, values in dida["accuracies"].items()]
+    ar = dida["accuracies"].get("ar", {})
+    steps.append(["token by token", *right(ar), percent(dida["joint_ar"]), percent(1.0)])
+    rows = [[name, *right(values)] for name, values in dida["accuracies"].items()]
     note = (
         f"<p>{html.escape(str(dida['chosen_steps']))} steps an image: {unit(dida['forwards_ratio'], 'times', 1)} fewer forward "
         f"passes and {unit(dida['wall_ratio_batch1'], 'times', 1)} faster than token by token, for one answer at a time. "
         "Joint: agreement of neighbouring codes with a second sample of token-by-token decoding.</p>"
     )
-    headers = ["decoder", *(METRIC_TITLES.get(task, task.replace("_", " ")) for task in tasks)]
-    return note + table(["steps", "joint", "entropy"], steps) + table(headers, rows)
+    headers = [METRIC_TITLES.get(task, task.replace("_", " ")) for task in tasks]
+    strips = "".join(picture(run_folder / "evaluation" / name) for name in dida["refinement"] or [])
+    told = "<p>Pictures before each step, from noise, and the finished ones.</p>" if strips else ""
+    return (
+        note
+        + table(["steps", *headers, "joint", "entropy"], steps)
+        + table(["decoder", *headers], rows)
+        + told
+        + f'<div class="samples">{strips}</div>'
+    )
 
 
 def percent(value: Any, digits: int = 1) -> str:

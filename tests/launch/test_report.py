@@ -342,7 +342,8 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     walked = {"accuracy_by_step": [1.0, 0.5], "strips": ["samples/dida/strip.png"]}
     ar = {"joint": 0.8, "num_forwards": 48, "seconds": 0.3, "accuracies": {"t2i_accuracy": 0.9, "own": 1.0}}
     dida = {"num_forwards": 12, "seconds": 0.1, "accuracies": {"t2i_accuracy": 0.85}, "by_steps": by_steps}
-    dida["rollout"] = walked
+    dida |= {"rollout": walked, "refinement": ["samples/dida/refined_0.png"]}
+    by_steps["6"]["accuracies"] = {"t2i_accuracy": 0.85}
     write(tmp_path / "evaluation" / "final.json", {"metrics": {"t2i_accuracy": 0.95}})
     write(tmp_path / "evaluation" / "dida.json", {"dida_steps": 6, "decoders": {"ar": ar, "dida": dida}, "metrics": {}})
     write(tmp_path / "curriculum.json", {"entries": {"dida": {"state": "done", "wall_seconds": 200.0}}})
@@ -353,6 +354,7 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     assert found["joint_ar"] == 0.8
     assert found["joint_by_steps"] == {"1": 0.2, "6": 0.79}
     assert found["entropy_ratio_by_steps"] == {"1": 1.01, "6": 1.01}
+    assert found["accuracies_by_steps"] == {"1": {}, "6": {"t2i_accuracy": 0.85}}
     assert found["chosen_steps"] == 6
     assert found["forwards_ratio"] == 4.0
     assert found["wall_ratio_batch1"] == pytest.approx(3.0)
@@ -360,5 +362,6 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     assert found["wall_seconds"] == 200.0
     page = (tmp_path / "report.html").read_text()
     assert "Images in parallel" in page
-    assert "79.0%" in page
+    assert "<td>6</td><td>-</td><td>85.0%</td><td>79.0%</td>" in page
+    assert "refined_0.png is missing" in page
     assert "World rollout" in page

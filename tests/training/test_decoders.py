@@ -85,4 +85,5 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
     assert dida["joint"] == pytest.approx(ar["joint"], abs=0.03)
     assert dida["by_steps"]["1"]["joint"] < ar["joint"] - 0.2
     assert dida["by_steps"]["4"]["joint"] == dida["joint"]
+    assert dida["by_steps"]["1"]["accuracies"] == {"task": 1.0}
     assert dida["entropy_ratio"] == pytest.approx(1.0, abs=0.01)

@@ -27,6 +27,7 @@ from training.inference.answering import answer_all, begin
 from training.inference.model import InferenceModel
 from training.inference.observing import Event, Refined, Rows
 from training.inference.prompts import Prompt
+from training.inference.refinement import refine
 
 GREEDY = SamplingConfig(PhaseSampling(0.0), PhaseSampling(0.0), max_new_tokens=200)
 
@@ -340,6 +341,10 @@ def test_a_picture_is_seen_while_it_is_refined(real_model: torch.nn.Module, toke
         assert np.array_equal(second.codes, one.pictures[0])
     # The prompt with BOI 2 * 4 behind it (IMG is read with the copies); four looks; the commit pass.
     assert answerings[0].num_forwards == 1 + 4 + 1
+    strips = refine(model, [Prompt("t2i", text, image_size=(16, 32)) for text in TEXTS[:2]], guided)
+    for one, pictures in zip(answerings, strips, strict=True):
+        assert len(pictures) == 4 + 1, "before each step, and the finished one"
+        assert np.array_equal(pictures[-1], model.picture(one.pictures[0]))
     with pytest.raises(UserError, match="not trained to decode images of this size in parallel"):
         begin(model, [Prompt("t2i", "a", image_size=(16, 80))], guided, [0])
 

@@ -40,7 +40,7 @@ def compare_decoders(
     """The statistics' prompts are those of the first task that asks for new pictures.
 
     By decoder: `accuracies` by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
-    batch 1, `images_per_second` in batches; for dida `by_steps`. `ar` comes first: the others are held against it.
+    batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies. `ar` comes first: the others are held against it.
     """
     prompts = statistics_prompts(tasks, config.statistics_prompts)
     drawn = replace(sampling, image=replace(sampling.image, temperature=config.statistics_temperature))
@@ -49,11 +49,11 @@ def compare_decoders(
     found: dict[str, dict[str, Any]] = {}
     for name in sorted(decodings, key=lambda name: name != "ar"):
         model.decode_with(decodings[name])
-        results = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed)
+        accuracies = accuracies_of(model, tasks, sampling, batch_size, seed)
         measured = statistics(model, prompts, drawn, seed, second)
         ratio = measured["entropy"] / found["ar"]["entropy"] if "ar" in found else 1.0
         found[name] = {
-            "accuracies": {task: result["accuracy"] for task, result in results.items()},
+            "accuracies": accuracies,
             **measured,
             "entropy_ratio": ratio,
             **one_at_a_time(model, prompts[: config.single_prompts], drawn, seed),
@@ -61,9 +61,18 @@ def compare_decoders(
     if "dida" in found:
         found["dida"]["by_steps"] = {
             str(steps): steps_statistics(model, decodings["dida"], steps, prompts, drawn, seed, second, found)
+            | {"accuracies": accuracies_of(model, tasks, sampling, batch_size, seed)}
             for steps in config.dida_steps
         }
     return found
+
+
+def accuracies_of(
+    model: InferenceModel, tasks: Mapping[str, EvaluationTask], sampling: SamplingConfig, batch_size: int, seed: int
+) -> dict[str, float]:
+    """By task, as the model decodes now."""
+    results = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed)
+    return {task: result["accuracy"] for task, result in results.items()}
 
 
 def steps_statistics(

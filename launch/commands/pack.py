@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from model.errors import UserError
 
@@ -20,6 +20,7 @@ class Config:
     minimum_piece_tokens: int = 8  # text is not cut into pieces shorter than this
     seed: int = 1234  # of the order of the documents
     json: bool = False  # print one JSON object on stdout at the end
+    former_names: ClassVar[dict[str, str]] = {"open_bins": "window_rows"}
 
 
 def run(config: Config) -> dict[str, Any]:

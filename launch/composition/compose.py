@@ -201,11 +201,13 @@ def explain(error: Exception, command: str, schema: type) -> UserError:
     unknown = unknown_key(texts)
     if unknown:
         known = [*known_keys(schema), places.KEY]
+        former = dict(getattr(schema, "former_names", {}))
         if objective.has_objective(schema):
-            refusal = objective.renamed(unknown)
-            if refusal is not None:
-                return refusal
+            former |= objective.FORMER_NAMES
             known += objective.all_known_keys()
+        refusal = renamed(unknown, former)
+        if refusal is not None:
+            return refusal
         guess = near_miss(unknown, known)
         return UserError(
             f"unknown key {unknown!r}",
@@ -220,6 +222,15 @@ def explain(error: Exception, command: str, schema: type) -> UserError:
         got=first_line(error.__cause__ or error),
         fix=objective.FORM if where == objective.KEY else f"nextstate {command} --help lists keys and types",
     )
+
+
+def renamed(key: str, former_names: dict[str, str]) -> UserError | None:
+    """The refusal of a key, or of one below it, under its former name."""
+    for old, new in former_names.items():
+        if key == old or key.startswith(f"{old}."):
+            now = new + key.removeprefix(old)
+            return UserError(f"{key} is called {now} now", where=key, fix=now)
+    return None
 
 
 def unknown_key(texts: list[str]) -> str:

@@ -13,14 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from model.errors import UserError
 from model.registry import find_class, known_keys
 from training.config import TrainConfig
 from training.objectives.checks import complete
 from training.objectives.registry import KEY, OPTIONS, options_class
 
 # Keys that were the stage's own before objectives had theirs.
-RENAMED = {
+FORMER_NAMES = {
     "stage.options": KEY,
     "stage.loss_weights": f"{KEY}.loss_weights",
     "stage.document_attention": f"{KEY}.document_attention",
@@ -64,12 +63,3 @@ def all_known_keys() -> list[str]:
     """Keys of our own objectives, for messages about a key that nobody knows."""
     classes = [find_class("objective", name, OPTIONS, KEY) for name in OPTIONS]
     return [f"{KEY}.{key}" for options in classes for key in known_keys(options)]
-
-
-def renamed(key: str) -> UserError | None:
-    """The refusal of a key under its former name."""
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            now = new + key.removeprefix(old)
-            return UserError(f"{key} is called {now} now", where=key, fix=now)
-    return None

@@ -129,3 +129,8 @@ def test_every_key_of_every_command_has_a_comment():
             owners.setdefault(owner, set()).add(key.rpartition(".")[2])
     uncommented = {owner.__qualname__: keys - field_comments(owner).keys() for owner, keys in owners.items()}
     assert not {owner: keys for owner, keys in uncommented.items() if keys}
+
+
+def test_a_key_of_another_command_is_refused_with_its_new_name(capsys):
+    assert cli.main(["pack", "target=t", "open_bins=3"]) == 2
+    assert "open_bins is called window_rows now" in capsys.readouterr().err

@@ -40,8 +40,7 @@ class Config:
     prompts_file: str | None = None  # instead of `prompt`: .txt with one a line, or .jsonl
     format: str = "t2i"  # t2i | x2i | interleaved | howto | story | explore | vla
     images: list[str] = field(default_factory=list)  # source pictures of `prompt`
-    # Pixels: a number for a square, [height, width], or "width:height" of `image_area`; 0: the model chooses.
-    image_size: Any = 0
+    image_size: Any = 0  # pixels: of a square, [height, width], or "width:height" of `image_area`; 0: the model chooses
     image_area: int = PUBLISHED_AREA  # pixels of a picture whose size is given as a ratio
     states: int = 0  # next states of a world rollout; 0: none
     words: list[str] = field(default_factory=list)  # of a rollout: said before its first states

@@ -40,6 +40,7 @@ def test_options_are_complete_and_typed():
         "template_copies": 2000,
         "extra_texts": [],
         "kinds": [],
+        "parts": {"caption": "", "ignore": []},
     }
 
 

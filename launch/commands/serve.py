@@ -37,7 +37,7 @@ class Config:
     token_file: str | None = None  # holds what clients send as "Authorization: Bearer TOKEN"
     model_name: str = "nextstate"  # what clients call the model
     format: str = "howto"  # how a chat is put when it does not say: howto | story | explore | vla | interleaved
-    image_size: Any = 0  # Of answers that ask for none: pixels of a square, [height, width], or "width:height" of `image_area`; 0: the model's.
+    image_size: Any = 0  # of answers that ask for none: pixels of a square, [height, width], "width:height"; 0: any
     image_area: int = PUBLISHED_AREA  # pixels of a picture whose size is given as a ratio
     max_waiting: int = 64  # answers that are not over; further requests get 429
     max_answers: int = 10  # of one request

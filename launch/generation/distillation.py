@@ -39,9 +39,9 @@ class DistillOptions:
     kept_a_prompt: int = 1  # of these at most, the best ones
     rewards: RewardsConfig = field(default_factory=RewardsConfig)  # no signals: whole answers are kept, unjudged
     smallest_reward: float = 1.0  # of an answer that is kept, from 1 (the lowest there is) to 10
-    prompts_a_file: int = 1000
+    prompts_a_file: int = 1000  # answered together; what a killed job loses at the most
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    seed: int = 0
+    seed: int = 0  # of the answers
 
     def validate_distill(self, problems: Problems) -> None:
         for name in ("answers_a_prompt", "kept_a_prompt", "prompts_a_file"):

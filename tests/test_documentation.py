@@ -93,6 +93,13 @@ def test_links_between_pages_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_page_is_in_the_index_of_the_site():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").splitlines()
+    assert sorted(name for name in index if re.fullmatch(r"\w+", name)) == sorted(
+        page.stem for page in (ROOT / "docs").glob("*.md") if page.stem != "index"
+    )
+
+
 def test_the_check_finds_commands_of_both_kinds():
     text = "```console run\n$ nextstate a\noutput\n```\n\n```console\n$ make b\n```\n```yaml\n$ no\n```\n"
     assert commands(text) == [("nextstate a", True), ("make b", False)]

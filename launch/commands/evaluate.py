@@ -39,6 +39,7 @@ class Config:
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same tasks on what training has shown
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {path: package.Class, tasks: [...]}
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    as_trained: bool = True  # where `sampling` sets a length at most, draw as reinforcement learning drew its answers
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     decoders: list[str] = field(default_factory=list)  # strategies to compare, instead of `decoding.strategy` alone
@@ -101,6 +102,8 @@ def run(config: Config) -> dict[str, Any]:
         config.answers,
         untrained=config.untrained,
     )
+    if config.as_trained:
+        config = replace(config, sampling=model.sampling_as_trained(config.sampling))
     out = base / config.out
     if config.decoders:
         return publish_answer(out, compared(config, model, tasks, base))

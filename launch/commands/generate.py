@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Config:
     out: str = "generated"  # folder of the pictures, of generated.json and of trace.json
     stream: bool = False  # tell text and finished rows as they come: a JSON object a line
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    as_trained: bool = True  # where `sampling` sets a length at most, draw as reinforcement learning drew its answers
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)  # how pictures are decoded
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
@@ -94,6 +95,8 @@ def run(config: Config) -> dict[str, Any]:
     prompts = prompts_of(questions)
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
     model.decode_with(config.decoding)
+    if config.as_trained:
+        config = replace(config, sampling=model.sampling_as_trained(config.sampling))
     for question, prompt in zip(questions, prompts, strict=True):
         prompt.image_size = pixels_of(question.image_size, config.image_area, model.vision_tokenizer.factor)
     answerings = begin_all(config, model, questions, prompts)

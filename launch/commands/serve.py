@@ -44,6 +44,7 @@ class Config:
     max_body_megabytes: int = 32  # of one request
     max_source_pixels: int = 16_777_216  # of one picture that is sent
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    as_trained: bool = True  # where `sampling` sets a length at most, draw as reinforcement learning drew its answers
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)  # how pictures are decoded
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
@@ -157,7 +158,7 @@ def app_of(config: Config, model: Any, token: str | None) -> Any:
         config.model_name,
         model.vision_tokenizer.factor,
         model.vision_tokenizer.codebook_size,
-        config.sampling,
+        model.sampling_as_trained(config.sampling) if config.as_trained else config.sampling,
         config.image_size,
         config.image_area,
         config.format,

@@ -52,3 +52,10 @@ class KeyValueCache:
         rows = torch.arange(self.batch_size, device=slots.device)[:, None]
         self.keys[layer][rows, slots] = key
         self.values[layer][rows, slots] = value
+
+    def fill(self, other: KeyValueCache, rows: torch.Tensor) -> None:
+        """Row b becomes row `rows[b]` (int64 [B]) of another cache, which is not longer than this one."""
+        length = other.max_length
+        self.keys[:, :, :length] = other.keys[:, rows]
+        self.values[:, :, :length] = other.values[:, rows]
+        self.lengths.copy_(other.lengths[rows])

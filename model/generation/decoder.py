@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from model.backbone.cached_layers import is_plain, run_layers
 from model.backbone.key_value_cache import KeyValueCache
 from model.backbone.packed_attention import CachedSequences
 from model.backbone.rotary import rotary_tables
@@ -27,16 +28,26 @@ class CachedDecoder:
         self._cache: KeyValueCache | None = None
 
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        """Equal prompts are read once: the answers of a group cost one prompt."""
+        rows: dict[tuple[int, ...], int] = {}  # of each distinct prompt
+        row_of = [rows.setdefault(tuple(prompt), len(rows)) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in rows], device=self.device)
         longest = int(lengths.max())
-        tokens = torch.zeros((len(prompts), longest), dtype=torch.int64, device=self.device)
-        for row, prompt in enumerate(prompts):
+        tokens = torch.zeros((len(rows), longest), dtype=torch.int64, device=self.device)
+        for prompt, row in rows.items():
             tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
         self._cache = None  # let go of the last batch's memory first
+        are_distinct = len(rows) == len(prompts)
+        read = allocate_cache(self.model, len(rows), longest + (max_new_tokens if are_distinct else 0))
+        positions = torch.arange(longest, device=self.device).expand(len(rows), -1)
+        logits = decoder_forward(self.model, tokens, positions, read, num_new=lengths, last_only=True)[:, 0]
+        if are_distinct:
+            self._cache = read
+            return logits
+        index = torch.tensor(row_of, device=self.device)
         self._cache = allocate_cache(self.model, len(prompts), longest + max_new_tokens)
-        positions = torch.arange(longest, device=self.device).expand(len(prompts), -1)
-        logits = decoder_forward(self.model, tokens, positions, self._cache, num_new=lengths, last_only=True)
-        return logits[:, 0]
+        self._cache.fill(read, index)
+        return logits[index]
 
     def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
         assert self._cache is not None, "start comes before step"
@@ -99,14 +110,19 @@ def decoder_forward(
     config: ModelConfig = model.model_config
     step = _cached_step(config, position_ids, cache, whole)
     was_training = model.training
-    model.eval()
+    if was_training:  # each switch walks over all modules: as dear as a small layer's step
+        model.eval()
     with without_sequence_parallel(model):
         hidden = model.embedding(tokens, None)
-        hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
+        if is_plain(model):
+            hidden = run_layers(model, hidden, step)
+        else:
+            hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
         if last_only:
             hidden = _last_real(hidden, num_new)
         logits, _ = model.output_layer(hidden, runtime_gather_output=True)
-    model.train(was_training)
+    if was_training:
+        model.train()
     cache.lengths += tokens.shape[1] if num_new is None else num_new
     logits = logits.transpose(0, 1).float()
     logits[..., Vocabulary.from_config(config.vocabulary).size :] = float("-inf")

@@ -124,8 +124,11 @@ class ImageGrammar:
     def forced(self, state: GrammarState) -> torch.Tensor:
         """int64 [B]: the only id that may follow, or -1 where there is a choice."""
         forced = self._forced_by_phase[state.phase]
+        in_header = self._in_header(state)
+        if not in_header.any():  # nearly always, and the rest takes as long as a layer
+            return forced
         allowed = self._header_allowed(state)
-        single = self._in_header(state) & (allowed.sum(1) == 1)
+        single = in_header & (allowed.sum(1) == 1)
         return torch.where(single, self._header_ids[allowed.int().argmax(1)], forced)
 
     def below_visual_mask(self, state: GrammarState) -> torch.Tensor:
@@ -138,11 +141,12 @@ class ImageGrammar:
 
     def mask_numbers(self, state: GrammarState) -> torch.Tensor:
         """int64 [B]: a name for each row's mask, the same for equal masks and small to keep; see `masks_of`."""
-        powers = 2 ** torch.arange(HEADER_SIZE, device=self.device)
-        header = (self._header_allowed(state) * powers).sum(1)
-        detail = torch.where(self._in_header(state), header, 0)
-        detail = torch.where((state.phase == Phase.TEXT) & self._may_start_image(state), 1, detail)
-        numbers: torch.Tensor = state.phase * 2**HEADER_SIZE + detail
+        may_open = (state.phase == Phase.TEXT) & self._may_start_image(state)
+        numbers: torch.Tensor = state.phase * 2**HEADER_SIZE + may_open
+        in_header = self._in_header(state)
+        if in_header.any():
+            powers = 2 ** torch.arange(HEADER_SIZE, device=self.device)
+            numbers += torch.where(in_header, (self._header_allowed(state) * powers).sum(1), 0)
         return numbers
 
     def masks_of(self, numbers: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,16 @@ def steps(config: TrainConfig, num_steps: int) -> list[Any]:
     return [learner.step() for _ in range(num_steps)]
 
 
+def steps_with_a_guard(config: TrainConfig, num_steps: int) -> tuple[list[float], list[int], dict[str, Any]]:
+    """Reward and number of alarms of each step, with windows of one step, and what a checkpoint would keep."""
+    from training.rewards.alarm import HackingAlarm
+
+    learner = Learner(config)
+    learner.source.alarm = HackingAlarm(window_steps=1)
+    metrics = [learner.step().metrics for _ in range(num_steps)]
+    return [one["reward"] for one in metrics], [one["alarms"] for one in metrics], learner.source.state()["alarm"]
+
+
 def one_rollout(config: TrainConfig) -> tuple[list[list[int]], Any]:
     """Every answer of the first rollout as ids, in the order of prompts, and the parity of trainer and sampler."""
     learner = Learner(config)
@@ -89,6 +99,21 @@ def reference_is_the_start(config: TrainConfig) -> tuple[list[bool], bool]:
     same = [torch.equal(one, weights[name]) for name, one in learner.engine.model.named_parameters()]
     differs = not torch.equal(other[0], before[0])
     return [*same, torch.equal(learner.engine.log_probs(batches, learner.objective)[0], before[0])], differs
+
+
+def offloaded_rollout(config: TrainConfig) -> tuple[list[int], bool]:
+    """Behind one step: bytes of gradients and state while answers are drawn, and is the state the same afterwards?"""
+    from training.engines.megatron.offload import optimizer_tensors
+
+    learner = Learner(config)
+    learner.step()
+    state = optimizer_tensors(learner.engine.wrapped, learner.engine.optimizer)
+    gradients = [buffer.grad_data for buffer in learner.engine.wrapped.buffers]
+    before = [one.detach().clone() for one in state]
+    with learner.engine.offloaded():
+        held = [one.untyped_storage().nbytes() for one in [*state, *gradients]]
+        learner.rollout()
+    return held, all(torch.equal(one, was) for one, was in zip(state, before, strict=True))
 
 
 class Doubled:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_runs import gradient_of_forced, one_rollout, reference_is_the_start, steps, trained_by_the_conditional_alone
+from rl_runs import (
+    gradient_of_forced,
+    offloaded_rollout,
+    one_rollout,
+    reference_is_the_start,
+    steps,
+    steps_with_a_guard,
+    trained_by_the_conditional_alone,
+)
 from rl_world import rl_config, with_layout, write_tokenizer
 
 GUIDED = {"sampling": {"max_new_tokens": 24, "guidance_scale": 3.0, "image": {"temperature": 1.5}}}
@@ -68,3 +77,35 @@ def test_the_reference_takes_the_place_of_the_weights_for_a_moment(pool: Any, to
     ((same, differs),) = pool.run(reference_is_the_start, rl_config(tokenizer, tmp_path), ranks=1)
     assert all(same)
     assert differs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_only_updates_need_is_away_while_answers_are_drawn(
+    pool: Any, tokenizer: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = with_layout(rl_config(tokenizer, tmp_path), data=2, distributed_optimizer=True)
+    config.model.dtype = dtype
+    for held, is_same in pool.run(offloaded_rollout, config, ranks=2):
+        assert len(held) >= (4 if dtype == "bfloat16" else 3)  # a buffer of gradients, moments, master weights
+        assert set(held) == {0}
+        assert is_same
+
+
+def test_offloading_changes_nothing_that_is_learnt(
+    pool: Any, tokenizer: Path, tmp_path: Path, alone: list[Any]
+) -> None:
+    config = with_layout(rl_config(tokenizer, tmp_path, offload=True), micro_batch_size=8)
+    (results,) = pool.run(steps, config, 3, ranks=1)
+    for found, expected in zip(results, alone, strict=True):
+        assert (found.loss, found.gradient_norm) == (expected.loss, expected.gradient_norm)
+
+
+def test_a_guard_that_falls_while_the_reward_rises_is_told(pool: Any, tokenizer: Path, tmp_path: Path) -> None:
+    config = rl_config(tokenizer, tmp_path)
+    dark = {"path": "rl_world.Bright", "options": {"sign": -1.0}, "range": [-1.0, 0.0], "guard": True}
+    config.stage.objective["rewards"]["signals"]["dark"] = dark
+    ((rewards, alarms, kept),) = pool.run(steps_with_a_guard, config, 5, ranks=1)
+    assert alarms == [0, *(int(after > before) for before, after in itertools.pairwise(rewards))]
+    assert sum(alarms) > 0
+    assert kept["reward"] == rewards[-2:]
+    assert kept["t2i/dark"] == pytest.approx([11 - reward for reward in rewards[-2:]])

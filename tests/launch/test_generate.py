@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from launch.commands import generate
 from launch.composition.compose import compose_config
 from launch.generation.sizes import PUBLISHED_AREA, PUBLISHED_GRIDS, grid_of_ratio, pixels_of, read_size
 from model.errors import UserError
+from model.generation.settings import PhaseSampling, SamplingConfig
 from training.inference.loading import load_checkpoint
 from training.inference.model import InferenceModel
+from training.inference.prompts import InferenceOptions
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,24 @@ def test_pictures_trace_and_seeds(toy: Path) -> None:
     generate.run(settings(prompt="a red circle", image_size=[16, 24], first_index=1, out="again"))
     assert json.loads(Path("again/trace.json").read_text())["answers"][0]["ids"] == second["ids"]
     assert Path("again/000_0_0.png").read_bytes() == Path("generated/000_1_0.png").read_bytes()
+
+
+def test_a_policy_answers_in_the_mode_that_it_was_trained_in(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = InferenceModel.load("somewhere", None, None, InferenceOptions())
+    trained = SamplingConfig(guidance_scale=3.0, image=PhaseSampling(temperature=0.5), max_new_tokens=7)
+    model.rollout = {"sampling": asdict(trained)}
+    monkeypatch.setattr(InferenceModel, "load", lambda *_: model)
+
+    def sampling_of(config: generate.Config) -> dict[str, Any]:
+        generate.run(config)
+        return json.loads(Path("generated/trace.json").read_text())["settings"]["sampling"]
+
+    asked: dict[str, Any] = {"prompt": "a red circle", "image_size": [16, 24]}
+    assert sampling_of(settings(**asked)) == asdict(trained) | {"max_new_tokens": 40}
+    assert sampling_of(settings(**asked, as_trained=False)) == asdict(SamplingConfig(max_new_tokens=40))
+    greedy = settings(**asked)
+    greedy.sampling.image.temperature = 0.0
+    assert sampling_of(greedy)["guidance_scale"] == 1.0
 
 
 def test_a_rollout_is_a_strip_and_a_film(toy: Path) -> None:

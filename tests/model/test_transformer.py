@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from model.backbone.attention_plan import append_image_copies, documents_with_image_copies, packed_documents
+from model.backbone.cached_layers import is_plain
 from model.backbone.packed_attention import prepare_attention
 from model.backbone.transformer import build_model
 from model.config import ModelConfig
-from model.generation.decoder import allocate_cache, decoder_forward
+from model.generation import decoder
+from model.generation.decoder import CachedDecoder, allocate_cache, decoder_forward
 from model.vocabulary import VocabularyConfig
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -167,6 +169,36 @@ def test_sequences_of_different_length_decode_together(model: Any) -> None:
         chosen = rows[torch.arange(3), lengths + step]
         logits = decoder_forward(model, chosen[:, None], (lengths + step)[:, None], cache)
     assert cache.lengths.tolist() == (lengths + 6).tolist()
+
+
+def test_equal_prompts_are_read_once_and_answered_apart(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.randint(0, NUM_IDS, (2, 9)).tolist()
+    prompts = [first, second[:6], first, first]
+    answers = torch.randint(0, NUM_IDS, (3, 4))
+    tokens_read = []
+    read = decoder.decoder_forward
+    monkeypatch.setattr(
+        decoder, "decoder_forward", lambda *a, **k: (tokens_read.append(a[1].numel()), read(*a, **k))[1]
+    )
+    batch = CachedDecoder(model)
+    logits = [batch.start(prompts, 3), *(batch.step(ids) for ids in answers)]
+    assert tokens_read == [2 * 9, 4, 4, 4]
+    for row, prompt in enumerate(prompts):
+        whole = torch.tensor([*prompt, *answers[:, row].tolist()])
+        expected = logits_of(model, whole, [len(whole)])[len(prompt) - 1 :, :NUM_IDS]
+        assert (torch.stack([one[row, :NUM_IDS] for one in logits]) - expected).abs().max() <= 1e-5
+    assert batch._cache is not None
+    assert batch._cache.max_length == 12
+
+
+def test_layers_of_decoding_are_those_of_the_modules(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(0, NUM_IDS, (3, 20))
+    positions = torch.arange(20).expand(3, 20)
+    assert is_plain(model)
+    found = decoder_forward(model, tokens, positions, allocate_cache(model, 3, 20))
+    monkeypatch.setattr(decoder, "is_plain", lambda _: False)
+    expected = decoder_forward(model, tokens, positions, allocate_cache(model, 3, 20))
+    assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
 
 
 def test_dropout_acts_in_training_only_and_in_three_places() -> None:

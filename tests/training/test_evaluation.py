@@ -48,6 +48,9 @@ class GrayModel:
     def decode_with(self, decoding: DecodingConfig) -> None:
         assert decoding.strategy == "ar", "what the command does unless told"
 
+    def sampling_as_trained(self, given: SamplingConfig) -> SamplingConfig:
+        return given
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:

@@ -56,6 +56,13 @@ class Policy(Protocol):
         """
         ...
 
+    def offloaded(self) -> AbstractContextManager[None]:
+        """For the time of the context, what only updates need is off the device: gradients are lost, the rest comes back.
+
+        Answers may be drawn and scored meanwhile; no update may be made.
+        """
+        ...
+
     def decoder(self) -> AbstractContextManager[Any]:
         """A `model.generation.decoder.CachedDecoder` over these weights, for the time of the context."""
         ...

@@ -87,6 +87,9 @@ class SingleEngine:
     def weights_of(self, reader: ShardReader) -> Any:
         raise AssertionError("this engine trains no model of tokens")
 
+    def offloaded(self) -> Any:
+        raise AssertionError("this engine draws no answers")
+
     def decoder(self) -> Any:
         raise AssertionError("this engine trains no model of tokens")
 

@@ -37,6 +37,7 @@ class LoadedModel:
     image_format: str  # of the documents that it was trained on
     folder: Path  # of the checkpoint
     dida: dict[str, Any] | None = None  # what the manifest says of parallel image decoding; None: not trained for it
+    rollout: dict[str, Any] | None = None  # how reinforcement learning drew its answers; None: it was not trained so
 
 
 def load_checkpoint(
@@ -58,7 +59,10 @@ def load_checkpoint(
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
         config = model_config(manifest.model or {})
         decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
-    return LoadedModel(decoder, config, text, vision, manifest.image_format, folder, manifest.values.get("dida"))
+    values = manifest.values
+    return LoadedModel(
+        decoder, config, text, vision, manifest.image_format, folder, values.get("dida"), values.get("rollout")
+    )
 
 
 def check_not_published(folder: Path) -> None:

@@ -20,7 +20,7 @@ from model.generation.ar import Decoder, Generation, Grid
 from model.generation.decoding_config import DecodingConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.paths import DiscretePath, make_path
-from model.generation.settings import SamplingConfig
+from model.generation.settings import PhaseSampling, SamplingConfig
 from model.generation.strategies import DecodingMetrics, make_strategy
 from model.vocabulary import Vocabulary
 from training.inference.loading import VisionTokenizer, load_checkpoint
@@ -45,14 +45,18 @@ class InferenceModel:
         device: str = "cpu",
         checkpoint: str = "",
         dida: dict[str, Any] | None = None,
+        rollout: dict[str, Any] | None = None,
     ) -> None:
-        """`dida`: what the checkpoint's manifest says of parallel image decoding; None: it was not trained for it."""
+        """`dida`: what the checkpoint's manifest says of parallel image decoding; None: it was not trained for it.
+
+        `rollout`: what it says of how reinforcement learning drew its answers; None: it was not trained so.
+        """
         self.decoder, self.vocabulary = decoder, vocabulary
         self.text_tokenizer, self.vision_tokenizer = text_tokenizer, vision_tokenizer
         self.max_sequence_length, self.device = max_sequence_length, device
         self.checkpoint = checkpoint  # the folder that it comes from
         self.options = options or InferenceOptions()
-        self.dida = dida
+        self.dida, self.rollout = dida, rollout
         self.decoding, self.decoding_metrics = DecodingConfig(), DecodingMetrics()
         self.builder = DocumentBuilder(vocabulary, text_tokenizer, image_format)
         *digits_from_one, zero, self.star_id, _ = encode_grid(text_tokenizer, 1234567890, 1)
@@ -85,7 +89,21 @@ class InferenceModel:
             device=str(loaded.decoder.device),
             checkpoint=str(loaded.folder),
             dida=loaded.dida,
+            rollout=loaded.rollout,
         )
+
+    def sampling_as_trained(self, given: SamplingConfig) -> SamplingConfig:
+        """`given`; where it sets no more than a length, the sampling of the answers that the checkpoint learnt from.
+
+        A policy is good in the mode that it was trained in: one trained without guidance is worse with it, and the other
+        way round. Raises KeyError or TypeError where the manifest is not what `Grpo.metadata` wrote.
+        """
+        plain = SamplingConfig(max_new_tokens=given.max_new_tokens)
+        if self.rollout is None or given != plain:
+            return given
+        recorded = self.rollout["sampling"]
+        phases = {name: PhaseSampling(**recorded[name]) for name in ("text", "image")}
+        return replace(plain, guidance_scale=float(recorded["guidance_scale"]), **phases)
 
     def decode_with(self, decoding: DecodingConfig) -> None:
         """From now on; `decoding_metrics` begin anew. Raises `UserError` for a checkpoint that cannot."""

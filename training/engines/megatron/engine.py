@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from training.contracts.inputs import InputMaker
 from training.contracts.objective import TokenObjective
 from training.contracts.shards import ShardReader
 from training.engines.forward import Forward
+from training.engines.megatron.offload import offloaded
 from training.engines.megatron.optimizer import build_optimizer, set_learning_rate, squared_gradient_norm
 from training.engines.megatron.state import MegatronShards
 from training.reliability.watchdog import collective_timeout_seconds
@@ -127,6 +128,10 @@ class MegatronEngine:
             yield
         finally:
             _copy_into(parameters, trained)
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """See `training.contracts.batches.Policy`."""
+        return offloaded(self.wrapped, self.optimizer)
 
     @contextmanager
     def decoder(self) -> Iterator[CachedDecoder]:

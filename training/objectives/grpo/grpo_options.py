@@ -58,6 +58,7 @@ class GrpoOptions:
     # exactly the distribution that was sampled, over both contexts.
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: InferenceOptions = field(default_factory=InferenceOptions)
+    offload: bool = False  # gradients are freed and the optimizer's state waits on the host until all answers are there
     max_refills: int = 1  # rounds of further prompts in place of groups that teach nothing
     updates: int = 1  # optimizer steps on the same answers; 1: the ratio is 1 and the clip without effect
 

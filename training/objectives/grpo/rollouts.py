@@ -8,6 +8,8 @@ groups and the split into micro-batches are the same everywhere.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +34,7 @@ from training.objectives.grpo.questions import Place, QuestionOrder
 from training.objectives.grpo.rollout_metrics import counts_of, metrics_of
 from training.objectives.grpo.rows import MicroBatch, Sample, micro_batch
 from training.reliability.events import tell
+from training.rewards.alarm import HackingAlarm
 from training.rewards.base import Answer
 from training.rewards.showcase import Showcase
 from training.rewards.system import RewardSystem
@@ -61,6 +64,7 @@ class Rollouts:
         self.fingerprint = fingerprint_of([self.order.fingerprint, start])
         self.bank = Bank(config.stage_folder / BANK_NAME, ranks.data_parallel_rank, config.checkpoint.every_steps + 1)
         self.showcase = Showcase(config.stage_folder / PICTURES_NAME, options.keep_every_steps)
+        self.alarm = HackingAlarm()
         self.grammar = answering.grammar()
         self.set_of: dict[int, int] = {}  # mask number -> row of `allowed_sets`
         self.allowed_sets = torch.zeros((0, answering.vocabulary.padded_size), dtype=torch.bool)
@@ -82,7 +86,8 @@ class Rollouts:
             self._rollout, self._num_uses, self._first_prompt = number, 0, self._next_prompt
             self._batches = []
         if not self._batches:
-            self._batches = self._make(policy, is_used_again)
+            with policy.offloaded() if self.options.offload else contextlib.nullcontext():
+                self._batches = self._make(policy, is_used_again)
         self._num_uses += 1
         return self._batches
 
@@ -93,6 +98,7 @@ class Rollouts:
             "next_prompt": self._next_prompt,
             "num_uses": self._num_uses,
             "num_dropped": self.num_dropped,
+            "alarm": self.alarm.state(),
             "rewards": self.rewards.describe(),
         }
 
@@ -102,6 +108,7 @@ class Rollouts:
         self._rollout, self._num_uses = int(state["rollout"]), int(state["num_uses"])
         self._first_prompt, self._next_prompt = int(state["first_prompt"]), int(state["next_prompt"])
         self.num_dropped = int(state["num_dropped"])
+        self.alarm.load(state.get("alarm", {}))  # checkpoints before there was one have none
         self._batches = []
 
     def close(self) -> None:
@@ -128,6 +135,8 @@ class Rollouts:
             self._is_proved = self._is_proved or parity.num_tokens > 0
             if self.options.updates > 1:
                 self._add_old(batches, [one.float().cpu().numpy() for one in log_probs])
+        if not is_used_again:
+            self._watch_guards()
         if self.reference is not None:
             with policy.weights_of(self.reference):
                 found = policy.log_probs(batches, self.objective)
@@ -135,6 +144,21 @@ class Rollouts:
                 batch.fields["reference"] = values.float().cpu().numpy()
         self.bank.forget_before(self._rollout)
         return batches
+
+    def _watch_guards(self) -> None:
+        """Every rank sees the same figures; the first one tells the user."""
+        guards = {
+            f"{task}/{signal.name}": self.metrics["signals"].get(f"{task}/{signal.name}")
+            for signal in self.rewards.signals
+            if signal.entry.guard
+            for task in self.order.questions
+        }
+        reward = self.metrics["reward"]
+        alarms = self.alarm.seen(reward if math.isfinite(reward) else None, guards)
+        self.metrics["alarms"] = len(alarms)
+        if self.ranks.rank == 0:
+            for alarm in alarms:
+                tell(alarm)
 
     def _drawn_batches(
         self, policy: Policy, *, must_be_banked: bool = False, ignore_bank: bool = False

@@ -11,7 +11,8 @@ same texture is consistent as well, so the entropy of the textures stands beside
 
 A fresh model learns the world token by token, answers prompts itself, and is adapted to those answers by the objective
 `dida` on the real engine. Then the real strategies decode, `ar` at temperature 1 as well. Controls: one step, one greedy
-step, and the mask path (`--paths metric mask`) at 4 steps. Seconds are those of one answer at batch 1.
+step, and the mask path (`--paths metric mask`) at 4 steps. Seconds are those of one answer at batch 1, of the clock and of
+this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
 """
 
 from __future__ import annotations
@@ -227,9 +228,11 @@ class Trial:
     def seconds(self, decoding: DecodingConfig, path: DiscretePath, colours: np.ndarray) -> dict[str, float]:
         """Of one answer at batch 1, after one to warm up."""
         self.decode(decoding, path, colours[:1], batch=1)
+        started = time.process_time()
         _, metrics = self.decode(decoding, path, colours, batch=1)
         return {
             "seconds": metrics.seconds / metrics.num_answers,
+            "process_seconds": (time.process_time() - started) / metrics.num_answers,
             "num_forwards": metrics.num_forwards / metrics.num_answers,
         }
 

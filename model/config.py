@@ -28,6 +28,7 @@ class AdapterConfig:
     modules: list[str] = field(
         default_factory=lambda: list(ADAPTED)
     )  # linear_qkv | linear_proj | linear_fc1 | linear_fc2
+    tokens: str = "all"  # all | copies: noisy copies of images alone; every other token is as without adapters
 
     @property
     def scale(self) -> float:
@@ -40,6 +41,12 @@ class AdapterConfig:
         choices = ", ".join(ADAPTED)
         problems.check(not unknown, f"{key}.modules", f"there is no {', '.join(unknown)}; choices are {choices}")
         problems.check(bool(self.modules), f"{key}.modules", "is empty: nothing would be trained", f"{key}.rank=0")
+        problems.check(
+            self.tokens in ("all", "copies"),
+            f"{key}.tokens",
+            f"unknown value {self.tokens!r}",
+            f"{key}.tokens=all|copies",
+        )
 
 
 @dataclass

@@ -240,8 +240,11 @@ def results_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def weights_of(model: dict[str, Any]) -> dict[str, Any]:
     """A model's config dict; without adapters as it was before there were any, so that older runs go on."""
-    adapter = model.get("adapter") or {}
-    return {name: value for name, value in model.items() if name != "adapter" or adapter.get("rank")}
+    adapter = {
+        name: value for name, value in (model.get("adapter") or {}).items() if (name, value) != ("tokens", "all")
+    }
+    others = {name: value for name, value in model.items() if name != "adapter"}
+    return others | {"adapter": adapter} if adapter.get("rank") else others
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -5,10 +5,14 @@
 An adapter is a child `lora` of its linear layer and is added by a hook, so the layer and its name stay megatron-core's. A of
 a column-parallel layer and B of a row-parallel one are held alike by all tensor-parallel ranks; the others are split
 as the layer's weight is. The fused layers (queries, keys and values; gate and up) have one A for all their parts.
+
+Adapters may act on noisy copies of images alone (`AdapterConfig.tokens`): all other tokens then give bit for bit what
+they give without adapters, since nothing sees a copy.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from model.parallel.megatron import (
     GPTModel,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    parallel_state,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -27,15 +32,32 @@ from model.parallel.megatron import (
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")  # split by the rows of W; the others by its columns
 
 
+@dataclass
+class ActiveTokens:
+    """Which tokens the adapters of one transformer layer act on in the forward pass that is under way."""
+
+    chosen: torch.Tensor | bool = True  # bool [t], of this context rank; True: all, False: none
+
+    def watch(self, _: nn.Module, __: Any, arguments: dict[str, Any]) -> None:
+        """Forward hook ahead of the layer, which runs again where the layer is recomputed."""
+        self.chosen = arguments["packed_seq_params"].copies
+
+
 class Adapter(nn.Module):
     """alpha / rank * B A x of one linear layer: inputs as the layer has them, outputs as it returns them."""
 
     def __init__(
-        self, weight: torch.Tensor, config: AdapterConfig, *, is_column_parallel: bool, sequence_parallel: bool
+        self,
+        weight: torch.Tensor,
+        config: AdapterConfig,
+        active: ActiveTokens,
+        *,
+        is_column_parallel: bool,
+        sequence_parallel: bool,
     ):
         """`weight` [out, in] is this rank's part of the layer's."""
         super().__init__()
-        self.scale = config.scale
+        self.scale, self.active = config.scale, active
         self.is_column_parallel, self.sequence_parallel = is_column_parallel, sequence_parallel
         options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.a = nn.Parameter(torch.empty(config.rank, weight.shape[1], **options))
@@ -59,11 +81,24 @@ class Adapter(nn.Module):
             inner = reduce_from_tensor_model_parallel_region(inner)
         return functional.linear(inner, self.b) * self.scale
 
+    def changed(self, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The layer's output `values` with this adapter's added where it acts."""
+        chosen = self.active.chosen
+        if chosen is False:
+            return values
+        changed: torch.Tensor = values + self(x)
+        if isinstance(chosen, bool):
+            return changed
+        if self.sequence_parallel and not self.is_column_parallel:  # outputs are this tensor-parallel rank's tokens
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            chosen = chosen.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        return torch.where(chosen[:, None, None], changed, values)
+
 
 def _add_adapter(layer: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
     """Forward hook of megatron-core's linear layers, which return (output, bias)."""
     values, bias = output
-    return values + layer.lora(inputs[0]), bias
+    return layer.lora.changed(inputs[0], values), bias
 
 
 def _with_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -75,13 +110,21 @@ def add_adapters(model: GPTModel, config: AdapterConfig) -> None:
     """Freeze the model's own parameters and put an adapter on every layer named in `config.modules`."""
     model.requires_grad_(False)
     sequence_parallel = model.config.sequence_parallel
-    for name, layer in list(model.named_modules()):
-        kind = name.rpartition(".")[2]
-        if kind in config.modules:
-            is_column_parallel = kind in COLUMN_PARALLEL
-            layer.lora = Adapter(
-                layer.weight, config, is_column_parallel=is_column_parallel, sequence_parallel=sequence_parallel
-            )
-            layer.register_forward_hook(_add_adapter)
+    for block in model.decoder.layers:
+        active = ActiveTokens()
+        if config.tokens == "copies":
+            block.register_forward_pre_hook(active.watch, with_kwargs=True)
+        for name, layer in list(block.named_modules()):
+            kind = name.rpartition(".")[2]
+            if kind in config.modules:
+                is_column_parallel = kind in COLUMN_PARALLEL
+                layer.lora = Adapter(
+                    layer.weight,
+                    config,
+                    active,
+                    is_column_parallel=is_column_parallel,
+                    sequence_parallel=sequence_parallel,
+                )
+                layer.register_forward_hook(_add_adapter)
     if model.pre_process:
         model.embedding.register_forward_hook(_with_gradient)

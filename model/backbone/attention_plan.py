@@ -127,13 +127,14 @@ class ImageCopies:
 def append_image_copies(cu_seqlens: np.ndarray, image_starts: np.ndarray, copy_lengths: np.ndarray) -> ImageCopies:
     """Where everything lies when each document of a packed row gets copies of its images appended.
 
-    `cu_seqlens` int [D + 1] bounds the documents of the row without copies. `image_starts` int [C], ascending, and
-    `copy_lengths` int [C] say which tokens of that row are copied; every image lies in one document.
+    `cu_seqlens` int [D + 1] bounds the documents of the row without copies. `image_starts` int [C], never descending,
+    and `copy_lengths` int [C] say which tokens of that row are copied; every image lies in one document. An image that
+    is named several times has as many copies.
     """
     bounds = np.asarray(cu_seqlens, dtype=np.int64)
     starts, lengths = np.asarray(image_starts, dtype=np.int64), np.asarray(copy_lengths, dtype=np.int64)
     documents = np.searchsorted(bounds, starts, side="right") - 1
-    assert (np.diff(starts) > 0).all(), "image starts must ascend"
+    assert (np.diff(starts) >= 0).all(), "image starts must not descend"
     assert (starts >= 0).all(), "an image begins before the row"
     assert (lengths > 0).all(), "an image has no tokens"
     assert (starts + lengths <= bounds[np.minimum(documents + 1, len(bounds) - 1)]).all(), (

@@ -36,6 +36,9 @@ class PlannedAttention(PackedSeqParams):
     rotary_cos: torch.Tensor  # [T_local, 1, head_dim]
     rotary_sin: torch.Tensor
     gathered_order: torch.Tensor | None  # int64 [T], token -> its row after the gather; None: one context rank
+    copies: torch.Tensor | bool = (
+        False  # bool [T_local], true for tokens of noisy copies of images; False: there is none
+    )
 
     @cached_property
     def sdpa(self) -> sdpa_pieces.SdpaPieces:
@@ -58,6 +61,7 @@ class CachedSequences(PackedSeqParams):
     mask: torch.Tensor | None  # bool [B, 1, t, reach], true where attended; None: one token, equal lengths
     rotary_cos: torch.Tensor  # [t, B, 1, head_dim]
     rotary_sin: torch.Tensor
+    copies: bool = False  # whether the new tokens are noisy copies of images
 
 
 def prepare_attention(
@@ -69,11 +73,13 @@ def prepare_attention(
     dtype: torch.dtype = torch.float32,
     context_rank: int = 0,
     context_size: int = 1,
+    copies: torch.Tensor | None = None,
 ) -> PlannedAttention:
     """Describe one micro-batch for `PackedAttention`.
 
     `plan` is that of the whole flattened row of T tokens; every token is a query in it. `position_ids` int64
-    [T_local] are those of this context rank's tokens (see `context_parallel.held_tokens`).
+    [T_local] are those of this context rank's tokens (see `context_parallel.held_tokens`). `copies` bool [T_local]: which
+    of these belong to noisy copies of images, for adapters that act on no others.
     """
     plan_of_rank = slice_plan(plan, context_rank, context_size)
     num_held = plan.num_tokens // context_size
@@ -91,6 +97,7 @@ def prepare_attention(
         rotary_cos=cos[:, None],
         rotary_sin=sin[:, None],
         gathered_order=order,
+        copies=False if copies is None else copies,
     )
 
 

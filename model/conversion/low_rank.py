@@ -68,9 +68,16 @@ class MergedSource:
         self.source.close()
 
 
-def refuse_without_adapters(config: ModelConfig, place: str) -> None:
+def check_adapters(config: ModelConfig, place: str) -> None:
     if config.adapter.rank == 0:
         raise UserError("the checkpoint has no adapters", where=place, expected="a model with adapter.rank above 0")
+    if config.adapter.tokens != "all":
+        raise UserError(
+            "the adapters act on noisy copies of images alone: no weights do the same without them",
+            where=place,
+            expected="adapter.tokens=all",
+            fix="use the checkpoint as it is",
+        )
 
 
 def merge(source_path: Path, target: Path, options: Options) -> Outcome:
@@ -79,7 +86,7 @@ def merge(source_path: Path, target: Path, options: Options) -> Outcome:
     source = CheckpointSource(source_path)
     try:
         config = config_of(source)
-        refuse_without_adapters(config, source.place)
+        check_adapters(config, source.place)
         merged = MergedSource(source, config)
         config = dataclasses.replace(config, adapter=AdapterConfig())
         check_split(config, options)
@@ -103,7 +110,7 @@ def to_peft(source_path: Path, target: Path, options: Options) -> Outcome:
     source = CheckpointSource(source_path)
     try:
         config = config_of(source)
-        refuse_without_adapters(config, source.place)
+        check_adapters(config, source.place)
         targets, modules = [], []
         for one in mapped_tensors(OUR_RULES, config):
             if PREFIX + one.ours.removesuffix(WEIGHT) + A in source.tensors:

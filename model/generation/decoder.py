@@ -157,4 +157,5 @@ def _cached_step(config: ModelConfig, position_ids: torch.Tensor, cache: KeyValu
         reach=reach,
         rotary_cos=cos[:, :, None],
         rotary_sin=sin[:, :, None],
+        copies=whole,
     )

@@ -263,21 +263,14 @@ class PhaseGenerator(ARGenerator):
 
     def _new_block(self, grid: Grid) -> ImageBlock:
         """IMG, rows of codes with their ends, EOI: as the grammar forces them."""
-        vocabulary = self.grammar.vocabulary
-        height, width = grid
-        state = self.grammar.start([[0]])
-        state.phase.fill_(Phase.CODES)
-        state.height.fill_(height)
-        state.width.fill_(width)
-        tokens, places = [vocabulary.img], []
-        while int(state.phase[0]) not in (Phase.TEXT, Phase.DONE):
-            forced = int(self.grammar.forced(state)[0])
-            if forced < 0:
-                places.append(len(tokens))
-            tokens.append(vocabulary.visual_start if forced < 0 else forced)
-            state = self.grammar.advance(state, torch.tensor([tokens[-1]], device=self.grammar.device))
-        device = self.grammar.device
-        return ImageBlock(torch.tensor([tokens], device=device), torch.tensor(places, device=device))
+        vocabulary, (height, width) = self.grammar.vocabulary, grid
+        rows = torch.full((height, width + 1), vocabulary.eol, device=self.grammar.device)
+        rows[:, :width] = vocabulary.visual_start
+        body, ending = rows.flatten(), [vocabulary.eof, vocabulary.eoi]
+        if not self.grammar.options.emu3_format:
+            body, ending = body[:-1], ending[1:]
+        tokens = torch.cat((body.new_tensor([vocabulary.img]), body, body.new_tensor(ending)))
+        return ImageBlock(tokens[None], torch.nonzero(tokens == vocabulary.visual_start).flatten())
 
 
 def _merged(chosen: torch.Tensor, after: GrammarState, before: GrammarState) -> GrammarState:

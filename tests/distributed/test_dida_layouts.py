@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from image_rows import dida_config, train_dida
 
+from model.config import AdapterConfig
+
 LAYOUTS = {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}, "context": {"context": 2}}
+ADAPTER = AdapterConfig(rank=2, tokens="copies")
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +28,13 @@ def test_losses_of_copies_do_not_depend_on_the_layout(
         for values, expected in zip(found, reference, strict=True):
             assert values[:2] == pytest.approx(expected[:2], rel=1e-5)
             assert values[2] == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_adapters_on_copies_do_not_depend_on_the_layout(pool: Any) -> None:
+    """Sequence parallelism splits what some of them act on; a recomputed layer must choose the same tokens again."""
+    (expected,) = pool.run(train_dida, dida_config(ADAPTER), 4, ranks=1)
+    for found in pool.run(train_dida, dida_config(ADAPTER, tensor=2, recompute="full"), 4, ranks=2):
+        for values, theirs in zip(found, expected, strict=True):
+            assert values[:2] == pytest.approx(theirs[:2], rel=1e-5)
+            assert values[2] == pytest.approx(theirs[2], rel=1e-4)
+    assert expected[3][1] < expected[0][1], "copies are learnt"

@@ -53,8 +53,19 @@ def test_documents_without_images_are_causal_and_apart(lengths: list[int]) -> No
     assert np.array_equal(with_none.dense_mask(), expected)
 
 
+def test_an_image_may_have_several_copies() -> None:
+    """As often as it is named; each is alone with the prefix."""
+    bounds, starts, lengths = np.array([0, 3, 9]), np.array([4, 4, 7]), np.array([2, 2, 1])
+    layout = append_image_copies(bounds, starts, lengths)
+    assert layout.source_tokens().tolist() == [*range(9), 4, 5, 4, 5, 7]
+    mask = documents_with_image_copies(layout).dense_mask()
+    assert [np.flatnonzero(row).tolist() for row in mask[9:]] == [[3, 9, 10]] * 2 + [[3, 11, 12]] * 2 + [
+        [3, 4, 5, 6, 13]
+    ]
+
+
 def test_images_must_lie_inside_one_document() -> None:
-    for starts, lengths in (([3], [3]), ([8], [3]), ([2, 2], [1, 1]), ([4], [0]), ([-1], [2]), ([12], [1])):
+    for starts, lengths in (([3], [3]), ([8], [3]), ([3, 2], [1, 1]), ([4], [0]), ([-1], [2]), ([12], [1])):
         with pytest.raises(AssertionError):
             append_image_copies(np.array([0, 5, 10]), np.array(starts), np.array(lengths))
 

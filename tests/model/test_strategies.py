@@ -13,7 +13,7 @@ from test_ar_model import CONFIG, DIGITS, STAR, VOCABULARY, full_logits
 from model.errors import UserError
 from model.generation.ar import ARGenerator
 from model.generation.decoding_config import DecodingConfig, DenoiseConfig
-from model.generation.grammar import GrammarOptions, ImageGrammar
+from model.generation.grammar import GrammarOptions, ImageGrammar, Phase
 from model.generation.image_decoder import ImageDecoder
 from model.generation.paths import MaskPath, MetricPath, UniformPath
 from model.generation.settings import PhaseSampling, SamplingConfig
@@ -95,6 +95,24 @@ def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module) 
         for place in texts[texts > np.flatnonzero(one.ids == VOCABULARY.eoi)[0]]:
             allowed = logits[len(prompt) + place - 1][: VOCABULARY.text_size]
             assert int(allowed.argmax()) == one.ids[place]
+
+
+@pytest.mark.parametrize("emu3_format", [False, True])
+def test_blocks_are_what_the_grammar_forces(model: torch.nn.Module, emu3_format: bool) -> None:
+    grammar = rules(max_images=1, stop_after_images=1, emu3_format=emu3_format)
+    generator = strategy(model, "dida", grammar).generator
+    block = generator._block((2, 3), 1)  # type: ignore[attr-defined]
+    state = grammar.start([[0]])
+    state.phase.fill_(Phase.CODES)
+    state.height.fill_(2)
+    state.width.fill_(3)
+    for place, token in enumerate(block.tokens[0, 1:].tolist(), 1):
+        forced = int(grammar.forced(state)[0])
+        assert (forced < 0) == (place in block.places.tolist())
+        assert forced < 0 or forced == token
+        state = grammar.advance(state, torch.tensor([token]))
+    assert bool(state.done.all())
+    assert block.tokens[0, 0] == VOCABULARY.img
 
 
 def test_forward_passes_are_counted(model: torch.nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
-from model.config import ModelConfig
+from model.config import AdapterConfig, ModelConfig
 from model.generation.paths import MetricPath, UniformPath
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig
@@ -23,8 +23,9 @@ CLASS_WEIGHTS = np.array([1.0, 0.5, 0.25], np.float32)
 GRIDS = ((1, 1), (2, 2), (2, 3), (3, 1), (1, 4))  # ragged
 
 
-def dida_config(**layout: Any) -> TrainConfig:
+def dida_config(adapter: AdapterConfig | None = None, **layout: Any) -> TrainConfig:
     model = ModelConfig(
+        adapter=adapter or AdapterConfig(),
         num_layers=2,
         hidden_size=32,
         ffn_hidden_size=64,
@@ -101,8 +102,8 @@ class MadeRows:
     def close(self) -> None: ...
 
 
-def batches_of(config: TrainConfig, first_sample: int, room: int = ROOM) -> list[DidaBatch]:
-    rows = RowsWithCopies(MadeRows(config), IDS, 7, room, stride=config.stage.micro_batch_size, offset=0)  # type: ignore[arg-type]
+def batches_of(config: TrainConfig, first_sample: int, room: int = ROOM, copies: int = 1) -> list[DidaBatch]:
+    rows = RowsWithCopies(MadeRows(config), IDS, 7, room, config.stage.micro_batch_size, 0, copies)  # type: ignore[arg-type]
     return rows.batch(first_sample)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch
 from image_rows import IDS, ROOM, ROW_TOKENS, batches_of, dida_config, make_dida, micro_batch
 
 from data_pipeline.loading.batch import MicroBatch
+from model.config import AdapterConfig
 from model.errors import Problems, UserError
 from model.generation.image_decoder import ImageDecoder
+from model.generation.paths import Time, UniformPath
 from training.contracts.inputs import LocalInput, ModelInput
 from training.objectives.dida import Dida
 from training.objectives.dida_rows import DidaBatch, find_images
@@ -70,12 +73,12 @@ def test_copies_fill_the_room_of_their_row_in_changing_choice() -> None:
     assert again == [one.numbers.tolist() for one in batches_of(config, 8)]
 
 
-@pytest.mark.parametrize("path", ["uniform", "metric"])
-def test_what_is_learnt_of_rows_with_copies(path: str) -> None:
+@pytest.mark.parametrize(("path", "copies_an_image"), [("uniform", 1), ("metric", 1), ("uniform", 3)])
+def test_what_is_learnt_of_rows_with_copies(path: str, copies_an_image: int) -> None:
     """Documents as without copies; of copies the codes alone, at the positions of the image."""
     config = dida_config()
-    objective = make_dida(config, path=path)
-    for batch in batches_of(config, 0) + batches_of(config, 4):
+    objective = make_dida(config, path=path, copies_an_image=copies_an_image)
+    for batch in [one for first in (0, 4) for one in batches_of(config, first, copies=copies_an_image)]:
         plain, found = NextToken.inputs(objective, batch.rows), objective.inputs(batch)
         assert found.tokens.size == 2 * (ROW_TOKENS + ROOM)
         clean = found.fields["noisy"] == 0
@@ -150,6 +153,36 @@ def test_the_loss_is_that_of_both_streams() -> None:
     assert result.num_tokens == 4 * (ROW_TOKENS + ROOM)
 
 
+def test_copies_of_one_image_share_the_way_among_them() -> None:
+    """Each has its own number, and its time lies in its own part of the way."""
+    config = dida_config()
+    objective = make_dida(config, copies_an_image=4, latest_time=0.999, copy_tokens=4 * ROW_TOKENS)
+    seen: list[float] = []
+
+    class Watched(UniformPath):
+        def corrupt(self, clean: torch.Tensor, time: Time, uniforms: torch.Tensor) -> torch.Tensor:
+            assert isinstance(time, torch.Tensor)
+            seen.extend(time[0].tolist())
+            return super().corrupt(clean, time, uniforms)
+
+    objective.path = Watched(18)
+    for batch in batches_of(config, 0, room=ROW_TOKENS * 4, copies=4):
+        seen.clear()
+        inputs = objective.inputs(batch)
+        codes = [int(IDS.is_visual(inputs.labels[at]).sum()) for at in copy_places(inputs, batch)]
+        assert len(set(batch.numbers)) == len(batch.numbers) == 4 * batch.num_images, "there is room for all"
+        first_codes = np.cumsum([0, *codes[:-1]])
+        parts = [int(seen[at] / 0.999 * 4) for at in first_codes]
+        assert parts == [0, 1, 2, 3] * batch.num_images
+
+
+def copy_places(inputs: ModelInput, batch: DidaBatch) -> list[np.ndarray]:
+    """Where each copy lies in the row."""
+    copies = np.flatnonzero(inputs.fields["noisy"] > 0)
+    found: list[np.ndarray] = np.split(copies, np.cumsum(batch.images.lengths)[:-1])
+    return found
+
+
 @pytest.fixture(scope="module")
 def forward(single_process: None):  # type: ignore[no-untyped-def]
     """Logits [T, padded vocabulary] of whole inputs, as in training; and the model."""
@@ -158,16 +191,25 @@ def forward(single_process: None):  # type: ignore[no-untyped-def]
 
     config = dida_config().model
     model = build_model(config, seed=3).eval()
+    adapter = AdapterConfig(rank=2, tokens="copies")
+    adapted = build_model(replace(config, adapter=adapter), seed=3).eval()
+    for name, parameter in adapted.named_parameters():
+        if name.endswith("lora.b"):  # zero at the start
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
 
     @torch.no_grad()
-    def logits(inputs: ModelInput) -> torch.Tensor:
+    def logits(inputs: ModelInput, model: Any = model) -> torch.Tensor:
         packed = prepare_attention(
-            inputs.plan, torch.from_numpy(inputs.position_ids), head_dim=config.head_dim, rope_theta=config.rope_theta
+            inputs.plan,
+            torch.from_numpy(inputs.position_ids),
+            head_dim=config.head_dim,
+            rope_theta=config.rope_theta,
+            copies=torch.from_numpy(inputs.fields["noisy"] > 0) if "noisy" in inputs.fields else None,
         )
         found = model(torch.from_numpy(inputs.tokens)[None], None, None, packed_seq_params=packed)
         return found[0].float()
 
-    logits.model = model  # type: ignore[attr-defined]
+    logits.model, logits.adapted = model, adapted  # type: ignore[attr-defined]
     return logits
 
 
@@ -209,16 +251,30 @@ def test_copies_see_neither_their_clean_image_nor_what_follows(forward) -> None:
         assert not torch.equal(before[changed], after[changed])
 
 
-def test_logits_of_copies_are_those_of_decoding(forward) -> None:  # type: ignore[no-untyped-def]
+def test_adapters_on_copies_leave_everything_else_bit_for_bit(forward) -> None:  # type: ignore[no-untyped-def]
+    objective, batch = most_copied()
+    inputs = objective.inputs(batch)
+    noisy = torch.from_numpy(inputs.fields["noisy"] > 0)
+    plain, adapted = forward(inputs), forward(inputs, forward.adapted)
+    assert torch.equal(adapted[~noisy], plain[~noisy])
+    assert not torch.isclose(adapted[noisy], plain[noisy]).all(dim=1).any(), "every token of a copy is adapted"
+    text = NextToken.inputs(objective, batch.rows)
+    assert torch.equal(forward(text, forward.adapted), forward(text)), "rows without copies"
+    ours, theirs = ImageDecoder(forward.adapted), ImageDecoder(forward.model)
+    assert torch.equal(ours.start([[1, 2, 3]], 4), theirs.start([[1, 2, 3]], 4)), "token by token"
+    assert torch.equal(ours.step(torch.tensor([4])), theirs.step(torch.tensor([4])))
+
+
+@pytest.mark.parametrize("which", ["model", "adapted"])
+def test_logits_of_copies_are_those_of_decoding(forward, which: str) -> None:  # type: ignore[no-untyped-def]
     """The block behind a cached prefix, as a sampler reads it."""
     objective, batch = most_copied()
     inputs = objective.inputs(batch)
-    trained, flat = forward(inputs), batch.rows.tokens.ravel()
-    copies, at = np.flatnonzero(inputs.fields["noisy"] > 0), 0
-    decoder = ImageDecoder(forward.model)
-    for start, length in zip(batch.images.starts, batch.images.lengths, strict=True):
-        here = copies[at : at + length]
-        at += length
+    model = getattr(forward, which)
+    trained, flat = forward(inputs, model), batch.rows.tokens.ravel()
+    decoder = ImageDecoder(model)
+    places = copy_places(inputs, batch)
+    for start, length, here in zip(batch.images.starts, batch.images.lengths, places, strict=True):
         first = batch.rows.cu_seqlens[np.searchsorted(batch.rows.cu_seqlens, start, "right") - 1]
         decoder.start([flat[first:start].tolist()], int(length))
         block = torch.from_numpy(inputs.tokens[here])[None]
@@ -230,10 +286,11 @@ def test_logits_of_copies_are_those_of_decoding(forward) -> None:  # type: ignor
 def test_options_that_cannot_work_are_refused() -> None:
     problems = Problems()
     options = Dida.Options(path="metrik", c=-1.0, latest_time=1.0, document_attention="full", clean_prefix_share=2.0)
+    options.copies_an_image = 0
     options.validate(problems, "stage.objective")
     with pytest.raises(UserError) as caught:
         problems.raise_if_any()
-    for key in ("path", "c", "latest_time", "document_attention", "clean_prefix_share"):
+    for key in ("path", "c", "latest_time", "document_attention", "clean_prefix_share", "copies_an_image"):
         assert f"stage.objective.{key}" in str(caught.value)
     config = dida_config(tensor=2, context=2)
     config.stage.data.datasets = {}

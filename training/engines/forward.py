@@ -49,6 +49,7 @@ class Forward:
     def prepare(self, inputs: ModelInput) -> StageInput:
         """This rank's part of a micro-batch; the same for every pipeline stage."""
         held = held_tokens(inputs.tokens.size, self.context_rank, self.context_size)
+        noisy = inputs.fields.get("noisy")
         attention = prepare_attention(
             inputs.plan,
             self._local(inputs.position_ids, held, torch.int64),
@@ -57,6 +58,7 @@ class Forward:
             dtype=DTYPES[self.config.dtype],
             context_rank=self.context_rank,
             context_size=self.context_size,
+            copies=None if noisy is None else self._local(noisy, held, torch.bool),
         )
         scored = LocalInput(
             labels=self._local(inputs.labels, held, torch.int64),

@@ -65,6 +65,7 @@ class Dida(NextToken):
                 self.dida_options.room(stage.sequence_length),
                 stride=stage.micro_batch_size * ranks.data_parallel_size,
                 offset=stage.micro_batch_size * ranks.data_parallel_rank,
+                copies_an_image=self.dida_options.copies_an_image,
             )
         )
 
@@ -198,7 +199,9 @@ class Dida(NextToken):
         numbers = uniform_numbers(
             self.config.seed, batch.numbers, NUMBERS_OF_AN_IMAGE + NUM_UNIFORMS * int(sizes.max())
         )
-        times = shifted(torch.from_numpy(numbers[:, 0] * options.latest_time), options.time_shift)
+        # The copies of one image have a time each from equal parts of the way.
+        parts = (numbers[:, 0] + batch.numbers % options.copies_an_image) / options.copies_an_image
+        times = shifted(torch.from_numpy(parts * options.latest_time), options.time_shift)
         of_codes = numbers[:, NUMBERS_OF_AN_IMAGE:].reshape(len(numbers), NUM_UNIFORMS, -1)
         uniforms = np.concatenate([of_codes[image, :, :size] for image, size in enumerate(sizes)], axis=1)
         at = np.concatenate(places)

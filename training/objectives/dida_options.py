@@ -27,6 +27,7 @@ class DidaOptions(NextTokenOptions):
     time_shift: float = 1.0  # above 1: more of the training near noise
     latest_time: float = 0.999  # of the uniform draw of each image's time
     copy_tokens: int = 0  # room for copies behind each row; 0: as many as the row has
+    copies_an_image: int = 1  # each at a time of its own; more lessons for each reading of the document
     clean_weight: float = 1.0  # of the next-token loss, which keeps token-by-token decoding as it is
     clean_prefix_share: float = 0.0  # of the copies whose first codes stay clean, as `verified` decoding has them
     vision_tokenizer: str | None = None  # folder; null: the one that the data name
@@ -48,6 +49,9 @@ class DidaOptions(NextTokenOptions):
         problems.check(self.decoding_steps > 0, f"{key}.decoding_steps", "must be positive", f"{key}.decoding_steps=8")
         problems.check(0 < self.latest_time < 1, f"{key}.latest_time", "must be in (0, 1)", f"{key}.latest_time=0.999")
         problems.check(self.copy_tokens >= 0, f"{key}.copy_tokens", "must not be negative", f"{key}.copy_tokens=0")
+        problems.check(
+            self.copies_an_image > 0, f"{key}.copies_an_image", "must be positive", f"{key}.copies_an_image=1"
+        )
         problems.check(self.clean_weight >= 0, f"{key}.clean_weight", "must not be negative", f"{key}.clean_weight=1")
         problems.check(
             0 <= self.clean_prefix_share <= 1,

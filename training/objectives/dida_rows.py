@@ -11,7 +11,7 @@ from data_pipeline.loading.loader import PackedDataSource
 from model.vocabulary import Vocabulary
 from training.contracts.inputs import ModelInput
 
-MAX_IMAGES_A_ROW = 1 << 16  # images of a row have numbers below this
+MAX_COPIES_A_ROW = 1 << 16  # copies of a row have numbers below this, a power of two
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class DidaBatch:
     """A micro-batch of packed rows, and the images that get copies; `numbers` make the noise."""
 
     rows: MicroBatch
-    images: Images
-    numbers: np.ndarray  # int64 [C], one for each image of the whole data: sample * MAX_IMAGES_A_ROW + place in its row
+    images: Images  # of the copies: an image is named once for each of its copies
+    # int64 [C], one for each copy of the whole data: sample * MAX_COPIES_A_ROW + place in its row * copies an image + copy
+    numbers: np.ndarray
     num_images: int  # those without a copy included: copies have no room for all
     prepared: ModelInput | None = None  # made once, by the objective
 
@@ -63,13 +64,23 @@ def find_images(rows: MicroBatch, vocabulary: Vocabulary) -> Images:
 class RowsWithCopies:
     """Implements `training.objectives.offline_rows.Rows` over packed rows.
 
-    `room` tokens behind each row take the copies of its images, in an order drawn from (seed, sample); images that do not
-    fit any more have none this time.
+    `room` tokens behind each row take the copies of its images, in an order drawn from (seed, sample); those that do not
+    fit any more are left out this time.
     """
 
-    def __init__(self, rows: PackedDataSource, vocabulary: Vocabulary, seed: int, room: int, stride: int, offset: int):
+    def __init__(
+        self,
+        rows: PackedDataSource,
+        vocabulary: Vocabulary,
+        seed: int,
+        room: int,
+        stride: int,
+        offset: int,
+        copies_an_image: int = 1,
+    ):
         """Micro-batch m of a global batch begins `m * stride + offset` samples after its first one."""
         self.rows, self.vocabulary, self.seed, self.room = rows, vocabulary, seed, room
+        self.copies_an_image = copies_an_image
         self.stride, self.offset = stride, offset
         self.fingerprint = rows.fingerprint
 
@@ -83,20 +94,21 @@ class RowsWithCopies:
         self.rows.close()
 
     def _with_copies(self, rows: MicroBatch, first_sample: int) -> DidaBatch:
-        images = find_images(rows, self.vocabulary)
+        found = find_images(rows, self.vocabulary)
+        images = found.select(np.repeat(np.arange(len(found.starts)), self.copies_an_image))
         in_row = images.starts // rows.tokens.shape[1]
-        first_of_row = np.searchsorted(in_row, in_row)  # of each image, the first of its row
-        numbers = (first_sample + in_row) * MAX_IMAGES_A_ROW + np.arange(len(in_row)) - first_of_row
+        first_of_row = np.searchsorted(in_row, in_row)  # of each copy, the first of its row
+        numbers = (first_sample + in_row) * MAX_COPIES_A_ROW + np.arange(len(in_row)) - first_of_row
         kept = [
             image
             for row in range(len(rows.tokens))
             for image in self._fitting(np.flatnonzero(in_row == row), images.lengths, first_sample + row)
         ]
         chosen = np.array(sorted(kept), dtype=np.int64)
-        return DidaBatch(rows, images.select(chosen), numbers[chosen], len(in_row))
+        return DidaBatch(rows, images.select(chosen), numbers[chosen], len(found.starts))
 
     def _fitting(self, candidates: np.ndarray, lengths: np.ndarray, sample: int) -> list[int]:
-        """Those of one row's images that fit, the first ones in an order of their own."""
+        """Those of one row's copies that fit, the first ones in an order of their own."""
         chosen, free = [], self.room
         for image in np.random.default_rng([self.seed, sample]).permutation(candidates).tolist():
             if lengths[image] <= free:

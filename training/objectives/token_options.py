@@ -48,5 +48,11 @@ class NextTokenOptions:
 
     def validate_run(self, problems: Problems, config: TrainConfig) -> None:
         config.model.validate(problems, "model")
+        problems.check(
+            config.model.adapter.tokens == "all",
+            "model.adapter.tokens",
+            "there are no noisy copies to adapt to",
+            "model.adapter.tokens=all, or stage.objective.name=dida",
+        )
         check_data(config, problems)
         check_layout(config, problems)

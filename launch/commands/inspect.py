@@ -20,6 +20,8 @@ examples:
   nextstate inspect model=emu35_34b json=true
   nextstate inspect runs/demo/packed/sft/all text_tokenizer=runs/demo/text_tokenizer contains="a red circle"
   nextstate inspect runs/demo/packed/sft/all text_tokenizer=runs/demo/text_tokenizer overlap=prompts.txt
+  nextstate inspect runs/demo/packed/sft/all page=rows.html first=100 num_samples=20 \\
+      text_tokenizer=runs/demo/text_tokenizer vision_tokenizer=runs/demo/vision_tokenizer
   nextstate inspect checkpoint=Qwen3-32B model=emu35_34b   a published checkpoint, and where it does not fit"""
 
 POSITIONAL = "path"
@@ -36,17 +38,21 @@ class Config:
     document: int | None = None  # look for the document with this id
     overlap: str | None = None  # a file of prompts: look for those whose words stand in a document; with text_tokenizer
     overlap_words: int = 13  # as many in a row count as an overlap; all of a shorter prompt
+    page: str | None = None  # write num_samples rows, or documents, as an HTML page to this file; with text_tokenizer
+    first: int = 0  # row that the page begins with
+    vision_tokenizer: str | None = None  # folder of the vision tokenizer: thumbnails of the pictures on the page
     json: bool = False  # print one JSON object on stdout
 
     def validate(self) -> None:
         problems = Problems()
         given = [self.path is not None, self.checkpoint is not None or self.model is not None]
         problems.check(given.count(True) == 1, "path", "give a path or a model, one of them", "nextstate inspect PATH")
-        asked = [value is not None for value in (self.contains, self.document, self.overlap)]
-        problems.check(not any(asked) or self.path is not None, "path", "is needed to look for documents")
-        problems.check(asked.count(True) <= 1, "contains", "give one of contains, document and overlap")
+        asked = [value is not None for value in (self.contains, self.document, self.overlap, self.page)]
+        problems.check(not any(asked) or self.path is not None, "path", "is needed to look into documents")
+        problems.check(asked.count(True) <= 1, "contains", "give one of contains, document, overlap and page")
         problems.check(self.contains != "", "contains", "must not be empty")
-        reads = self.contains is not None or self.overlap is not None
+        reads = any(value is not None for value in (self.contains, self.overlap, self.page))
+        problems.check(self.first >= 0, "first", "must not be negative", "first=0")
         problems.check(not reads or bool(self.text_tokenizer), "text_tokenizer", "is needed to read the text")
         problems.check(self.overlap_words > 0, "overlap_words", "must be positive", "overlap_words=13")
         problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=3")
@@ -65,7 +71,7 @@ def run(config: Config) -> dict[str, Any]:
         return inspect_model(config.model)
     tokenizer = Path(config.text_tokenizer) if config.text_tokenizer else None
     path = Path(config.path or "")
-    if config.contains is None and config.document is None and config.overlap is None:
+    if all(value is None for value in (config.contains, config.document, config.overlap, config.page)):
         return inspect_path(path, config.num_samples, tokenizer)
     return look_for(config, path, tokenizer)
 
@@ -82,10 +88,23 @@ def look_for(config: Config, path: Path, tokenizer_path: Path | None) -> dict[st
         from data_pipeline.documents.tokenizers import load_text_tokenizer
 
         tokenizer = load_text_tokenizer(tokenizer_path)
+    if config.page is not None:
+        return show_rows(config, prefixes, tokenizer)
     if config.overlap is None:
         return find_documents(prefixes, tokenizer, config.contains, config.document)
     assert tokenizer is not None, "see validate"
     return find_overlap(prefixes, tokenizer, Path(config.overlap), config.overlap_words)
+
+
+def show_rows(config: Config, prefixes: list[Path], tokenizer: Any) -> dict[str, Any]:
+    from launch.inspection.row_page import write_rows
+
+    vision = None
+    if config.vision_tokenizer is not None:
+        from model.vision_tokenizer import load_vision_tokenizer
+
+        vision = load_vision_tokenizer(config.vision_tokenizer)
+    return write_rows(prefixes, config.first, config.num_samples, Path(str(config.page)), tokenizer, vision)
 
 
 def render(answer: dict[str, Any]) -> str:

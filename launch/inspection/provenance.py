@@ -55,15 +55,20 @@ def places(prefixes: list[Path]) -> Iterator[Place]:
         check_listed_shard(prefix, manifest)
         reader = TokenFileReader(prefix)
         for index in range(len(reader)):
-            tokens, segments = reader.tokens(index), reader.segments(index)
-            segments = segments[segments["kind"] != Kind.PAD]
-            starts = np.flatnonzero((segments["flags"] & Flag.DOCUMENT_START) != 0).tolist()
-            for first, end in zip(starts, [*starts[1:], len(segments)], strict=True):
-                part = segments[first:end]
-                start, length = int(part["start"][0]), int(part["length"].sum())
-                source = manifest["sources"][int(part["source"][0])]
-                span = tokens[start : start + length]
-                yield Place(int(part["document"][0]), source, prefix.name, index, start, length, span, part)
+            yield from places_of(prefix, manifest, reader, index)
+
+
+def places_of(prefix: Path, manifest: dict[str, Any], reader: TokenFileReader, index: int) -> Iterator[Place]:
+    """What one row, or one document of a token file, holds."""
+    tokens, segments = reader.tokens(index), reader.segments(index)
+    segments = segments[segments["kind"] != Kind.PAD]
+    starts = np.flatnonzero((segments["flags"] & Flag.DOCUMENT_START) != 0).tolist()
+    for first, end in zip(starts, [*starts[1:], len(segments)], strict=True):
+        part = segments[first:end]
+        start, length = int(part["start"][0]), int(part["length"].sum())
+        source = manifest["sources"][int(part["source"][0])]
+        span = tokens[start : start + length]
+        yield Place(int(part["document"][0]), source, prefix.name, index, start, length, span, part)
 
 
 def find_documents(

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
-from data_pipeline.documents.builder import document_id
-from data_pipeline.documents.tokenizers import train_sentencepiece
+from data_pipeline.documents.builder import DocumentBuilder, Picture, Text, document_id
+from data_pipeline.documents.tokenizers import load_text_tokenizer, train_sentencepiece
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.removed import read_removed
+from data_pipeline.storage.format import read_manifest
+from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
 from launch.command_line import cli
+from launch.inspection.contents import vocabulary_of
 from launch.inspection.provenance import sequences
+from launch.inspection.row_page import write_rows
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -105,3 +114,45 @@ def test_a_line_that_names_no_document_is_told(tmp_path, line):
     with pytest.raises(UserError, match="names no document") as caught:
         read_removed(tmp_path / "removed.jsonl")
     assert caught.value.where.endswith("removed.jsonl:2")
+
+
+class Painter:
+    """Every code is one grey pixel."""
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return np.repeat(codes[..., None], 3, axis=-1).astype(np.uint8)
+
+
+def test_rows_are_a_page_with_thumbnails_and_origins(world, tmp_path):
+    tokenizer = load_text_tokenizer(world / "tokenizer")
+    vocabulary = vocabulary_of(read_manifest(world / "tokens" / "000000"))
+    builder = DocumentBuilder(vocabulary, tokenizer, "emu35")
+    documents = [
+        builder.interleaved(7, [Text("<b>a fox</b>"), Picture(np.array([[3, 60]]))]),
+        builder.interleaved(8, [Text("another")]),
+    ]
+    described = {"kind": "tokens", "num_documents": 2, "sources": ["pairs"], "vocabulary": vocabulary.describe()}
+    with TokenFileWriter(tmp_path / "000000") as writer:
+        for document in documents:
+            writer.add(document.tokens, document.segments)
+        writer.finish(described)
+    page = tmp_path / "page.html"
+    answer = write_rows([tmp_path / "000000"], 0, 5, page, tokenizer, Painter())
+    assert (answer["num_shown"], answer["num_rows"]) == (2, 2)
+    shown = page.read_text()
+    assert "pairs, document 7" in shown
+    assert "pairs, document 8" in shown
+    assert "&lt;b&gt;a fox&lt;/b&gt;" in shown
+    (data,) = re.findall(r"data:image/png;base64,([^\"]+)", shown)
+    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[..., 0].tolist() == [[3, 60]]
+    write_rows([tmp_path / "000000"], 1, 1, page, tokenizer, None)
+    assert "document 7" not in page.read_text()
+    assert "document 8" in page.read_text()
+    with pytest.raises(UserError, match="no such row"):
+        write_rows([tmp_path / "000000"], 2, 1, page, tokenizer, None)
+
+
+def test_the_command_writes_a_page_of_packed_rows(world, capsys, tmp_path):
+    answer = look(capsys, world, "packed", f"page={tmp_path / 'rows.html'}", "num_samples=1", "first=1")
+    assert (answer["num_shown"], answer["first"]) == (1, 1)
+    assert "notes, document" in (tmp_path / "rows.html").read_text()

@@ -65,8 +65,10 @@ def run_tasks(
     workers: int,
     executor: str,
     log_folder: Path,
-) -> None:
+) -> list[tuple[ShardJob, str]]:
     """Call `work` with every task's jobs, `workers` tasks at a time; the first error stops it all.
+
+    Returns the jobs that were given up because every worker died over them, and how the last one died.
 
     `work` must be picklable: with several workers it runs in processes started afresh (`data_pipeline.workers`), whose
     sudden end is noticed: their shards are done again by another one.
@@ -74,19 +76,20 @@ def run_tasks(
     filled = [list(task) for task in tasks if task]
     workers = max(1, min(workers, len(filled)))
     if not filled:
-        return
+        return []
     if executor == "datatrove":
-        _run_on_datatrove(work, filled, workers, log_folder)
-    else:
-        _run_all(work, filled, workers)
+        return _run_on_datatrove(work, filled, workers, log_folder)
+    return _run_all(work, filled, workers)
 
 
-def _run_all(work: Callable[[Sequence[ShardJob]], None], tasks: list[list[ShardJob]], workers: int) -> None:
-    if workers == 1:
-        for task in tasks:
-            work(task)
-    else:
-        run_supervised(work, tasks, workers)
+def _run_all(
+    work: Callable[[Sequence[ShardJob]], None], tasks: list[list[ShardJob]], workers: int
+) -> list[tuple[ShardJob, str]]:
+    if workers > 1:
+        return run_supervised(work, tasks, workers)
+    for task in tasks:
+        work(task)
+    return []
 
 
 @dataclass
@@ -124,9 +127,9 @@ class _Step:
 
 def _run_on_datatrove(
     work: Callable[[Sequence[ShardJob]], None], tasks: list[list[ShardJob]], workers: int, log_folder: Path
-) -> None:
+) -> list[tuple[ShardJob, str]]:
     numbers = {str(job.prefix): number for number, task in enumerate(tasks) for job in task}
-    _run_all(_DatatroveTask(work, str(log_folder), numbers, len(tasks)), tasks, workers)
+    return _run_all(_DatatroveTask(work, str(log_folder), numbers, len(tasks)), tasks, workers)
 
 
 def threads_per_worker(workers: int) -> int:

@@ -30,17 +30,21 @@ class _Worker:
     task: list[Any]
 
 
-def run_supervised(work: Callable[[Sequence[Any]], None], tasks: Sequence[Sequence[Any]], num_workers: int) -> None:
+def run_supervised(
+    work: Callable[[Sequence[Any]], None], tasks: Sequence[Sequence[Any]], num_workers: int
+) -> list[tuple[Any, str]]:
     """Call `work(task)` for every task, in `num_workers` processes; `work` must do nothing for jobs that are done.
 
     A task whose worker died (by a signal, by the kernel's out-of-memory killer) is done again, each of its jobs alone.
-    Raises `UserError` naming the job over which `MAX_DEATHS` workers died, and the first error that `work` raised.
-    The processes are gone when this returns or raises, and soon after this process has been killed.
+    A job over which `MAX_DEATHS` workers died is given up, and the others are done: those given up are returned, each
+    with how its last worker died. Raises the first error that `work` raised. The processes are gone when this returns
+    or raises, and soon after this process has been killed.
     """
     # A process that had torch's threads running must not be forked.
     context = multiprocessing.get_context("spawn")
     waiting: deque[list[Any]] = deque(list(task) for task in tasks)
     deaths: Counter[str] = Counter()
+    given_up: list[tuple[Any, str]] = []
     running: dict[Connection, _Worker] = {}
     try:
         while waiting or running:
@@ -55,7 +59,7 @@ def run_supervised(work: Callable[[Sequence[Any]], None], tasks: Sequence[Sequen
                 except (EOFError, OSError):  # it died without a word
                     del running[pipe]
                     worker.process.join()
-                    waiting.extend(_again(worker, deaths))
+                    waiting.extend(_again(worker, deaths, given_up))
                     continue
                 if error is not None:
                     raise error
@@ -71,6 +75,7 @@ def run_supervised(work: Callable[[Sequence[Any]], None], tasks: Sequence[Sequen
             worker.process.terminate()
         for worker in running.values():
             _end(worker)
+    return given_up
 
 
 def _start(context: Any, work: Callable[[Sequence[Any]], None], task: list[Any]) -> _Worker:
@@ -83,21 +88,18 @@ def _start(context: Any, work: Callable[[Sequence[Any]], None], task: list[Any])
     return _Worker(process, ours, task)
 
 
-def _again(worker: _Worker, deaths: Counter[str]) -> list[list[Any]]:
-    """The jobs of a dead worker, each as a task of its own. Raises `UserError` where one has killed too many."""
+def _again(worker: _Worker, deaths: Counter[str], given_up: list[tuple[Any, str]]) -> list[list[Any]]:
+    """The jobs of a dead worker, each as a task of its own; one that has killed too many goes to `given_up`."""
     names = [str(job) for job in worker.task]
     code = worker.process.exitcode
     told = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    print(f"a worker died ({told}); its {len(names)} jobs are done again", file=sys.stderr, flush=True)
     if len(names) == 1:
         deaths[names[0]] += 1
         if deaths[names[0]] >= MAX_DEATHS:
-            raise UserError(
-                f"{MAX_DEATHS} worker processes died over the same job",
-                where=names[0],
-                got=told,
-                fix="look for the out-of-memory killer in the system's log and use fewer workers, or leave that shard out",
-            )
+            print(f"{MAX_DEATHS} workers died over {names[0]} ({told}): given up", file=sys.stderr, flush=True)
+            given_up.append((worker.task[0], told))
+            return []
+    print(f"a worker died ({told}); its {len(names)} jobs are done again", file=sys.stderr, flush=True)
     return [[job] for job in worker.task]
 
 

@@ -39,6 +39,7 @@ class DatasetEntry:
 
     path: str = ""  # folder of packed rows
     weight: float = 1.0  # 0 leaves the dataset out
+    max_epochs: float = 0.0  # a stage that would read its rows more often, earlier stages included, is refused; 0: any
 
 
 @dataclass
@@ -344,6 +345,12 @@ def check_data(config: TrainConfig, problems: Problems) -> None:
             f"{key}.datasets.{name}.weight",
             f"must not be negative, got {entry.weight}",
             f"{key}.datasets.{name}.weight=1.0",
+        )
+        problems.check(
+            entry.max_epochs >= 0,
+            f"{key}.datasets.{name}.max_epochs",
+            f"must not be negative, got {entry.max_epochs}",
+            f"{key}.datasets.{name}.max_epochs=4",
         )
     for name, path in config.stage.validation.items():
         problems.check(bool(path), f"stage.validation.{name}", "is empty", f"stage.validation.{name}=PATH")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.loading.mixture import Cursor, Mixture, count_samples, schedule_period
+from model.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,30 @@ class ReadingRecord:
             total = entry.first + count
             found[name] = {"num_rows": entry.num_rows, "rows_read": total, "epochs": total / entry.num_rows}
         return found
+
+    def refuse_repetition(self, num_samples: int, max_epochs: Mapping[str, float]) -> None:
+        """Raise `UserError` where so many samples read a dataset more than `max_epochs` times, earlier stages included.
+
+        A dataset that is not named, or with 0, may be read as often as it comes.
+        """
+        coverage = self.coverage(num_samples)
+        over = {name: allowed for name, allowed in max_epochs.items() if allowed and coverage[name]["epochs"] > allowed}
+        if not over:
+            return
+        period = sum(entry.share for entry in self.datasets.values())
+        most = min(
+            max(0.0, allowed * self.datasets[name].num_rows - self.datasets[name].first)
+            * (period / self.datasets[name].share)
+            for name, allowed in over.items()
+        )
+        told = (
+            f"{name} {coverage[name]['epochs']:.3g} times ({coverage[name]['num_rows']:,} rows)"
+            for name in sorted(over)
+        )
+        raise UserError(
+            "a dataset would be read more often than is allowed",
+            where=", ".join(f"stage.data.datasets.{name}.max_epochs" for name in sorted(over)),
+            expected=", ".join(f"{name} at most {over[name]:g} times" for name in sorted(over)),
+            got=", ".join(told) + ", earlier stages of the curriculum included",
+            fix=f"read fewer rows (about {int(most):,} in place of {num_samples:,}), lower its weight, or raise max_epochs",
+        )

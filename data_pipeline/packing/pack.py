@@ -79,10 +79,14 @@ class PackSummary:
 
 @file_errors_are_user_errors("the token files or the target")
 def pack(
-    token_folders: Mapping[str, str | Path | Sequence[str | Path]], target: str | Path, config: PackConfig
+    token_folders: Mapping[str, str | Path | Sequence[str | Path]],
+    target: str | Path,
+    config: PackConfig,
+    removed: frozenset[int] = frozenset(),
 ) -> PackSummary:
     """Pack the token files of `token_folders` (source name -> folder or folders) into `target`.
 
+    Documents whose ids are in `removed` are left out and counted under that reason.
     Raises `UserError` for a bad configuration, missing or damaged input, token files of different vocabularies or
     tokenizers, a target that holds something else or that another process packs, and files that cannot be read or
     written.
@@ -96,10 +100,12 @@ def pack(
     try:
         inputs = pool.source_fingerprints()
         identity = {"config": asdict(config), "inputs": inputs, "packer": _PACKER, "format_version": FORMAT_VERSION}
+        if removed:
+            identity["removed"] = fingerprint_of(sorted(removed))
         fingerprint = fingerprint_of(identity)
         if not _is_complete(target, fingerprint):
             with claim_folder(target, "pack"):
-                _write_rows(_Packing(pool, target, config, fingerprint, inputs))
+                _write_rows(_Packing(pool, target, config, removed, fingerprint, inputs))
     finally:
         pool.close()
     return summarise(target)
@@ -153,8 +159,16 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
 class _Packing:
     """One run of `pack`: plans all rows, writes the shards that are missing."""
 
-    def __init__(self, pool: Pool, target: Path, config: PackConfig, fingerprint: str, inputs: list[dict[str, str]]):
-        self.pool, self.target, self.config = pool, target, config
+    def __init__(
+        self,
+        pool: Pool,
+        target: Path,
+        config: PackConfig,
+        removed: frozenset[int],
+        fingerprint: str,
+        inputs: list[dict[str, str]],
+    ):
+        self.pool, self.target, self.config, self.removed = pool, target, config, removed
         self.fingerprint, self.inputs = fingerprint, inputs
         self.quarantine: list[dict[str, Any]] = []
 
@@ -172,12 +186,16 @@ class _Packing:
         """The rows in order, each a list of pieces."""
         config = self.config
         lengths, fillers = self.pool.load_index()
+        removed = self.pool.find(self.removed)
+        _log.info("%d documents, %d of %d removed ones among them", len(lengths), len(removed), len(self.removed))
         packer = WindowPacker(config.sequence_length, config.window_rows, config.minimum_piece_tokens, self.pool.cut)
         for document in _document_order(len(self.pool), config.seed):
             length = int(lengths[document])
             whole = Piece(document, 0, length)
             if length == 0:
                 self.refuse(document, length, "empty_document")
+            elif document in removed:
+                self.refuse(document, length, "removed")
             elif length <= config.sequence_length:
                 yield from (packer.add_filler if fillers[document] else packer.add)(whole)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,16 @@ class Pool:
         """Length of every document (int32 [N]) and whether it is plain text that fills holes (bool [N])."""
         lengths = np.concatenate([file.lengths for file in self.files])
         return lengths, np.concatenate([_fillers(file) for file in self.files])
+
+    def find(self, ids: Collection[int]) -> frozenset[int]:
+        """The documents that have one of these ids."""
+        found: list[int] = []
+        wanted = np.array(sorted(ids), np.uint64)
+        for file, first in zip(self.files if ids else [], self._first_document.tolist(), strict=False):
+            segments = file.all_segments()
+            rows = segments["row"][np.isin(segments["document"], wanted)]
+            found.extend((first + np.unique(rows).astype(np.int64)).tolist())
+        return frozenset(found)
 
     def locate(self, document: int) -> tuple[int, int]:
         """File and index in it."""

@@ -14,6 +14,7 @@ HELP = "pack token files into rows of fixed length, mixing sources; continues wh
 class Config:
     tokens: dict[str, str] = field(default_factory=dict)  # source name -> folder of token files
     target: str = ""  # folder of the packed files
+    removed: str | None = None  # a list of documents to leave out, one JSON object a line: {"document": 123}
     sequence_length: int = 32_768  # tokens of a row
     rows_per_shard: int = 8_192  # rows of one file
     window_rows: int = 256  # documents of so many rows wait to be chosen from
@@ -26,6 +27,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Pack; returns target, fill, num_rows, num_tokens, num_real_tokens, sources, counts_by_class, quarantined."""
     from data_pipeline.packing.pack import PackConfig, pack
+    from data_pipeline.packing.removed import read_removed
 
     if not config.target:
         raise UserError("no target folder is given", fix="target=FOLDER")
@@ -36,4 +38,5 @@ def run(config: Config) -> dict[str, Any]:
         minimum_piece_tokens=config.minimum_piece_tokens,
         seed=config.seed,
     )
-    return asdict(pack(dict(config.tokens), config.target, settings))
+    removed = read_removed(config.removed) if config.removed is not None else frozenset()
+    return asdict(pack(dict(config.tokens), config.target, settings, removed))

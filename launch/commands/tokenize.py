@@ -11,11 +11,13 @@ from typing import Any
 from data_pipeline.documents.tokenizers import load_text_tokenizer
 from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_jobs, run_tasks, threads_per_worker
 from data_pipeline.sources.patterns import find_shards
+from data_pipeline.storage.atomic import atomic_write_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
-from model.durable import fingerprint_of
+from data_pipeline.workers import MAX_DEATHS
+from model.durable import fingerprint_of, read_json
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -31,11 +33,12 @@ token file in NNNNNN.quarantine.jsonl.
 
   nextstate tokenize status input='runs/demo/corpora/scenes/*.tar' target=runs/demo/tokens/48/scenes
 
-says how much is done, at what rate, and how long the rest takes.
+says how much is done, at what rate, and how long the rest takes. A shard over which three workers died is left out from then on,
+and told; `nextstate tokenize repair`, with the same arguments as before, tries it again.
 """
 
 POSITIONAL = "action"
-ACTIONS = ("run", "status")
+ACTIONS = ("run", "status", "repair")
 
 _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 
@@ -44,7 +47,9 @@ _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 class Config(TokenizeConfig):
     """`source` defaults to the target folder's name."""
 
-    action: str = "run"  # run | status: what is done of this input; needs no tokenizer
+    action: str = (
+        "run"  # run | status: what is done of this input; needs no tokenizer | repair: run, given-up shards too
+    )
     input: Any = None  # a pattern of .tar files (folder/*.tar, "x-{000..127}.tar"), or a list of them
     target: str = ""  # folder of token files
     text_tokenizer: str = ""  # folder or file
@@ -63,7 +68,7 @@ class Config(TokenizeConfig):
         problems.check(
             self.action in ACTIONS, "action", f"unknown action {self.action!r}", f"one of {', '.join(ACTIONS)}"
         )
-        for name in ("target", "text_tokenizer") if self.action == "run" else ("target",):
+        for name in ("target",) if self.action == "status" else ("target", "text_tokenizer"):
             problems.check(bool(getattr(self, name)), name, "is required", f"{name}=<path>")
         problems.check(bool(self.input), "input", "is required", "input='<folder>/*.tar'")
         problems.check(self.workers > 0, "workers", "must be positive", "workers=1")
@@ -109,21 +114,55 @@ def run(config: Config) -> dict[str, Any]:
     if config.task >= 0:
         jobs = group_jobs(jobs, config.num_tasks)[config.task]
     tokenizer = load_tokenizer(config)
-    remaining = [job for job in jobs if not tokenizer.is_done(job.shard, job.prefix)]
+    if config.action == "repair":
+        for job in jobs:
+            poison_note(job).unlink(missing_ok=True)
+    unfinished = [job for job in jobs if not tokenizer.is_done(job.shard, job.prefix)]
+    poisonous = [job for job in unfinished if is_poisonous(job)]
+    remaining = [job for job in unfinished if job not in poisonous]
     num_tasks = config.num_tasks or max(1, min(len(jobs), config.workers * _TASKS_PER_WORKER))
     executor = choose_executor(config.executor, config.workers)
     if remaining:
         with claim_folder(target, "tokenize", fingerprint_of([tokenizer.fingerprint, shards])):
-            run_tasks(
+            given_up = run_tasks(
                 TokenizeTask(config, tokenizer),
                 group_jobs(remaining, num_tasks),
                 workers=config.workers,
                 executor=executor,
                 log_folder=target / "logs",
             )
-    answer = summarize(target, jobs, len(jobs) - len(remaining))
+            note_poison(given_up)
+    good = [job for job in jobs if job not in poisonous]
+    answer = summarize(target, good, len(good) - len(remaining)) | {"poisonous_shards": len(poisonous)}
     refuse_mostly_quarantined(answer, config.max_quarantined_share)
     return answer
+
+
+def poison_note(job: ShardJob) -> Path:
+    return suffixed(job.prefix, ".poison.json")
+
+
+def is_poisonous(job: ShardJob) -> bool:
+    """Was it given up, and is it still the shard that was? A replaced one is tried again."""
+    note = poison_note(job)
+    return note.is_file() and read_json(note).get("bytes") == job.shard.stat().st_size
+
+
+def note_poison(given_up: Sequence[tuple[ShardJob, str]]) -> None:
+    """Remember shards over which every worker died, and raise `UserError` that names them."""
+    for job, how in given_up:
+        atomic_write_json(
+            poison_note(job),
+            {"shard": str(job.shard), "bytes": job.shard.stat().st_size, "workers": MAX_DEATHS, "died_by": how},
+        )
+    if given_up:
+        raise UserError(
+            f"{MAX_DEATHS} worker processes died over each of {len(given_up)} shards; all others are done",
+            where=", ".join(str(job.shard) for job, _ in given_up[:5]),
+            got=given_up[0][1],
+            fix="look for the out-of-memory killer in the system's log. The same command again goes on without these shards; "
+            "`nextstate tokenize repair` tries them again (with fewer workers, or with mended shards)",
+        )
 
 
 def refuse_mostly_quarantined(answer: dict[str, Any], largest_share: float) -> None:
@@ -228,7 +267,7 @@ _RECENT = 200  # finished shards whose times tell the rate
 
 
 def status(target: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
-    """From the manifests alone: shards done, changed since (they will be done again) and left, what the done ones hold.
+    """From the manifests alone: shards done, changed since (they will be done again), given up and left, what is done holds.
 
     The rate is that of the last shards that were finished, all workers together; None before there are two.
     """
@@ -246,13 +285,16 @@ def status(target: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
     recent = [when for when, _ in finished[-_RECENT:]]
     seconds = recent[-1] - recent[0] if recent else 0.0
     rate = (len(recent) - 1) / seconds if seconds > 0 else None
-    num_left = len(jobs) - len(finished)
+    done = {job.prefix for _, job in finished}
+    num_poisonous = sum(is_poisonous(job) for job in jobs if job.prefix not in done)
+    num_left = len(jobs) - len(finished) - num_poisonous
     answer = summarize(target, [job for _, job in finished], 0)
     del answer["skipped_shards"]
     return answer | {
         "num_shards": len(jobs),
         "done_shards": len(finished),
         "changed_shards": num_changed,
+        "poisonous_shards": num_poisonous,
         "left_shards": num_left,
         "shards_per_hour": round(rate * 3600, 3) if rate else None,
         "remaining_hours": round(num_left / rate / 3600, 3) if rate else None,

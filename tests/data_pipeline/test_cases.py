@@ -22,7 +22,7 @@ from data_pipeline.sources.image import decode_image
 from data_pipeline.storage.segments import Kind
 from data_pipeline.storage.token_files import TokenFileReader
 from launch.command_line.cli import main
-from launch.inspection import vocabulary_of
+from launch.inspection.contents import vocabulary_of
 
 CASES = Path(__file__).parent / "cases"
 # By shard: documents as `describe` shows them, the picture's grid left out; then quarantined samples by key.

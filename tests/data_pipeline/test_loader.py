@@ -19,8 +19,12 @@ from data_pipeline.loading.mixture import Mixture
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.storage.packed_files import PackedDataset, PackedShard
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
+from model.config import ModelConfig
 from model.errors import UserError
 from model.vocabulary import TokenClass, Vocabulary, VocabularyConfig
+from training.config import DatasetEntry, StageConfig, TrainConfig
+from training.objectives.next_token import NextToken
+from training.objectives.token_options import NextTokenOptions
 
 LOSS_WEIGHTS = {"text": 1.0, "visual": 0.5, "structure": 0.25}
 LENGTH = 256
@@ -300,3 +304,20 @@ def test_a_flipped_bit_stops_the_loader_with_its_row(datasets, tmp_path):
     with pytest.raises(UserError, match="no manifest"):
         PackedDataset(damaged).row(0)
     source.close()
+
+
+def test_a_stage_that_repeats_a_dataset_too_often_is_refused_before_it_starts(datasets):
+    chats = DatasetEntry(str(datasets["chats"]), max_epochs=2)
+    num_rows = len(PackedDataset(datasets["chats"]))
+    model = ModelConfig(vocabulary=VocabularyConfig(text_size=1_000_000, reserved_size=32, visual_size=1_000_000))
+
+    def open_stage(steps: int, **changes: int) -> PackedDataSource:
+        stage = StageConfig(steps=steps, sequence_length=LENGTH, global_batch_size=2, micro_batch_size=1)
+        stage.data.datasets = {"chats": chats}
+        objective = NextToken(TrainConfig(stage=stage, model=model), NextTokenOptions())
+        return objective.packed_rows(0, 1, **changes)
+
+    open_stage(num_rows).close()
+    with pytest.raises(UserError, match="more often than is allowed"):
+        open_stage(num_rows + 1)
+    open_stage(num_rows + 1, num_rows=1).close()  # a look at some rows is no stage

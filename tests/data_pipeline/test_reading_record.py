@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline.loading.mixture import Cursor, Mixture
 from data_pipeline.loading.reading_record import ReadingRecord
 from model.checkpoint.manifest import manifest_checksum
+from model.errors import UserError
 from training.config import StageConfig, TrainConfig
 from training.objectives.rows_read import RECORD_KEY, coverage_of_stage, rows_read_before
 
@@ -130,6 +131,23 @@ def test_a_stage_goes_on_behind_the_checkpoint_that_it_starts_from(tmp_path: Pat
     write_checkpoint(tmp_path / "pretrain_1", 20, consumed_samples=40, **{RECORD_KEY: record.to_dict()})
     assert rows_read_before(config) == expected
     assert coverage_of_stage(tmp_path / "pretrain_2")["a"]["rows_read"] == 21
+
+
+def test_a_dataset_is_read_no_more_often_than_is_allowed(record: ReadingRecord):
+    """a: 30 rows, 3 of 4 samples; b: 10 rows, 1 of 4."""
+    record.refuse_repetition(40, {"a": 1, "b": 1})
+    record.refuse_repetition(400, {"a": 0})
+    with pytest.raises(UserError, match="more often than is allowed") as caught:
+        record.refuse_repetition(44, {"a": 2, "b": 1})
+    assert caught.value.where == "stage.data.datasets.b.max_epochs"
+    assert "b 1.1 times (10 rows)" in caught.value.got
+    assert "about 40 in place of 44" in caught.value.fix
+    before = record.after(40)
+    _, later = mixture_of({"a": 30, "b": 10}, [1, 1], "pretrain_2", before)
+    later.refuse_repetition(20, {"a": 2, "b": 2})
+    with pytest.raises(UserError, match="more often than is allowed") as caught:
+        later.refuse_repetition(22, {"a": 2, "b": 2})
+    assert "about 20 in place of 22" in caught.value.fix
 
 
 def test_checkpoints_without_a_record_have_read_nothing(tmp_path: Path):

@@ -416,6 +416,22 @@ def test_status_says_what_is_done_and_left(tmp_path: Path, text_folder: Path) ->
         command.run(dataclasses.replace(config, action="stauts"))
 
 
+def test_a_shard_that_was_given_up_is_passed_over_until_it_is_repaired(tmp_path: Path, text_folder: Path) -> None:
+    write_text_shards(tmp_path / "raw", 2)
+    config = text_config(tmp_path, text_folder)
+    job = command.plan_jobs(config.input, Path(config.target))[1]
+    job.prefix.parent.mkdir(parents=True)
+    with pytest.raises(UserError, match="all others are done"):
+        command.note_poison([(job, "signal 9")])
+    answer = command.run(config)
+    assert (answer["poisonous_shards"], answer["num_shards"], answer["skipped_shards"]) == (1, 1, 0)
+    answer = command.run(dataclasses.replace(config, action="status"))
+    assert (answer["done_shards"], answer["poisonous_shards"], answer["left_shards"]) == (1, 1, 0)
+    answer = command.run(dataclasses.replace(config, action="repair"))
+    assert (answer["poisonous_shards"], answer["num_shards"], answer["skipped_shards"]) == (0, 2, 1)
+    assert command.run(config)["skipped_shards"] == 2
+
+
 def test_the_command_in_two_processes_gives_the_same_bytes(tmp_path: Path, text_folder: Path) -> None:
     write_text_shards(tmp_path / "raw", 3)
     config = text_config(tmp_path, text_folder)

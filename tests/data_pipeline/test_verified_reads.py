@@ -16,7 +16,7 @@ from data_pipeline.storage.format import check_seal, read_manifest, seal
 from data_pipeline.storage.packed_files import PackedDataset, read_dataset_manifest
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader, TokenFileWriter
-from launch.inspection import inspect_tokens
+from launch.inspection.contents import inspect_tokens
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 

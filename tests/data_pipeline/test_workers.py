@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.executor import ShardJob, run_tasks
+from launch.commands.tokenize import is_poisonous, note_poison
 from model.errors import UserError
 
 PATIENCE_SECONDS = 60.0  # on a loaded machine
@@ -45,11 +46,17 @@ def test_a_killed_workers_shards_are_done_again(tmp_path: Path, executor: str) -
     assert (tmp_path / "out" / "unlucky.died").exists()
 
 
-def test_a_shard_that_kills_every_worker_is_named(tmp_path: Path) -> None:
-    jobs = make_jobs(tmp_path, ["a", "deadly"])
-    with pytest.raises(UserError, match=r"3 worker processes died[\s\S]*deadly[\s\S]*signal 9"):
-        run_tasks(copy_and_die, [[job] for job in jobs], workers=2, executor="local", log_folder=tmp_path / "logs")
-    assert (tmp_path / "out" / "a").exists()
+def test_a_shard_that_kills_every_worker_is_given_up_and_the_others_are_done(tmp_path: Path) -> None:
+    jobs = make_jobs(tmp_path, ["deadly", "a", "b"])
+    given_up = run_tasks(copy_and_die, [jobs[:2], jobs[2:]], workers=2, executor="local", log_folder=tmp_path / "logs")
+    assert given_up == [(jobs[0], "signal 9")]
+    assert [job.prefix.exists() for job in jobs] == [False, True, True]
+    for _ in range(2):  # told once, then passed over until it is another shard
+        assert not is_poisonous(jobs[0])
+        with pytest.raises(UserError, match=r"3 worker processes died[\s\S]*deadly[\s\S]*signal 9[\s\S]*repair"):
+            note_poison(given_up)
+        assert is_poisonous(jobs[0])
+        jobs[0].shard.write_text(jobs[0].shard.read_text() + "!")
 
 
 PARENT = """

@@ -12,7 +12,7 @@ from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.storage.token_files import TokenFileWriter
 from launch.command_line import cli
 from launch.doctor import machine as doctor
-from launch.inspection import inspect_path
+from launch.inspection.contents import inspect_path
 from model.checkpoint.manifest import manifest_checksum
 from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig

@@ -6,7 +6,7 @@ import pytest
 
 from launch.command_line import cli
 from launch.composition.compose import compose_config
-from launch.inspection import inspect_model
+from launch.inspection.contents import inspect_model
 
 
 def train_config(*overrides: str, model: str = "emu35_34b"):

@@ -9,7 +9,7 @@ import torch
 from qwen3_checkpoints import NUM_IDS, config_of, transformers_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.inspection import inspect_model
+from launch.inspection.contents import inspect_model
 from model import reference
 from model.config import ModelConfig, count_flops, count_parameters
 

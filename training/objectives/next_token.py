@@ -73,6 +73,9 @@ class NextToken:
             stage=stage.name,
             read_before=rows_read_before(self.config),
         )
+        if num_rows is None:
+            limits = {name: entry.max_epochs for name, entry in datasets.items()}
+            rows.record.refuse_repetition(stage.steps * stage.global_batch_size, limits)
         self.source_names = rows.source_names
         self._data = tokenizers_of([entry.path for entry in datasets.values()]) | {RECORD_KEY: rows.record.to_dict()}
         return rows

@@ -65,7 +65,8 @@ def kinds(inputs: Path) -> dict[str, Kind]:
     tokenize += ["vocabulary.visual_size=64", "workers=2"]
     pack = ["sequence_length=256", "window_rows=64"]
     train = ["stage=toy_sft", *MODEL, "stage.steps=12", "stage.sequence_length=256", "checkpoint.every_steps=3"]
-    train += ["stage.initialize_from=null", f"stage.data.datasets.all.path={inputs}/packed"]
+    train += ["stage.optimizer.warmup_steps=2", "logging.wandb_mode=disabled", "stage.initialize_from=null"]
+    train += [f"stage.data.datasets.all.path={inputs}/packed"]
     entries = {
         "tokens": {
             "command": "tokenize",
@@ -153,6 +154,9 @@ def attack(kind: Kind, folder: Path, num_kills: int, draw: random.Random) -> dic
         may_kill = findings.num_kills < num_kills and attempt % 4 != 3
         was_killed = may_kill and command.kill_after(draw.uniform(0, 1.1 * seconds), draw)
         code, attempt = command.end(), attempt + 1
+        print(
+            f"{place.name}, start {attempt}: exit code {code}, {findings.num_kills} kills", file=sys.stderr, flush=True
+        )
         if code == 0:
             num_different += digests(place, kind.files) != wanted
             num_ends, attempt = num_ends + 1, 0

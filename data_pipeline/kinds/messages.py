@@ -55,7 +55,7 @@ class Messages:
 
 def read_messages(metadata: dict[str, Any]) -> Messages:
     """Raises `SampleError`: `no_messages`, `bad_message`, `unknown_role`, `unknown_task`, `turns_out_of_order`,
-    `no_supervised_turn`."""
+    `no_supervised_turn`, `corrupt_text`."""
     task = metadata.get("task") or GENERAL
     if task not in (*TASKS, GENERAL):
         raise SampleError("unknown_task", f"{task!r}; tasks are {', '.join((*TASKS, GENERAL))}")
@@ -117,4 +117,8 @@ def read_item(item: object, number: int) -> Item:
     value = item.get(kind if kind in MEDIA else "text")
     if not isinstance(value, str) or not value.strip():
         raise SampleError("bad_message", f"message {number}: {kind} without {'a file' if kind in MEDIA else 'words'}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError("corrupt_text", f"message {number}: {error}") from None
     return Item(str(kind), value.lower() if kind in MEDIA else value.strip())

@@ -53,7 +53,10 @@ class _Files:
             name = next((name[key] for key in PATH_KEYS if key in name), None)
         if not isinstance(name, str) or not name:
             raise SampleError("bad_line", f"an {kind} that is no path")
-        path = (self.folder / name.removeprefix("file://")).resolve()
+        try:
+            path = (self.folder / name.removeprefix("file://")).resolve()
+        except (ValueError, RuntimeError, OSError) as error:  # a zero byte, half a surrogate pair, links in a circle
+            raise SampleError("bad_line", f"{name!r} is no path: {error}") from None
         if not path.is_relative_to(self.folder):
             raise SampleError("media_outside", f"{name}: not below {self.folder}")
         extension = path.suffix[1:].lower()
@@ -107,9 +110,12 @@ def from_messages(line: Mapping[str, Any], folder: Path, default_task: str) -> C
 
 def items_of(content: object, files: _Files) -> Iterator[dict[str, Any]]:
     """The items of a content, files named as they are in the sample."""
-    for item in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:  # type: ignore[attr-defined]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+    if not isinstance(items, list):
+        raise SampleError("bad_line", "a content is neither a text nor a list")
+    for item in items:
         kind = item.get("type") if isinstance(item, dict) else None
-        if kind in EXTENSIONS:
+        if isinstance(kind, str) and kind in EXTENSIONS:
             path = next((item[key] for key in (kind, *PATH_KEYS) if item.get(key)), None)
             yield files.next(kind) if path is None else files.item(kind, path)
         elif kind == "text" and isinstance(item.get("text"), str):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from data_pipeline.sources.samples import BadSample
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
@@ -21,9 +22,10 @@ MAX_PARTS = 1_000  # files of one sample
 MAX_HELD_BYTES = 1 << 30  # of samples whose files do not stand together, until their last file comes
 
 Group = tuple[str, dict[str, bytes]]  # key, and the files of one sample by extension
+Made = TypeVar("Made")
 
 
-class _DamageError(Exception):
+class DamageError(Exception):
     """The archive cannot be read any further; `key` is the sample it happened in, if known."""
 
     def __init__(self, detail: str, key: str = ""):
@@ -87,6 +89,29 @@ class _Member:
     problem: str = ""  # reason why its sample cannot be used
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a plain file of a sample lies in its shard."""
+
+    key: str
+    extension: str
+    offset: int  # of its first byte
+    size: int  # bytes
+
+
+def places_in(path: Path) -> Iterator[Place | None]:
+    """The plain files of an uncompressed shard, in its order, from headers alone; None for links and other members.
+
+    Raises `DamageError` where it can be read no further, `UserError` when the system does not let us read it.
+    """
+
+    def place(_: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> Place | None:
+        return Place(key, extension, info.offset_data, info.size) if info.isreg() and not info.issparse() else None
+
+    with file_errors_are_user_errors(path):
+        yield from _members(path, place, "r:")
+
+
 def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
     """The files of each sample of one tar shard, in its order; what cannot be read as `BadSample`.
 
@@ -115,7 +140,7 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
                 member = next(members)
             except StopIteration:
                 break
-            except _DamageError as damage:
+            except DamageError as damage:
                 # Without the damaged member's name, the open sample may lack parts: it cannot be kept.
                 if (
                     current in held
@@ -150,7 +175,7 @@ def _count_members(path: Path) -> Counter[str]:
     try:
         for member in _members(path, _name_alone):
             counts[member.key] += 1
-    except _DamageError:
+    except DamageError:
         pass  # the second reading says so
     return counts
 
@@ -171,8 +196,10 @@ def _name_of(info: tarfile.TarInfo) -> tuple[str, str]:
     return key, extension.lower()
 
 
-def _members(path: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str, str], _Member]) -> Iterator[_Member]:
-    """What `read` makes of each file that belongs to a sample; raises `_DamageError` for an early end.
+def _members(
+    path: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str, str], Made], mode: str = "r:*"
+) -> Iterator[Made]:
+    """What `read` makes of each file that belongs to a sample; raises `DamageError` for an early end.
 
     Archives that were joined (`cat a.tar b.tar`) follow one another; keys of the second one begin with "#1/", as it may
     have those of the first again. tarfile, and webdataset's own reader on top of it, stop at the first archive's end, and
@@ -180,7 +207,7 @@ def _members(path: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str, 
     """
     key, number = "", 0
     try:
-        with tarfile.open(path, "r:*", tarinfo=_BoundedTarInfo) as first:
+        with tarfile.open(path, mode, tarinfo=_BoundedTarInfo) as first:  # type: ignore[call-overload]
             archive: tarfile.TarFile | None = first
             while archive is not None:
                 while (info := archive.next()) is not None:
@@ -192,11 +219,11 @@ def _members(path: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str, 
                         key = ""
                 archive, number = _next_archive(archive), number + 1
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _DamageError(str(error), key) from error
+        raise DamageError(str(error), key) from error
     except OSError as error:
         if error.errno is not None:  # of the disk, not of the archive
             raise
-        raise _DamageError(str(error), key) from error
+        raise DamageError(str(error), key) from error
 
 
 def _name_alone(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
@@ -212,7 +239,7 @@ def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, exte
     assert stream is not None, "a regular file has content"
     data = stream.read()
     if len(data) != info.size:
-        raise _DamageError(f"{len(data)} of {info.size} bytes of {info.name}", key)
+        raise DamageError(f"{len(data)} of {info.size} bytes of {info.name}", key)
     return _Member(key, extension, data)
 
 
@@ -222,7 +249,7 @@ def _next_archive(archive: tarfile.TarFile) -> tarfile.TarFile | None:
     assert stream is not None
     stream.seek(archive.offset)
     if stream.read(tarfile.BLOCKSIZE) != _END_BLOCK:
-        raise _DamageError(f"no readable member or end mark at byte {archive.offset}")
+        raise DamageError(f"no readable member or end mark at byte {archive.offset}")
     position = archive.offset + tarfile.BLOCKSIZE
     while block := stream.read(1 << 20):
         if rest := block.lstrip(b"\0"):
@@ -231,6 +258,6 @@ def _next_archive(archive: tarfile.TarFile) -> tarfile.TarFile | None:
             try:
                 return tarfile.TarFile(fileobj=stream, mode="r", tarinfo=_BoundedTarInfo)
             except tarfile.TarError as error:
-                raise _DamageError(f"other data after the end mark, at byte {start}: {error}") from error
+                raise DamageError(f"other data after the end mark, at byte {start}: {error}") from error
         position += len(block)
     return None

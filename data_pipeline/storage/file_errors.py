@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from model.durable import NO_SPACE
 from model.errors import UserError
 
 _FIXES = {
@@ -22,8 +23,26 @@ _FIXES = {
     errno.EIO: "the disk or the file server failed: look at the system's log",
     errno.ESTALE: "the file server replaced the file: mount it again",
 }
+_FIXES |= dict.fromkeys(NO_SPACE, "free space and run the same command again: finished files are kept")
 # These are about processes and connections, not about files.
 _OTHERS = (BrokenPipeError, ConnectionError, ChildProcessError, ProcessLookupError, InterruptedError, TimeoutError)
+
+
+def of_file_error(error: OSError, where: str | Path = "") -> UserError | None:
+    """What the system says of a file, a folder or a full disk; None for what a library says, or of processes.
+
+    `where` stands for a file that the system does not name; without it an error that names none is about something else,
+    full disks excepted.
+    """
+    is_full = error.errno in NO_SPACE
+    if error.errno is None or isinstance(error, _OTHERS) or not (is_full or error.filename or where):
+        return None
+    return UserError(
+        "the disk is full" if is_full else f"cannot read or write: {os.strerror(error.errno)}",
+        where=str(error.filename or where),
+        got=os.strerror(error.errno) if is_full else "",
+        fix=_FIXES.get(error.errno, "look at the file and run the same command again: finished files are kept"),
+    )
 
 
 @contextmanager
@@ -34,13 +53,8 @@ def file_errors_are_user_errors(where: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except _OTHERS:
-        raise
     except OSError as error:
-        if error.errno is None:  # raised by a library, about the content
+        told = of_file_error(error, where)
+        if told is None:
             raise
-        raise UserError(
-            f"cannot read or write: {os.strerror(error.errno)}",
-            where=str(error.filename or where),
-            fix=_FIXES.get(error.errno, "look at the file and run the same command again: finished files are kept"),
-        ) from error
+        raise told from error

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.storage.file_errors import of_file_error
 from launch.composition import registry
-from model.durable import NO_SPACE
 from model.errors import UserError, escapes_shown
 from training.reliability.signals import COMMAND_VARIABLE
 
@@ -66,15 +66,10 @@ def answer_to(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        told = of_file_error(error)
+        if told is None:
             raise
-        full = UserError(
-            "the disk is full",
-            where=str(error.filename or ""),
-            got=os.strerror(error.errno),
-            fix="free space and run the same command",
-        )
-        return refuse(full, as_json=call is not None and call.json)
+        return refuse(told, as_json=call is not None and call.json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

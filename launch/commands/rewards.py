@@ -108,11 +108,11 @@ def read_answers(path: Path) -> list[Answer]:
 
     answers = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     answers.append(decoded(json.loads(line)))
-                except (WireError, ValueError) as error:
+                except (WireError, ValueError, RecursionError) as error:
                     raise UserError("a line is no answer", where=f"{path}:{number}", got=str(error)) from error
     except OSError as error:
         raise UserError("the answers cannot be read", where=str(path), got=str(error)) from error

@@ -43,6 +43,7 @@ class Config:
     max_answers: int = 10  # of one request
     max_body_megabytes: int = 32  # of one request
     max_source_pixels: int = 16_777_216  # of one picture that is sent
+    max_request_pixels: int = 67_108_864  # of all pictures of one request
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     as_trained: bool = True  # where `sampling` sets a length at most, draw as reinforcement learning drew its answers
     answers: InferenceOptions = field(default_factory=InferenceOptions)
@@ -66,7 +67,8 @@ class Config:
         problems.check(
             read_size(self.image_size) is not None, "image_size", f"not a size: {self.image_size!r}", "image_size=48"
         )
-        for name in ("image_area", "max_waiting", "max_answers", "max_body_megabytes", "max_source_pixels"):
+        limits = ("max_waiting", "max_answers", "max_body_megabytes", "max_source_pixels", "max_request_pixels")
+        for name in ("image_area", *limits):
             problems.check(getattr(self, name) > 0, name, "must be positive", f"{name}=1")
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
@@ -164,6 +166,7 @@ def app_of(config: Config, model: Any, token: str | None) -> Any:
         config.format,
         config.max_answers,
         config.max_source_pixels,
+        config.max_request_pixels,
     )
     app = make_app(
         Scheduler(model, config.max_waiting, counters),

@@ -50,8 +50,8 @@ class Server:
     async def edits(self, request: Request) -> Response:
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             values, files_of_form = await form_body(request)
-            read = partial(bodies.picture_of_bytes, limits=self.limits, name="image")
-            pictures = [await in_thread(read, data) for data in files_of_form]
+            budget = self.limits.pixels()
+            pictures = [await in_thread(budget.decoded, data, "image") for data in files_of_form]
         else:
             values = bodies.read_json(await json_body(request))
             pictures = await in_thread(bodies.read_images, values.pop("images", []), self.limits)

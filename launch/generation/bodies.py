@@ -19,7 +19,7 @@ from launch.generation.questions import prompt_of_parts, read_picture
 from launch.generation.sizes import pixels_of, read_size
 from model.errors import UserError
 from model.generation.settings import SamplingConfig
-from training.inference.prompts import FORMATS, Prompt
+from training.inference.prompts import FORMATS, Prompt, is_unicode
 
 MAX_PICTURES = 16  # of one prompt
 MAX_STATES = 256
@@ -30,6 +30,7 @@ COMMON_FIELDS = ("model", "user", *DRAWING_FIELDS)  # `user` is allowed and not 
 PICTURE_FIELDS = ("prompt", "response_format", "output_format", *COMMON_FIELDS)
 CHAT_FIELDS = ("messages", "format", "states", "words", "max_tokens", "max_completion_tokens", *COMMON_FIELDS)
 _DATA_URL = re.compile(r"data:image/[a-z.+-]{1,20};base64,")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # escaped in JSON; most are halves of pairs that are whole
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")  # width x height
 
 
@@ -54,6 +55,38 @@ class Limits:
     chat_format: str
     max_answers: int  # of one request
     max_pixels: int  # of one source picture
+    max_pixels_together: int  # of all source pictures of one request
+
+    def pixels(self) -> PixelBudget:
+        return PixelBudget(self.max_pixels, self.max_pixels_together)
+
+
+@dataclass
+class PixelBudget:
+    """How far the pictures of one request may unfold: a few kilobytes can hold millions of pixels."""
+
+    each: int
+    together: int  # what is left
+
+    def decoded(self, data: bytes, name: str) -> np.ndarray:
+        """uint8 [H, W, 3]. `name`: of the request's field."""
+        try:
+            picture = read_picture(data, name, min(self.each, self.together))
+        except UserError as error:
+            raise RequestError(str(error), name) from None
+        self.together -= picture.shape[0] * picture.shape[1]
+        return picture
+
+    def decoded_url(self, value: Any, name: str) -> np.ndarray:
+        """As `decoded`, of a data URL. Nothing is ever fetched."""
+        match = _DATA_URL.match(value) if isinstance(value, str) else None
+        if match is None:
+            raise RequestError("a picture must be a data URL: data:image/png;base64,...", name)
+        try:
+            data = base64.b64decode(value[match.end() :], validate=True)
+        except (binascii.Error, ValueError):
+            raise RequestError("a picture's data URL is not base64", name) from None
+        return self.decoded(data, name)
 
 
 @dataclass(frozen=True)
@@ -77,11 +110,14 @@ def read_json(raw: bytes) -> dict[str, Any]:
         raise ValueError(f"{name} is no JSON number")
 
     try:
-        values = json.loads(raw, parse_constant=no_number)
+        text = raw.decode()
+        values = json.loads(text, parse_constant=no_number)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise RequestError("the body is not a JSON object")
+    if _HALF_PAIR.search(text) and not is_unicode(values):
+        raise RequestError("a text in the body is not Unicode: half of a surrogate pair")
     return values
 
 
@@ -146,7 +182,8 @@ def read_images(value: Any, limits: Limits) -> list[np.ndarray]:
     is_list = isinstance(value, list) and all(isinstance(one, dict) and set(one) == {"image_url"} for one in value)
     if not is_list or len(value) > MAX_PICTURES:
         raise RequestError(f'images must be at most {MAX_PICTURES} of {{"image_url": "data:image/..."}}', "images")
-    return [picture_of_url(one["image_url"], limits, "images") for one in value]
+    budget = limits.pixels()
+    return [budget.decoded_url(one["image_url"], "images") for one in value]
 
 
 def read_chat(values: Mapping[str, Any], limits: Limits) -> Asked:
@@ -180,6 +217,7 @@ def read_messages(messages: Any, prompt_format: str, limits: Limits) -> list[str
             f"format {prompt_format} answers one message of the user; format interleaved continues several", "messages"
         )
     parts: list[str | np.ndarray] = []
+    budget = limits.pixels()
     for message in messages:
         unknown = set(message) - {"role", "content"}
         if unknown or message.get("role") not in ("system", "user", "assistant"):
@@ -188,7 +226,7 @@ def read_messages(messages: Any, prompt_format: str, limits: Limits) -> list[str
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list):
             raise RequestError("the content of a message must be a string or a list", "messages")
-        parts += [read_part(item, limits) for item in items]
+        parts += [read_part(item, limits, budget) for item in items]
         if sum(not isinstance(part, str) for part in parts) > MAX_PICTURES * 16:
             raise RequestError(f"at most {MAX_PICTURES * 16} pictures", "messages")
     parts = [part for part in parts if not isinstance(part, str) or part]
@@ -197,14 +235,14 @@ def read_messages(messages: Any, prompt_format: str, limits: Limits) -> list[str
     return parts
 
 
-def read_part(item: Any, limits: Limits) -> str | np.ndarray:
+def read_part(item: Any, limits: Limits, budget: PixelBudget) -> str | np.ndarray:
     """A text, a picture as a data URL, or a picture as codes (of an answer, to go on from it without loss)."""
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text" and isinstance(item.get("text"), str):
         return str(item["text"])
     if kind == "image_url":
         value = item.get("image_url")
-        return picture_of_url(value.get("url") if isinstance(value, dict) else value, limits, "messages")
+        return budget.decoded_url(value.get("url") if isinstance(value, dict) else value, "messages")
     if kind == "image_codes":
         return read_codes(item.get("codes"), limits)
     raise RequestError(
@@ -222,25 +260,6 @@ def read_codes(value: Any, limits: Limits) -> np.ndarray:
     if not is_grid or not all(type(code) is int and 0 <= code < limits.codebook_size for row in rows for code in row):
         raise RequestError(f"codes must be rows of one length with codes below {limits.codebook_size}", "messages")
     return np.array(rows, np.int64)
-
-
-def picture_of_url(value: Any, limits: Limits, name: str) -> np.ndarray:
-    """uint8 [H, W, 3] of a data URL. Nothing is ever fetched."""
-    match = _DATA_URL.match(value) if isinstance(value, str) else None
-    if match is None:
-        raise RequestError("a picture must be a data URL: data:image/png;base64,...", name)
-    try:
-        data = base64.b64decode(value[match.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise RequestError("a picture's data URL is not base64", name) from None
-    return picture_of_bytes(data, limits, name)
-
-
-def picture_of_bytes(data: bytes, limits: Limits, name: str) -> np.ndarray:
-    try:
-        return read_picture(data, name, limits.max_pixels)
-    except UserError as error:
-        raise RequestError(str(error), name) from None
 
 
 def check_encoding(fields: Fields) -> None:

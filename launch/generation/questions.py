@@ -14,7 +14,7 @@ from data_pipeline.sources.image import MAX_PIXELS, PICTURE_FORMATS, decode_imag
 from data_pipeline.sources.samples import SampleError
 from launch.generation.sizes import Size, read_size
 from model.errors import UserError
-from training.inference.prompts import FORMATS, Prompt
+from training.inference.prompts import FORMATS, Prompt, is_unicode
 
 EXPECTED = (
     '{"text": "...", "images": ["PATH", ...]} or {"parts": [{"text": "..."}, {"image": "PATH"}, ...]}, '
@@ -106,6 +106,8 @@ def are_parts(value: Any) -> bool:
 
 def check_question(question: Question, where: str = "") -> None:
     """Raises `UserError` for what cannot be asked, whatever the model."""
+    if not is_unicode([question.text, question.images, question.parts, question.words]):
+        raise UserError("a text of a prompt is not Unicode", where=where, got=ascii(question.text)[:80])
     if question.format not in FORMATS:
         raise UserError("unknown format of a prompt", where=where, expected=", ".join(FORMATS), got=question.format)
     has_pictures = bool(question.images) or any("image" in part for part in question.parts)
@@ -145,7 +147,7 @@ def load_image(path: Path) -> np.ndarray:
     """uint8 [H, W, 3]."""
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise UserError("a source picture cannot be read", where=str(path), got=str(error)) from error
     return read_picture(data, str(path))
 

@@ -58,7 +58,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "name": curriculum.get("name", run_folder.name),
         "wall_seconds": curriculum.get("wall_seconds"),
         "peak_memory_bytes": curriculum.get("peak_memory_bytes"),
-        "tokenizer": {key: tokenizer.values.get(key) if tokenizer else None for key in ("psnr_db", "codebook_use")},
+        "tokenizer": collect_tokenizer(tokenizer.values if tokenizer else {}),
         "packing": collect_packing(run_folder / "packed", run.damages),
         "tokens": collect_tokens(run_folder / "tokens", run.damages),
         "stages": [collect_stage(folder, summary) for folder, summary in stages],
@@ -75,6 +75,21 @@ def collect(run_folder: Path) -> dict[str, Any]:
         ],
     }
     return report | {"damaged": run.damages.told()}
+
+
+def collect_tokenizer(summary: dict[str, Any]) -> dict[str, Any]:
+    """`colliding_captions`: by a view's area in pixels, pairs of captions whose pictures differ and have the same codes."""
+    prefix = "colliding_captions_"
+    areas = [key.removeprefix(prefix) for key in summary if key.startswith(prefix)]
+    collisions = {}
+    for area in sorted((area for area in areas if area.isdecimal()), key=int):
+        names = summary.get(f"{prefix}{area}_names")
+        collisions[area] = {
+            "pairs": summary[f"{prefix}{area}"],
+            "captions": summary.get(f"{prefix}{area}_of"),
+            "names": [str(name) for name in names] if isinstance(names, list) else [],
+        }
+    return {key: summary.get(key) for key in ("psnr_db", "codebook_use")} | {"colliding_captions": collisions}
 
 
 def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, Any] | None:

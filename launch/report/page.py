@@ -22,6 +22,7 @@ METRIC_TITLES = {
     "t2i_accuracy_untrained": "text to image, untrained",
 }
 MAX_SAMPLES_SHOWN = 24
+MAX_PAIRS_SHOWN = 12
 
 
 def render_page(report: dict[str, Any], run_folder: Path) -> str:
@@ -31,6 +32,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Accuracies and what they stand beside", baseline_table(report["metrics"])),
         section("Stages", stage_table(report["stages"])),
         section("How it was run", run_table(report["stages"])),
+        section("Captions that share all codes", collision_table(report["tokenizer"]["colliding_captions"])),
         section("Loss by class of token", curves(report["stages"])),
         section("Held-out loss", charts_of(held_out(report["stages"]), "loss")),
         section("Rate, gradient norm, speed", charts_of(figures(report["stages"]), "")),
@@ -198,6 +200,15 @@ def run_table(stages: list[dict[str, Any]]) -> str:
     paths = [path for stage in stages for path in stage["run"]["files"]]
     links = " ".join(f'<a href="{html.escape(quote(path))}">{html.escape(path)}</a>' for path in paths)
     return table(header, rows) + (f"<p>{links}</p>" if links else "")
+
+
+def collision_table(collisions: dict[str, dict[str, Any]]) -> str:
+    """Pictures that nothing behind the vision tokenizer can tell apart, by the size of the pictures."""
+    rows = [
+        [f"{area} pixels", whole(one["pairs"]), whole(one["captions"]), "; ".join(one["names"][:MAX_PAIRS_SHOWN])]
+        for area, one in collisions.items()
+    ]
+    return table(["pictures of", "pairs", "captions compared", "which"], rows)
 
 
 LAYOUT = (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"), ("DP", "data"))

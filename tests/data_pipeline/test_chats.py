@@ -252,6 +252,37 @@ def test_lines_become_shards_that_the_pipeline_reads(tmp_path: Path, capsys):
     assert "holds shards already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": "user", "content": {"type": "text"}}]},
+        {"messages": [{"role": "user", "content": [{"type": ["text"]}]}]},
+        {"messages": [{"role": "user", "content": "half a pair: \ud800"}, {"role": "assistant", "content": "x"}]},
+        {"images": ["a\0.png"]},
+        {"images": ["\ud800.png"]},
+        {"images": ["circle.png"]},
+    ],
+)
+def test_whatever_a_line_holds_it_is_rejected_alone(tmp_path: Path, change, capsys):
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    turns = [
+        {"role": "user", "content": "<image>" if "images" in change else "x"},
+        {"role": "assistant", "content": "x"},
+    ]
+    lines = [
+        json.dumps({"messages": turns} | change),
+        json.dumps({"messages": [turns[1] | {"role": "user"}, turns[1]]}),
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    target = tmp_path / "raw"
+    assert (
+        cli.main(["chats", f"input={tmp_path}/chats.jsonl", f"media={tmp_path}", f"target={target}", "json=true"]) == 0
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["num_samples"], sum(answer["rejected"].values())) == (1, 1)
+
+
 def test_pairs_become_edits(tmp_path: Path, capsys):
     for number in range(2):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")

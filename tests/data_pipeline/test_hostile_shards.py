@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ import pytest
 from data_pipeline.kinds.registry import read_shard
 from data_pipeline.sources import BadSample, Sample
 from data_pipeline.sources import shards as shards_module
+from data_pipeline.sources.shards import places_in
 from model.errors import UserError
+from training.tokenizers.image_stream import CorpusIndex
+from training.tokenizers.tokenizer_options import ImageCorpus
 
 Entry = tuple[str, bytes | str]  # name, and bytes or the target of a link
 
@@ -105,6 +109,33 @@ def test_a_huge_header_is_refused_and_not_read(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 50_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_places_of_files_are_found_from_bounded_headers(tmp_path: Path) -> None:
+    """As the vision tokenizer's index finds them: in joined archives too, without links, and never a huge header."""
+    pair: list[Entry] = [("a.jpg", b"jpeg"), ("b.jpg", "a.jpg"), ("c.png", b"png")]
+    one = write_tar(tmp_path / "1.tar", pair).read_bytes()
+    path = tmp_path / "0.tar"
+    path.write_bytes(one + one)
+    content = path.read_bytes()
+    found = [
+        (place.key, content[place.offset : place.offset + place.size]) if place else None for place in places_in(path)
+    ]
+    assert found == [("a", b"jpeg"), None, ("c", b"png"), ("#1/a", b"jpeg"), None, ("#1/c", b"png")]
+    huge = tarfile.TarInfo("pax")
+    huge.type, huge.size = tarfile.XHDTYPE, 600_000_000
+    path.write_bytes(one[: 5 * tarfile.BLOCKSIZE] + huge.tobuf(tarfile.USTAR_FORMAT))  # three headers, two files
+    os.truncate(path, 600_100_000)
+    num_bad: Counter[str] = Counter()
+    tracemalloc.start()
+    try:
+        index = CorpusIndex("x", ImageCorpus(str(path)), num_bad)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    assert (len(index), num_bad) == (2, {"truncated_tar": 1})
+    with pytest.raises(UserError, match="No such file"):
+        list(places_in(tmp_path / "missing.tar"))
 
 
 def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The command line: help without heavy imports, exit codes, one message a mistake, JSON alone on stdout."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 
 from launch.command_line import cli
 from launch.composition import registry
+from launch.local import worker
 
 
 def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,6 +131,59 @@ def test_a_full_disk_is_the_users_to_mend(monkeypatch, capsys):
     monkeypatch.setattr(cli, "execute", full)
     assert cli.main(["doctor"]) == 2
     assert "disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.EIO])
+def test_what_the_system_says_of_a_file_is_the_users_to_mend(number, tmp_path, monkeypatch, capsys):
+    """In every command and in every rank, whoever opened the file."""
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number), "runs/demo/x")
+
+    monkeypatch.setattr(cli, "execute", refused)
+    assert cli.main(["doctor"]) == 2
+    monkeypatch.setitem(worker.TASKS, "train", refused)
+    for name in ("end_with_parent", "hear_signals"):
+        monkeypatch.setattr(worker, name, lambda: None)
+    monkeypatch.setenv(worker.REPORT_VARIABLE, str(tmp_path / "report.json"))
+    assert worker.main(["--config", "x"]) == 2
+    for told in (capsys.readouterr().err, json.loads((tmp_path / "report.json").read_text())["message"]):
+        assert os.strerror(number) in told
+        assert "runs/demo/x" in told
+        assert "fix:" in told
+
+
+def test_an_error_of_the_system_that_is_about_no_file_is_a_defect(monkeypatch):
+    def refused(call):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(cli, "execute", refused)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main(["doctor"])
+
+
+def test_files_in_the_way_of_cheap_commands_are_one_message(tmp_path, capsys):
+    """Really tried, as root too: a folder in place of a file, a file in place of a folder, a link to itself."""
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "run" / "report.json").mkdir(parents=True)
+    (tmp_path / "answers.jsonl").write_text("")
+    rewards = ["signals.rule.path=rule_aesthetic", f"answers={tmp_path}/answers.jsonl"]
+    calls = [
+        ["report", f"run_folder={tmp_path}/run"],
+        ["chats", f"input={tmp_path}", f"target={tmp_path}/target"],
+        ["chats", f"input={tmp_path}/answers.jsonl", f"target={tmp_path}/file"],
+        ["rewards", "score", *rewards, f"out={tmp_path}/file/scores.jsonl"],
+        ["rewards", "score", rewards[0], f"answers={tmp_path}/circle", f"out={tmp_path}/scores.jsonl"],
+        ["inspect", f"{tmp_path}/circle"],
+        ["tokenize", f"input={tmp_path}/circle", f"target={tmp_path}/file/x", f"text_tokenizer={tmp_path}/circle"],
+        ["pack", f"tokens.text={tmp_path}/file", f"target={tmp_path}/circle"],
+        ["train", "stage=toy_text_tokenizer", f"run_folder={tmp_path}/file", "preflight=false"]
+        + [f"stage.objective.corpora=[{tmp_path}/circle]"],
+    ]
+    for call in calls:
+        assert cli.main(call) == 2, call
+        assert capsys.readouterr().err.count("error: ") == 1, call
 
 
 def test_multirun_runs_each_combination_in_its_own_folder(tmp_path):

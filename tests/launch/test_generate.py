@@ -137,6 +137,9 @@ def test_what_is_new_is_told_as_it_comes(toy: Path, capsys: pytest.CaptureFixtur
         ({"prompts_file": "broken.jsonl"}, "not a JSON object"),
         ({"prompts_file": "deep.jsonl"}, "not a JSON object"),
         ({"prompts_file": "odd.jsonl"}, "unknown key 'txt'"),
+        ({"prompts_file": "half.jsonl"}, "not Unicode"),
+        ({"prompt": "\ud800"}, "not Unicode"),
+        ({"prompt": "a", "format": "x2i", "images": ["a\0.png"]}, "source picture cannot be read"),
         ({"prompts_file": "states.jsonl"}, "a value of states that does not fit"),
         ({"prompt": "a", "format": "x2i", "images": ["broken.jsonl"]}, "source picture cannot be read"),
         ({"prompt": "a", "format": "x2i", "images": ["bomb.png"]}, "image_too_large"),
@@ -149,6 +152,7 @@ def test_refusals(values: dict[str, Any], message: str, toy: Path) -> None:
     Path("deep.jsonl").write_text("[" * 100_000)
     Path("odd.jsonl").write_text('{"txt": "a"}')
     Path("states.jsonl").write_text('{"text": "a", "states": true}')
+    Path("half.jsonl").write_text('{"parts": [{"text": "\\ud800"}], "format": "interleaved"}')
     whole = Path("scene.png").read_bytes()
     Path("cut.png").write_bytes(whole[: len(whole) // 2])
     Path("bomb.png").write_bytes(claims(60_000, 60_000, whole))

@@ -29,6 +29,9 @@ def run_folder(tmp_path):
         {"name": "small", "wall_seconds": 10.0, "peak_memory_bytes": 7, "entries": entries},
     )
     tokenizer = {"psnr_db": 30.5, "codebook_use": 0.9, "loss_last": 0.1}
+    tokenizer |= {"colliding_captions_2304": 0, "colliding_captions_2304_of": 40, "colliding_captions_2304_names": []}
+    tokenizer |= {"colliding_captions_576": 1, "colliding_captions_576_of": 40}
+    tokenizer |= {"colliding_captions_576_names": ["a red <circle> / a red square"]}
     write(tmp_path / "vision_tokenizer" / "summary.json", tokenizer)
     for index, name in enumerate(("sft", "pretrain_1")):
         summary = {
@@ -118,7 +121,14 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
     report = json.loads((run_folder / "report.json").read_text())
     assert report == answer
     assert report["wall_seconds"] == 10.0
-    assert report["tokenizer"] == {"psnr_db": 30.5, "codebook_use": 0.9}
+    assert report["tokenizer"] == {
+        "psnr_db": 30.5,
+        "codebook_use": 0.9,
+        "colliding_captions": {
+            "576": {"pairs": 1, "captions": 40, "names": ["a red <circle> / a red square"]},
+            "2304": {"pairs": 0, "captions": 40, "names": []},
+        },
+    }
     assert report["packing"]["fill"] == pytest.approx(190 / 200)
     assert [stage["name"] for stage in report["stages"]] == ["pretrain_1", "sft"]
     wanted = {
@@ -152,6 +162,7 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
         "<tr><td>text to image</td><td>90.0%</td><td>95.0%</td><td>75.0%</td><td>25.0%</td><td>5.0%</td><td>-</td></tr>"
     )
     assert row in page.replace('<td class="number">', "<td>")
+    assert "<td>576 pixels</td><td>1</td><td>40</td><td>a red &lt;circle&gt; / a red square</td>" in page
     assert report["tokens"][0]["quarantined"] == {"corrupt_image": 1}
 
 

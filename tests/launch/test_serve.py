@@ -38,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenize
 def app_of(tokenizer: SentencePieceTokenizer, token: str | None = None, decoder: Any = None, **values: Any) -> Any:
     config = serve.Config(checkpoint="somewhere", image_size=[16, 24], max_body_megabytes=1, **values)
     config.sampling.max_new_tokens = 1500
-    config.max_source_pixels = 100_000
+    config.max_source_pixels, config.max_request_pixels = 100_000, 300_000
     return serve.app_of(config, toy_model(tokenizer, decoder, max_images=2), token)
 
 
@@ -171,6 +171,8 @@ def user(*content: Any) -> dict[str, Any]:
         (DRAW, '{"prompt": "a", "temperature": NaN}', 400, "NaN is no JSON number"),
         (DRAW, '{"prompt": "a", "temperature": 1e999}', 400, "temperature must be a number"),
         (DRAW, "{}", 400, "prompt must be a string"),
+        (DRAW, '{"prompt": "\\ud83d"}', 400, "half of a surrogate pair"),
+        (DRAW, '{"prompt": "a", "\\udc00": 1}', 400, "half of a surrogate pair"),
         (DRAW, {"prompt": "a", "n": 11}, 400, "n must be a whole number in [1, 10]"),
         (DRAW, {"prompt": "a", "n": True}, 400, "n must be a whole number"),
         (DRAW, {"prompt": "a", "seed": -1}, 400, "seed must be"),
@@ -189,6 +191,8 @@ def user(*content: Any) -> dict[str, Any]:
         (EDIT, {"prompt": "a", "images": [{"image_url": url(png()[:40])}]}, 400, "corrupt_image"),
         (EDIT, {"prompt": "a", "images": [{"image_url": url(claims(400, 400))}]}, 400, "image_too_large"),
         (EDIT, {"prompt": "a", "images": [{"image_url": url(b"%!PS-Adobe-3.0 EPSF-3.0\n")}]}, 400, "corrupt_image"),
+        (EDIT, {"prompt": "a", "images": [{"image_url": url(png(0, 296, 296))}] * 4}, 400, "at most 37,152 pixels"),
+        (CHAT, user(*[{"type": "image_url", "image_url": url(png(0, 296, 296))}] * 4), 400, "at most 37,152 pixels"),
         (CHAT, {"messages": []}, 400, "messages must be a list"),
         (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "answers one message of the user"),
         (CHAT, user({"type": "video"}), 400, "a part of a message is"),

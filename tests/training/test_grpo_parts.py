@@ -150,10 +150,18 @@ def test_tasks_stand_in_every_batch_by_their_weights_and_prompts_come_in_turn(tm
         ('{"text": "x", "sise": 3}', "unknown keys"),
         ('{"text": "x", "format": "story"}', "unknown format"),
         ('{"text": "x", "images": ["none.png"]}', "cannot be read"),
+        ('{"text": "x", "images": ["a\\u0000.png"]}', "cannot be read"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"text": "x", "images": [5]}', "does not fit"),
+        ('{"text": "x", "image_size": "8"}', "does not fit"),
+        ('{"text": "x", "image_size": [8, null]}', "does not fit"),
+        ('{"text": "x", "fields": []}', "does not fit"),
+        ('{"text": "half a pair: \\ud800"}', "does not fit"),
     ],
 )
 def test_a_bad_prompt_is_told_with_its_line(tmp_path: Path, line: str, told: str) -> None:
-    (tmp_path / "p.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    # A line separator inside of a text ends no line.
+    (tmp_path / "p.jsonl").write_text('{"text": "go\u2028od"}\n' + line + "\n")
     with pytest.raises(UserError, match=told) as error:
         PromptFile(str(tmp_path / "p.jsonl")).questions()
     assert "line 2" in str(error.value)

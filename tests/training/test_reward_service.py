@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import signal
 import socket
@@ -18,6 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 
 from benchmarks import reward_service as benchmark
 from model.errors import UserError
@@ -84,6 +87,17 @@ def test_answers_travel_unchanged():
     assert encoded(back)["id"] == record["id"]
 
 
+def png_without_palette() -> str:
+    """Pillow meets an assertion of its own where such a picture has transparency."""
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([1, 2, 3] * 256)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=0)
+    data = buffer.getvalue()
+    start = data.index(b"PLTE") - 4
+    return base64.b64encode(data[:start] + data[start + 12 + int.from_bytes(data[start : start + 4], "big") :]).decode()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -93,6 +107,7 @@ def test_answers_travel_unchanged():
         lambda record: record | {"text": "another"},  # the id is not its own
         lambda record: record | {"images": ["no base64!"]},
         lambda record: record | {"images": ["R0lGODlhAQABAAAAACw="]},  # a GIF
+        lambda record: record | {"images": [png_without_palette()]},
     ],
 )
 def test_what_is_no_answer_is_refused(change):
@@ -186,9 +201,12 @@ def test_requests_without_token_or_sense_are_refused(tmp_path):
         for headers in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer wrong"}):
             assert httpx.post(f"{url}/score", json=good, headers=headers).status_code == 401
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        assert httpx.post(f"{url}/score", json=good, headers=headers).json() == {"version": "1", "scores": []}
+        for long in ({}, {"deadline_seconds": 10**400}):
+            reply = httpx.post(f"{url}/score", json=good | long, headers=headers)
+            assert reply.json() == {"version": "1", "scores": []}
         bodies: list[tuple[object, int]] = [
             (good | {"reward": "another"}, 404),
+            (good | {"reward": ["number"]}, 404),
             (good | {"deadline_seconds": 0}, 400),
             (good | {"deadline_seconds": True}, 400),
             (good | {"answers": 3}, 400),
@@ -201,7 +219,7 @@ def test_requests_without_token_or_sense_are_refused(tmp_path):
             assert (reply.status_code, bool(reply.json()["error"])) == (status, True)
         assert httpx.post(f"{url}/score", content=b"\x80\x04pickle", headers=headers).status_code == 400
         counts = httpx.get(f"{url}/counts", headers=headers).json()
-        assert (counts["refused"], counts["status 400"], counts["status 404"]) == (3, 6, 1)
+        assert (counts["refused"], counts["status 400"], counts["status 404"]) == (3, 6, 2)
     (tmp_path / "address").write_text("{}")
     with pytest.raises(UserError, match="does not answer"):
         RemoteReward("number", str(tmp_path / "address"), start_seconds=0.3, limits={"backoff_seconds": 0.01})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,23 @@ from model.errors import Problems
 FORMATS = (*TASKS, "interleaved")
 INTERLEAVED_TASKS = tuple(task for task in TASKS if task not in ("t2i", "x2i"))  # answered with text and pictures
 INTERLEAVED_TASK = "explore"  # of the chat template, when interleaved prompts are asked as chat
+
+
+def is_unicode(value: Any) -> bool:
+    """Can all texts in a JSON value be written as UTF-8? Half of a surrogate pair (`"\\ud800"`) cannot; tokenizers fail of it."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, str) and not one.isascii():
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                return False
+    return True
 
 
 @dataclass

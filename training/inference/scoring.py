@@ -21,6 +21,7 @@ from model.parallel.layout_rules import add_to, divided_sizes
 from model.vocabulary import Vocabulary
 from training.config import ParallelConfig
 from training.contracts.layout import ParallelLayout
+from training.inference.prompts import is_unicode
 
 OUT_FOLDER_FIX = "make the folder first, or name another file"
 
@@ -228,6 +229,9 @@ def _open_text(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, 
         except (OSError, UnicodeDecodeError) as error:
             raise UserError("the text cannot be read", where=str(config.text_file), got=str(error)) from None
         texts = [text for text in texts if text.strip()]
+    for text in texts:
+        if not is_unicode(text):
+            raise UserError("a text is not Unicode", where=config.text_file or "text", got=ascii(text)[:80])
     rows = [builder.text(index, text).tokens.astype(np.int64) for index, text in enumerate(texts)]
     return Documents(np.array([len(row) for row in rows], dtype=np.int64), rows.__getitem__)
 

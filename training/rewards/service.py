@@ -93,10 +93,11 @@ class RewardService:
     async def _score(self, request: Request) -> dict[str, Any]:
         body = await self._read(request)
         name, records, seconds = body.get("reward"), body.get("answers"), body.get("deadline_seconds")
-        if name not in self._batchers:
+        if not isinstance(name, str) or name not in self._batchers:
             raise BadRequestError(f"there is no reward {name!r}; served are {', '.join(self._batchers)}", 404)
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
             raise BadRequestError("deadline_seconds must be a positive number")
+        seconds = float(min(seconds, self.limits.max_deadline_seconds))
         if not isinstance(records, list):
             raise BadRequestError("answers must be a list")
         try:
@@ -104,7 +105,7 @@ class RewardService:
             answers = await asyncio.to_thread(lambda: [decoded(record, budget) for record in records])
         except WireError as error:
             raise BadRequestError(str(error)) from error
-        batcher, seconds = self._batchers[name], min(float(seconds), self.limits.max_deadline_seconds)
+        batcher = self._batchers[name]
         asking = [batcher.score(one["id"], answer, seconds) for one, answer in zip(records, answers, strict=True)]
         verdicts = await asyncio.gather(*asking, return_exceptions=True)
         if any(isinstance(verdict, TooManyWaitingError) for verdict in verdicts):

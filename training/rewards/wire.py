@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from training.rewards.base import Answer
 
 MAX_PIXELS = 1 << 27  # of all pictures of a request together: 128 megapixels, 400 MB
 TEXT_FIELDS = ("task", "prompt", "text")
+# Pillow raises these on bytes that are no PNG (AssertionError: a palette that is not there), base64 a ValueError.
+_CORRUPT = (OSError, SyntaxError, ValueError, AssertionError)
 
 
 class WireError(ValueError):
@@ -66,7 +67,11 @@ def decoded(values: object, budget: PixelBudget | None = None) -> Answer:
     if not isinstance(fields, dict) or not isinstance(images, list) or not isinstance(sources, list):
         raise WireError("fields is no JSON object, or images or prompt_images no list")
     content = {name: value for name, value in values.items() if name != "id"}
-    if values.get("id") != fingerprint_of(content):
+    try:
+        own_id = fingerprint_of(content)
+    except RecursionError:
+        raise WireError("it is nested too deeply") from None
+    if values.get("id") != own_id:
         raise WireError("its id is not that of its content")
     return Answer(
         values["task"],
@@ -91,7 +96,7 @@ def _decoded_image(text: object, budget: PixelBudget) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             budget.take(picture.width * picture.height)
             return np.asarray(picture.convert("RGB"))
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, WireError):
-            raise
+    except WireError:
+        raise
+    except (Image.DecompressionBombError, *_CORRUPT) as error:
         raise WireError(f"a picture is no PNG in base64: {error}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from data_pipeline.loading.read_ahead import Readers
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from data_pipeline.sources.shards import split_name
+from data_pipeline.sources.shards import DamageError, places_in
 from data_pipeline.storage.descriptors import read_exactly
 from model.errors import UserError
 from training.tokenizers.image_data import (
@@ -92,22 +91,17 @@ class CorpusIndex:
 
 def _pictures_of(path: Path, num_bad: Counter[str]) -> Iterator[tuple[str, int, int, int]]:
     """(key, kind, offset, bytes) of each picture and video of a shard; a damaged end is counted and passed over."""
+    num_bytes = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                key, extension = split_name(member.name)
-                suffix = extension.lower().rsplit(".", 1)[-1]
-                if member.isreg() and key and suffix in KINDS:
-                    if member.offset_data + member.size > path.stat().st_size:
-                        num_bad["truncated_tar"] += 1
-                        return
-                    yield key, KINDS.index(suffix), member.offset_data, member.size
-            # tarfile takes a file that stops between members as complete; the end mark tells.
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        for place in places_in(path):
+            suffix = place.extension.rsplit(".", 1)[-1] if place else ""
+            if place is None or suffix not in KINDS:
+                continue
+            if place.offset + place.size > num_bytes:
                 num_bad["truncated_tar"] += 1
-    except (tarfile.TarError, OSError):
+                return
+            yield place.key, KINDS.index(suffix), place.offset, place.size
+    except DamageError:
         num_bad["truncated_tar"] += 1
 
 

@@ -15,7 +15,7 @@ from data_pipeline.sources.samples import SampleError
 from model.durable import fingerprint_of
 from model.errors import UserError
 from model.registry import find_class, made_with
-from training.inference.prompts import FORMATS, Prompt
+from training.inference.prompts import FORMATS, Prompt, is_unicode
 from training.objectives.grpo.grpo_options import PromptsEntry
 
 KEY = "stage.objective.prompts"
@@ -62,7 +62,7 @@ class PromptFile:
         """Raises `UserError` that names the line."""
         file = Path(self.path)
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError("the prompts cannot be read", where=str(file), got=str(error)) from error
         read = [self._read(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -72,7 +72,7 @@ class PromptFile:
         where = f"{file}, line {number}"
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError("not a JSON object", where=where, got=str(error)) from error
         known = {"text", "format", "images", "image_size", "task", "fields"}
         if not isinstance(values, dict) or not isinstance(values.get("text"), str) or not values["text"].strip():
@@ -87,16 +87,25 @@ class PromptFile:
                 return None
         if values.get("format", "t2i") not in FORMATS[:2]:
             raise UserError("unknown format", where=where, expected="t2i, x2i", got=str(values["format"]))
-        size = values.get("image_size", self.image_size)
-        images = [_picture(file.parent / name, where) for name in values.get("images", [])]
-        prompt = Prompt(values.get("format", "t2i"), values["text"], images, image_size=(int(size[0]), int(size[1])))
-        return Question(prompt, values.get("fields", {}))
+        size, fields, names = (
+            values.get("image_size", list(self.image_size)),
+            values.get("fields", {}),
+            values.get("images", []),
+        )
+        is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side >= 0 for side in size)
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not is_size or not are_names or not isinstance(fields, dict) or not is_unicode(values):
+            expected = '"image_size": [height, width], "images": [paths], "fields": {...}, all texts Unicode'
+            raise UserError("a value does not fit", where=where, expected=expected, got=line[:80])
+        images = [_picture(file.parent / name, where) for name in names]
+        prompt = Prompt(values.get("format", "t2i"), values["text"], images, image_size=(size[0], size[1]))
+        return Question(prompt, fields)
 
 
 def _picture(path: Path, where: str) -> np.ndarray:
     try:
         return decode_image(path.read_bytes())
-    except (OSError, SampleError) as error:
+    except (OSError, ValueError, SampleError) as error:  # ValueError: a name with a zero byte
         raise UserError("a picture of a prompt cannot be read", where=f"{where}: {path}", got=str(error)) from error
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 project = "nextstate"
-copyright = "the nextstate developers"
+html_show_copyright = False
 extensions = ["myst_parser", "autoapi.extension"]
 myst_heading_anchors = 3
 html_theme = "furo"

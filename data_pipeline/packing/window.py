@@ -49,8 +49,8 @@ class WindowPacker:
     Tassiulas and Ephremides, 1992.)
 
     Pieces given to `add` are never cut. Pieces given to `add_filler` wait in a reservoir, in order, and fill what is
-    still left of rows, cut by `cut` where that is needed. The reservoir holds at most as many tokens as the window;
-    what comes beyond is placed whole, like any other piece. Holes shorter than `minimum_piece_tokens` are left for
+    still left of rows, cut by `cut` where that is needed. The reservoir holds at most as many tokens as the window and
+    one row, so that a row's worth stays when it overflows; what comes beyond is placed whole, like any other piece. Holes shorter than `minimum_piece_tokens` are left for
     padding, and so is what no filler is left for.
 
     `add`, `add_filler` and `flush` yield rows as they are made.
@@ -59,7 +59,7 @@ class WindowPacker:
     def __init__(self, sequence_length: int, window_rows: int, minimum_piece_tokens: int, cut: Cutter):
         self.sequence_length = sequence_length
         self.minimum_piece_tokens = minimum_piece_tokens
-        self._most_tokens = window_rows * sequence_length  # of the window, and of the reservoir
+        self._most_tokens = window_rows * sequence_length  # of the window
         self._slack = sequence_length // _SLACK_SHARE
         self._cut = cut
         self._waiting: OrderedDict[int, Piece] = OrderedDict()  # by number of arrival
@@ -87,7 +87,7 @@ class WindowPacker:
     def add_filler(self, piece: Piece) -> Iterator[Row]:
         self._reservoir.append(piece)
         self._reservoir_tokens += piece.length
-        while self._reservoir_tokens > self._most_tokens:
+        while self._reservoir_tokens > self._most_tokens + self.sequence_length:
             yield from self.add(self._first_filler())
 
     def flush(self) -> Iterator[Row]:

@@ -126,6 +126,24 @@ def count_parameters(config: ModelConfig, *, padded: bool = False) -> dict[str, 
     return {"embeddings": embeddings, "layers": layers, "total": embeddings + layers} | parts
 
 
+def count_adapter_parameters(config: ModelConfig) -> int:
+    """Exact number of parameters of all low-rank adapters: rank * (inputs + outputs) for each adapted layer."""
+    query_width = config.num_attention_heads * config.head_dim
+    key_value_width = config.num_query_groups * config.head_dim
+    widths = {
+        "linear_qkv": config.hidden_size + query_width + 2 * key_value_width,
+        "linear_proj": query_width + config.hidden_size,
+        "linear_fc1": config.hidden_size + 2 * config.ffn_hidden_size,
+        "linear_fc2": config.ffn_hidden_size + config.hidden_size,
+    }
+    return config.num_layers * config.adapter.rank * sum(widths[name] for name in config.adapter.modules)
+
+
+def count_trained_parameters(config: ModelConfig, *, padded: bool = False) -> int:
+    """All, or beside adapters those alone."""
+    return count_adapter_parameters(config) or count_parameters(config, padded=padded)["total"]
+
+
 FLOP_CONVENTION = (
     "forward pass; a multiplication and its addition count 2; matrix products only (no norms, softmax, RoPE, "
     "activations); attention counts the pairs that causal attention sees; training takes 3 times as much, without "

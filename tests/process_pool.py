@@ -52,9 +52,9 @@ class ProcessPool:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # The server imports torch and megatron once; each worker is a fork of it.
+        # The server imports torch, megatron and deepspeed once; each worker is a fork of it.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["training.engines.megatron.engine"])
+        self.context.set_forkserver_preload(["training.engines.megatron.engine", "training.engines.deepspeed.engine"])
         self.workers: list[tuple[Any, Connection]] = []
         self.num_jobs = 0
 

@@ -13,6 +13,7 @@ from model.checkpoint.small_files import check_resolved, read_yaml
 from model.config import ModelConfig
 from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, divided_sizes
+from training.contracts import zero
 from training.contracts.layout import ParallelLayout, Rows
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -135,10 +136,11 @@ class TrainConfig:
     name: str = "default"  # of the run; part of the default run_folder
     run_folder: str = "runs/default"  # the stage writes below run_folder/stage.name
     seed: int = 1234  # of weights, data order and dropout
-    engine: str | None = None  # megatron | package.module.Class; null: the objective's own
+    engine: str | None = None  # megatron | deepspeed | package.module.Class; null: the objective's own
     model: ModelConfig = field(default_factory=ModelConfig)
     stage: StageConfig = field(default_factory=StageConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: zero.DeepSpeedConfig = field(default_factory=zero.DeepSpeedConfig)  # read by that engine
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -156,6 +158,7 @@ class TrainConfig:
         _validate_stage(self, problems)
         _validate_optimizer(self.stage, problems)
         _validate_reliability(self, problems)
+        _validate_deepspeed(self, problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars; `from_dict` is its inverse."""
@@ -329,6 +332,22 @@ def _validate_reliability(config: TrainConfig, problems: Problems) -> None:
         problems.check(value > 0, key, f"must be positive, got {value}", f"{key}=1")
 
 
+def _validate_deepspeed(config: TrainConfig, problems: Problems) -> None:
+    """Its section is refused where another engine would not read it."""
+    if config.engine == "deepspeed":
+        zero.check(config.deepspeed, problems)
+        problems.check(
+            config.parallel.distributed_optimizer,
+            "parallel.distributed_optimizer",
+            "every stage of ZeRO cuts the optimizer's state",
+            "parallel.distributed_optimizer=true",
+        )
+        return
+    for line in differences(asdict(zero.DeepSpeedConfig()), asdict(config.deepspeed), "deepspeed"):
+        changed = line.partition(":")[0]
+        problems.add(changed, f"has no effect with engine={config.engine or 'megatron'}", "engine=deepspeed")
+
+
 def check_data(config: TrainConfig, problems: Problems) -> None:
     """Of an objective that reads packed rows."""
     data, key = config.stage.data, "stage.data"
@@ -369,4 +388,5 @@ def check_layout(config: TrainConfig, problems: Problems) -> None:
     """Of an objective that trains the transformer: asked of the one home of the question, as the engine's ranks do."""
     stage = config.stage
     rows = Rows(stage.sequence_length, stage.micro_batch_size, stage.global_batch_size)
-    add_to(problems, ParallelLayout.of(config.parallel).problems(divided_sizes(config.model), rows))
+    engine = config.engine or "megatron"
+    add_to(problems, ParallelLayout.of(config.parallel).problems(divided_sizes(config.model), rows, engine=engine))

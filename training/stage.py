@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -80,6 +81,13 @@ def validate(config: TrainConfig) -> None:
     check_objective(config, problems)
     if config.engine is not None:
         check_name("engine", config.engine, ENGINES, "engine")
+    if config.engine == "deepspeed":
+        problems.check(
+            importlib.util.find_spec("deepspeed") is not None,
+            "engine",
+            "deepspeed is not installed",
+            "pip install 'nextstate[deepspeed]'",
+        )
     for name, entry in config.callbacks.items():
         check_name("callback", entry.path, {}, f"callbacks.{name}.path")
     problems.raise_if_any()
@@ -274,7 +282,7 @@ def machine() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Versions of the code and of the libraries that compute, and the commit where there is one."""
     found = {"python": platform.python_version()}
-    for name in ("nextstate", "torch", "megatron-core", "numpy"):
+    for name in ("nextstate", "torch", "megatron-core", "deepspeed", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

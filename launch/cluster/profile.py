@@ -17,6 +17,7 @@ class ClusterConfig(Scheduling):
     num_accelerators: int = 8  # that the job gets
     accelerators_per_node: int = 8  # and, if tasks_per_node is 0, ranks of a node
     accelerators_per_fast_domain: int = 8  # that reach each other over NVLink; more than a node's where racks do
+    host_memory_gigabytes: float = 2000.0  # of one node
     network_gigabits_per_second: float = 400.0  # of one accelerator's way out of its node
     storage_gigabytes_per_second: float = 40.0  # the shared file system's, for all nodes together
 
@@ -25,7 +26,7 @@ class ClusterConfig(Scheduling):
         for name in ("num_accelerators", "accelerators_per_node", "accelerators_per_fast_domain"):
             value = getattr(self, name)
             problems.check(value > 0, f"{key}.{name}", f"must be positive, got {value}", f"{key}.{name}=8")
-        for name in ("network_gigabits_per_second", "storage_gigabytes_per_second"):
+        for name in ("host_memory_gigabytes", "network_gigabits_per_second", "storage_gigabytes_per_second"):
             value = getattr(self, name)
             problems.check(
                 0 < value < float("inf"),

@@ -8,6 +8,7 @@ from typing import Any
 from launch.cluster.profile import ClusterConfig
 from model.errors import Problems
 from training.config import TrainConfig
+from training.contracts import zero
 from training.contracts.layout import RECOMPUTE
 
 HELP = """Know memory, step time and cost of a stage on a cluster before it is spent, and the best layouts for it.
@@ -18,6 +19,7 @@ examples:
   nextstate plan model=emu35_34b stage=pretrain_1 cluster=h100 cluster.num_accelerators=1024
   nextstate plan model=emu35_34b stage=sft_1 cluster=h200 cluster.num_accelerators=64 json=true
   nextstate plan stage=pretrain_1 parallel.tensor=4 parallel.pipeline=2 document_tokens=4000
+  nextstate plan engine=deepspeed stage=sft_1 cluster.num_accelerators=8
   nextstate plan check=published
   nextstate plan simulate=true cluster.num_accelerators=7168"""
 
@@ -66,6 +68,8 @@ class Config(TrainConfig):
         problems.check(
             self.check in ("layouts", "published"), "check", f"unknown value {self.check!r}", "check=published"
         )
+        if self.engine == "deepspeed":
+            zero.check(self.deepspeed, problems)
         problems.raise_if_any()
 
 
@@ -78,6 +82,12 @@ def run(config: Config) -> dict[str, Any]:
 
     if config.simulate:
         return dry_run(config, config.cluster, config.document_tokens)
+    if config.engine == "deepspeed":
+        from launch.plan import zero_answer
+
+        return zero_answer.answer(
+            config, config.cluster, recompute=list(config.recompute), document_tokens=config.document_tokens
+        )
     return answer(
         config,
         config.cluster,
@@ -88,8 +98,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    from launch.plan import answer
+    from launch.plan import answer, zero_answer
 
+    if found.get("engine") == "deepspeed":
+        return zero_answer.render(found)
     if "runs" in found:
         return answer.render_published(found)
     return answer.render_dry_run(found) if "parts_built" in found else answer.render(found)

@@ -55,6 +55,11 @@ def stage_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
     return count
 
 
+def trained_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """On one rank of a pipeline stage. Half of an adapter is held whole by every tensor rank; here all of it is."""
+    return shape.num_layers // layout.pipeline * shape.adapters or stage_parameters(shape, layout, stage)
+
+
 def mask_elements(layout: Layout, batch: Batch) -> int:
     """Of the attention masks of one layer and micro-batch, on the context rank that has most.
 
@@ -105,7 +110,7 @@ def stage_memory(
     shape: ModelShape, layout: Layout, batch: Batch, stage: int, *, moves_rows: bool = True
 ) -> StageMemory:
     """Memory of one rank of `stage` at the peak of a step."""
-    parameters = stage_parameters(shape, layout, stage)
+    parameters, trained = stage_parameters(shape, layout, stage), trained_parameters(shape, layout, stage)
     replicas = layout.data * layout.context
     sharded_weights = replicas if layout.fully_sharded else 1
     optimizer_shards = replicas if layout.distributed_optimizer or layout.fully_sharded else 1
@@ -133,8 +138,8 @@ def stage_memory(
         communication += 4 * hidden * size  # two received, two being sent
     return StageMemory(
         weights=parameters * size / sharded_weights,
-        gradients=parameters * GRADIENT_BYTES / sharded_weights,
-        optimizer=parameters * state_bytes / optimizer_shards,
+        gradients=trained * GRADIENT_BYTES / sharded_weights,
+        optimizer=trained * state_bytes / optimizer_shards,
         activations=kept * in_flight,
         logits=logits,
         working=working,

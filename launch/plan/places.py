@@ -64,7 +64,13 @@ def this_machine() -> Place:
     known = device_of_driver(name)
     base = known or replace(DEVICES["h100"], name=name)  # for the shape of it: its speed is told to be unknown
     device = replace(base, title=name, memory_bytes=memory_bytes)
-    cluster = ClusterConfig(name="local", kind="local", num_accelerators=count, accelerators_per_node=count)
+    cluster = ClusterConfig(
+        name="local",
+        kind="local",
+        num_accelerators=count,
+        accelerators_per_node=count,
+        host_memory_gigabytes=memory_limit_bytes() / 1e9,
+    )
     return Place(
         f"{count} x {name} of this machine",
         device,
@@ -85,6 +91,7 @@ def host(memory_bytes: float, cores: int) -> Place:
         num_accelerators=cores,
         accelerators_per_node=cores,
         accelerators_per_fast_domain=cores,
+        host_memory_gigabytes=memory_bytes / 1e9,
     )
     return Place(
         title,

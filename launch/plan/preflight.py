@@ -18,6 +18,7 @@ from launch.plan.places import PROCESS_BYTES, Place, place_of
 from launch.plan.search import Plan, Problem, plan_layout
 from launch.plan.shape import ModelShape
 from launch.plan.stage import layout_of, problem_of
+from launch.plan.zero import ZeroChoice, ZeroPlan
 from model.errors import UserError
 from model.registry import find_class
 from training.config import TrainConfig
@@ -25,7 +26,7 @@ from training.contracts.layout import RECOMPUTE
 from training.objectives.registry import KEY, OPTIONS, options_class
 
 LONGEST_DAYS = 365.0  # a stage that takes longer is taken for a mistake
-PLANNED_ENGINE = "megatron"  # whose memory the plan counts
+PLANNED_ENGINES = ("megatron", "deepspeed")  # whose memory the plan counts
 NUM_OFFERS = 3
 INSIST = "preflight=false starts it all the same"
 
@@ -88,10 +89,10 @@ def is_planned(config: TrainConfig) -> bool:
     """True for what trains the transformer on rows of tokens with an engine whose memory is counted."""
     name = config.stage.objective_name
     engine = config.engine or (
-        PLANNED_ENGINE if name in OPTIONS else getattr(find_class("objective", name, {}, KEY), "engine", "")
+        PLANNED_ENGINES[0] if name in OPTIONS else getattr(find_class("objective", name, {}, KEY), "engine", "")
     )
     stage_keys = getattr(options_class(name), "stage_keys", None)
-    return engine == PLANNED_ENGINE and (stage_keys is None or "sequence_length" in stage_keys)
+    return engine in PLANNED_ENGINES and (stage_keys is None or "sequence_length" in stage_keys)
 
 
 def judge(config: TrainConfig, place: Place) -> Verdict:
@@ -101,9 +102,9 @@ def judge(config: TrainConfig, place: Place) -> Verdict:
     problem, layout = problem_of(config, place.cluster, place.device), layout_of(config)
     illegal = violations(layout, problem.shape, problem.batch)
     if illegal:
-        return Verdict(place, problems=illegal, offers=nearest_that_fit(problem, layout, place))
-    plan = plan_layout(problem, layout)
-    verdict = Verdict(place, plan, memory_of(plan, place))
+        return Verdict(place, problems=illegal, offers=nearest_that_fit(config, problem, layout, place))
+    plan, host_bytes = planned(config, problem, layout, place)
+    verdict = Verdict(place, plan, memory_of(plan, place) + (host_bytes if place.is_host else 0.0))
     world_size, room = plan.layout.world_size, place.cluster.num_accelerators
     if world_size > room and not place.is_host:
         verdict.problems.append(f"{world_size:,} ranks are asked for, {room:,} accelerators are there")
@@ -113,11 +114,24 @@ def judge(config: TrainConfig, place: Place) -> Verdict:
         verdict.problems.append(
             f"{whose} would need {verdict.memory_bytes / 1e9:,.1f} GB, {place.usable_bytes / 1e9:,.1f} GB can be used"
         )
+    host_gigabytes = place.cluster.host_memory_gigabytes
+    if not place.is_host and host_bytes > host_gigabytes * 1e9:
+        verdict.problems.append(
+            f"what is offloaded takes {host_bytes / 1e9:,.1f} GB of a host, {host_gigabytes:,.1f} GB are there"
+        )
     if verdict.days is not None and verdict.days > LONGEST_DAYS:
         verdict.problems.append(f"it would take {told_days(verdict.days, place)}")
     if verdict.problems:
-        verdict.offers = nearest_that_fit(problem, plan.layout, place)
+        verdict.offers = nearest_that_fit(config, problem, plan.layout, place)
     return verdict
+
+
+def planned(config: TrainConfig, problem: Problem, layout: Layout, place: Place) -> tuple[Plan, float]:
+    """Of a legal layout under the stage's engine, and the bytes that each host holds for its ranks."""
+    if config.engine != "deepspeed":
+        return plan_layout(problem, layout), 0.0
+    zero = ZeroPlan(problem, layout, ZeroChoice.of(config.deepspeed), config.deepspeed)
+    return zero.plan, zero.rank_host_bytes * layout.world_size if place.is_host else zero.host_bytes
 
 
 def judge_start(config: TrainConfig, place: Place) -> Verdict:
@@ -133,6 +147,8 @@ def memory_of(plan: Plan, place: Place) -> float:
     if not place.is_host:
         return plan.memory.total
     layout, problem = plan.layout, plan.problem
+    if layout.pipeline == 1:
+        return layout.world_size * (PROCESS_BYTES + plan.memory.total)
     needed = sum(stage_memory(problem.shape, layout, problem.batch, stage).total for stage in range(layout.pipeline))
     return layout.world_size * PROCESS_BYTES + needed * layout.world_size / layout.pipeline
 
@@ -153,16 +169,18 @@ def told_days(days: float, place: Place) -> str:
     return f"at least {amount}" if place.is_host else amount
 
 
-def nearest_that_fit(problem: Problem, layout: Layout, place: Place) -> list[str]:
+def nearest_that_fit(config: TrainConfig, problem: Problem, layout: Layout, place: Place) -> list[str]:
     """Overrides of up to three layouts near this one that fit and end within the time."""
     room, largest_tensor = place.cluster.num_accelerators, place.cluster.accelerators_per_fast_domain
     model_ranks = max(1, layout.tensor * layout.pipeline * layout.context)
     wanted = replace(layout, data=max(1, room // model_ranks))
     legal = candidates(problem.shape, problem.batch, room, largest_tensor=largest_tensor)
+    if config.engine == "deepspeed":
+        legal = [one for one in legal if one.pipeline == 1]
     offers: list[str] = []
     for one in nearest(wanted, legal, len(legal)):
-        plans = [plan_layout(problem, replace(one, recompute=choice)) for choice in RECOMPUTE]
-        fitting = [plan for plan in plans if fits_in_time(plan, place)]
+        plans = [planned(config, problem, replace(one, recompute=choice), place) for choice in RECOMPUTE]
+        fitting = [plan for plan, host_bytes in plans if fits_in_time(plan, host_bytes, place)]
         if fitting and place.fills_nodes(one.world_size):
             offers.append(min(fitting, key=lambda plan: plan.step.total).layout.overrides())
         if len(offers) == NUM_OFFERS:
@@ -170,15 +188,20 @@ def nearest_that_fit(problem: Problem, layout: Layout, place: Place) -> list[str
     return offers
 
 
-def fits_in_time(plan: Plan, place: Place) -> bool:
+def fits_in_time(plan: Plan, host_bytes: float, place: Place) -> bool:
     days = days_of(plan, place)
-    return memory_of(plan, place) <= place.usable_bytes and (days is None or days <= LONGEST_DAYS)
+    if place.is_host:
+        has_room = memory_of(plan, place) + host_bytes <= place.usable_bytes
+    else:
+        has_room = plan.memory.total <= place.usable_bytes
+        has_room = has_room and host_bytes <= place.cluster.host_memory_gigabytes * 1e9
+    return has_room and (days is None or days <= LONGEST_DAYS)
 
 
 def full_disk(shape: ModelShape, config: TrainConfig) -> list[str]:
     """One checkpoint has to find room where the run folder is."""
     master = MASTER_BYTES if shape.dtype_bytes != 4 else 0
-    needed = shape.total_parameters() * (shape.dtype_bytes + master + MOMENT_BYTES)
+    needed = shape.total_parameters() * shape.dtype_bytes + shape.trained_parameters() * (master + MOMENT_BYTES)
     folder = config.stage_folder.absolute()
     existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig
+from model.config import ModelConfig, count_adapter_parameters
 from model.vocabulary import Vocabulary
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -25,6 +25,7 @@ class ModelShape:
     qk_norm: bool = True
     dtype_bytes: int = 2
     dropout: float = 0.0
+    adapters: int = 0  # parameters of one layer's low-rank adapters; 0: all parameters are trained
 
     @classmethod
     def of(cls, config: ModelConfig) -> ModelShape:
@@ -38,6 +39,7 @@ class ModelShape:
             Vocabulary.from_config(config.vocabulary).padded_size,
             dtype_bytes=DTYPE_BYTES[config.dtype],
             dropout=config.dropout,
+            adapters=count_adapter_parameters(config) // config.num_layers,
         )
 
     def divided_sizes(self) -> dict[str, int]:
@@ -80,6 +82,9 @@ class ModelShape:
     def total_parameters(self) -> int:
         layers = self.num_layers * (self.matrix_parameters() + self.norm_parameters())
         return layers + self.hidden + 2 * self.embedding_parameters()
+
+    def trained_parameters(self) -> int:
+        return self.num_layers * self.adapters or self.total_parameters()
 
     def flops_per_token(self, attended_tokens: float) -> float:
         """Forward and backward of one token that attends to `attended_tokens` keys on average.

@@ -49,19 +49,20 @@ class Adapter(nn.Module):
     def __init__(
         self,
         weight: torch.Tensor,
+        shape: tuple[int, int],
         config: AdapterConfig,
         active: ActiveTokens,
         *,
         is_column_parallel: bool,
         sequence_parallel: bool,
     ):
-        """`weight` [out, in] is this rank's part of the layer's."""
+        """`weight` is this rank's part of the layer's, of `shape` [out, in]; an engine may have cut it further."""
         super().__init__()
         self.scale, self.active = config.scale, active
         self.is_column_parallel, self.sequence_parallel = is_column_parallel, sequence_parallel
         options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        self.a = nn.Parameter(torch.empty(config.rank, weight.shape[1], **options))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], config.rank, **options))
+        self.a = nn.Parameter(torch.empty(config.rank, shape[1], **options))
+        self.b = nn.Parameter(torch.zeros(shape[0], config.rank, **options))
         # Held by all tensor-parallel ranks, while each sees its own part of the sequence: megatron-core adds up the
         # gradients of parameters with this mark.
         whole = self.a if is_column_parallel else self.b
@@ -120,6 +121,9 @@ def add_adapters(model: GPTModel, config: AdapterConfig) -> None:
                 is_column_parallel = kind in COLUMN_PARALLEL
                 layer.lora = Adapter(
                     layer.weight,
+                    (layer.output_size_per_partition, layer.input_size)
+                    if is_column_parallel
+                    else (layer.output_size, layer.input_size_per_partition),
                     config,
                     active,
                     is_column_parallel=is_column_parallel,

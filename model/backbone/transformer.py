@@ -129,25 +129,40 @@ def build_model(
     gives shapes only. Forward takes tokens [1, T] and `PlannedAttention`, and returns logits [1, T, V / tensor]
     (hidden states on stages without `post_process`).
     """
-    core_config = megatron_config(config, sequence_parallel=sequence_parallel, recompute=recompute)
-    num_layers = get_num_layers_to_build(core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    block = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(has_adapters=config.adapter.rank > 0)] * num_layers, layer_norm=RMSNorm
-    )
     with torch.device(device) if device is not None else nullcontext():
-        model = GPTModel(
-            core_config,
-            block,
-            vocab_size=Vocabulary.from_config(config.vocabulary).padded_size,
-            max_sequence_length=config.max_sequence_length,
+        model = new_model(
+            config,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
             pre_process=pre_process,
             post_process=post_process,
-            position_embedding_type="none",  # RoPE is applied by PackedAttention
         )
-        if config.adapter.rank > 0:
-            add_adapters(model, config.adapter)
-    model.model_config = config
     mark_split_parameters(model)
     if seed is not None:
         initialize(model, config, seed)
+    return model
+
+
+def new_model(
+    config: ModelConfig, *, sequence_parallel: bool, recompute: str, pre_process: bool = True, post_process: bool = True
+) -> GPTModel:
+    """The modules of `build_model`: weights undefined, none marked as split, made in whatever context it is called."""
+    core_config = megatron_config(config, sequence_parallel=sequence_parallel, recompute=recompute)
+    num_layers = get_num_layers_to_build(core_config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
+    has_adapters = config.adapter.rank > 0
+    block = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(has_adapters=has_adapters)] * num_layers, layer_norm=RMSNorm
+    )
+    model = GPTModel(
+        core_config,
+        block,
+        vocab_size=Vocabulary.from_config(config.vocabulary).padded_size,
+        max_sequence_length=config.max_sequence_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        position_embedding_type="none",  # RoPE is applied by PackedAttention
+    )
+    if has_adapters:
+        add_adapters(model, config.adapter)
+    model.model_config = config
     return model

@@ -45,6 +45,22 @@ def _has_manifest(folder: Path) -> bool:
         return True
 
 
+# Files by which other programs' training checkpoints are known, and what they are.
+FOREIGN_FORMATS = {
+    "zero_to_fp32.py": "DeepSpeed's own format",
+    "global_step*/*model_states.pt": "DeepSpeed's own format",
+    "*model_states.pt": "DeepSpeed's own format",
+    "latest_checkpointed_iteration.txt": "Megatron's own format",
+    "*.distcp": "torch's distributed format",
+    "model*.safetensors": "published weights",
+}
+
+
+def foreign_format(folder: Path) -> str:
+    """What kind of checkpoint of another program lies there, or ""."""
+    return next((title for pattern, title in FOREIGN_FORMATS.items() if any(Path(folder).glob(pattern))), "")
+
+
 def latest_checkpoint(path: Path | str) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest one of a stage folder."""
     path = Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from model.errors import UserError
 from model.parallel import cpu_backend
 
 RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by the launcher of local ranks; torchrun has its own
+_WHEN_DESTROYED: list[Callable[[], None]] = []
 
 
 def backend_name() -> str:
@@ -196,6 +198,11 @@ def is_initialized() -> bool:
     return result
 
 
+def when_destroyed(call: Callable[[], None]) -> None:
+    """Have `call` made by the next `destroy`, once: for what another library keeps of this layout."""
+    _WHEN_DESTROYED.append(call)
+
+
 def destroy() -> None:
     """Forget the layout and leave the process group. Does nothing where there is none.
 
@@ -208,6 +215,8 @@ def destroy() -> None:
 
     from model.parallel.megatron import parallel_state
 
+    while _WHEN_DESTROYED:
+        _WHEN_DESTROYED.pop()()
     parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,3 +78,27 @@ def initialize(model: torch.nn.Module, config: ModelConfig, seed: int) -> None:
         std = standard_deviation(logical.name, config)
         for block in logical.blocks:
             block.of(parameters[local_name]).copy_(_initial_block(logical, block, std, seed))
+
+
+class InitialWeights:
+    """The initial weights read like a checkpoint (`training.contracts.shards.ShardReader`), by `model/` + logical name.
+
+    For ranks that hold parts of parameters only, whatever those parts are.
+    """
+
+    def __init__(self, parameters: Iterable[LogicalParameter], config: ModelConfig, seed: int):
+        self.shapes = {f"model/{one.name}": one.global_shape for one in parameters}
+        self.config, self.seed = config, seed
+
+    def keys(self) -> Iterable[str]:
+        return self.shapes.keys()
+
+    def global_shape(self, key: str) -> tuple[int, ...]:
+        return self.shapes[key]
+
+    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        name = key.removeprefix("model/")
+        std = standard_deviation(name, self.config)
+        rows = initial_rows(name, self.shapes[key], std, self.seed, offset[0], offset[0] + shape[0])
+        inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], shape[1:], strict=True))
+        return rows[(slice(None), *inner)]

@@ -86,14 +86,14 @@ class Trainer:
     """The real engine and objective on batches made here."""
 
     def __init__(self, config: TrainConfig):
-        from training.engines.megatron.engine import MegatronEngine
+        from training.engines.registry import make_engine
         from training.objectives.next_token import NextToken
 
         self.config = config
-        self.engine = MegatronEngine(config)
-        self.ranks, self.shards = self.engine.ranks, self.engine.shards
         self.objective = NextToken(config, NextToken.Options())
         self.objective.source_names = list(SOURCES)
+        self.engine: Any = make_engine(config, self.objective)
+        self.ranks, self.shards = self.engine.ranks, self.engine.shards
 
     def batches(self, step: int) -> list[MicroBatch]:
         ranks, rows_at_once = self.ranks, self.config.stage.micro_batch_size

@@ -16,10 +16,10 @@ from training.objectives.registry import make_objective
 
 class Learner:
     def __init__(self, config: TrainConfig):
-        from training.engines.megatron.engine import MegatronEngine
+        from training.engines.registry import make_engine
 
         self.config, self.objective = config, make_objective(config)
-        self.engine = MegatronEngine(config)
+        self.engine: Any = make_engine(config, self.objective)
         self.source = self.objective.batches(self.engine.ranks)
         self.state = LoopState()
 

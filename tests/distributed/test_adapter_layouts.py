@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from layout_runs import continue_from, save_after, train_config, train_whole
+
+from model.config import count_adapter_parameters
 
 LAYOUTS = {
     "tensor": {"tensor": 2},
@@ -32,6 +35,7 @@ def check_weights(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
     assert all(torch.equal(before[key], after[key]) for key in own)
     adapters = [key for key in before if key.startswith("model/") and ".lora." in key]
     assert len(adapters) == 4 * 4 * 2  # in each of four layers two matrices for each of four linear layers
+    assert sum(before[key].numel() for key in adapters) == count_adapter_parameters(train_config(adapter_rank=4).model)
     assert not any(torch.equal(before[key], after[key]) for key in adapters)
     moments = {key for key in after if key.startswith("optimizer/exp_avg/")}
     assert moments == {f"optimizer/exp_avg/{key.removeprefix('model/')}" for key in adapters}
@@ -60,6 +64,24 @@ def test_a_stage_with_adapters_begins_from_a_checkpoint_without(pool: Any) -> No
     (found,) = pool.run(adapted_loss, train_config(adapter_rank=4), reader, ranks=1)
     (plain,) = pool.run(adapted_loss, train_config(), reader, ranks=1)
     assert found == pytest.approx(plain, rel=1e-6), "fresh adapters add nothing"
+    (wanted,) = pool.run(reference_log_probs, train_config(), reader, ranks=1)
+    for engine in ("megatron", "deepspeed"):
+        config = replace(train_config(adapter_rank=4), engine=engine)
+        (reference,) = pool.run(reference_log_probs, config, reader, ranks=1)
+        for values, want in zip(reference, wanted, strict=True):
+            torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-5, msg=f"{engine}: not that checkpoint")
+
+
+def reference_log_probs(config: Any, reader: Any) -> list[torch.Tensor]:
+    """By the weights of a checkpoint in place of those that a step has moved, adapters included."""
+    from layout_runs import Trainer
+
+    trainer = Trainer(config)
+    trainer.shards.load_model(reader)
+    trainer.steps(0, 2)
+    with trainer.engine.weights_of(reader):
+        found: list[torch.Tensor] = trainer.engine.log_probs(trainer.batches(5), trainer.objective)
+    return found
 
 
 def adapted_loss(config: Any, reader: Any) -> float:

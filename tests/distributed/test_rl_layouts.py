@@ -18,6 +18,8 @@ from rl_runs import (
 )
 from rl_world import rl_config, with_layout, write_tokenizer
 
+from training.contracts.zero import DeepSpeedConfig
+
 GUIDED = {"sampling": {"max_new_tokens": 24, "guidance_scale": 3.0, "image": {"temperature": 1.5}}}
 LAYOUTS = {"tensor": {"tensor": 2}, "data": {"data": 2}, "tensor_data": {"tensor": 2, "data": 2}}
 
@@ -64,7 +66,17 @@ def test_what_is_learnt_does_not_depend_on_the_layout(
     pool: Any, tokenizer: Path, tmp_path: Path, alone: list[Any], layout: dict[str, Any]
 ) -> None:
     config = with_layout(rl_config(tokenizer, tmp_path), **layout)
-    by_rank = pool.run(steps, config, 3, ranks=config.parallel.world_size)
+    check_same_steps(pool.run(steps, config, 3, ranks=config.parallel.world_size), alone)
+
+
+def test_nor_on_the_engine(pool: Any, tokenizer: Path, tmp_path: Path, alone: list[Any]) -> None:
+    """Under ZeRO-3 with offload: sampling, the parity of trainer and sampler, and updates."""
+    config = with_layout(rl_config(tokenizer, tmp_path), data=2)
+    config.engine, config.deepspeed = "deepspeed", DeepSpeedConfig(3, "cpu", live_elements=0, persistent_elements=0)
+    check_same_steps(pool.run(steps, config, 3, ranks=2), alone)
+
+
+def check_same_steps(by_rank: list[list[Any]], alone: list[Any]) -> None:
     for results in by_rank:
         for found, expected in zip(results, alone, strict=True):
             assert found.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)

@@ -52,7 +52,7 @@ class Policy(Protocol):
     def weights_of(self, reader: ShardReader) -> AbstractContextManager[None]:
         """The weights of a checkpoint in place of those in training, for the time of the context (reference policies).
 
-        They are kept on the host from the first call on; those in training come back bit for bit.
+        They are kept from the first call on, on the host or cut over the replicas; those in training come back bit for bit.
         """
         ...
 

@@ -127,6 +127,17 @@ def batch_divides_among_replicas(layout: ParallelLayout, rows: Rows) -> LayoutPr
     )
 
 
+def has_no_pipeline(layout: ParallelLayout, rows: Rows) -> LayoutProblem | None:
+    """ZeRO cuts what a replica holds; stages of a pipeline would each need gradients that have not come yet."""
+    if layout.pipeline == 1:
+        return None
+    return LayoutProblem(
+        f"{SECTION}pipeline",
+        f"the deepspeed engine has no pipeline, got {layout.pipeline}",
+        f"{SECTION}pipeline=1 or engine=megatron",
+    )
+
+
 def chunk_parts(layout: ParallelLayout) -> int:
     return layout.tensor * layout.context * (2 if layout.context > 1 else 1)
 
@@ -143,6 +154,5 @@ def rounded_up(value: int, step: int) -> int:
 
 
 # What each engine asks beyond what the model's sizes say.
-ENGINE_RULES: dict[str, tuple[Rule, ...]] = {
-    "megatron": (rows_divide_among_ranks, micro_batch_divides_into_chunks, batch_divides_among_replicas)
-}
+ROW_RULES: tuple[Rule, ...] = (rows_divide_among_ranks, micro_batch_divides_into_chunks, batch_divides_among_replicas)
+ENGINE_RULES: dict[str, tuple[Rule, ...]] = {"megatron": ROW_RULES, "deepspeed": (has_no_pipeline, *ROW_RULES)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from model.parallel.sharding import Block, LogicalParameter
+from model.errors import UserError
+from model.parallel.sharding import ADAPTER, Block, LogicalParameter
 from training.contracts.shards import Shard, ShardReader
 
 
@@ -19,6 +20,15 @@ class Piece:
     stop: int
     global_offset: tuple[int, ...]
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """What a rank holds of a logical parameter: elements [start, start + n) of the local one, as a flat view."""
+
+    parameter: LogicalParameter
+    flat: torch.Tensor
+    start: int
 
 
 def _row_runs(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
@@ -63,6 +73,34 @@ def shards_of(key: str, parameter: LogicalParameter, flat: torch.Tensor, start: 
         Shard(key, flat[p.start - start : p.stop - start].view(p.shape), parameter.global_shape, p.global_offset)
         for p in pieces(parameter, start, start + flat.numel())
     ]
+
+
+def check_fits(reader: ShardReader, key: str, parameter: LogicalParameter) -> None:
+    """Raises `UserError` where a checkpoint lacks the parameter or has it in another shape."""
+    known = key in set(reader.keys())
+    if known and tuple(reader.global_shape(key)) == parameter.global_shape:
+        return
+    raise UserError(
+        "the checkpoint does not fit this model",
+        where=key,
+        expected=str(parameter.global_shape),
+        got=str(tuple(reader.global_shape(key))) if known else "no such key",
+        fix="train with the model configuration that the checkpoint was written with",
+    )
+
+
+def read_weights(reader: ShardReader, parts: Iterable[HeldPart]) -> None:
+    """Fill them from a checkpoint, and read no more than that; adapters that it lacks altogether stay as they are.
+
+    Raises `UserError` where the checkpoint is of another model.
+    """
+    known = set(reader.keys())
+    has_adapters = any(ADAPTER in key for key in known)
+    for part in parts:
+        key = f"model/{part.parameter.name}"
+        if has_adapters or ADAPTER not in key:
+            check_fits(reader, key, part.parameter)
+            read_into(reader, key, part.parameter, part.flat, part.start)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.checkpoint.checksums import safetensors_sums
+from model.checkpoint.manifest import foreign_format
 from model.checkpoint.reader import (
     CHECKPOINTS_FOLDER,
     FORMAT_VERSION,
@@ -287,6 +288,14 @@ def resolve_initial(path: Path) -> Path:
     try:
         folder = latest_checkpoint(path)
     except UserError:
+        if foreign := foreign_format(path):
+            raise UserError(
+                "the checkpoint to start from is another program's",
+                where=f"stage.initialize_from={path}",
+                expected="a checkpoint of nextstate: whatever the engine, all of them have one format",
+                got=foreign,
+                fix="export published weights with that program, then `nextstate convert` them",
+            ) from None
         parent = Path(path).absolute().parent
         found = sorted(
             entry.name

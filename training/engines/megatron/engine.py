@@ -43,20 +43,9 @@ class MegatronEngine:
     """
 
     def __init__(self, config: TrainConfig, objective: TokenObjective | None = None):
-        layout = config.parallel
-        if not groups.is_initialized():
-            rendezvous = os.environ.get(groups.RENDEZVOUS_VARIABLE)
-            groups.initialize(
-                tensor=layout.tensor,
-                pipeline=layout.pipeline,
-                context=layout.context,
-                init_method=f"file://{rendezvous}" if rendezvous else None,
-                timeout_seconds=collective_timeout_seconds(config.reliability.hang_timeout_seconds),
-            )
         self.config = config
-        self.ranks = groups.MegatronRanks()
-        _check_world(config, self.ranks.world_size)
-        _seed_everything(config.seed)
+        self.ranks = join_layout(config)
+        seed_everything(config.seed)
         self.device = torch.device("cuda" if cpu_backend.has_accelerator() else "cpu")
         self._build()
 
@@ -119,7 +108,8 @@ class MegatronEngine:
         """See `training.contracts.batches.Policy`: what was read once stays on the host."""
         parameters = dict(self.model.named_parameters())
         if self._other is None or self._other[0] is not reader:
-            weights = {name: torch.empty_like(one, device="cpu") for name, one in parameters.items()}
+            # Adapters that the checkpoint lacks stay zero here, and add nothing.
+            weights = {name: torch.zeros_like(one, device="cpu") for name, one in parameters.items()}
             self.shards.read_weights(reader, weights)
             self._other = (reader, weights)
         trained = {name: one.detach().to("cpu", copy=True) for name, one in parameters.items()}
@@ -165,18 +155,30 @@ def _copy_into(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torc
         parameter.copy_(values[name])
 
 
-def _check_world(config: TrainConfig, world_size: int) -> None:
-    expected = config.parallel.world_size
-    if world_size != expected:
+def join_layout(config: TrainConfig) -> groups.MegatronRanks:
+    """Lay the ranks out as the configuration says, unless they are. Raises `UserError` for another number of them."""
+    layout = config.parallel
+    if not groups.is_initialized():
+        rendezvous = os.environ.get(groups.RENDEZVOUS_VARIABLE)
+        groups.initialize(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            context=layout.context,
+            init_method=f"file://{rendezvous}" if rendezvous else None,
+            timeout_seconds=collective_timeout_seconds(config.reliability.hang_timeout_seconds),
+        )
+    ranks = groups.MegatronRanks()
+    if ranks.world_size != layout.world_size:
         raise UserError(
             "the number of processes is not that of the layout",
-            expected=str(expected),
-            got=str(world_size),
+            expected=str(layout.world_size),
+            got=str(ranks.world_size),
             fix="start tensor * pipeline * context * data processes",
         )
+    return ranks
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # libraries that draw from numpy's global generator
     groups.seed_random_streams(seed)

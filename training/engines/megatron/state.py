@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from model.config import count_parameters
-from model.errors import UserError
 from model.parallel.groups import MegatronRanks
 from model.parallel.megatron import GPTModel, MegatronOptimizer, get_cuda_rng_tracker, parallel_state
-from model.parallel.sharding import ADAPTER, logical_parameters
+from model.parallel.sharding import logical_parameters
 from training.config import TrainConfig
 from training.contracts.shards import Shard, ShardReader
-from training.engines.flat_ranges import read_into, shards_of
+from training.engines.flat_ranges import HeldPart, read_into, read_weights, shards_of
 from training.engines.megatron.optimizer import get_step, optimized_parts, set_step
 
 
@@ -43,7 +42,7 @@ class MegatronShards:
         """Moments, and master weights where the model's own are not float32, and the count of steps."""
         shards = []
         if self.ranks.rank == 0:
-            shards.append(Shard("optimizer/step", torch.tensor([get_step(self.optimizer)]), (1,), (0,)))
+            shards.append(Shard("optimizer/step", torch.tensor([self._get_step()]), (1,), (0,)))
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         if not self.config.parallel.distributed_optimizer and replica != 0:
             return shards
@@ -72,23 +71,9 @@ class MegatronShards:
 
         On a checkpoint without adapters those of the model stay as they are.
         """
-        known = set(reader.keys())
-        has_adapters = any(ADAPTER in key for key in known)
-        for name, parameter in into.items():
-            logical = self.logical[name]
-            key = f"model/{logical.name}"
-            if ADAPTER in key and not has_adapters:
-                continue
-            if key not in known or tuple(reader.global_shape(key)) != logical.global_shape:
-                found = str(tuple(reader.global_shape(key))) if key in known else "no such key"
-                raise UserError(
-                    "the checkpoint does not fit this model",
-                    where=key,
-                    expected=str(logical.global_shape),
-                    got=found,
-                    fix="train with the model configuration that the checkpoint was written with",
-                )
-            read_into(reader, key, logical, parameter.detach().view(-1), 0)
+        read_weights(
+            reader, [HeldPart(self.logical[name], parameter.detach().view(-1), 0) for name, parameter in into.items()]
+        )
 
     def load_optimizer(self, reader: ShardReader) -> None:
         """Optimizer state from a checkpoint of any layout. Master weights that it lacks stay those of the model."""
@@ -98,7 +83,13 @@ class MegatronShards:
             key = f"optimizer/{kind}/{logical.name}"
             if kind != "master" or key in known:
                 read_into(reader, key, logical, flat, start)
-        set_step(self.optimizer, int(reader.read("optimizer/step", (0,), (1,)).item()))
+        self._set_step(int(reader.read("optimizer/step", (0,), (1,)).item()))
+
+    def _get_step(self) -> int:
+        return get_step(self.optimizer)
+
+    def _set_step(self, step: int) -> None:
+        set_step(self.optimizer, step)
 
     def random_state(self) -> dict[str, torch.Tensor]:
         state = {"default": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}

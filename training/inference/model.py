@@ -102,8 +102,8 @@ class InferenceModel:
         if self.rollout is None or given != plain:
             return given
         recorded = self.rollout["sampling"]
-        phases = {name: PhaseSampling(**recorded[name]) for name in ("text", "image")}
-        return replace(plain, guidance_scale=float(recorded["guidance_scale"]), **phases)
+        text, image = (PhaseSampling(**recorded[name]) for name in ("text", "image"))
+        return replace(plain, guidance_scale=float(recorded["guidance_scale"]), text=text, image=image)
 
     def decode_with(self, decoding: DecodingConfig) -> None:
         """From now on; `decoding_metrics` begin anew. Raises `UserError` for a checkpoint that cannot."""

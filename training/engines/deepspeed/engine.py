@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -177,10 +177,11 @@ class DeepSpeedEngine(FrozenModel):
             return self.reference.log_probs(batches, objective)
         return super().log_probs(batches, objective)
 
-    def decoder(self) -> AbstractContextManager[CachedDecoder]:
-        if self.reference is not None and self._asks_reference:
-            return self.reference.decoder()
-        return super().decoder()
+    @contextmanager
+    def decoder(self) -> Iterator[CachedDecoder]:
+        asked = self.reference if self._asks_reference else None
+        with asked.decoder() if asked is not None else super().decoder() as found:
+            yield found
 
     def forward_backward(self, batches: Sequence[Any], objective: TokenObjective) -> StepSums:
         """Reduced gradients and what the report needs; nothing is applied, and nothing read from the device, yet."""

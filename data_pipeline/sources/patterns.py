@@ -29,6 +29,9 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
                     fix="copy them to a local or shared folder first" if "://" in name else "check the path",
                 )
             shards.update(map(Path, found))
+    for path in shards:
+        if not path.is_file():  # a pipe would be waited on for ever
+            raise UserError("an input shard is no file", where=str(path), expected="a webdataset .tar file")
     return sorted(shards)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import os
 import tarfile
 from pathlib import Path
 
@@ -224,3 +225,9 @@ def test_patterns_and_braces_name_shards(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             found(pattern)
+
+
+def test_a_pipe_in_place_of_a_shard_is_not_waited_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UserError, match="is no file"):
+        find_shards([f"{tmp_path}/*.tar"], "input")

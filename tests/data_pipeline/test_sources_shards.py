@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import io
-import random
 import os
+import random
 import tarfile
 from pathlib import Path
 

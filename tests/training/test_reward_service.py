@@ -26,7 +26,7 @@ from benchmarks import reward_service as benchmark
 from model.errors import UserError
 from training.rewards.base import Answer
 from training.rewards.client import RemoteReward
-from training.rewards.host import serve, write_private
+from training.rewards.host import read_token, serve, write_private
 from training.rewards.micro_batches import ServiceLimits
 from training.rewards.service import RewardService
 from training.rewards.wire import PixelBudget, WireError, decoded, encoded
@@ -223,6 +223,12 @@ def test_requests_without_token_or_sense_are_refused(tmp_path):
     (tmp_path / "address").write_text("{}")
     with pytest.raises(UserError, match="does not answer"):
         RemoteReward("number", str(tmp_path / "address"), start_seconds=0.3, limits={"backoff_seconds": 0.01})
+
+
+def test_a_token_file_of_other_bytes_is_told(tmp_path):
+    (tmp_path / "token").write_bytes(b"\xc1" * 20)
+    with pytest.raises(UserError, match="token cannot be read"):
+        read_token(tmp_path / "token")
 
 
 def test_beyond_loopback_a_token_is_asked_for(tmp_path):

@@ -74,7 +74,7 @@ def is_loopback(host: str) -> bool:
 def read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError("the token cannot be read", where=str(path), got=str(error)) from error
     if not token.isascii() or len(token) < 16:
         raise UserError("a token is at least 16 ASCII characters", where=str(path), got=f"{len(token)} characters")

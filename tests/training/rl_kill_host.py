@@ -22,7 +22,7 @@ from training.engines.megatron.engine import MegatronEngine
 from training.objectives.grpo.bank import Bank
 
 NUM_STEPS, CHECKPOINT_EVERY = 4, 3  # two rollouts of two updates; the checkpoint is between the updates of the second
-SECOND_ROLLOUT = 1, "round_0"
+SECOND_ROLLOUT = 2, "round_0"  # a rollout has the number of its first step
 # The last act of a process: (class, method, its first arguments or None, its call with them, does it die before it?)
 MOMENTS: dict[str, tuple[Any, str, tuple[Any, ...], int, bool]] = {
     "before_the_bank": (Bank, "write", SECOND_ROLLOUT, 1, True),

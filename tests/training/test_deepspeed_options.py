@@ -178,3 +178,10 @@ def test_offload_to_a_host_without_the_memory_is_refused_before_the_start() -> N
     assert problem == "what is offloaded takes 545.8 GB of a host, 256.0 GB are there"
     (together, *_) = judge(config, host(64e9, 8)).problems
     assert together.startswith("all 8 ranks together would need ")
+
+
+def test_memory_that_deepspeed_holds_is_not_given_away_for_rollouts() -> None:
+    from training.engines.deepspeed.engine import DeepSpeedEngine
+
+    with pytest.raises(UserError, match=r"deepspeed\.offload_optimizer=cpu"):
+        object.__new__(DeepSpeedEngine).offloaded()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as distributed
 
 from model.backbone.transformer import build_model, new_model
+from model.errors import UserError
 from model.generation.decoder import CachedDecoder
 from model.parallel import cpu_backend, groups
 from model.parallel.initialization import InitialWeights
@@ -171,6 +172,14 @@ class DeepSpeedEngine(FrozenModel):
             yield
         finally:
             self._asks_reference = False
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """Raises `UserError`: what DeepSpeed holds it moves itself."""
+        raise UserError(
+            "the engine deepspeed does not give the optimizer's memory away while answers are drawn",
+            where="stage.objective.offload",
+            fix="stage.objective.offload=false, and deepspeed.offload_optimizer=cpu for less memory on the device",
+        )
 
     def log_probs(self, batches: Sequence[Any], objective: InputMaker) -> list[torch.Tensor]:
         if self.reference is not None and self._asks_reference:

@@ -36,6 +36,9 @@ class Damages:
 
 def read_object(path: Path, damages: Damages) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
+    if path.exists() and not path.is_file():  # a pipe would be waited on
+        damages.note(path, "not a file")
+        return {}
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -83,7 +86,7 @@ class StageFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """A line a logged step, those with a step and a loss that are numbers or null."""
         path = self.path / METRICS_NAME
-        if not path.exists():
+        if not path.is_file():
             return []
         lines, num_damaged = parse_lines(path.read_bytes())
         good = [line for line in lines if is_step(line)]
@@ -95,7 +98,7 @@ class StageFolder:
     def last_metrics(self) -> list[dict[str, Any]]:
         """The newest lines only; the first of them may be cut."""
         path = self.path / METRICS_NAME
-        if not path.exists():
+        if not path.is_file():
             return []
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - TAIL_BYTES))

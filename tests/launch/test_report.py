@@ -1,7 +1,9 @@
 """The report: figures from a small run folder written by hand, and a page that needs nothing outside itself."""
 
 import json
+import os
 import re
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -271,6 +273,21 @@ def test_a_run_that_has_only_begun_gives_a_report_too(tmp_path, capsys):
     assert report["metrics"]["t2i_accuracy"] is None
     assert report["packing"]["fill"] is None
     assert "<h1>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_on(run_folder):
+    names = ("curriculum.json", "sft/summary.json", "pretrain_1/metrics.jsonl", "pretrain_1/config.yaml")
+    names += ("evaluation/final.json", "packed/sft/a/000000.json")
+    for name in names:
+        (run_folder / name).unlink()
+        os.mkfifo(run_folder / name)
+    signal.alarm(30)  # ends the tests where one is
+    try:
+        report = collect(run_folder)
+    finally:
+        signal.alarm(0)
+    assert [stage["name"] for stage in report["stages"]] == ["pretrain_1"]
+    assert len(report["damaged"]) >= 4
 
 
 DAMAGES = (b"", b'{"loss_last": 2', b"[1, 2]", b"\xff\xfe\x00", b'{"loss_last": "low", "kind": "packed"}')

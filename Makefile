@@ -12,7 +12,7 @@ demo: setup  ## raw media to a trained model, images and a report, at toy size o
 TEST_PROCESSES ?= 2
 
 test: setup  ## every test
-	.venv/bin/python -m pytest tests -m "not slurm" --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest tests -m "not slurm" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 	.venv/bin/python -m pytest tests/launch -m slurm
 
 # What shows the engine: the import hook, the layouts, the model, what checkpoints hold.

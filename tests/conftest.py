@@ -27,8 +27,8 @@ LONGEST_FIRST = ("tests/end_to_end", "tests/distributed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay together when several processes run them. Those that start a Slurm are marked: it starts a
-    dozen ranks at once and counts seconds, so that they run by themselves (`make test`).
+    """The order of files, and a mark for tests that start a Slurm: it starts a dozen ranks at once and counts seconds, so
+    that they run by themselves (`make test`).
     """
 
     def turn(item: pytest.Item) -> int:
@@ -36,7 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=turn)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if "running_slurm" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slurm)
 

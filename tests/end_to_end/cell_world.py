@@ -40,6 +40,7 @@ PIXELS = 48
 TEXT_SIZE = 304
 NUM_SCENES = 4000
 STEPS = 500
+SEQUENCE_LENGTH = 288  # three documents of about 90 tokens
 
 
 class CellTokenizer:
@@ -105,7 +106,7 @@ def prepare(folder: Path, *, shuffled: bool) -> Any:
                 "config_fingerprint": "cells",
             }
         )
-    pack({"scenes": folder / "tokens"}, folder / "packed", PackConfig(sequence_length=256, seed=1))
+    pack({"scenes": folder / "tokens"}, folder / "packed", PackConfig(sequence_length=SEQUENCE_LENGTH, seed=1))
     return tokenizer
 
 
@@ -115,7 +116,7 @@ def stage_config(folder: Path) -> Any:
     stage = StageConfig(
         name="stage",
         steps=STEPS,
-        sequence_length=256,
+        sequence_length=SEQUENCE_LENGTH,
         global_batch_size=4,
         micro_batch_size=4,
         objective={"name": "next_token", "loss_weights": {"visual": 1.0}},
@@ -131,7 +132,7 @@ def stage_config(folder: Path) -> Any:
             ffn_hidden_size=256,
             num_attention_heads=3,
             num_query_groups=3,
-            max_sequence_length=256,
+            max_sequence_length=SEQUENCE_LENGTH,
             init_std=0.08,
             vocabulary=vocabulary_config(),
         ),
@@ -156,7 +157,11 @@ def run(folder: str, shuffled: bool) -> dict[str, float]:
     with CheckpointReader(latest_checkpoint(root / "stage")) as reader:
         decoder = load_decoder(reader, config.model, seed=None)
     model = InferenceModel(
-        decoder, Vocabulary.from_config(vocabulary_config()), tokenizer, CellTokenizer(), max_sequence_length=256
+        decoder,
+        Vocabulary.from_config(vocabulary_config()),
+        tokenizer,
+        CellTokenizer(),
+        max_sequence_length=SEQUENCE_LENGTH,
     )
     greedy = SamplingConfig(PhaseSampling(temperature=0.0), PhaseSampling(temperature=0.0), max_new_tokens=32)
     found = evaluate(model, {"t2i": HeldOutShapes()}, greedy)

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
-from launch.generation.distillation import Distiller, DistillOptions, load_prompts
+from launch.generation.distill_options import DistillOptions
 from model.errors import Problems
 from training.inference.prompts import InferenceOptions
 from training.objectives.grpo.grpo_options import PromptsEntry
@@ -55,6 +55,7 @@ class Config(DistillOptions):
 @file_errors_are_user_errors("the target")
 def run(config: Config) -> dict[str, Any]:
     """Answers what is not answered yet; the answer counts this part's files."""
+    from launch.generation.distillation import Distiller, load_prompts
     from training.inference.model import InferenceModel
 
     config.validate()

@@ -52,7 +52,7 @@ SMALL = {
     ],
 }
 LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2), "dida": (1, 1, 1, 2)}
-ROW_TOKENS = {"dida": 576 + 288}  # with copies
+ROW_TOKENS = {"dida": 576 + 896}  # with copies
 
 
 def short_demo(folder: Path) -> CurriculumConfig:

@@ -45,7 +45,7 @@ def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
     assert cli.main(["train", "stage=pretrain_1", "--help"]) == 0
     text = capsys.readouterr().out
     assert "emu35_34b" in text
-    assert "pretrain_2, rl, sft" in text
+    assert "pretrain_2, rl, rl_one_node, sft" in text
     steps = next(line for line in text.splitlines() if "stage.steps " in line)
     assert "700000" in steps
     assert "int" in steps

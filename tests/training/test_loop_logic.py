@@ -123,6 +123,7 @@ def test_signal_then_resume_is_bitwise(tmp_path, monkeypatch, step):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_every_stop_signal(tmp_path, monkeypatch, number):
     config = fake_config(tmp_path)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who started the tests may have it ignored
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, number)
@@ -130,6 +131,7 @@ def test_every_stop_signal(tmp_path, monkeypatch, number):
             run_stage(config)
     assert events(config, "stopped")[0]["signal"] == signal.Signals(number).name
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 def test_nohup_is_respected(tmp_path, monkeypatch):

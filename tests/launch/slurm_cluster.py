@@ -226,6 +226,15 @@ class SlurmCluster:
     def revive_node(self, node: str) -> None:
         self.start_node(node)
         self.call("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_until(lambda: not self.has_steps(node), f"what ran on {node} to end")
+        # The controller has to hear of it: it gives a job that starts earlier a node without room, and `hurry` does away
+        # with the two minutes in which it would.
+        time.sleep(5.0)
+
+    def has_steps(self, node: str) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(self.is_on(one, node) and one.name() != "slurmd" for one in psutil.process_iter())
+        return True
 
     # --- the end --------------------------------------------------------------------------------------------------------
 

@@ -145,6 +145,11 @@ def _device_name(node: ast.AST) -> str | None:
     return None
 
 
+def _is_compile(decorator: ast.expr) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(called) == "torch.compile"
+
+
 class _CpuRewriter(ast.NodeTransformer):
     """Replaces the device names of one module."""
 
@@ -166,6 +171,12 @@ class _CpuRewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if node.attr == "is_cuda":
             node.attr = "is_cpu"
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """`@torch.compile` imports torch's compiler, half the time of importing megatron; the function runs without."""
+        node.decorator_list = [one for one in node.decorator_list if not _is_compile(one)]
+        self.generic_visit(node)
         return node
 
     def visit_Try(self, node: ast.Try) -> ast.AST:
@@ -256,8 +267,7 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         if module.__name__ == "megatron.core.tensor_parallel.random":
             _use_cpu_generator(module)
         if module.__name__ == "megatron.core.jit":
-            # Decorating with torch.compile imports torch's compiler, half the time of importing megatron. What is
-            # decorated are fusions, which `model.backbone.transformer` switches off.
+            # It is torch.compile. What it decorates are fusions, which `model.backbone.transformer` switches off.
             vars(module)["disable_jit_fuser"]()
 
 

@@ -49,6 +49,7 @@ def test_a_new_device_name_is_reported(source: str) -> None:
             "try:\n    import wandb\nexcept ImportError:\n    wandb = None",
             "try:\n    raise ImportError\nexcept ImportError:\n    wandb = None",
         ),
+        ("@torch.compile(dynamic=True)\n@other\ndef f():\n    pass", "@other\ndef f():\n    pass"),
         ("try:\n    import os\nfinally:\n    pass", "try:\n    import os\nfinally:\n    pass"),
         ("a.cuda_graphs = 'cuda graph'", "a.cuda_graphs = 'cuda graph'"),
     ],

@@ -40,7 +40,7 @@ class Config:
     target: str = ""  # folder of shards
     format: str = "messages"  # messages | x2i
     task: str = GENERAL  # of lines without one: t2i, x2i, howto, story, explore, vla, general
-    samples_per_shard: int = 1000
+    samples_per_shard: int = 1000  # of one tar file
     json: bool = False  # print one JSON object on stdout
 
     def validate(self) -> None:

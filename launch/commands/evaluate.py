@@ -44,8 +44,7 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     decoders: list[str] = field(default_factory=list)  # strategies to compare, instead of `decoding.strategy` alone
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)  # of `decoders`
-    # Of `decoders`: {path: package.Class, ...}, a class with `rollouts()`; the accuracy after each step.
-    rollouts: dict[str, Any] = field(default_factory=dict)
+    rollouts: dict[str, Any] = field(default_factory=dict)  # of decoders: {path: CLASS, ...}; accuracy after each step
     untrained: bool = False  # fresh weights of the checkpoint's model instead of its own
     text_tokenizer: str | None = None  # folder; null: the one that the checkpoint names
     vision_tokenizer: str | None = None  # folder; null: the one that the checkpoint names

@@ -47,9 +47,7 @@ _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 class Config(TokenizeConfig):
     """`source` defaults to the target folder's name."""
 
-    action: str = (
-        "run"  # run | status: what is done of this input; needs no tokenizer | repair: run, given-up shards too
-    )
+    action: str = "run"  # run | status: what is done, needs no tokenizer | repair: run, given-up shards too
     input: Any = None  # a pattern of .tar files (folder/*.tar, "x-{000..127}.tar"), or a list of them
     target: str = ""  # folder of token files
     text_tokenizer: str = ""  # folder or file

@@ -128,7 +128,10 @@ def test_every_key_of_every_command_has_a_comment():
     for schema in schemas | set().union(*(entries_of(schema) for schema in schemas)):
         for key, owner in leaves(schema):
             owners.setdefault(owner, set()).add(key.rpartition(".")[2])
-    uncommented = {owner.__qualname__: keys - field_comments(owner).keys() for owner, keys in owners.items()}
+    uncommented = {
+        f"{owner.__module__}.{owner.__qualname__}": keys - field_comments(owner).keys()
+        for owner, keys in owners.items()
+    }
     assert not {owner: keys for owner, keys in uncommented.items() if keys}
 
 

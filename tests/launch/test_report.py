@@ -23,6 +23,51 @@ def write(path: Path, content: object) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
+def write_data(folder):
+    packed = {
+        "kind": "packed",
+        "num_rows": 2,
+        "sequence_length": 100,
+        "tokens_by_source": {"s": 150, "t": 40},
+        "num_tokens": 200,
+    }
+    write(folder / "packed" / "sft" / "a" / "000000.json", packed)
+    write(folder / "packed" / "sft" / "a" / "dataset.json", {"kind": "packed_dataset", "sources": {"s": 150, "t": 40}})
+    tokens = {
+        "kind": "tokens",
+        "num_documents": 3,
+        "num_tokens": 50,
+        "counts_by_class": {"text": 50},
+        "quarantined": {"corrupt_image": 1},
+    }
+    write(folder / "tokens" / "48" / "a" / "000000.json", tokens)
+
+
+def write_evaluations(folder):
+    samples = [
+        {
+            "group": "text_to_image",
+            "prompt": "a <red> circle",
+            "prompt_images": ["samples/one.png"],
+            "images": ["samples/one.png", "samples/lost.png"],
+            "correct": True,
+        }
+    ]
+    tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
+    tasks["real_video_reconstruction"] = {"count": 5}
+    figures = {"t2i_accuracy": 0.9, "reconstruction_accuracy": 0.99, "next_state_accuracy": 0.8, "edit_accuracy": 0.7}
+    final = {"metrics": figures, "tasks": tasks, "samples": samples, "seen": {"t2i_accuracy": {"accuracy": 0.95}}}
+    final["baselines"] = {
+        "t2i_accuracy": {"dictionary": {"accuracy": 0.75, "count": 200}},
+        "next_state_accuracy": {"copy_of_the_last": {"accuracy": 0.0, "count": 200}},
+    }
+    write(folder / "evaluation" / "final.json", final)
+    write(folder / "evaluation" / "from_scratch.json", {"metrics": {"t2i_accuracy": 0.25}, "seen": {"x": {}}})
+    write(folder / "evaluation" / "untrained.json", {"metrics": {"t2i_accuracy": 0.05}})
+    (folder / "evaluation" / "samples").mkdir()
+    Image.new("RGB", (4, 4), "red").save(folder / "evaluation" / "samples" / "one.png")
+
+
 @pytest.fixture
 def run_folder(tmp_path):
     entries = {name: {"state": "done", "wall_seconds": 5.0, "peak_memory_bytes": 7} for name in ("pretrain_1", "sft")}
@@ -73,47 +118,8 @@ def run_folder(tmp_path):
             tmp_path / name / "config.yaml",
             yaml.safe_dump({"seed": 7, "machine": {"host": "n<1>"}, "stage": {"data": {"datasets": datasets}}}),
         )
-    packed = {
-        "kind": "packed",
-        "num_rows": 2,
-        "sequence_length": 100,
-        "tokens_by_source": {"s": 150, "t": 40},
-        "num_tokens": 200,
-    }
-    write(tmp_path / "packed" / "sft" / "a" / "000000.json", packed)
-    write(
-        tmp_path / "packed" / "sft" / "a" / "dataset.json", {"kind": "packed_dataset", "sources": {"s": 150, "t": 40}}
-    )
-    tokens = {
-        "kind": "tokens",
-        "num_documents": 3,
-        "num_tokens": 50,
-        "counts_by_class": {"text": 50},
-        "quarantined": {"corrupt_image": 1},
-    }
-    write(tmp_path / "tokens" / "48" / "a" / "000000.json", tokens)
-    samples = [
-        {
-            "group": "text_to_image",
-            "prompt": "a <red> circle",
-            "prompt_images": ["samples/one.png"],
-            "images": ["samples/one.png", "samples/lost.png"],
-            "correct": True,
-        }
-    ]
-    tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
-    tasks["real_video_reconstruction"] = {"count": 5}
-    figures = {"t2i_accuracy": 0.9, "reconstruction_accuracy": 0.99, "next_state_accuracy": 0.8, "edit_accuracy": 0.7}
-    final = {"metrics": figures, "tasks": tasks, "samples": samples, "seen": {"t2i_accuracy": {"accuracy": 0.95}}}
-    final["baselines"] = {
-        "t2i_accuracy": {"dictionary": {"accuracy": 0.75, "count": 200}},
-        "next_state_accuracy": {"copy_of_the_last": {"accuracy": 0.0, "count": 200}},
-    }
-    write(tmp_path / "evaluation" / "final.json", final)
-    write(tmp_path / "evaluation" / "from_scratch.json", {"metrics": {"t2i_accuracy": 0.25}, "seen": {"x": {}}})
-    write(tmp_path / "evaluation" / "untrained.json", {"metrics": {"t2i_accuracy": 0.05}})
-    (tmp_path / "evaluation" / "samples").mkdir()
-    Image.new("RGB", (4, 4), "red").save(tmp_path / "evaluation" / "samples" / "one.png")
+    write_data(tmp_path)
+    write_evaluations(tmp_path)
     return tmp_path
 
 

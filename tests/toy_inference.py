@@ -47,12 +47,14 @@ class RowsDecoder:
         self.rows = [list(prompt) for prompt in prompts]
         return self._logits(self.rows)
 
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
-        read = [[*row, token] for row, token in zip(self.rows, ids.tolist(), strict=True)]
+    def step(
+        self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
+        read = [[*row, *new] for row, new in zip(self.rows, ids.view(len(ids), -1).tolist(), strict=True)]
         logits = self._logits(read)
         keeps = [True] * len(read) if advances is None else advances.tolist()
         self.rows = [new if kept else old for new, old, kept in zip(read, self.rows, keeps, strict=True)]
-        return logits
+        return logits if columns is None else logits[:, columns]
 
     def _logits(self, rows: Sequence[list[int]]) -> torch.Tensor:
         return torch.stack([self.row_logits(row) for row in rows])

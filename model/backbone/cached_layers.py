@@ -37,7 +37,7 @@ def run_layers(model: GPTModel, hidden: torch.Tensor, step: CachedSequences) -> 
         whole: torch.Tensor = reduce_from_tensor_model_parallel_region(x) if is_split else x
         return whole
 
-    num_groups, width = step.cache.keys.shape[3], core.kv_channels
+    num_groups, width = step.cache.num_groups, core.kv_channels
     for layer in model.decoder.layers:
         attention, mlp = layer.self_attention, layer.mlp
         fused = functional.linear(norm(hidden, layer.input_layernorm), attention.linear_qkv.weight)

@@ -170,8 +170,8 @@ class PackedAttention(MegatronModule):
         step.cache.write(self.layer_index, step.slots, key.transpose(0, 1), value.transpose(0, 1))
         attended = functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
-            step.cache.keys[self.layer_index, :, : step.reach].transpose(1, 2),
-            step.cache.values[self.layer_index, :, : step.reach].transpose(1, 2),
+            step.cache.keys[self.layer_index, :, :, : step.reach],
+            step.cache.values[self.layer_index, :, :, : step.reach],
             attn_mask=step.mask,
             scale=self.softmax_scale,
             enable_gqa=True,

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from model.generation.grammar import GrammarState, ImageGrammar, Phase
-from model.generation.sampling import Choice, next_tokens, uniform_numbers
+from model.generation.grammar import HEADER_SIZE, GrammarOptions, GrammarState, ImageGrammar, Phase
+from model.generation.sampling import Choice, choose, guide, next_tokens, uniform_numbers
 from model.generation.settings import SamplingConfig
 
 Grid = tuple[int, int]  # height and width of an image, in tokens
@@ -23,10 +23,13 @@ class Decoder(Protocol):
         """Reads R prompts of any lengths and makes room for more; logits [R, padded vocabulary] after the last id."""
         ...
 
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
-        """Reads one id (int64 [R]) for each row; logits [R, padded vocabulary] after it.
+    def step(
+        self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
+        """Reads the next ids of each row (int64 [R] or [R, t]); logits [R, padded vocabulary] after the last one.
 
-        A row where `advances` (bool [R]) is False forgets its id again: the next step takes its place.
+        With `columns` only those of them, [R, n]. A row where `advances` (bool [R]) is False forgets its ids again: the
+        next step takes their place.
         """
         ...
 
@@ -104,20 +107,62 @@ class ARGenerator:
         numbers = torch.as_tensor(uniforms, device=device)
         state = self.grammar.start(prompts, grids)
         logits = self.decoder.start([*prompts, *unconditional], sampling.max_new_tokens)
-        record = _Record()
-        for position in range(sampling.max_new_tokens):
+        record, unread = _Record(), _Unread(self.decoder)
+        while True:
+            image = ImageRun.of(state, self.grammar.options)
+            if image is not None and len(image.body) < sampling.max_new_tokens - len(record):
+                logits = unread.read(logits)
+                state = self._finish_images(image, state, logits, sampling, numbers, record, unread)
+            if bool((self.grammar.forced(state) < 0).any()):
+                logits = unread.read(logits)
             guide_logits = logits[rows:] if unconditional else None
+            position = len(record)
             choice = next_tokens(logits[:rows], state, self.grammar, sampling, numbers[:, position], guide_logits)
             record.add(choice, self.grammar.mask_numbers(state), state.done)
             before, state = state, self.grammar.advance(state, choice.ids)
-            if bool(state.done.all()) or position + 1 == sampling.max_new_tokens:
+            if bool(state.done.all()) or len(record) == sampling.max_new_tokens:
                 break
-            if unconditional:
+            if unconditional:  # whose rows do not read everything
+                logits = unread.read(logits)
                 advances = torch.cat([~before.done, self._in_image(before, choice.ids)])
                 logits = self.decoder.step(choice.ids.repeat(2), advances)
             else:
-                logits = self.decoder.step(choice.ids)
+                unread.add(choice.ids)
         return record.split(state.done)
+
+    def _finish_images(
+        self,
+        image: ImageRun,
+        state: GrammarState,
+        logits: torch.Tensor,
+        sampling: SamplingConfig,
+        numbers: torch.Tensor,
+        record: _Record,
+        unread: _Unread,
+    ) -> GrammarState:
+        """All codes and row ends of images that all rows are in, at the same place: nothing has to be asked a token.
+
+        The state before EOI, which is forced, so that nobody needs logits; the last tokens are left unread.
+        """
+        rows, vocabulary = len(state.phase), self.grammar.vocabulary
+        visual = slice(vocabulary.visual_start, vocabulary.size)
+        both, scores = len(logits) // rows, logits[:, visual]
+        zeros, ones = torch.zeros(rows, device=state.phase.device), torch.ones_like(state.done)
+        row_end = Choice(torch.full_like(state.phase, vocabulary.eol), zeros, ~ones)
+        names = {is_code: torch.full_like(state.phase, image.mask_number(is_code)) for is_code in (True, False)}
+        for is_code in image.body:
+            choice = row_end
+            if is_code:
+                scores = unread.read(scores, visual)
+                of_codes = guide(scores[:rows], scores[rows:], sampling.guidance_scale) if both > 1 else scores
+                drawn, log_probs = choose(of_codes, None, sampling.image, numbers[:, len(record)])
+                choice = Choice(drawn + vocabulary.visual_start, log_probs, ones)
+            record.add(choice, names[is_code], ~ones)
+            unread.add(choice.ids.repeat(both))
+        after = GrammarState(**vars(state))
+        after.position = torch.full_like(state.position, image.num_codes)
+        after.phase = torch.full_like(state.phase, image.last_phase)
+        return after
 
     def _in_image(self, state: GrammarState, ids: torch.Tensor) -> torch.Tensor:
         """bool [B]: the token belongs to an image block. The unconditional stream reads no other generated token."""
@@ -126,11 +171,59 @@ class ARGenerator:
         return inside | ((phase == Phase.TEXT) & (ids == self.grammar.vocabulary.boi))
 
 
+@dataclass(frozen=True)
+class ImageRun:
+    """What is left of images that all sequences are in, at the same place of the same grid, up to the tokens that end them."""
+
+    body: tuple[bool, ...]  # one a token: a code, else EOL
+    num_codes: int  # of a whole image
+    last_phase: Phase  # of the token behind the body
+
+    @classmethod
+    def of(cls, state: GrammarState, options: GrammarOptions) -> ImageRun | None:
+        places = torch.stack((state.phase, state.height, state.width, state.position))
+        if not bool(((places == places[:, :1]) & (state.phase == Phase.CODES)).all()):
+            return None
+        _, height, width, position = places[:, 0].tolist()
+        num_codes = height * width
+        body = []
+        for code in range(position, num_codes):
+            body.append(True)
+            if (code + 1) % width == 0 and (code + 1 < num_codes or options.emu3_format):
+                body.append(False)
+        return cls(tuple(body), num_codes, Phase.FRAME_END if options.emu3_format else Phase.IMAGE_END)
+
+    def mask_number(self, is_code: bool) -> int:
+        """As `ImageGrammar.mask_numbers`."""
+        return int(Phase.CODES if is_code else Phase.ROW_END) * 2**HEADER_SIZE
+
+
+class _Unread:
+    """Tokens that a decoder has not read yet: nobody asks for logits behind what the grammar forces."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.ids: list[torch.Tensor] = []
+
+    def add(self, ids: torch.Tensor) -> None:
+        self.ids.append(ids)
+
+    def read(self, logits: torch.Tensor, columns: slice | None = None) -> torch.Tensor:
+        """The logits behind everything; those given where everything is read."""
+        if not self.ids:
+            return logits
+        ids, self.ids = torch.stack(self.ids, dim=1), []
+        return self.decoder.step(ids, columns=columns)
+
+
 class _Record:
     """Collects the steps of one batch."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[torch.Tensor, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
     def add(self, choice: Choice, mask_numbers: torch.Tensor, was_done: torch.Tensor) -> None:
         self.steps.append((choice.ids, choice.log_probs, choice.sampled, mask_numbers, ~was_done))

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as functional
 
 from model.backbone.cached_layers import is_plain, run_layers
 from model.backbone.key_value_cache import KeyValueCache
 from model.backbone.packed_attention import CachedSequences
 from model.backbone.rotary import rotary_tables
+from model.backbone.token_step import TokenStep
 from model.config import ModelConfig
 from model.parallel.megatron import GPTModel, set_model_to_sequence_parallel
 from model.vocabulary import Vocabulary
@@ -26,6 +28,7 @@ class CachedDecoder:
         self.model = model
         self.device = next(model.parameters()).device
         self._cache: KeyValueCache | None = None
+        self._token_step: TokenStep | None = None
 
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> torch.Tensor:
         """Equal prompts are read once: the answers of a group cost one prompt."""
@@ -36,7 +39,7 @@ class CachedDecoder:
         tokens = torch.zeros((len(rows), longest), dtype=torch.int64, device=self.device)
         for prompt, row in rows.items():
             tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64, device=self.device)
-        self._cache = None  # let go of the last batch's memory first
+        self._cache = self._token_step = None  # let go of the last batch's memory first
         are_distinct = len(rows) == len(prompts)
         read = allocate_cache(self.model, len(rows), longest + (max_new_tokens if are_distinct else 0))
         positions = torch.arange(longest, device=self.device).expand(len(rows), -1)
@@ -49,12 +52,19 @@ class CachedDecoder:
         self._cache.fill(read, index)
         return logits[index]
 
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
         assert self._cache is not None, "start comes before step"
-        positions = self._cache.lengths[:, None].clone()
-        num_new = None if advances is None else advances.to(torch.int64)
-        logits = decoder_forward(self.model, ids[:, None], positions, self._cache, num_new=num_new)
-        return logits[:, 0]
+        ids = ids.view(len(ids), -1)
+        if is_plain(self.model):
+            if self._token_step is None:
+                self._token_step = TokenStep(self.model, self._cache)
+            return output_logits(self.model, self._token_step.run(ids, advances), columns)
+        positions = self._cache.lengths[:, None] + torch.arange(ids.shape[1], device=self.device)
+        num_new = None if advances is None else advances * ids.shape[1]
+        logits = decoder_forward(self.model, ids, positions, self._cache, num_new=num_new)[:, -1]
+        return logits if columns is None else logits[:, columns]
 
 
 @contextmanager
@@ -128,6 +138,22 @@ def decoder_forward(
     logits[..., Vocabulary.from_config(config.vocabulary).size :] = float("-inf")
     result: torch.Tensor = logits
     return result
+
+
+@torch.no_grad()
+def output_logits(model: GPTModel, hidden: torch.Tensor, columns: slice | None) -> torch.Tensor:
+    """float32 logits of some ids (all by default: [B, padded vocabulary], padding at -inf) from [B, h] behind the last norm."""
+    vocabulary_size = Vocabulary.from_config(model.model_config.vocabulary).size
+    if model.config.tensor_model_parallel_size > 1:
+        logits, _ = model.output_layer(hidden[None], runtime_gather_output=True)
+        found: torch.Tensor = logits[0] if columns is None else logits[0, :, columns]
+    else:
+        weight = model.output_layer.weight
+        found = functional.linear(hidden, weight if columns is None else weight[columns])
+    found = found.float()
+    if columns is None:
+        found[:, vocabulary_size:] = float("-inf")
+    return found
 
 
 def _last_real(hidden: torch.Tensor, num_new: torch.Tensor | None) -> torch.Tensor:

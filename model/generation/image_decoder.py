@@ -25,9 +25,11 @@ class ImageDecoder(CachedDecoder):
         self.num_forwards += 1
         return super().start(prompts, max_new_tokens)
 
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
         self.num_forwards += 1
-        return super().step(ids, advances)
+        return super().step(ids, advances, columns)
 
     @property
     def cache(self) -> KeyValueCache:
@@ -49,6 +51,7 @@ class ImageDecoder(CachedDecoder):
     def keep(self, num_tokens: torch.Tensor) -> None:
         """The first tokens (int64 [R]) of the last look that was not `whole` become part of the rows."""
         self.cache.lengths += num_tokens
+        self._token_step = None  # it has counted along
 
     @contextmanager
     def only(self, rows: torch.Tensor) -> Iterator[None]:
@@ -58,9 +61,9 @@ class ImageDecoder(CachedDecoder):
             yield
             return
         part = KeyValueCache(whole.keys[:, rows], whole.values[:, rows], whole.lengths[rows])
-        self._cache = part
+        self._cache, self._token_step = part, None
         try:
             yield
         finally:
-            self._cache = whole
+            self._cache, self._token_step = whole, None
         whole.keys[:, rows], whole.values[:, rows], whole.lengths[rows] = part.keys, part.values, part.lengths

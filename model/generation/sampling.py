@@ -58,7 +58,9 @@ def allowed_log_probs(logits: torch.Tensor, allowed: torch.Tensor | None, temper
     logits = logits.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
-    return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature not in (0.0, 1.0):
+        logits = logits / temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def truncate(log_probs: torch.Tensor, settings: PhaseSampling) -> torch.Tensor:
@@ -79,7 +81,7 @@ def truncate(log_probs: torch.Tensor, settings: PhaseSampling) -> torch.Tensor:
 
 def draw(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """int64 [B]: ids drawn by inverting the cumulative distribution of [B, V] at `uniforms` (float64 [B] in [0, 1))."""
-    cumulative = torch.softmax(log_probs.double(), dim=-1).cumsum(dim=-1)
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
     threshold = (uniforms * cumulative[:, -1]).unsqueeze(-1)
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
 

@@ -2,7 +2,7 @@
 
 | strategy | forward passes of an image of N codes | distribution |
 |---|---|---|
-| ar | N and its structure tokens | the model's |
+| ar | N; forced tokens are read with those behind them | the model's |
 | dida | steps + 1 (the commit pass) | that of the noisy copies; a checkpoint of the objective `dida` |
 | sjd | as many rounds as guesses need, + 1 | the model's, exactly; no training |
 | verified | steps + 2 for each round, + 1 | the model's, exactly; guesses are DiDA's last draws |

@@ -34,10 +34,13 @@ def zero_config(
     offload: str = "none",
     weights: str = "none",
     keeps: bool = False,
+    compiled_adam: bool = False,
     **changes: Any,
 ) -> TrainConfig:
     """Everything is cut that can be cut, however small; `keeps`: what is gathered stays, as small models have it."""
-    options = DeepSpeedConfig(zero_stage=stage, offload_optimizer=offload, offload_weights=weights)
+    options = DeepSpeedConfig(
+        zero_stage=stage, offload_optimizer=offload, offload_weights=weights, compiled_adam=compiled_adam
+    )
     if not keeps:
         options = replace(options, live_elements=0, persistent_elements=0)
     config = megatron_config(dtype, **changes)

@@ -66,6 +66,16 @@ def test_offload_changes_nothing(pool: Any, reference: Any) -> None:
         assert_same_curve(results, reference[0][:6])
 
 
+def test_the_compiled_adam_gives_the_same_curve(pool: Any, reference: Any) -> None:
+    """Compiled here, unless torch has kept it of an earlier run; and a run goes on from the one to the other."""
+    compiled = zero_config(3, offload="cpu", compiled_adam=True, data=2)
+    ((results, _, _),) = pool.run(train_each, [compiled], 6, ranks=2)[0]
+    assert_same_curve(results, reference[0][:6])
+    reader, later, _ = pool.run(save_and_go_on, zero_config(3, offload="cpu", data=2), 3, ranks=2)[0]
+    found, _, _ = pool.run(go_on, compiled, reader, 3, ranks=2)[0]
+    assert_same_curve(found, later)
+
+
 def test_whole_layers_computed_again_and_rows_cut_over_ranks(pool: Any, reference: Any) -> None:
     """Recomputation inside of stage 3's gathering, and context parallelism beside it."""
     again = [zero_config(3, recompute=choice, data=2) for choice in ("full", "selective")]

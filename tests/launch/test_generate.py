@@ -59,7 +59,10 @@ def test_pictures_trace_and_seeds(toy: Path) -> None:
     assert first["asked"]["text"] == "a red circle"
     assert (first["seed"], first["index"], second["index"]) == (0, 0, 1)
     assert first["ids"] != second["ids"]
-    assert first["forwards"] == len(first["ids"]) == 13  # BOI 2 * 3 IMG, 3 codes EOL 3 codes, EOI
+    assert len(first["ids"]) == 13  # BOI 2 * 3 IMG, 3 codes EOL 3 codes, EOI
+    assert (
+        first["forwards"] == 1 + 1 + 5
+    )  # the prompt, the header, the codes but the last with what is forced behind them
     assert trace["settings"]["sampling"]["max_new_tokens"] == 40
     # Any answer alone, by its number.
     generate.run(settings(prompt="a red circle", image_size=[16, 24], first_index=1, out="again"))

@@ -295,9 +295,9 @@ class CountingDecoder(HashDecoder):
         super().__init__()
         self.num_steps = 0
 
-    def step(self, ids: Any, advances: Any = None) -> Any:
+    def step(self, ids: Any, advances: Any = None, columns: Any = None) -> Any:
         self.num_steps += 1
-        return super().step(ids, advances)
+        return super().step(ids, advances, columns)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from model.generation.ar import ARGenerator
+from model.generation.ar import ARGenerator, ImageRun
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.vocabulary import Vocabulary, VocabularyConfig
@@ -36,11 +39,14 @@ class TableDecoder:
         self.rows = [list(prompt) for prompt in prompts]
         return self._logits(self.rows)
 
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
-        read = [[*row, token] for row, token in zip(self.rows, ids.tolist(), strict=True)]
+    def step(
+        self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
+        read = [[*row, *new] for row, new in zip(self.rows, ids.view(len(ids), -1).tolist(), strict=True)]
         moves = [True] * len(read) if advances is None else advances.tolist()
         self.rows = [new if move else old for new, old, move in zip(read, self.rows, moves, strict=True)]
-        return self._logits(self.rows)
+        logits = self._logits(self.rows)
+        return logits if columns is None else logits[:, columns]
 
     def _logits(self, rows: list[list[int]]) -> torch.Tensor:
         return torch.tensor(np.stack([table_logits(row) for row in rows]))
@@ -88,6 +94,45 @@ def test_guided_greedy_equals_one_by_one() -> None:
         assert found == [one_by_one(grammar(), prompt, 40, [19], 3.0) for prompt in prompts]
         changed += found != [one_by_one(grammar(), prompt, 40) for prompt in prompts]
     assert changed > 0
+
+
+@pytest.mark.parametrize("emu3_format", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_images_in_step_are_those_of_single_tokens(
+    monkeypatch: pytest.MonkeyPatch, emu3_format: bool, scale: float
+) -> None:
+    """All rows in the same place of one grid go through it without asking the grammar; so may a prompt that ends in one."""
+    sampling = SamplingConfig(PhaseSampling(0.8), PhaseSampling(0.9, top_k=5), guidance_scale=scale)
+    rules = grammar(emu3_format=emu3_format, stop_after_images=2, repeat_grid=True)
+    begun = [VOCABULARY.boi, DIGITS[2], STAR, DIGITS[3], VOCABULARY.img, VOCABULARY.visual_start]
+    cases = [
+        ([[1, 2], [4, 5]], [(3, 2)] * 2),
+        ([[1, *begun], [2, 3, *begun]], [None] * 2),
+        ([[1], [2]], [(1, 1), (2, 2)]),
+    ]
+    in_step, all_runs = 0, ImageRun.of
+
+    def counted(*arguments: Any) -> ImageRun | None:
+        nonlocal in_step
+        run = all_runs(*arguments)
+        in_step += run is not None
+        return run
+
+    for begins in (True, False):
+        rules.options = replace(rules.options, begin_with_image=begins)
+        for limit in (3, 12, 17, 40):
+            sampling.max_new_tokens = limit
+            for prompts, grids in cases:
+                runs = []
+                for find in (counted, lambda *_: None):
+                    monkeypatch.setattr(ImageRun, "of", find)
+                    free = [[19]] * len(prompts) if scale != 1.0 else None
+                    runs.append(ARGenerator(TableDecoder(), rules).sample(prompts, sampling, 3, grids, free))
+                for one, other in zip(*runs, strict=True):
+                    assert one.finished == other.finished
+                    for name in ("ids", "log_probs", "sampled", "mask_numbers"):
+                        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert in_step > 10
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

@@ -182,7 +182,7 @@ def test_equal_prompts_are_read_once_and_answered_apart(model: Any, monkeypatch:
     )
     batch = CachedDecoder(model)
     logits = [batch.start(prompts, 3), *(batch.step(ids) for ids in answers)]
-    assert tokens_read == [2 * 9, 4, 4, 4]
+    assert tokens_read == [2 * 9]  # steps read a token a row
     for row, prompt in enumerate(prompts):
         whole = torch.tensor([*prompt, *answers[:, row].tolist()])
         expected = logits_of(model, whole, [len(whole)])[len(prompt) - 1 :, :NUM_IDS]
@@ -199,6 +199,30 @@ def test_layers_of_decoding_are_those_of_the_modules(model: Any, monkeypatch: py
     monkeypatch.setattr(decoder, "is_plain", lambda _: False)
     expected = decoder_forward(model, tokens, positions, allocate_cache(model, 3, 20))
     assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 7)], ids=["even", "uneven"])
+def test_steps_are_those_of_the_modules(model: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
+    """Rows that do not advance, some columns only, and a cache that ends where the longest row does."""
+    prompts = [torch.randint(0, NUM_IDS, (length,)).tolist() for length in lengths]
+    steps = [torch.randint(0, NUM_IDS, (3,)) for _ in range(6)]
+    advances = [None, None, torch.tensor([True, False, True]), torch.tensor([False, True, True]), None, None]
+
+    def run() -> torch.Tensor:
+        batch = CachedDecoder(model)
+        logits = [batch.start(prompts, 6)]
+        for ids, moves in zip(steps, advances, strict=True):
+            logits.append(batch.step(ids, moves))
+        part = CachedDecoder(model)
+        part.start(prompts, 6)
+        assert (part.step(steps[0], None, slice(3, 40)) - logits[1][:, 3:40]).abs().max() <= 1e-5
+        return torch.stack(logits)
+
+    found = run()
+    monkeypatch.setattr(decoder, "is_plain", lambda _: False)
+    expected = run()
+    assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
+    assert bool((found[..., NUM_IDS:] == -torch.inf).all())
 
 
 def test_dropout_acts_in_training_only_and_in_three_places() -> None:

@@ -11,7 +11,7 @@ from data_pipeline.documents.builder import Picture, Text
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
 from model.errors import UserError
 from model.generation.settings import PhaseSampling, SamplingConfig
-from training.inference.answering import Answering, answer_all, begin, begin_rollouts, block_tokens, take_turn
+from training.inference.answering import Answering, answer_all, begin, begin_rollouts, take_turn
 from training.inference.observing import Event, Progress, Rows, TextPiece
 from training.inference.prompts import Prompt
 
@@ -47,8 +47,9 @@ def test_the_first_turn_is_what_generate_draws(tokenizer: SentencePieceTokenizer
         assert np.array_equal(model.picture(one.pictures[0]), output.images[0])
         assert one.finished
         assert [len(event.codes) for event in told[id(one)] if isinstance(event, Rows)] == [1, 2]
-    # The two t2i prompts took one turn together: a block of 2 x 3 tokens is 13 ids, one forward each.
-    assert [one.num_forwards for one in answerings] == [block_tokens(model, (2, 3))] * 4
+    # The two t2i prompts took one turn together. The prompt, the header's five ids one by one since guided rows read less,
+    # and the codes of 2 x 3 but the last; ends of rows are read with the codes before them.
+    assert [one.num_forwards for one in answerings] == [1 + 5 + 5] * 4
     assert isinstance(model.decoder, HashDecoder)
 
 

@@ -15,7 +15,7 @@ from launch.plan.places import host, place_of
 from launch.plan.preflight import judge
 from model.errors import UserError
 from training.config import DatasetEntry, TrainConfig, from_dict
-from training.contracts.zero import EXTRA_KEYS, DeepSpeedConfig, host_bytes
+from training.contracts.zero import EXTRA_KEYS, DeepSpeedConfig, can_compile, host_bytes
 from training.reliability.checkpoint import resolve_initial
 from training.stage import validate
 
@@ -46,6 +46,7 @@ def test_a_good_one_passes() -> None:
         ({"offload_optimizer": "nvme"}, "deepspeed.offload_optimizer", "libaio"),
         ({"offload_optimizer": "disk"}, "deepspeed.offload_optimizer", "choices"),
         ({"zero_stage": 2, "offload_weights": "cpu"}, "deepspeed.offload_weights", "stage 3"),
+        ({"compiled_adam": True}, "deepspeed.compiled_adam", "not there"),
         ({"bucket_elements": 0}, "deepspeed.bucket_elements", "positive"),
         ({"live_elements": -1}, "deepspeed.live_elements", "negative"),
         ({"extra": {"optimizer": {"type": "Muon"}}}, "deepspeed.extra.optimizer", "clips the orthogonalised update"),
@@ -63,6 +64,16 @@ def test_refused_with_its_reason(options: dict[str, Any], key: str, reason: str)
     message = message_of(config_with(deepspeed=options))
     assert f" {key}: " in message
     assert reason in message
+
+
+def test_an_adam_that_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = {"compiled_adam": True, "offload_optimizer": "cpu"}
+    if can_compile():
+        validate(config_with(deepspeed=options))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    message = message_of(config_with(deepspeed=options))
+    assert "c++ and ninja" in message
+    assert "pip install 'nextstate[deepspeed-compiled]'" in message
 
 
 def test_a_pipeline_is_refused() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from model.errors import Problems
@@ -22,6 +26,7 @@ class DeepSpeedConfig:
     zero_stage: int = 3  # 1: optimizer state | 2: and gradients | 3: and weights
     offload_optimizer: str = "none"  # none | cpu: master weights and moments in host memory, the step computed there
     offload_weights: str = "none"  # none | cpu: this rank's part of the weights in host memory; stage 3
+    compiled_adam: bool = False  # DeepSpeed's own Adam for the step on the host, compiled at the first start
     bucket_elements: int = 500_000_000  # gradients that are reduced at once
     live_elements: int = 1_000_000_000  # most weights that stay gathered for their next use; stage 3
     persistent_elements: int = 100_000  # smaller parameters are never cut; stage 3
@@ -53,6 +58,15 @@ REFUSED_KEYS = {
     "pipeline": "this engine has no pipeline",
     "tensor_parallel": "parallel.tensor cuts the layers",
 }
+
+
+BUILD_TOOLS = ("c++", "ninja")
+
+
+def can_compile() -> bool:
+    """What torch needs to build an extension is there: a compiler on the path, ninja there or beside this Python."""
+    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return all(shutil.which(tool, path=beside) for tool in BUILD_TOOLS)
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,18 @@ REFUSALS = (
         "offload_weights",
         "weights that are not cut stay on the device; stage 3 cuts them",
         f"{KEY}.zero_stage=3",
+    ),
+    Refusal(
+        lambda options: options.compiled_adam and options.offload_optimizer != "cpu",
+        "compiled_adam",
+        "it steps what is in host memory, and the optimizer is not there",
+        f"{KEY}.offload_optimizer=cpu, or {KEY}.compiled_adam=false",
+    ),
+    Refusal(
+        lambda options: options.compiled_adam and not can_compile(),
+        "compiled_adam",
+        f"{' and '.join(BUILD_TOOLS)} compile it, and not all of them are on this machine",
+        f"pip install 'nextstate[deepspeed-compiled]' and a C++ compiler (Debian: g++), or {KEY}.compiled_adam=false",
     ),
     Refusal(
         lambda options: options.bucket_elements < 1,

@@ -125,8 +125,11 @@ class ObservedDecoder:
         self.num_forwards += 1
         return self.decoder.start(prompts, max_new_tokens)
 
-    def step(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
         self.num_forwards += 1
         if self.see is not None:
-            self.see(ids.tolist())
-        return self.decoder.step(ids, advances)
+            for one in ids.view(len(ids), -1).unbind(1):
+                self.see(one.tolist())
+        return self.decoder.step(ids, advances, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -157,7 +157,8 @@ class DeepSpeedEngine(FrozenModel):
         spared = [
             parameter for name, parameter in self.model.named_parameters() if len(self.logical[name].global_shape) == 1
         ]
-        return partial(make_optimizer, self.config.stage.optimizer, spared)
+        make = library.compiled_adam if self.config.deepspeed.compiled_adam else fused_adam
+        return partial(make_optimizer, make, self.config.stage.optimizer, spared)
 
     @contextmanager
     def weights_of(self, reader: ShardReader) -> Iterator[None]:
@@ -218,22 +219,28 @@ class DeepSpeedEngine(FrozenModel):
         groups.destroy()
 
 
-def make_optimizer(config: OptimizerConfig, spared: list[torch.nn.Parameter], parameters: Any) -> torch.optim.AdamW:
-    """AdamW of torch, whose fused step is as fast on a CPU as DeepSpeed's own and needs no compiler.
+def fused_adam(groups_of_parameters: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """AdamW of torch, whose fused step is as fast on a CPU as DeepSpeed's own and needs no compiler."""
+    return torch.optim.AdamW(groups_of_parameters, fused=True, **options)
 
-    Weight decay is decoupled and does not touch `spared`, the norms. What has no gradient, beside adapters, is left out.
-    """
+
+def make_optimizer(
+    make: Callable[..., torch.optim.Optimizer],
+    config: OptimizerConfig,
+    spared: list[torch.nn.Parameter],
+    parameters: Any,
+) -> torch.optim.Optimizer:
+    """AdamW. Weight decay does not touch `spared`, the norms. What has no gradient, beside adapters, is left out."""
     spared_ids = {id(parameter) for parameter in spared}
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     decaying = [parameter for parameter in trained if id(parameter) not in spared_ids]
     sparing = [parameter for parameter in trained if id(parameter) in spared_ids]
     pairs = ((decaying, config.weight_decay), (sparing, 0.0))
-    return torch.optim.AdamW(
+    return make(
         [{"params": some, "weight_decay": decay} for some, decay in pairs if some],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=True,
     )
 
 

@@ -1,7 +1,8 @@
 """The only door to deepspeed: what has to be so before it is imported and before it joins the ranks.
 
-Nothing is compiled here. DeepSpeed compiles an extension for shared memory whenever it joins ranks on a CPU, and its
-own Adam whenever it makes an optimizer; the first is declared impossible, the second is not asked for.
+Nothing is compiled unasked. DeepSpeed compiles an extension for shared memory whenever it joins ranks on a CPU, and its
+own Adam whenever it makes an optimizer; the first is declared impossible, the second is made for `deepspeed.compiled_adam`
+only.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from model.parallel import cpu_backend, groups
 
@@ -36,6 +41,7 @@ from training.engines.deepspeed.parallel_unit import ParallelUnit
 # There is no public switch. DeepSpeed finds out which of its extensions could be built by trying a compiler when this
 # table is first read, and builds the one named here, which serves its own inference only, whenever it can.
 EXTENSIONS = {"deepspeed_shm_comm": False}
+log = logging.getLogger(__name__)
 # What DeepSpeed keeps of process groups in the module `deepspeed.utils.groups`.
 _KEPT_GROUPS = ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "mpu", "mesh_device")
 
@@ -96,6 +102,24 @@ def end(engine: ZeroEngine) -> None:
         vars(parameter).clear()
     for part in (*list(engine.module.modules()), engine.optimizer, engine):
         vars(part).clear()
+
+
+def compiled_adam(groups_of_parameters: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for parameters in host memory; the first call on a machine compiles it and says so.
+
+    torch keeps what was compiled (TORCH_EXTENSIONS_DIR), and of several ranks one compiles while the others wait.
+    """
+    if torch.distributed.get_rank() == 0:
+        log.warning("deepspeed.compiled_adam: the first time on a machine it is compiled, which takes a minute or two")
+    # Ninja may be installed beside this Python and not be on the path.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), beside))
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups_of_parameters, **options)
+    return made
 
 
 def partitioned(settings: dict[str, Any]) -> Any:

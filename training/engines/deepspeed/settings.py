@@ -33,7 +33,7 @@ def zero_settings(config: TrainConfig, *, trained: bool = True) -> dict[str, Any
         "gradient_clipping": config.stage.optimizer.gradient_clip,
         "steps_per_print": NEVER,
         "zero_allow_untested_optimizer": True,  # torch's AdamW
-        "zero_force_ds_cpu_optimizer": False,  # its own one would be compiled
+        "zero_force_ds_cpu_optimizer": False,  # its own one has to be compiled: `compiled_adam` asks for it
         "communication_data_type": "fp32",  # gradients, as in the megatron engine
         "zero_optimization": zero,
     }

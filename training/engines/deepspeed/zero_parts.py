@@ -62,9 +62,12 @@ def flat_masters(optimizer: ZeroOptimizer) -> list[torch.Tensor]:
 
 def allocate_state(engine: ZeroEngine) -> None:
     """Moments and counts from the start, so that a checkpoint of any step has the same keys."""
+    # torch's fused step counts in float32, DeepSpeed's compiled one takes nothing but a whole number.
+    is_torchs = isinstance(engine.basic_optimizer, torch.optim.AdamW)
+    count_dtype = torch.float32 if is_torchs else torch.int64
     for flat in flat_masters(engine.optimizer):
         engine.basic_optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+            "step": torch.zeros((), dtype=count_dtype, device=flat.device),
             **{name: torch.zeros_like(flat) for name in MOMENTS},
         }
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import queue
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +65,46 @@ def measure(
     import torch
 
     torch.set_num_threads(2 if world_size == 1 else 1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     from model.config import ModelConfig
+    from model.parallel import groups
     from training.config import ParallelConfig, StageConfig, TrainConfig
     from training.engines.megatron.engine import MegatronEngine
+    from training.objectives.next_token import NextToken
 
     stage = StageConfig(
         sequence_length=ROW_TOKENS, micro_batch_size=options.micro_batch, global_batch_size=options.rows
     )
     model = ModelConfig(dtype=options.dtype)
     config = TrainConfig(model=model, stage=stage, parallel=ParallelConfig(**layout))
-    engine = MegatronEngine(config, source_names=["synthetic"], init_method=store)
-    rows_here = options.rows // engine.data_parallel_size
+    groups.initialize(
+        tensor=layout.get("tensor", 1),
+        pipeline=layout.get("pipeline", 1),
+        rank=rank,
+        world_size=world_size,
+        init_method=store,
+    )
+    objective = NextToken(config, NextToken.Options())
+    objective.source_names = ["synthetic"]
+    engine = MegatronEngine(config, objective)
+    rows_here = options.rows // engine.ranks.data_parallel_size
     size = min(options.micro_batch, rows_here)
     batches = [synthetic_batch(size, seed) for seed in range(rows_here // size)]
+
+    def step() -> None:
+        _, _, gradient_norm = engine.forward_backward(batches, objective).read()
+        engine.optimizer_step(1e-4, gradient_norm)
+
     for _ in range(2):
-        engine.forward_backward(batches)
-        engine.optimizer_step(1e-4)
+        step()
     wall, cpu = [], time.process_time()
     for _ in range(options.steps):
-        engine.barrier()
+        engine.ranks.barrier()
         start = time.perf_counter()
-        engine.forward_backward(batches)
-        engine.optimizer_step(1e-4)
+        step()
         wall.append(time.perf_counter() - start)
     answers.put((rank, float(np.median(wall)), (time.process_time() - cpu) / options.steps))
     if options.profile and rank == 0:
-        profile(engine, batches)
+        profile(step)
     engine.close()
 
 
@@ -111,12 +124,11 @@ def collect(workers: list[Any], answers: Any) -> list[tuple[int, float, float]]:
     return results
 
 
-def profile(engine: Any, batches: list[Any]) -> None:
+def profile(step: Callable[[], None]) -> None:
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
-        engine.forward_backward(batches)
-        engine.optimizer_step(1e-4)
+        step()
     print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45))
 
 

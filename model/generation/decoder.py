@@ -60,7 +60,8 @@ class CachedDecoder:
         if is_plain(self.model):
             if self._token_step is None:
                 self._token_step = TokenStep(self.model, self._cache)
-            return output_logits(self.model, self._token_step.run(ids, advances), columns)
+            with without_sequence_parallel(self.model):
+                return output_logits(self.model, self._token_step.run(ids, advances), columns)
         positions = self._cache.lengths[:, None] + torch.arange(ids.shape[1], device=self.device)
         num_new = None if advances is None else advances * ids.shape[1]
         logits = decoder_forward(self.model, ids, positions, self._cache, num_new=num_new)[:, -1]

@@ -18,6 +18,8 @@ from deepspeed_runs import (
     zero_config,
 )
 
+from training.engines.deepspeed.library import load_compiled_adam
+
 NUM_STEPS = 20
 STAGES = (1, 2, 3)
 
@@ -68,6 +70,7 @@ def test_offload_changes_nothing(pool: Any, reference: Any) -> None:
 
 def test_the_compiled_adam_gives_the_same_curve(pool: Any, reference: Any) -> None:
     """Compiled here, unless torch has kept it of an earlier run; and a run goes on from the one to the other."""
+    load_compiled_adam()  # here, where nobody waits for an answer in time
     compiled = zero_config(3, offload="cpu", compiled_adam=True, data=2)
     ((results, _, _),) = pool.run(train_each, [compiled], 6, ranks=2)[0]
     assert_same_curve(results, reference[0][:6])

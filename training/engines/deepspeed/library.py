@@ -111,15 +111,23 @@ def compiled_adam(groups_of_parameters: list[dict[str, Any]], **options: Any) ->
     """
     if torch.distributed.get_rank() == 0:
         log.warning("deepspeed.compiled_adam: the first time on a machine it is compiled, which takes a minute or two")
-    # Ninja may be installed beside this Python and not be on the path.
-    beside = str(Path(sys.executable).parent)
-    if beside not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), beside))
+    load_compiled_adam()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     with contextlib.redirect_stdout(io.StringIO()):
         made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups_of_parameters, **options)
     return made
+
+
+def load_compiled_adam() -> None:
+    """Compiled where torch does not hold it of an earlier time."""
+    # Ninja may be installed beside this Python and not be on the path.
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), beside))
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    CPUAdamBuilder().load(verbose=False)
 
 
 def partitioned(settings: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
-from data_pipeline.storage.format import checksum_file, read_manifest, suffixed
+from data_pipeline.storage.format import TOKENIZER_PATHS, checksum_file, read_manifest, suffixed
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
@@ -108,8 +108,11 @@ class ShardTokenizer:
         vocabulary: Vocabulary,
         text_tokenizer: TextTokenizer,
         vision_tokenizer: VisionTokenizer | None,
+        tokenizer_paths: Mapping[str, str] | None = None,
     ):
+        """`tokenizer_paths` are recorded: where a reader of the tokens finds them."""
         self.config = config
+        self.tokenizer_paths = dict(tokenizer_paths or {})
         self.vocabulary = vocabulary
         self.text_tokenizer = text_tokenizer
         self.vision_tokenizer = vision_tokenizer
@@ -187,6 +190,7 @@ class ShardTokenizer:
                     "inputs": [describe_input(shard)],
                     "quarantined": dict(Counter(bad.reason for bad in quarantine)),
                     **self._describe_tokenizers(),
+                    TOKENIZER_PATHS: self.tokenizer_paths,
                 }
             )
         _report_progress(self.config.source, shard, manifest, time.monotonic() - started)

@@ -118,28 +118,44 @@ def lock(
     """Hold the lock file `path`, whose folder exists; the system frees the lock of a process that died.
 
     Another holder is waited for at most `waiting_seconds`, then a `UserError` says `taken`, where (the lock's folder
-    unless `where` is given), who holds it and `fix`. The file stays: removing it would let two processes each lock
-    a file of this name. Raises OSError when the file cannot be written.
+    unless `where` is given), who holds it and `fix`. The file goes with the lock, and stays after a kill.
+    Raises OSError when the file cannot be written.
     """
-    with path.open("a+", encoding="utf-8") as stream:
-        _take(stream.fileno(), path, taken, fix, where or path.parent, waiting_seconds)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
-        stream.flush()
-        yield
-
-
-def _take(descriptor: int, path: Path, taken: str, fix: str, where: Path, waiting_seconds: float) -> None:
     deadline = time.monotonic() + waiting_seconds
+    while True:
+        with path.open("a+", encoding="utf-8") as stream:
+            _take(stream.fileno(), path, taken, fix, where or path.parent, deadline)
+            if not is_named(stream.fileno(), path):
+                continue  # its holder removed it while we waited: a lock on it would keep nobody out
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}\n")
+            stream.flush()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # the folder may be gone, or read-only by now
+                    path.unlink()  # while it is held
+            return
+
+
+def is_named(descriptor: int, path: Path) -> bool:
+    """Is the open file the one that lies at `path`?"""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _take(descriptor: int, path: Path, taken: str, fix: str, where: Path, deadline: float) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                holder = path.read_text(encoding="utf-8", errors="replace").strip()
+                holder = os.pread(descriptor, 4096, 0).decode("utf-8", "replace").strip()
                 raise UserError(taken, where=str(where), got=holder, fix=fix) from None
-            time.sleep(min(SECONDS_BETWEEN_TRIES, waiting_seconds))
+            time.sleep(min(SECONDS_BETWEEN_TRIES, max(0.0, deadline - time.monotonic())))
         except OSError as error:
             raise UserError(
                 "the file system takes no locks",

@@ -6,6 +6,7 @@ The `emu35` preset holds the ids of the released tokenizer (github.com/baaivisio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -165,3 +166,16 @@ class Vocabulary:
             "size": self.size,
             "padded_size": self.padded_size,
         }
+
+
+# Parts of a description that say nothing about the ids of a file: of any file, and of one without pictures.
+_LAYOUT_ONLY, _OF_PICTURES = ("padded_size",), ("visual_size", "size", "padded_size")
+
+
+def description_of_ids(description: Mapping[str, Any], *, has_pictures: bool) -> dict[str, Any]:
+    """Of a vocabulary's `describe()` what two files must share to lie in one row, or a model to read a file.
+
+    Ids of pictures come last, so that texts alone are the same whatever number of them follows.
+    """
+    left_out = _LAYOUT_ONLY if has_pictures else _OF_PICTURES
+    return {key: value for key, value in description.items() if key not in left_out}

@@ -14,8 +14,12 @@ METRICS_NAME = "metrics.jsonl"
 PICTURES_NAME = "answers"  # folder of a stage; STEP/best_0_0.png and others: what an objective wants eyes to see
 NUM_LAST_STEPS = 10
 # What two runs of the same steps do not share.
-MACHINE_KEYS = ("step_seconds", "data_seconds", "tokens_per_second", "tflops_per_second", "mfu", "memory_bytes")
+MACHINE_KEYS = (
+    *("step_seconds", "data_seconds", "held_out_seconds"),
+    *("tokens_per_second", "tflops_per_second", "mfu", "memory_bytes"),
+)
 HELD_OUT = "held_out_loss"  # {set: {class: loss}}
+HELD_OUT_SECONDS = "held_out_seconds"  # that the sets took together
 
 
 @dataclass(frozen=True)

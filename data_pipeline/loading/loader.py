@@ -24,10 +24,7 @@ from data_pipeline.storage.packed_files import PackedDataset
 from data_pipeline.storage.segments import MAX_TASKS, tasks_of
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
-from model.vocabulary import TokenClass, Vocabulary
-
-# Part of a vocabulary's description that says nothing about the ids in a file.
-_LAYOUT_ONLY = "padded_size"
+from model.vocabulary import TokenClass, Vocabulary, description_of_ids
 
 
 class PackedDataSource:
@@ -198,7 +195,6 @@ def label_maps(datasets: Sequence[PackedDataset]) -> tuple[list[str], list[np.nd
 
 
 def _check_datasets(datasets: Mapping[str, PackedDataset], sequence_length: int, vocabulary: Vocabulary) -> None:
-    expected = {key: value for key, value in vocabulary.describe().items() if key != _LAYOUT_ONLY}
     tokenizers: dict[tuple[str, str], list[str]] = {}
     for name, dataset in datasets.items():
         if dataset.sequence_length != sequence_length:
@@ -209,8 +205,9 @@ def _check_datasets(datasets: Mapping[str, PackedDataset], sequence_length: int,
                 got=str(dataset.sequence_length),
                 fix=f"stage.sequence_length={dataset.sequence_length}, or pack it again",
             )
-        recorded = dataset.manifest["vocabulary"] or {}
-        found = {key: value for key, value in recorded.items() if key != _LAYOUT_ONLY}
+        has_pictures = dataset.manifest.get("vision_tokenizer") is not None
+        expected = description_of_ids(vocabulary.describe(), has_pictures=has_pictures)
+        found = description_of_ids(dataset.manifest["vocabulary"] or {}, has_pictures=has_pictures)
         if found != expected:
             keys = sorted(key for key in expected | found if expected.get(key) != found.get(key))
             raise UserError(

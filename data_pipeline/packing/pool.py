@@ -11,10 +11,11 @@ import numpy as np
 
 from data_pipeline.packing.window import Piece
 from data_pipeline.storage.descriptors import DescriptorCache
-from data_pipeline.storage.format import published_prefixes, read_manifest
+from data_pipeline.storage.format import TOKENIZER_PATHS, published_prefixes, read_manifest
 from data_pipeline.storage.segments import Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader
 from model.errors import UserError
+from model.vocabulary import description_of_ids
 
 # What token files that are packed together must agree on.
 _SHARED_KEYS = ("vocabulary", "text_tokenizer", "vision_tokenizer")
@@ -151,15 +152,20 @@ def _fillers(file: TokenFileReader) -> np.ndarray:
 
 
 def _agree(files: list[TokenFileReader]) -> dict[str, Any]:
-    """What all files say of `_SHARED_KEYS`. A file without images may leave the vision tokenizer out."""
+    """What all files say of `_SHARED_KEYS`, and where the tokenizers lay.
+
+    A file without images may leave the vision tokenizer out, and the number of its codes is then not compared.
+    """
     shared: dict[str, Any] = {}
+    # Those with pictures first: their vocabulary is the rows'.
+    files = sorted(files, key=lambda file: file.manifest.get("vision_tokenizer") is None)
     for key in _SHARED_KEYS:
         said: dict[str, str] = {}
         for file in files:
             value = file.manifest.get(key)
             if value:
-                said.setdefault(repr(value), str(file.prefix))
                 shared.setdefault(key, value)
+                said.setdefault(repr(_comparable(key, value, shared[key], file)), str(file.prefix))
         if len(said) > 1:
             listed = "; ".join(f"{where}: {value}" for value, where in said.items())
             raise UserError(
@@ -170,4 +176,13 @@ def _agree(files: list[TokenFileReader]) -> dict[str, Any]:
         shared.setdefault(key, None)
     if not shared["vocabulary"]:
         raise UserError("no token file says its vocabulary", where=str(files[0].prefix))
-    return shared
+    paths = [file.manifest.get(TOKENIZER_PATHS) or {} for file in files]
+    return shared | {TOKENIZER_PATHS: {name: path for one in reversed(paths) for name, path in one.items()}}
+
+
+def _comparable(key: str, value: Any, first: Any, file: TokenFileReader) -> Any:
+    """`value`; of the vocabulary of a file without images `first`, where its texts have the same ids."""
+    if key != "vocabulary" or file.manifest.get("vision_tokenizer") is not None:
+        return value
+    ids = [description_of_ids(one, has_pictures=False) for one in (value, first)]
+    return first if ids[0] == ids[1] else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from model.durable import is_named
 from model.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -30,17 +32,37 @@ def claim_folder(folder: Path, work: str, configuration: str | None = None) -> I
     """
     with file_errors_are_user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    path = folder / LOCK_NAME
+    descriptor, is_held = _claim(path, work, configuration)
     try:
-        try:
-            _acquire(descriptor, folder, work, configuration)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            _log.warning("%s: no locks on this file system; see that nobody else writes there", folder)
         yield
     finally:
+        # The last one takes the file away, while nobody else can hold it.
+        if is_held and _try_lock(descriptor, fcntl.LOCK_EX) and is_named(descriptor, path):
+            with contextlib.suppress(OSError):  # read-only by now
+                path.unlink()
         os.close(descriptor)
+
+
+def _claim(path: Path, work: str, configuration: str | None) -> tuple[int, bool]:
+    """The open lock file, and whether it is held: not where the file system has no locks."""
+    while True:
+        with file_errors_are_user_errors(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _acquire(descriptor, path.parent, work, configuration)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+            _log.warning("%s: no locks on this file system; see that nobody else writes there", path.parent)
+            return descriptor, False
+        except UserError:
+            os.close(descriptor)
+            raise
+        if is_named(descriptor, path):
+            return descriptor, True
+        os.close(descriptor)  # removed by its last holder meanwhile: a lock on it would keep nobody out
 
 
 def _acquire(descriptor: int, folder: Path, work: str, configuration: str | None) -> None:

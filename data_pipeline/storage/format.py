@@ -37,6 +37,7 @@ _INDEX_HEADER_DTYPE = np.dtype(
 )
 _INDEX_MAGIC = b"MMIDIDX"  # followed by two zero bytes, which numpy's "S9" supplies
 _INT32_CODE = 4
+TOKENIZER_PATHS = "tokenizer_paths"  # of a manifest: where the tokenizers lay, by text_tokenizer and vision_tokenizer
 CHECKSUM_KEY = "checksum"  # of a manifest: of everything else in it
 # Keys of manifests that were written before manifests had a checksum. A manifest without one may have no others.
 _KEYS_WITHOUT_CHECKSUM = frozenset(

@@ -245,7 +245,9 @@ def load_tokenizer(config: Config) -> ShardTokenizer:
         )
     )
     check_sizes(vocabulary, sizes)
-    return ShardTokenizer(config, vocabulary, text_tokenizer, vision_tokenizer)
+    given = {"text_tokenizer": config.text_tokenizer, "vision_tokenizer": config.vision_tokenizer}
+    paths = {name: str(Path(path).absolute()) for name, path in given.items() if path}
+    return ShardTokenizer(config, vocabulary, text_tokenizer, vision_tokenizer, paths)
 
 
 def check_sizes(vocabulary: Vocabulary, sizes: dict[str, int]) -> None:

@@ -37,8 +37,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
         refuse_left_environment(config, os.environ)
         return run_stage(config)
+    from launch.local.left_environment import refuse_tasks_without_ranks
     from launch.plan.preflight import refuse_impossible
 
+    refuse_tasks_without_ranks(os.environ)
     refuse_impossible(config)
     from launch.local.ranks import run_local
 

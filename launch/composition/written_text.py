@@ -36,9 +36,14 @@ def quoted_text(schema: type, override: str) -> str:
     plus, key, value = match.groups()
     if value == "null" or value[:1] in ("'", '"'):
         return override
-    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", value)
+    return f"{plus}{key}={in_quotes(value)}"
+
+
+def in_quotes(text: str) -> str:
+    """A text in Hydra's grammar, whatever is in it."""
+    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
     trailing = len(escaped) - len(escaped.rstrip("\\"))  # before the closing quote
-    return f"{plus}{key}='{escaped}{chr(92) * trailing}'"
+    return f"'{escaped}{chr(92) * trailing}'"
 
 
 def _takes_text(schema: Any, path: Sequence[str]) -> bool:

@@ -183,15 +183,8 @@ def find_text_tokenizer(manifest: CheckpointManifest, checkpoint: Path, given: s
         if not Path(given).exists():
             raise UserError("the text tokenizer does not exist", where=given)
         return Path(given)
-    if (checkpoint / TOKENIZER_FOLDER).is_dir():
-        return checkpoint / TOKENIZER_FOLDER
-    recorded = manifest.tokenizer(TOKENIZER_FOLDER)
-    if recorded is None:
-        return None
-    # Run folder / stage / checkpoints / step; a converted checkpoint may stand anywhere.
-    above = checkpoint.absolute().parents
-    folder = above[min(2, len(above) - 1)] / recorded.path
-    return folder if folder.exists() else None
+    place = manifest.tokenizer_place(TOKENIZER_FOLDER, checkpoint)
+    return place if place is not None and place.exists() else None
 
 
 def convert_vision(config: ConvertConfig, source: Path, target: Path) -> dict[str, Any]:

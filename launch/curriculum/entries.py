@@ -24,6 +24,7 @@ import psutil
 from launch.cluster.profile import ClusterConfig
 from launch.command_line.calls import CALL
 from launch.composition.folders import override_of
+from launch.composition.written_text import in_quotes
 from launch.local.subprocesses import run_supervised
 from launch.report.progress import stage_progress
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
@@ -58,6 +59,7 @@ class CurriculumConfig:
     name: str = "curriculum"  # of the curriculum; jobs are named after it
     run_folder: str = "runs/${name}"  # entries write below it
     entries: dict[str, EntryConfig] = field(default_factory=dict)  # by name, each a command or a module
+    set: dict[str, Any] = field(default_factory=dict)  # by entry: keys of its command, which win over its overrides
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
     until: str | None = None  # stop after this entry
     force: list[str] = field(default_factory=list)  # entries to run again although nothing has changed
@@ -70,12 +72,16 @@ class CurriculumConfig:
     json: bool = False  # print one JSON object on stdout at the end
 
     def __post_init__(self) -> None:
-        """An entry's command looks for configurations where this one does."""
+        """An entry's command looks for configurations where this one does, and takes what is set for it."""
         if self.config_folder is not None:
             own = override_of(self.config_folder)
             for entry in self.entries.values():
                 if entry.command and own not in entry.overrides:
                     entry.overrides = [own, *entry.overrides]
+        for name, values in self.set.items():
+            if name in self.entries and isinstance(values, dict):
+                entry = self.entries[name]
+                entry.overrides = [*entry.overrides, *(o for o in overrides_of(values) if o not in entry.overrides)]
 
     def validate(self) -> None:
         problems = Problems()
@@ -100,6 +106,10 @@ class CurriculumConfig:
                 problems.check(inside, key, f"the output {output!r} is not below run_folder")
             for needed in entry.needs:
                 problems.check(needed in self.entries, key, f"needs {needed!r}, which is no entry")
+        for name, values in self.set.items():
+            takes_keys = name in self.entries and bool(self.entries[name].command)
+            problems.check(takes_keys, f"set.{name}", "is no entry with a command", ", ".join(self.entries))
+            problems.check(isinstance(values, dict), f"set.{name}", "names no key", f"set.{name}.stage.steps=100")
         for name in [*self.force, *filter(None, (self.until, self.entry))]:
             problems.check(
                 name in self.entries, "until, force, entry", f"{name!r} is no entry", ", ".join(self.entries)
@@ -116,6 +126,26 @@ class CurriculumConfig:
             f"{key}.shares=1",
         )
         problems.check(not entry.parallel_calls or bool(entry.each), f"{key}.parallel_calls", "needs each")
+
+
+def overrides_of(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """The same values on a command line: `{"stage": {"steps": 7}}` is `stage.steps=7`."""
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            found += overrides_of(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={value_text(value)}")
+    return found
+
+
+def value_text(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, str):
+        return in_quotes(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(value_text, value))}]"
+    return json.dumps(value)
 
 
 @dataclass

@@ -26,6 +26,18 @@ def refuse_left_environment(config: TrainConfig, environment: Mapping[str, str])
         )
 
 
+def refuse_tasks_without_ranks(environment: Mapping[str, str]) -> None:
+    """Raises `UserError` where srun started several copies of this command: each would start all ranks of its own."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"srun started {tasks} copies of this command, and none of them is told to be a rank (RANK, WORLD_SIZE)",
+            where=f"SLURM_PROCID={environment['SLURM_PROCID']} SLURM_STEP_NUM_TASKS={tasks}",
+            expected="one process, which starts the ranks of this machine itself",
+            fix="nextstate submit cluster=NAME ... runs a stage on a cluster; srun --ntasks=1 here",
+        )
+
+
 def problem_of(environment: Mapping[str, str], expected: int) -> str:
     """Empty when these variables can be meant for this stage."""
     numbers = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE")}

@@ -9,7 +9,7 @@ from launch.cluster.profile import ClusterConfig
 from launch.plan.layout import Layout, largest_data
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, RESERVED_BYTES, RESERVED_SHARE
 from launch.plan.packed_lengths import NUM_ROWS, mean_document_tokens
-from launch.plan.published import HeldOutError, told_accuracy
+from launch.plan.published import told_accuracy
 from launch.plan.search import Plan, Problem, check_layout, plan_layout, search
 from launch.plan.stage import layout_of, problem_of
 from launch.plan.timing import Efficiencies
@@ -213,15 +213,26 @@ def render_dry_run(found: dict[str, Any]) -> str:
 
 
 def render_published(found: dict[str, Any]) -> str:
-    """Predicted against published, as the table of docs/planning.md."""
-    lines = ["| configuration | accelerators | published tokens/s | predicted | error |", "|---|---|---|---|---|"]
+    """Forecast against published, row by row, then the errors by device and publisher as in docs/planning.md."""
+    lines = [
+        "| publisher | configuration | device | accelerators | published tokens/s | forecast | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {row['name']} | {row['accelerators']} | {row['published']:,.0f} | {row['predicted']:,.0f} | {row['error']:+.1%} |"
+        f"| {row['publisher']} | {row['name']} | {row['device']} | {row['accelerators']} | {row['published']:,.0f} "
+        f"| {row['forecast']:,.0f} | {row['error']:+.1%} |"
         for row in found["runs"]
     ]
-    lines.append(f"\nmean absolute error {found['mean_absolute_error']:.1%}, worst {found['worst_error']:.1%}")
-    lines += [
-        f"publishers left out, {name}: {HeldOutError(**held_out).told()}"
-        for name, held_out in found["held_out"].items()
+    lines += ["", "each row is forecast with efficiencies fitted on the other publishers' rows", ""]
+    return "\n".join(lines + told_errors(found["held_out"]))
+
+
+def told_errors(held_out: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Mean and worst error by kind: of all rows, by device, by publisher."""
+    lines = ["| rows | number | mean error | worst | beyond 20% |", "|---|---|---|---|---|"]
+    return lines + [
+        f"| {'all' if kind == 'all' else f'{kind} {name}'} | {error['num_rows']} | {error['mean']:.1%} | {error['worst']:.1%} "
+        f"| {error['num_far_off']} |"
+        for kind, errors in held_out.items()
+        for name, error in errors.items()
     ]
-    return "\n".join(lines)

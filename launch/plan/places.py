@@ -84,7 +84,7 @@ def host(memory_bytes: float, cores: int) -> Place:
     """A machine without accelerators."""
     title = f"this machine ({cores} cores, {memory_bytes / 1e9:.0f} GB, no accelerator)"
     flops, rate = cores * CORE_FLOPS_PER_SECOND, HOST_BYTES_PER_SECOND
-    device = Device("host", title, flops, 0, memory_bytes, rate, rate, "bounds from above")
+    device = Device("host", title, flops, 0, memory_bytes, rate, rate, flops, 0, flops, "bounds from above")
     cluster = ClusterConfig(
         name="local",
         kind="local",

@@ -1,9 +1,10 @@
 """How long an optimizer step takes: a sum of what the hardware's rates allow, with one set of efficiencies.
 
-Matrix products run at a share of the peak, or at the speed of the memory where they are small; attention at a share of its own; norms and
-activation functions at the speed of the memory; collectives at the speed of the slowest link they cross. What is not
-overlapped adds up. The efficiencies in `Efficiencies` hold for every configuration; `launch.plan.published` compares
-the outcome with published runs, on which they were fitted.
+Matrix products and attention run at a share of what each of them was measured to reach alone on the device
+(`model.parallel.devices`), or at the speed of the memory where they are small; norms and activation functions at the speed
+of the memory; collectives at the speed of the slowest link they cross. What is not overlapped adds up.
+The efficiencies in `Efficiencies` hold for every configuration; `launch.plan.published` compares the outcome with published
+runs, on which four of them were fitted.
 """
 
 from __future__ import annotations
@@ -16,28 +17,40 @@ from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_parameters
 from launch.plan.shape import ModelShape
 from model.parallel.devices import Device
 
+# Kernels work on blocks of keys: causality cuts half a block too little (FlashAttention's blocks of 128 keys).
+ATTENTION_BLOCK = 128
+# A kernel written for the device against large products on it: 1.65 times FlashAttention 2 on an H100, the middle of the 1.5 to
+# 1.75 times that FlashAttention 3 (arXiv 2407.08608) gains over a step; 1.65 * 327.9 / 794.5.
+OWN_ATTENTION_SHARE = 0.68
+
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """Shares of what the hardware could do. One set for all configurations."""
+    """Shares of what the hardware could do. One set for all configurations; the first four are fitted."""
 
-    matrix: float = 0.565  # of the bf16 peak, large products
-    matrix_fp8: float = 0.71  # of the fp8 peak, large products
-    attention: float = 0.225  # of the bf16 peak, forward and backward
-    memory_passes: float = 1.8  # traffic of norms and activation functions over the least possible
-    fast_links: float = 0.67  # of the NVLink bandwidth, in collectives
-    network: float = 0.95  # of the network's bandwidth, in collectives
-    tensor_exposed: float = 0.6  # share of tensor-parallel communication that overlapping leaves
+    matrix: float = 0.865  # of what large products alone reach, in bf16 and fp8
+    attention: float = 0.64  # of what the attention kernel alone reaches, forward and backward
+    memory_passes: float = 2.35  # traffic of norms and activation functions over the least possible
+    fp8_passes: float = 3.2  # bytes an input element that casts to fp8 move
+    fast_links: float = 0.76  # of NVLink's bandwidth: 231 of 300 GB/s (A100), 680 of 900 (GB200), Azure's NCCL tests
+    network: float = 0.8  # of the network's bandwidth, an assumption
+    overlapped: float = 0.5  # share of communication beside computation that still costs time, an assumption
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """What a training program does to hide communication, and the number format of its matrix products."""
+    """What a training program does: what it hides, number formats, what it computes twice."""
 
     overlaps_tensor: bool = False
     overlaps_data: bool = False
     fp8: bool = False
     gradient_bytes: int = 4  # in which gradients are reduced
+    gathered_bytes: int = 2  # in which weights are gathered
+    own_attention: bool = False  # an attention kernel written for the device; else FlashAttention 2
+    recomputed_products: float = 0.0  # share of the forward pass's matrix products, beside the layout's `recompute`
+    recomputed_attention: float = 0.0
+    gathers_once: bool = False  # of fully sharded weights: once a step instead of for every micro-batch
+    sharding_ranks: int = 0  # that share weights and optimizer state, copies beyond; 0: all data-parallel ranks
 
 
 # Ours as it is (see training/engines/megatron/engine.py): nothing is overlapped, gradients are reduced in float32.
@@ -138,12 +151,19 @@ class StepModel:
         """Seconds of [tokens, inner] x [inner, columns]."""
         device, rates, rows = self.machine.device, self.rates, self.tokens
         flops = 2.0 * rows * columns * inner
-        peak = device.bf16_flops_per_second * rates.matrix
         traffic = 2.0 * (rows * columns + columns * inner + inner * rows)
-        if fp8 and device.fp8_flops_per_second:
-            peak = device.fp8_flops_per_second * rates.matrix_fp8
-            traffic += 3.0 * rows * inner  # read once more and written in fp8
-        return max(flops / peak, traffic / device.memory_bytes_per_second)
+        rate, casts = device.matrix_flops_per_second, 0.0
+        if fp8 and device.matrix_fp8_flops_per_second:
+            rate, casts = device.matrix_fp8_flops_per_second, rates.fp8_passes * rows * inner
+        seconds = max(flops / (rate * rates.matrix), traffic / device.memory_bytes_per_second)
+        return seconds + casts / device.memory_bytes_per_second
+
+    def _attention_seconds(self, query: float) -> float:
+        """Forward of one layer with `query` channels of queries on this rank."""
+        device, attended = self.machine.device, self.batch.attended_tokens + ATTENTION_BLOCK / 2
+        own = OWN_ATTENTION_SHARE * device.matrix_flops_per_second
+        rate = own if self.implementation.own_attention else device.flash_attention_flops_per_second
+        return 4.0 * self.tokens * attended * query / (rate * self.rates.attention)
 
     def _layer_forward(self) -> Work:
         shape, layout, tokens = self.shape, self.layout, self.tokens
@@ -155,8 +175,7 @@ class StepModel:
             + self._product(shape.ffn_inputs / tensor, shape.hidden, fp8=fp8)
             + self._product(shape.hidden, shape.ffn / tensor, fp8=fp8)
         )
-        flops = 4.0 * tokens * self.batch.attended_tokens * query
-        attention = flops / (self.machine.device.bf16_flops_per_second * self.rates.attention)
+        attention = self._attention_seconds(query)
         # Read and written at least: two norms and two sums over the residual, rotation, activation function.
         split = tensor if layout.sequence_parallel else 1
         elements = 10 * shape.hidden / split + 4 * (query + key) + (shape.ffn_inputs + shape.ffn) / tensor
@@ -168,7 +187,7 @@ class StepModel:
         """Forward of a layer: two gathers and two reduce-scatters (or two all-reduces) of the hidden states."""
         size = 2.0 * self.tokens * self.shape.hidden
         seconds = 4 * self.machine.collective_seconds(size, self.layout.tensor, 1)
-        return seconds * (self.rates.tensor_exposed if self.implementation.overlaps_tensor else 1.0)
+        return seconds * (self.rates.overlapped if self.implementation.overlaps_tensor else 1.0)
 
     def _context_seconds(self) -> float:
         """Forward of a layer: keys and values of all context ranks are gathered."""
@@ -187,7 +206,13 @@ class StepModel:
             work += forward
         elif self.layout.recompute == "selective":
             work += Work(attention=forward.attention, context=forward.context)
-        return work
+        again = self.implementation
+        passes = max(again.recomputed_products, again.recomputed_attention)
+        return work + Work(
+            again.recomputed_products * forward.matrices,
+            again.recomputed_attention * forward.attention,
+            passes * forward.memory_bound,
+        )
 
     def output_layer(self) -> Work:
         """Forward and backward of logits and loss."""
@@ -200,27 +225,38 @@ class StepModel:
         """Seconds that communication adds to the work beside it."""
         if not overlaps:
             return communication
-        return max(0.0, communication - beside)
+        return max(communication - beside, self.rates.overlapped * communication)
+
+    def _gather_and_reduce(self, parameters: int) -> tuple[float, float]:
+        """Seconds to gather the weights, and to reduce the gradients, of one rank's pipeline stage once."""
+        layout, machine, program = self.layout, self.machine, self.implementation
+        ranks, stride = layout.data * layout.context, layout.tensor
+        sharing = program.sharding_ranks or ranks
+        gather = machine.collective_seconds(program.gathered_bytes * parameters, sharing, stride)
+        reduce = machine.collective_seconds(program.gradient_bytes * parameters, sharing, stride)
+        if sharing < ranks:  # the shards' gradients are reduced and gathered again between the copies
+            shard = program.gradient_bytes * parameters / sharing
+            reduce += 2 * machine.collective_seconds(shard, ranks // sharing, stride * sharing)
+        return gather, reduce
 
     def _data_seconds(self, compute: float) -> float:
         """Gradients reduced and weights gathered over the data-parallel ranks, as far as it adds to the step."""
-        layout, machine = self.layout, self.machine
+        layout, program = self.layout, self.implementation
         parameters = max(stage_parameters(self.shape, layout, stage) for stage in (0, layout.pipeline - 1))
-        ranks, stride = layout.data * layout.context, layout.tensor
-        gather = machine.collective_seconds(2.0 * parameters, ranks, stride)
-        reduce = machine.collective_seconds(self.implementation.gradient_bytes * parameters, ranks, stride)
-        overlaps = self.implementation.overlaps_data
-        if layout.fully_sharded:  # weights are gathered for the forward and for the backward pass
-            each = self._exposed(2 * gather + reduce, compute / self.num_micro_batches, overlaps=overlaps)
+        gather, reduce = self._gather_and_reduce(parameters)
+        one = compute / self.num_micro_batches
+        if layout.fully_sharded and not program.gathers_once:  # for the forward and for the backward pass
+            each = self._exposed(2 * gather + reduce, one, overlaps=program.overlaps_data)
             return each * self.num_micro_batches
         # Gradients overlap the last backward pass, weights the first forward pass.
-        one = compute / self.num_micro_batches
-        return self._exposed(reduce, one * 2 / 3, overlaps=overlaps) + self._exposed(gather, one / 3, overlaps=overlaps)
+        return self._exposed(reduce, one * 2 / 3, overlaps=program.overlaps_data) + self._exposed(
+            gather, one / 3, overlaps=program.overlaps_data
+        )
 
     def _pipeline_seconds(self) -> float:
         """One stage's exposed sends of activations and gradients in a step."""
         layout = self.layout
-        if layout.pipeline == 1:
+        if layout.pipeline == 1 or layout.virtual_pipeline > 1:  # interleaved stages send beside other chunks' work
             return 0.0
         size = 2.0 * self.tokens * self.shape.hidden / layout.tensor
         stride = layout.tensor * layout.context * layout.data
@@ -230,8 +266,7 @@ class StepModel:
             if fast
             else self.machine.network_bytes_per_second
         )
-        seconds = 2 * size / rate * layout.virtual_pipeline * self.num_micro_batches
-        return self._exposed(seconds, seconds, overlaps=layout.virtual_pipeline > 1)
+        return 2 * size / rate * self.num_micro_batches
 
     def _optimizer_seconds(self) -> float:
         layout = self.layout

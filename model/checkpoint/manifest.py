@@ -224,3 +224,15 @@ class CheckpointManifest:
             if isinstance(record, str)
             else TokenizerReference(record["path"], record["fingerprint"])
         )
+
+    def tokenizer_place(self, name: str, checkpoint: Path) -> Path | None:
+        """Where that tokenizer should be: inside the checkpoint, at its recorded place, or at the usual one of its run."""
+        if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
+            return checkpoint / name
+        recorded = self.tokenizer(name)
+        if recorded is None:
+            return None
+        above = checkpoint.absolute().parents
+        run_folder = above[min(2, len(above) - 1)]  # run / stage / checkpoints / step
+        found = [place for place in (run_folder / recorded.path, run_folder / name) if place.exists()]
+        return found[0] if found else run_folder / recorded.path

@@ -1,4 +1,12 @@
-"""Accelerators: peak rates and memory, each with where the figure is from."""
+"""Accelerators: peak rates, measured rates and memory, each with where the figure is from.
+
+Peaks are of data sheets. What large matrix products and attention reach was measured by others with one kernel alone:
+
+- matrix products: the table of maximum achievable FLOPS in stas00/ml-engineering, compute/accelerator/README.md; no fp8 on an A100;
+- FlashAttention 2: Azure/AI-benchmarking-guide, Azure_Results (8,192 tokens, forward), the same for both A100.
+
+Where nobody measured a device, a neighbour's figure stands for it, which its source says.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +27,9 @@ class Device:
     memory_bytes: float  # decimal, as data sheets print it
     memory_bytes_per_second: float
     fast_bytes_per_second: float  # to the accelerators of its NVLink domain
+    matrix_flops_per_second: float  # measured, of large products in bf16
+    matrix_fp8_flops_per_second: float  # measured, of large products in fp8; 0: none
+    flash_attention_flops_per_second: float  # measured, of FlashAttention 2
     source: str
 
 
@@ -31,7 +42,10 @@ _TABLE = (
         40e9,
         1555e9,
         300e9,
-        "NVIDIA A100 data sheet; NVLink 600 GB/s both ways",
+        271.2e12,
+        0,
+        179.5e12,
+        "NVIDIA A100 data sheet; NVLink 600 GB/s both ways; measured rates are those of 80 GB",
     ),
     Device(
         "a100_80gb",
@@ -41,6 +55,9 @@ _TABLE = (
         80e9,
         2039e9,
         300e9,
+        271.2e12,
+        0,
+        179.5e12,
         "NVIDIA A100 data sheet; NVLink 600 GB/s both ways",
     ),
     Device(
@@ -51,6 +68,9 @@ _TABLE = (
         80e9,
         3350e9,
         450e9,
+        794.5e12,
+        1402.6e12,
+        327.9e12,
         "NVIDIA H100 data sheet, halved where it is with sparsity; NVLink 900 GB/s both ways",
     ),
     Device(
@@ -61,7 +81,11 @@ _TABLE = (
         96e9,
         2400e9,
         450e9,
-        "torchtitan's benchmark page: 96 GB, 2.4 TB/s, 500 W, a peak between SXM and NVL: the mean of both, 989 and 835",
+        732.4e12,
+        1293.0e12,
+        302.3e12,
+        "torchtitan's benchmark page: 96 GB, 2.4 TB/s, 500 W, a peak between SXM and NVL: the mean of both, 989 and 835; "
+        "measured rates are the H100's times 912 / 989",
     ),
     Device(
         "h200",
@@ -71,6 +95,9 @@ _TABLE = (
         141e9,
         4800e9,
         450e9,
+        794.5e12,
+        1453.4e12,
+        329.3e12,
         "NVIDIA H200 data sheet, halved where it is with sparsity; NVLink 900 GB/s both ways",
     ),
     Device(
@@ -81,7 +108,10 @@ _TABLE = (
         180e9,
         8000e9,
         900e9,
-        "NVIDIA DGX B200 data sheet, an eighth of the system; NVLink 1.8 TB/s both ways",
+        1745e12,
+        3432.5e12,
+        373.9e12,
+        "NVIDIA DGX B200 data sheet, an eighth of the system; NVLink 1.8 TB/s both ways; attention as GB200",
     ),
     Device(
         "gb200",
@@ -91,6 +121,9 @@ _TABLE = (
         186e9,
         8000e9,
         900e9,
+        1822e12,
+        3615.6e12,
+        373.9e12,
         "NVIDIA GB200 NVL72 data sheet, a 72nd of the rack; NVLink 1.8 TB/s both ways",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from data_pipeline.packing.subsets import closest_pair, dearest, fullest
 from data_pipeline.packing.window import Piece, WindowPacker
 from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
-from data_pipeline.storage.packed_files import PackedDataset
+from data_pipeline.storage.packed_files import PackedDataset, read_dataset_manifest
 from data_pipeline.storage.segments import Flag, Kind
 from model.errors import UserError
 
@@ -433,8 +434,14 @@ def test_disagreeing_token_files_are_refused_and_listed(sources, tmp_path):
             pack(sources | {"other": tmp_path / key}, tmp_path / "target", CONFIG)
         assert str(tmp_path / key / "000000") in caught.value.got
         assert str(sources["clips"] / "000000") in caught.value.got
-    write_token_file(tmp_path / "no_images" / "000000", documents, vision_tokenizer=None)
-    pack(sources | {"other": tmp_path / "no_images"}, tmp_path / "target", CONFIG)
+    # Texts alone have the same ids whatever number of codes follows; the rows' vocabulary is that of the pictures.
+    fewer = dataclasses.replace(VOCABULARY, visual_size=5).describe()
+    paths = {"tokenizer_paths": {"text_tokenizer": "/somewhere/text"}}
+    write_token_file(tmp_path / "a_text" / "000000", documents, vision_tokenizer=None, vocabulary=fewer, **paths)
+    pack({"a": tmp_path / "a_text"} | sources, tmp_path / "target", CONFIG)
+    manifest = read_dataset_manifest(tmp_path / "target")
+    assert (manifest["vocabulary"], manifest["vision_tokenizer"]) == (VOCABULARY.describe(), "vision-1")
+    assert manifest["tokenizer_paths"] == {"text_tokenizer": "/somewhere/text"}
 
 
 def test_bad_input_is_named(sources, tmp_path):

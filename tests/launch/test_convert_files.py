@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.documents.tokenizers import load_text_tokenizer
 from launch.command_line import cli
 from launch.composition.compose import compose_config
-from model.checkpoint.manifest import read_manifest
+from model.checkpoint.manifest import CheckpointManifest, read_manifest
 from model.errors import UserError
 from training.inference.loading import tokenizer_folder
 
@@ -59,7 +59,9 @@ def test_the_released_tokenizer_is_bound_to_a_converted_checkpoint(released, cap
     assert not list(back.rglob("*.py"))
     ours, manifest = load_text_tokenizer(place), read_manifest(back)
     assert manifest["text_tokenizer"] == {"path": "text_tokenizer", "fingerprint": ours.fingerprint}
-    found = tokenizer_folder(manifest, back, "text_tokenizer", None)  # as `score` and `generate` look for it
+    found = tokenizer_folder(
+        CheckpointManifest.of(manifest, back), back, "text_tokenizer", None
+    )  # as `score` and `generate` look for it
     assert found == back / "text_tokenizer"
     assert load_text_tokenizer(found).fingerprint == ours.fingerprint
     answer(capsys, "convert", "reshard", f"source={back}", f"target={released / 'again'}")

@@ -15,6 +15,7 @@ from small_disk import small_disk
 
 from launch.command_line.calls import split_calls
 from launch.commands import curriculum as command
+from launch.composition.compose import compose_config
 from launch.curriculum.entries import (
     Curriculum,
     CurriculumConfig,
@@ -113,6 +114,19 @@ def test_force_until_and_dry_run(make, capsys):
     assert "up to date" in command.render(answer)
     assert run_curriculum(make())["ran"] == ["c"]
     assert run_curriculum(make(force=["b"]))["ran"] == ["b", "c"]
+
+
+def test_keys_of_an_entry_are_set_from_the_command_line():
+    sft = EntryConfig(command="train", overrides=["stage=toy_sft", "stage.steps=500"], outputs=["sft"])
+    entries = {"sft": sft, "corpora": EntryConfig(module="m", outputs=["x"])}
+    values = {"parallel": {"data": 1}, "stage": {"steps": 77, "optimizer": {"learning_rate": 1e-5}}, "name": "a'b\\"}
+    config = CurriculumConfig(entries=entries, set={"sft": values})
+    config.validate()
+    trained = compose_config("train", config.entries["sft"].overrides)
+    assert (trained.parallel.data, trained.stage.steps, trained.name) == (1, 77, "a'b\\")
+    assert trained.stage.optimizer.learning_rate == 1e-5
+    with pytest.raises(UserError, match="5 problems"):
+        CurriculumConfig(entries=entries, set={"no_entry": {"a": 1}, "corpora": {"a": 1}, "sft": 7, "x": 1}).validate()
 
 
 def test_a_failing_entry_stops_the_curriculum_with_its_code_and_message(make, capsys):

@@ -11,7 +11,7 @@ from launch.command_line import cli
 from launch.composition.compose import compose_config
 from launch.curriculum import actions
 from launch.curriculum.entries import CurriculumConfig, EntryConfig, command_line, insisting
-from launch.local.left_environment import refuse_left_environment
+from launch.local.left_environment import refuse_left_environment, refuse_tasks_without_ranks
 from launch.plan import places, preflight
 from launch.plan.places import host, place_of, visible_accelerators
 from launch.plan.preflight import is_planned, judge, refuse_impossible
@@ -39,7 +39,7 @@ IMPOSSIBLE = {
     ),
     "no packed rows": (["train", "stage=toy_pretrain_1"], "there are no packed rows of text"),
     "nothing to start from": (["train", "stage=toy_sft", "parallel.data=1"], "pretrain_2 does not exist"),
-    "two nodes": (["submit", *SLURM, *ONE_NODE], "it would take 9,064 days"),
+    "two nodes": (["submit", *SLURM, *ONE_NODE], "it would take 8,907 days"),
     "no recomputation": (["submit", *SLURM, "parallel.recompute=none"], "an accelerator would need 112.7 GB"),
     "more ranks than accelerators": (
         ["submit", *SLURM, "cluster.num_accelerators=64"],
@@ -56,7 +56,7 @@ IMPOSSIBLE = {
         ["submit", *SLURM, "parallel.tensor=1", "parallel.data=224"],
         "an accelerator would need",
     ),
-    "sixteen times the steps": (["submit", *SLURM, "stage.steps=11200000"], "it would take 2,493 days"),
+    "sixteen times the steps": (["submit", *SLURM, "stage.steps=11200000"], "it would take 2,453 days"),
     "an unknown device": (["submit", *SLURM, "cluster.device=h1000"], "unknown device 'h1000'"),
     "an illegal layout": (["submit", *SLURM, "parallel.tensor=3"], "3 does not divide"),
     "rows longer than the model reads": (["submit", *SLURM, "stage.sequence_length=65536"], "above model.max_sequence"),
@@ -151,6 +151,13 @@ def test_a_rank_environment_that_another_launcher_left_is_told_at_once(monkeypat
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert cli.main(["train", "stage=toy_pretrain_1", f"run_folder={tmp_path / 'run'}"]) == 2
     assert "env -u RANK -u WORLD_SIZE" in capsys.readouterr().err
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    refuse_tasks_without_ranks({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "16"})
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    assert cli.main(["train", "stage=toy_pretrain_1", f"run_folder={tmp_path / 'run'}"]) == 2
+    assert "srun started 16 copies of this command" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -132,8 +132,27 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path):
     with lock(path, "taken", fix="wait"):
         assert path.read_text().startswith(f"process {os.getpid()} on")
         assert path.read_text().count("\n") == 1
+    assert not path.exists()
     with lock(path, "taken", fix="wait"):  # free again after its block
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def count_up(path: Path, counter: Path) -> None:
+    for _ in range(60):
+        with lock(path, "taken", fix="wait", waiting_seconds=60):
+            counter.write_text(str(int(counter.read_text()) + 1))
+
+
+def test_a_lock_that_is_removed_by_its_holder_still_keeps_others_out(tmp_path):
+    (tmp_path / "counter").write_text("0")
+    workers = [FORK.Process(target=count_up, args=(tmp_path / ".lock", tmp_path / "counter")) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert (tmp_path / "counter").read_text() == "240"
 
 
 def test_a_lock_is_waited_for(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from model.checkpoint.manifest import CheckpointManifest, TokenizerReference
 from model.errors import UserError
 from training.contracts.summary import StageSummary
+from training.objectives import next_token
 from training.reliability.json_lines import read_json_lines
 from training.reliability.watchdog import Heartbeat, read_heartbeats
 
@@ -54,3 +55,29 @@ def test_an_empty_heartbeat_is_left_out(tmp_path):
     Heartbeat(tmp_path, 0).write()
     (tmp_path / "heartbeats" / "rank_00001.json").touch()
     assert [beat["rank"] for beat in read_heartbeats(tmp_path, 3)] == [0]
+
+
+def test_a_checkpoint_knows_its_tokenizers_by_place_and_fingerprint(tmp_path, monkeypatch):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    manifests = {
+        "old": {"text_tokenizer": "f0", "vision_tokenizer": None},
+        "new": {"text_tokenizer": "f0", "vision_tokenizer": "f1"}
+        | {"tokenizer_paths": {"text_tokenizer": str(run / "text_7"), "vision_tokenizer": str(elsewhere)}},
+    }
+    monkeypatch.setattr(next_token, "read_dataset_manifest", manifests.get)
+    assert next_token.tokenizers_of(["old"], run) == {"text_tokenizer": "f0", "vision_tokenizer": None}
+    said = next_token.tokenizers_of(["new", "old"], run)
+    assert said["text_tokenizer"] == {"path": "text_7", "fingerprint": "f0"}  # moves with the run
+    assert said["vision_tokenizer"] == {"path": str(elsewhere), "fingerprint": "f1"}
+    manifest = CheckpointManifest.of(said, tmp_path)
+    checkpoint = run / "stage" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    assert manifest.tokenizer_place("vision_tokenizer", checkpoint) == elsewhere
+    (run / "vision_tokenizer").mkdir()
+    assert (
+        manifest.tokenizer_place("vision_tokenizer", checkpoint) == run / "vision_tokenizer"
+    )  # elsewhere is not there
+    elsewhere.mkdir()
+    assert manifest.tokenizer_place("vision_tokenizer", checkpoint) == elsewhere
+    (checkpoint / "vision_tokenizer").mkdir()
+    assert manifest.tokenizer_place("vision_tokenizer", checkpoint) == checkpoint / "vision_tokenizer"

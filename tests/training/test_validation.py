@@ -152,6 +152,7 @@ def test_a_run_shows_what_it_does_and_writes_every_figure(packed, tmp_path):
     assert all(0 < line["mfu"] < 1.5 and line["tflops_per_second"] > 0 for line in lines)
     assert [line["step"] for line in lines if "held_out_loss" in line] == [4, 6]
     assert lines[-1]["held_out_loss"]["held_out"].keys() == {"all", "text"}
+    assert lines[-1]["held_out_seconds"] > 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["held_out_loss"] == lines[-1]["held_out_loss"]
     assert summary["held_out_loss_by_source"]["held_out"].keys() == {"text"}

@@ -19,6 +19,7 @@ from training import stage
 from training.config import StageConfig, TrainConfig
 from training.objectives.registry import make_objective
 from training.reliability.checkpoint import CheckpointStore
+from training.tokenizers import vision
 from training.tokenizers.collisions import describe_collisions
 from training.tokenizers.image_data import ImageSource, busiest_crops, squares
 from training.tokenizers.image_stream import StreamingImageSource
@@ -234,9 +235,18 @@ def test_different_pictures_of_the_same_codes_are_named_by_their_captions(corpor
     }
 
 
-def test_training_lowers_the_loss_and_reports(corpora, tmp_path):
-    job = build(make_config(corpora, tmp_path, continuous_steps=15))
+def test_training_lowers_the_loss_and_reports(corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "PICTURES_EVERY_STEPS", 20)
+    config = make_config(corpora, tmp_path, continuous_steps=15)
+    job = build(config)
     losses = run_steps(job, 0, 30)
+    pictures = sorted((config.stage_folder / "answers").rglob("*.png"))
+    assert [path.name for path in pictures] == ["edits_0.png", "edits_1.png", "scenes_0.png", "scenes_1.png"]
+    original = job.objective.images.held_back["scenes"][0]
+    kept = np.asarray(Image.open(pictures[2]))
+    assert pictures[2].parent.name == "step_000020"
+    assert np.array_equal(kept[:, : original.shape[1]], original)
+    assert kept.shape == (original.shape[0], 2 * original.shape[1], 3)
     assert np.mean(losses[10:15]) < 0.7 * losses[0]
     result = forward_backward(job, job.objective.images.batch(0))
     assert {"psnr_db", "codes_used", "loss_l1", "loss_l2", "loss_quantization"} <= result.metrics.keys()

@@ -11,7 +11,7 @@ from pathlib import Path
 from model.config import count_parameters
 from training.callbacks.base import Callback
 from training.contracts.run_view import RunView
-from training.metrics import HELD_OUT, METRICS_NAME, StepRecord
+from training.metrics import HELD_OUT, HELD_OUT_SECONDS, METRICS_NAME, StepRecord
 from training.reliability.signals import COMMAND_VARIABLE
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is a file
@@ -106,7 +106,8 @@ def wandb_folder(stage_folder: Path, mode: str) -> str:
 def held_out_line(run: RunView, record: StepRecord) -> str:
     sets = record.held_out[HELD_OUT].items()
     parts = [f"{name} " + ", ".join(f"{kind} {loss:.4f}" for kind, loss in by_class.items()) for name, by_class in sets]
-    return f"{run.config.stage.name}: step {record.step} held-out loss  " + ";  ".join(parts)
+    took = f"  ({record.held_out[HELD_OUT_SECONDS]:.1f} s)"
+    return f"{run.config.stage.name}: step {record.step} held-out loss  " + ";  ".join(parts) + took
 
 
 def step_line(run: RunView, record: StepRecord) -> str:

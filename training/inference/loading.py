@@ -100,16 +100,12 @@ def tokenizer_folder(manifest: CheckpointManifest, checkpoint: Path, name: str, 
     """Where a tokenizer is: `given`, inside the checkpoint, or the recorded place below its run folder."""
     if given is not None:
         return Path(given)
-    if (checkpoint / name).is_dir():  # a converted checkpoint has it inside
-        return checkpoint / name
-    recorded = manifest.tokenizer(name)
-    if recorded is None:
+    place = manifest.tokenizer_place(name, checkpoint)
+    if place is None:
         raise UserError(
             f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint), fix=f"{name}=FOLDER"
         )
-    above = checkpoint.absolute().parents
-    run_folder = above[min(2, len(above) - 1)]  # run / stage / checkpoints / step
-    return run_folder / recorded.path
+    return place
 
 
 def check_fingerprint(manifest: CheckpointManifest, checkpoint: Path, name: str, fingerprint: str) -> None:

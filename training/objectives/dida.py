@@ -132,9 +132,10 @@ class Dida(NextToken):
                     where="stage.objective.vision_tokenizer",
                     fix="stage.objective.vision_tokenizer=FOLDER, or stage.objective.path=uniform",
                 )
-            # A fingerprint alone is that of a tokenizer at its usual place.
+            # A fingerprint alone, or a place that is gone, is that of a tokenizer at its usual place.
             place = recorded["path"] if isinstance(recorded, dict) else "vision_tokenizer"
-            folder = str(Path(self.config.run_folder) / place)
+            run_folder = Path(self.config.run_folder)
+            folder = str(run_folder / (place if (run_folder / place).exists() else "vision_tokenizer"))
         tokenizer = load_vision_tokenizer(folder)
         expected = recorded["fingerprint"] if isinstance(recorded, dict) else recorded
         if expected not in (None, tokenizer.fingerprint):

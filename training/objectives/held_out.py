@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -81,11 +82,16 @@ class Validation:
         return step % self.config.validation.every_steps == 0 or step == self.config.stage.steps
 
     def measure(self, policy: Policy) -> dict[str, Any]:
-        """{"held_out_loss": {set: {class: loss}}, "held_out_loss_by_source": {set: {source: loss}}}; all ranks call it."""
+        """{"held_out_loss": {set: {class: loss}}, "held_out_loss_by_source": {set: {source: loss}}} and "held_out_seconds".
+
+        All ranks call it.
+        """
+        started = time.monotonic()
         found = {name: loss_of(policy, self._inputs, self.ranks, rows) for name, rows in self._sets.items()}
         return {
             "held_out_loss": {name: by_class for name, (by_class, _) in found.items()},
             "held_out_loss_by_source": {name: by_source for name, (_, by_source) in found.items()},
+            "held_out_seconds": round(time.monotonic() - started, 3),
         }
 
     def close(self) -> None:

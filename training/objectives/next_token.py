@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from data_pipeline.documents.prompts import source_and_task
 from data_pipeline.loading.batch import MicroBatch
 from data_pipeline.loading.loader import PackedDataSource
+from data_pipeline.storage.format import TOKENIZER_PATHS
 from data_pipeline.storage.packed_files import read_dataset_manifest
 from model.backbone.attention_plan import packed_documents
 from model.vocabulary import TokenClass, Vocabulary
@@ -77,7 +79,8 @@ class NextToken:
             limits = {name: entry.max_epochs for name, entry in datasets.items()}
             rows.record.refuse_repetition(stage.steps * stage.global_batch_size, limits)
         self.source_names = rows.source_names
-        self._data = tokenizers_of([entry.path for entry in datasets.values()]) | {RECORD_KEY: rows.record.to_dict()}
+        run_folder, folders = Path(self.config.run_folder), [entry.path for entry in datasets.values()]
+        self._data = tokenizers_of(folders, run_folder) | {RECORD_KEY: rows.record.to_dict()}
         return rows
 
     def inputs(self, batch: MicroBatch) -> ModelInput:
@@ -164,14 +167,26 @@ def datasets_in_use(config: TrainConfig) -> dict[str, DatasetEntry]:
     return {name: entry for name, entry in config.stage.data.datasets.items() if entry.weight != 0}
 
 
-def tokenizers_of(datasets: Sequence[str]) -> dict[str, Any]:
-    """Which tokenizers packed datasets name: the first that names one counts, the loader has compared them."""
+def tokenizers_of(datasets: Sequence[str], run_folder: Path) -> dict[str, Any]:
+    """Which tokenizers packed datasets name: the first that names one counts, the loader has compared them.
+
+    With their place where it is recorded, as `path_in_run` has it; else the fingerprint alone, for the usual place.
+    """
     tokenizers: dict[str, Any] = {"text_tokenizer": None, "vision_tokenizer": None}
-    for path in datasets:
-        manifest = read_dataset_manifest(path)
+    for folder in datasets:
+        manifest = read_dataset_manifest(folder)
+        paths = manifest.get(TOKENIZER_PATHS) or {}
         for name, known in tokenizers.items():
-            tokenizers[name] = known or manifest.get(name)
+            fingerprint, path = manifest.get(name), paths.get(name)
+            said = {"path": path_in_run(Path(path), run_folder), "fingerprint": fingerprint} if path else fingerprint
+            tokenizers[name] = known or (said if fingerprint else None)
     return tokenizers
+
+
+def path_in_run(place: Path, run_folder: Path) -> str:
+    """As a checkpoint names a tokenizer: below its run folder, which may be moved, else the whole path."""
+    whole, above = place.absolute(), run_folder.absolute()
+    return str(whole.relative_to(above) if whole.is_relative_to(above) else whole)
 
 
 def _means(names: Sequence[str], sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:

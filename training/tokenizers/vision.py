@@ -10,22 +10,26 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from model.durable import replace_file
 from model.errors import UserError
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
 from model.vision_tokenizer.losses import psnr_db
-from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range
+from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range, to_pixels
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.results import StepResult
 from training.contracts.shards import ShardReader
+from training.metrics import PICTURES_NAME
 from training.objectives.offline_rows import OfflineRows
+from training.rewards.wire import png_bytes
 from training.tokenizers.collisions import describe_collisions
 from training.tokenizers.image_data import ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
@@ -34,6 +38,7 @@ from training.tokenizers.vision_terms import Adversary, Terms
 
 KMEANS_ROUNDS = 4
 CALIBRATION_BATCHES = 30  # batches whose latents the codes start from
+PICTURES_EVERY_STEPS, PICTURES_OF_A_CORPUS = 500, 2  # that are kept for eyes, and go to the loggers
 
 
 class VisionTokenizer:
@@ -86,6 +91,8 @@ class VisionTokenizer:
         self.num_updates = num_updates
         if self.options.continuous_steps and num_updates == self.options.continuous_steps:
             self._start_codes()
+        if num_updates and num_updates % PICTURES_EVERY_STEPS == 0:
+            keep_pictures(self.average or self.model, self.images.held_back, self.config.stage_folder, num_updates)
         num_pixels = sum(images[..., 0].size for images in batches)
         figures: dict[str, float] = {}
         used: list[torch.Tensor] = []
@@ -185,6 +192,20 @@ class VisionTokenizer:
         model = self.average or self.model
         figures = measure(model, self.images.held_back, self.options.min_codebook_use)
         return figures | describe_collisions(model, self.images.captioned)
+
+
+@torch.no_grad()
+def keep_pictures(model: IBQ, images_by_corpus: Mapping[str, Sequence[np.ndarray]], folder: Path, step: int) -> None:
+    """Held-back pictures uint8 [H, W, 3], each beside what is rebuilt from its codes."""
+    place = folder / PICTURES_NAME / f"step_{step:06d}"
+    place.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    for corpus, images in images_by_corpus.items():
+        for number, image in enumerate(images[:PICTURES_OF_A_CORPUS]):
+            pixels = to_model_range(image[None]).to(model.quantize.embedding.weight.device)
+            rebuilt = to_pixels(model.decode(model.encode(pixels)))[0]
+            replace_file(place / f"{corpus}_{number}.png", png_bytes(np.concatenate((image, rebuilt), axis=1)))
+    model.train()
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from training.objectives.grpo.policy_loss import (
 )
 from training.objectives.grpo.rollouts import Rollouts
 from training.objectives.grpo.rows import MODALITIES, MicroBatch
+from training.objectives.next_token import path_in_run
 
 CHECKPOINT_KIND = "transformer"
 TOKENIZERS = ("text_tokenizer", "vision_tokenizer")
@@ -74,7 +75,10 @@ class Grpo:
             place = tokenizer_folder(manifest, folder, name, getattr(self.options, name))
             loaded[name] = load(place)
             check_fingerprint(manifest, folder, name, loaded[name].fingerprint)
-            self._tokenizers[name] = {"path": self._path_in_run(place), "fingerprint": loaded[name].fingerprint}
+            self._tokenizers[name] = {
+                "path": path_in_run(place, Path(self.config.run_folder)),
+                "fingerprint": loaded[name].fingerprint,
+            }
         self._tokenizers["image_format"] = manifest.image_format
         answering = InferenceModel(
             None,
@@ -91,12 +95,6 @@ class Grpo:
         reference = reader if self.options.kl_weight > 0 else None
         self.rollouts = Rollouts(self.config, self.options, ranks, answering, reference, self)
         return self.rollouts
-
-    def _path_in_run(self, place: Path) -> str:
-        """As a checkpoint names a tokenizer: below its run folder, else the whole path."""
-        run_folder = Path(self.config.run_folder).absolute()
-        whole = place.absolute()
-        return str(whole.relative_to(run_folder) if whole.is_relative_to(run_folder) else whole)
 
     def inputs(self, batch: MicroBatch) -> ModelInput:
         return ModelInput(

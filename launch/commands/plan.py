@@ -75,7 +75,7 @@ class Config(TrainConfig):
 
 def run(config: Config) -> dict[str, Any]:
     if config.check == "published":
-        from launch.plan.published import compare
+        from launch.plan.accuracy import compare
 
         return compare()
     from launch.plan.answer import answer, dry_run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
@@ -67,4 +68,29 @@ def summary(found: Sequence[tuple[PublishedRun, float]], kind: str) -> dict[str,
     return {
         name: HeldOutError(len(one), round(sum(one) / len(one), 3), round(max(one), 3), sum(e > FAR_OFF for e in one))
         for name, one in sorted(errors.items())
+    }
+
+
+def compare() -> dict[str, Any]:
+    """Forecast against published throughput of every configuration; errors are signed shares of the published."""
+    found = forecasts()
+    rows = [
+        {
+            "publisher": run.publisher,
+            "name": run.name,
+            "source": run.source,
+            "accelerators": run.layout.world_size,
+            "device": run.device,
+            "published": round(run.tokens_per_second, 1),
+            "forecast": round(forecast, 1),
+            "error": round(forecast / run.tokens_per_second - 1, 4),
+        }
+        for run, forecast in found
+    ]
+    return {
+        "runs": rows,
+        "held_out": {
+            kind: {name: asdict(error) for name, error in summary(found, kind).items()}
+            for kind in ("all", "device", "publisher")
+        },
     }

@@ -1,9 +1,8 @@
-"""What this model of step times says of published runs, each with efficiencies fitted on the other publishers' rows."""
+"""How far forecasts of published runs were off, by device, as `launch.plan.accuracy` found it; cheap to tell."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 FAR_OFF = 0.2  # of the published throughput
 
@@ -40,30 +39,3 @@ def told_accuracy(device: str) -> str:
     if known is None:
         return f"no published run on {device} is known: the error of its step times is not known either"
     return f"step times of publishers left out of the fit were off by {known.told()} of this device"
-
-
-def compare() -> dict[str, Any]:
-    """Forecast against published throughput of every configuration; errors are signed shares of the published."""
-    from launch.plan.accuracy import forecasts, summary
-
-    found = forecasts()
-    rows = [
-        {
-            "publisher": run.publisher,
-            "name": run.name,
-            "source": run.source,
-            "accelerators": run.layout.world_size,
-            "device": run.device,
-            "published": round(run.tokens_per_second, 1),
-            "forecast": round(forecast, 1),
-            "error": round(forecast / run.tokens_per_second - 1, 4),
-        }
-        for run, forecast in found
-    ]
-    return {
-        "runs": rows,
-        "held_out": {
-            kind: {name: asdict(error) for name, error in summary(found, kind).items()}
-            for kind in ("all", "device", "publisher")
-        },
-    }

@@ -284,8 +284,9 @@ def test_a_stale_lock_is_none_and_a_held_one_is_respected(tmp_path):
     lock.parent.mkdir()
     lock.write_text("since last year\n")
     with jobs.locked(tmp_path):
-        pass
-    with lock.open() as held:
+        assert lock.exists()
+    assert not lock.exists()
+    with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another submission is at work"), jobs.locked(tmp_path):
             pass

@@ -53,7 +53,7 @@ class BoundedTarInfo(tarfile.TarInfo):
             return member
         member.offset = self.offset
         if any(name.startswith("GNU.sparse.") for name in records):
-            member.sparse = []  # marks it; its table is not read
+            member.sparse = []  # type: ignore[assignment]  # marks it; its table is not read
         known = {name: value for name, value in records.items() if name in ("path", "size")}
         member._apply_pax_info(known, archive.encoding, archive.errors)  # type: ignore[attr-defined]
         if "size" in known:
@@ -70,7 +70,7 @@ class BoundedTarInfo(tarfile.TarInfo):
             if len(block) < tarfile.BLOCKSIZE:
                 raise _refusal("the table of a sparse file has no end")
             is_extended = bool(block[504])
-        self.sparse: list[tuple[int, int]] = []
+        self.sparse = []  # type: ignore[assignment]
         self.offset_data = archive.fileobj.tell()
         archive.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
         return self
@@ -136,7 +136,7 @@ class Rereadable:
 
 def _refusal(message: str) -> Exception:
     """What tarfile passes on with its message wherever it stands; other errors end an archive without a word."""
-    return tarfile.SubsequentHeaderError(message)  # type: ignore[attr-defined, no-any-return]
+    return tarfile.SubsequentHeaderError(message)  # type: ignore[attr-defined]
 
 
 def _check_size(info: tarfile.TarInfo) -> None:

@@ -102,7 +102,7 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             "the stage's summary is damaged", where=str(path), got=str(error), fix="remove this file"

@@ -218,6 +218,12 @@ def passing_on() -> dict[str, Case]:
             [*MODELS, "prompts.jsonl", "scene.png"],
             ["generated"],
         ),
+        "distill": Case(
+            ["distill", *CHECKPOINT, "target=distilled", "prompts.t2i.options.path=asks.jsonl"]
+            + ["prompts.t2i.path=file", "sampling.max_new_tokens=8"],
+            [*MODELS, "asks.jsonl", "scene.png"],
+            ["distilled"],
+        ),
         "evaluate": Case(
             ["evaluate", *CHECKPOINT, "out=evaluation/final.json", "sampling.max_new_tokens=8"]
             + ["tasks.t.path=examples.shapes_world.tasks.T2IAccuracy", "tasks.t.num_prompts=2", "num_samples=1"],
@@ -244,6 +250,18 @@ def looking() -> dict[str, Case]:
         "inspect_shard": Case(["inspect", "raw/000000.tar"], ["raw/000000.tar"]),
         "inspect_tokens": Case(["inspect", "tokens", "text_tokenizer=text_tokenizer"], ["tokens", "text_tokenizer"]),
         "inspect_packed": Case(["inspect", "packed"], ["packed"]),
+        "inspect_overlap": Case(
+            ["inspect", "packed", "text_tokenizer=text_tokenizer", "overlap=texts.txt"], ["texts.txt"]
+        ),
+        "inspect_page": Case(
+            ["inspect", "packed", "text_tokenizer=text_tokenizer", "page=pages/rows.html"], ["packed"], ["pages"]
+        ),
+        "pack_removed": Case(
+            ["pack", "tokens.text=tokens", "target=packed_removed", "sequence_length=256", "window_rows=64"]
+            + ["removed=removed.jsonl"],
+            ["removed.jsonl"],
+            ["packed_removed"],
+        ),
         "inspect_checkpoint": Case(["inspect", "checkpoint=run/sft"], ["run/sft"]),
         "inspect_published": Case(["inspect", "checkpoint=hf"], ["hf"]),
         "chats": Case(
@@ -297,6 +315,9 @@ def make_world(folder: Path, table: dict[str, Case]) -> None:
     (folder / "media").mkdir()
     shutil.copy(folder / "scene.png", folder / "media" / "a.png")
     (folder / "prompts.jsonl").write_text('{"text": "make it blue", "images": ["scene.png"]}\n')
+    ask = {"text": "make it blue", "format": "x2i", "images": ["scene.png"], "image_size": [16, 16]}
+    (folder / "asks.jsonl").write_text(json.dumps(ask) + "\n")
+    (folder / "removed.jsonl").write_text('{"document": 123}\n')
     turns = '{"messages": [{"role": "user", "content": "what is <image>"}, {"role": "assistant", "content": "grey"}], '
     (folder / "chats.jsonl").write_text(turns + '"images": ["a.png"]}\n')
     (folder / "texts.txt").write_text("one two\nthree\n")
@@ -307,7 +328,7 @@ def make_world(folder: Path, table: dict[str, Case]) -> None:
     ]
     (folder / "answers.jsonl").write_text("".join(json.dumps(encoded(one)) + "\n" for one in answers))
     np.save(folder / "tokens.npy", np.arange(24, dtype=np.int64).reshape(2, 12))
-    for name in ("scores", "scales"):
+    for name in ("scores", "scales", "pages"):
         (folder / name).mkdir()
     for name, case in table.items():
         if name in ENDLESS:

@@ -78,7 +78,7 @@ class Command:
                             self.findings.outside_sockets.add(f"{one.laddr.ip} {one.status}")
 
     def kill_after(self, seconds: float, draw: random.Random) -> bool:
-        """Kill the parent, one of its workers or all at once; False when it had ended before."""
+        """Kill the parent, one of its workers or all at once; False when it had ended before, or ended just now."""
         try:
             self.process.wait(seconds)
             return False
@@ -90,13 +90,23 @@ class Command:
         if victim == "worker" and not workers:
             victim = "parent"
         chosen = {"parent": [self.process.pid], "worker": [], "group": [one.pid for one in members]}[victim]
-        for process_id in chosen or [draw.choice(workers).pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process_id, number)
+        hits = [self._kill(process_id, number) for process_id in chosen or [draw.choice(workers).pid]]
+        if not any(hits):
+            return False
         key = f"{victim} {number.name}"
         self.findings.by_victim[key] = self.findings.by_victim.get(key, 0) + 1
         self.findings.num_kills += 1
         return True
+
+    @staticmethod
+    def _kill(process_id: int, number: signal.Signals) -> bool:
+        """True when it ran until then: a zombie takes a signal too."""
+        try:
+            is_running = psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+            os.kill(process_id, number)
+        except (psutil.Error, ProcessLookupError):
+            return False
+        return is_running
 
     def end(self) -> int:
         """Wait for it and for all that it started; its exit code. A command that goes on after a worker's death may."""

@@ -94,17 +94,25 @@ def validate(config: TrainConfig) -> None:
 
 
 def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """The summary of a stage that ran to its end with this very config; None when there is work to do."""
+    """The summary of a stage that ran to its end with this very config; None when there is work to do.
+
+    Raises `UserError` where the data are not those that it has read.
+    """
     path = config.stage_folder / SUMMARY_NAME
     if not path.exists():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             "the stage's summary is damaged", where=str(path), got=str(error), fix="remove this file"
         ) from None
-    return summary if summary.get("config_fingerprint") == config.fingerprint() else None
+    if summary.get("config_fingerprint") != config.fingerprint():
+        return None
+    from training.objectives.rows_read import refuse_other_data
+
+    refuse_other_data(config)
+    return summary
 
 
 def learn(config: TrainConfig) -> dict[str, Any]:

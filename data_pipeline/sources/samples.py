@@ -9,6 +9,7 @@ from typing import Any
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
+MAX_DETAIL_CHARACTERS = 500  # of what is said of a bad sample: names in an archive have any length
 TRANSCRIPT_EXTENSIONS = ("words.json", "vtt", "srt", "ass", "ssa", "ttml")
 
 _NUMBERED_IMAGE = re.compile(r"([a-z]+)_(\d{1,6})\.(\w+)")
@@ -60,6 +61,9 @@ class BadSample:
     key: str
     reason: str
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", self.detail[:MAX_DETAIL_CHARACTERS])
 
 
 def is_image(extension: str, stem: str = "") -> bool:

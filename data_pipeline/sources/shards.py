@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import lzma
 import tarfile
 import zlib
@@ -11,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from data_pipeline.sources.bounded_tar import BoundedTar
 from data_pipeline.sources.samples import BadSample
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.errors import UserError
 
 _END_BLOCK = bytes(tarfile.BLOCKSIZE)
-MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax record, which tarfile reads into memory
-MAX_PART_BYTES = 2 << 30  # of one file of a sample
+BLOCKS_AT_ONCE = 16  # behind an archive; no more than one goes back by in a compressed file
+MAX_SAMPLE_BYTES = 2 << 30  # of all files of one sample
 MAX_PARTS = 1_000  # files of one sample
 MAX_HELD_BYTES = 1 << 30  # of samples whose files do not stand together, until their last file comes
+BYTES_AROUND_A_PART = 500  # that Python takes for its name and its place, whatever its size
 
 Group = tuple[str, dict[str, bytes]]  # key, and the files of one sample by extension
 Made = TypeVar("Made")
@@ -33,25 +36,6 @@ class DamageError(Exception):
         self.key = key
 
 
-class _BoundedTarInfo(tarfile.TarInfo):
-    """Refuses headers that would be read into memory whatever their size."""
-
-    _LONG_HEADERS = (
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-    )
-
-    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # where tarfile dispatches on the type
-        if self.type in self._LONG_HEADERS and self.size > MAX_HEADER_BYTES:
-            raise tarfile.SubsequentHeaderError(  # type: ignore[attr-defined]
-                f"a header of {self.size} bytes"
-            )
-        return super()._proc_member(archive)  # type: ignore[misc]
-
-
 @dataclass
 class _Open:
     """A sample of which files may still come."""
@@ -60,6 +44,7 @@ class _Open:
     reason: str = ""  # why it cannot be used
     detail: str = ""
     num_members: int = 0
+    num_bytes: int = 0  # that its files take in memory
 
     def add(self, member: _Member) -> None:
         self.num_members += 1
@@ -69,12 +54,16 @@ class _Open:
             self.refuse(member.problem, member.extension)
         elif len(self.parts) == MAX_PARTS:
             self.refuse("too_many_parts", f"more than {MAX_PARTS}")
+        elif self.num_bytes + len(member.data) > MAX_SAMPLE_BYTES:
+            self.refuse("sample_too_large", f"more than {MAX_SAMPLE_BYTES:,} bytes")
         if not self.reason:
             self.parts[member.extension] = member.data
+            self.num_bytes += len(member.data) + len(member.key) + BYTES_AROUND_A_PART
 
     def refuse(self, reason: str, detail: str) -> None:
         if not self.reason:
             self.reason, self.detail = reason, detail
+        self.num_bytes = 0
         self.parts.clear()
 
     def finish(self, key: str) -> Group | BadSample:
@@ -145,36 +134,41 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
                 if (
                     current in held
                     and damage.key not in ("", current)
-                    and held[current].num_members == expected[current]
+                    and held[current].num_members == expected[_short(current)]
                 ):
                     yield held[current].finish(current)
                 cut = damage.key or current
                 yield BadSample(cut, "truncated_tar", str(damage))
-                for key in held.keys() - {current, cut}:  # their other files lie behind the damage
-                    yield BadSample(key, "truncated_tar", str(damage))
+                for key in held:
+                    if key not in (current, cut):  # its other files lie behind the damage
+                        yield BadSample(key, "truncated_tar", str(damage))
                 return
-            if member.key != current and current in held and held[current].num_members >= expected[current]:
+            if member.key != current and current in held and held[current].num_members >= expected[_short(current)]:
                 done = held.pop(current)
-                held_bytes -= sum(map(len, done.parts.values()))
+                held_bytes -= done.num_bytes
                 yield done.finish(current)
             current = member.key
             sample = held.setdefault(current, _Open())
-            before = sum(map(len, sample.parts.values()))
+            before = sample.num_bytes
             sample.add(member)
-            held_bytes += sum(map(len, sample.parts.values())) - before
-            if held_bytes > MAX_HELD_BYTES and len(held) > 1:
+            if held_bytes + sample.num_bytes - before > MAX_HELD_BYTES and len(held) > 1:
                 sample.refuse("scattered_sample", "too much lies between its files: sort the shard by name")
-                held_bytes = sum(len(data) for one in held.values() for data in one.parts.values())
+            held_bytes += sample.num_bytes - before
         for key, sample in held.items():
             yield sample.finish(key)
 
 
-def _count_members(path: Path) -> Counter[str]:
+def _short(key: str) -> int:
+    """For a key of any length; two of one number would come at the end of their shard, and whole."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _count_members(path: Path) -> Counter[int]:
     """How many files of each key the shard holds, up to its end or to where it is damaged. Reads headers only."""
-    counts: Counter[str] = Counter()
+    counts: Counter[int] = Counter()
     try:
         for member in _members(path, _name_alone):
-            counts[member.key] += 1
+            counts[_short(member.key)] += 1
     except DamageError:
         pass  # the second reading says so
     return counts
@@ -207,11 +201,10 @@ def _members(
     """
     key, number = "", 0
     try:
-        with tarfile.open(path, mode, tarinfo=_BoundedTarInfo) as first:  # type: ignore[call-overload]
-            archive: tarfile.TarFile | None = first
+        with BoundedTar.open(path, mode) as first:  # type: ignore[call-overload]
+            archive: BoundedTar | None = first
             while archive is not None:
                 while (info := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
                     name, extension = _name_of(info)
                     if name and extension:
                         key = f"#{number}/{name}" if number else name
@@ -233,7 +226,7 @@ def _name_alone(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, exten
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
     if not info.isreg() or info.issparse():
         return _Member(key, extension, problem="link_in_tar" if info.issym() or info.islnk() else "not_a_plain_file")
-    if info.size > MAX_PART_BYTES:
+    if info.size > MAX_SAMPLE_BYTES:
         return _Member(key, extension, problem="part_too_large")
     stream = archive.extractfile(info)
     assert stream is not None, "a regular file has content"
@@ -243,7 +236,7 @@ def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, exte
     return _Member(key, extension, data)
 
 
-def _next_archive(archive: tarfile.TarFile) -> tarfile.TarFile | None:
+def _next_archive(archive: BoundedTar) -> BoundedTar | None:
     """The archive that stands behind this one, which was read to its end mark; None where only zeros follow."""
     stream = archive.fileobj
     assert stream is not None
@@ -251,12 +244,12 @@ def _next_archive(archive: tarfile.TarFile) -> tarfile.TarFile | None:
     if stream.read(tarfile.BLOCKSIZE) != _END_BLOCK:
         raise DamageError(f"no readable member or end mark at byte {archive.offset}")
     position = archive.offset + tarfile.BLOCKSIZE
-    while block := stream.read(1 << 20):
+    while block := stream.read(BLOCKS_AT_ONCE * tarfile.BLOCKSIZE):
         if rest := block.lstrip(b"\0"):
             start = position + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
             stream.seek(start)
             try:
-                return tarfile.TarFile(fileobj=stream, mode="r", tarinfo=_BoundedTarInfo)
+                return BoundedTar(archive.name, "r", stream)
             except tarfile.TarError as error:
                 raise DamageError(f"other data after the end mark, at byte {start}: {error}") from error
         position += len(block)

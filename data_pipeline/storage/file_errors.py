@@ -23,25 +23,34 @@ _FIXES = {
     errno.EIO: "the disk or the file server failed: look at the system's log",
     errno.ESTALE: "the file server replaced the file: mount it again",
 }
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}  # about no file: it may be a socket or a pipe that could not be opened
 _FIXES |= dict.fromkeys(NO_SPACE, "free space and run the same command again: finished files are kept")
 # These are about processes and connections, not about files.
 _OTHERS = (BrokenPipeError, ConnectionError, ChildProcessError, ProcessLookupError, InterruptedError, TimeoutError)
 
 
-def of_file_error(error: OSError, where: str | Path = "") -> UserError | None:
-    """What the system says of a file, a folder or a full disk; None for what a library says, or of processes.
+def of_file_error(error: Exception, where: str | Path = "") -> UserError | None:
+    """What the system says of a file, a folder, a full disk or the limit on open files; None for anything else.
 
     `where` stands for a file that the system does not name; without it an error that names none is about something else,
-    full disks excepted.
+    full disks and the limit excepted. Libraries (gloo, the loader of modules) tell of the limit in errors of their own.
     """
-    is_full = error.errno in NO_SPACE
-    if error.errno is None or isinstance(error, _OTHERS) or not (is_full or error.filename or where):
+    if not isinstance(error, OSError):
+        told = next((number for number in _TOO_MANY if os.strerror(number) in str(error)), None)
+        return None if told is None else _told(told, where)
+    is_about_all = error.errno in (*NO_SPACE, *_TOO_MANY)
+    if error.errno is None or isinstance(error, _OTHERS) or not (is_about_all or error.filename or where):
         return None
+    return _told(error.errno, error.filename or where)
+
+
+def _told(number: int, where: str | Path) -> UserError:
+    is_full = number in NO_SPACE
     return UserError(
-        "the disk is full" if is_full else f"cannot read or write: {os.strerror(error.errno)}",
-        where=str(error.filename or where),
-        got=os.strerror(error.errno) if is_full else "",
-        fix=_FIXES.get(error.errno, "look at the file and run the same command again: finished files are kept"),
+        "the disk is full" if is_full else f"cannot read or write: {os.strerror(number)}",
+        where=str(where),
+        got=os.strerror(number) if is_full else "",
+        fix=_FIXES.get(number, "look at the file and run the same command again: finished files are kept"),
     )
 
 

@@ -21,6 +21,7 @@ _DEMUXERS = {"vtt": "webvtt", "srt": "srt"}
 _CLOCK = re.compile(r"(?:(\d{1,6}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,9}))?")
 _NO_CUES = ("WEBVTT", "NOTE", "STYLE", "REGION")  # what blocks of WebVTT without text begin with
 _EVENTS = {"ass": re.compile(r"^Dialogue:", re.MULTILINE), "ttml": re.compile(r"<(?:\w+:)?p[\s>]")}
+_DRAWING_TAG = re.compile(r"\\p[0-9]|\\r(?![a-zA-Z_0-9 ])")
 _CUT_EVENT = re.compile(r"^Dialogue:(?!(?:[^,\n]*,){9}).*", re.MULTILINE)
 
 
@@ -128,8 +129,35 @@ def _by_pysubs2(extension: str, text: str) -> list[Cue]:
     expected = len(_EVENTS.get(extension, _EVENTS["ass"]).findall(text))
     if len(events) != expected:
         raise SampleError("bad_transcript", f"{len(events)} of {expected} cues can be read")
-    return [
-        Cue(event.start / 1000, event.end / 1000, html.escape(event.plaintext, quote=False).split("\n"))
-        for event in events
-        if not event.is_drawing
-    ]
+    cues = []
+    for event in events:
+        plain, overrides = _split_overrides(event.text)
+        if not _draws(overrides):
+            lines = [html.escape(line, quote=False) for line in _plain_lines(plain)]
+            cues.append(Cue(event.start / 1000, event.end / 1000, lines))
+    return cues
+
+
+def _plain_lines(text: str) -> list[str]:
+    return text.replace(r"\h", " ").replace(r"\n", "\n").replace(r"\N", "\n").split("\n")
+
+
+def _split_overrides(text: str) -> tuple[str, list[str]]:
+    """The text of an event without its `{...}`, and these. pysubs2's own pattern takes the square of the length."""
+    pieces, overrides, position = [], [], 0
+    while (start := text.find("{", position)) >= 0 and (end := text.find("}", start)) >= 0:
+        pieces.append(text[position:start])
+        overrides.append(text[start + 1 : end])
+        position = end + 1
+    return "".join([*pieces, text[position:]]), overrides
+
+
+def _draws(overrides: Sequence[str]) -> bool:
+    """Is any of the text a drawing (behind `\\p1`, before `\\p0` or `\\r`), as pysubs2's `is_drawing` has it?"""
+    drawing = False
+    for override in overrides:
+        for tag in _DRAWING_TAG.findall(override):
+            drawing = tag.startswith(r"\p") and tag != r"\p0"
+        if drawing:
+            return True
+    return False

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from data_pipeline.storage.file_errors import of_file_error
 from model.errors import UserError, escapes_shown
 
 EXIT_STOPPED = 3  # as in training.stage, which is imported late
@@ -59,10 +60,11 @@ def run(path: Path) -> int:
         if STOPPED_VARIABLE in os.environ:
             Path(os.environ[STOPPED_VARIABLE]).touch()
         return EXIT_STOPPED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception:  # the boundary of the process: told whole
+    except Exception as error:  # the boundary of the process
+        told = error if isinstance(error, UserError) else of_file_error(error)
+        if told is not None:
+            print(f"error: {told}", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
     return 0

@@ -17,7 +17,9 @@ SUFFIXES = (".py", ".yaml", ".css")
 # Files that look like credentials stay where they are: a snapshot lies in a run folder that others may read.
 CREDENTIALS = re.compile(
     r"\.env(\..*)?|.*\.(env|pem|key|p12|pfx|jks|keytab|kdbx|ovpn)|\.?(netrc|pypirc|npmrc|pgpass|htpasswd|git-credentials)"
-    r"|id_(rsa|dsa|ecdsa|ed25519).*|(?!.*\.py$).*(secret|credential|password|api[-_]?key|access[-_]?token).*",
+    r"|.*\.(ppk|p8|asc|gpg|age)|\.?(s3cfg|boto|kubeconfig|dockercfg|dockerconfigjson)|id_(rsa|dsa|ecdsa|ed25519).*"
+    r"|(?!.*\.py$)(.*(secret|credential|password|passphrase|(api|private)[-_]?key|service[-_]?account).*"
+    r"|\.?token(\.(txt|json))?|(.*[-_.])?(hf|hub|access|auth|bearer|github|gitlab|wandb|bot)[-_]token.*)",
     re.IGNORECASE,
 )
 
@@ -70,6 +72,7 @@ def snapshot(folder: Path) -> Path:
         copy = temporary / path
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(content)
+        shutil.copymode(ROOT / path, copy)  # what only its owner may read stays so
     try:
         temporary.rename(target)
     except OSError:  # another submission published the same code in the meantime

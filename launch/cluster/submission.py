@@ -21,6 +21,7 @@ from launch.cluster.profile import ClusterConfig
 from launch.cluster.snapshot import snapshot
 from launch.composition.compose import compose_tree
 from launch.composition.registry import check_command
+from launch.composition.secrets import without_secrets
 from model.durable import fingerprint_of, replace_file
 from model.errors import UserError
 from training.config import TrainConfig, differences, load_yaml, save_yaml
@@ -72,6 +73,13 @@ def command_work(
     """A nextstate command as one job, or as a job array: a call a task, or a share of the shards a task."""
     check_command(command, "command")
     groups = [[*overrides, *own] for own in calls.values()] or [list(overrides)]
+    told = [one.partition("=")[0] for group in groups for one in group if without_secrets([one]) != [one]]
+    if told:
+        raise UserError(
+            "a secret among the arguments of a job would stand in its script, which others may read",
+            got=", ".join(sorted(set(told))),
+            fix="give it to the job by cluster.environment.NAME=..., or in a file of your own",
+        )
     trees = [OmegaConf.to_container(compose_tree(command, group)) for group in groups]
     if shares > 1:
         groups = [[*group, f"num_tasks={shares}", SHARE] for group in groups]

@@ -19,6 +19,7 @@ from typing import Any
 
 from data_pipeline.storage.file_errors import of_file_error
 from launch.composition import registry
+from launch.composition.secrets import without_secrets
 from model.errors import UserError, escapes_shown
 from training.reliability.signals import COMMAND_VARIABLE
 
@@ -42,7 +43,7 @@ class Call:
 
 def main(arguments: list[str] | None = None) -> int:
     if arguments is None:  # the ranks and entries that this process starts name the command to go on with
-        os.environ.setdefault(COMMAND_VARIABLE, shlex.join(["nextstate", *sys.argv[1:]]))
+        os.environ.setdefault(COMMAND_VARIABLE, shlex.join(["nextstate", *without_secrets(sys.argv[1:])]))
     with escapes_shown():
         return answer_to(list(sys.argv[1:] if arguments is None else arguments))
 
@@ -65,7 +66,7 @@ def answer_to(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output is gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except OSError as error:
+    except (OSError, RuntimeError, ImportError) as error:
         told = of_file_error(error)
         if told is None:
             raise

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
-# Names of variables whose values are secrets: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM.
-SECRET_NAME = re.compile(r"(?i)(^|_)(key|apikey|token|secret|password|passwd|passphrase|credentials?|auth)(_|$)")
+# Names of variables whose values are secrets: WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM,
+# nor token_file, which says where one is.
+SECRET_NAME = re.compile(
+    r"(?i)^(?!.*_(file|path)$)(.*_)?(key|apikey|token|secret|password|passwd|passphrase|credentials?|auth)(_|$)"
+)
 HIDDEN = "***"
 
 

@@ -44,11 +44,9 @@ def run(task: str, config: Path) -> int:
             (folder / ANSWER_NAME).write_text(json.dumps(answer), encoding="utf-8")
     except UserError as error:
         return report("user_error", str(error), 2)
-    except OSError as error:
+    except Exception as error:  # the boundary of the process: told whole, with its rank
         told = of_file_error(error)
         return report("user_error", str(told), 2) if told else report("defect", traceback.format_exc(), 1)
-    except Exception:  # the boundary of the process: told whole, with its rank
-        return report("defect", traceback.format_exc(), 1)
     return 0
 
 

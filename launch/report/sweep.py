@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data_pipeline.storage.file_errors import of_file_error
 from launch.composition.compose import compose_tree
 from launch.composition.secrets import without_secrets
 from launch.report.charts import Series, line_chart
@@ -145,8 +146,11 @@ STYLE = (
 def main() -> int:
     try:
         rows = publish_sweep(Path(sys.argv[1]))
-    except UserError as error:
-        print(visible(f"error: {error}"), file=sys.stderr)
+    except (UserError, OSError) as error:
+        told = error if isinstance(error, UserError) else of_file_error(error)
+        if told is None:
+            raise
+        print(visible(f"error: {told}"), file=sys.stderr)
         return 2
     print(visible(table(rows)))
     return 0

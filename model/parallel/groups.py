@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +14,8 @@ import numpy as np
 from model.errors import UserError
 from model.parallel import cpu_backend
 
+# Of a layout's groups, each with a listening socket, a queue of events, a pipe, and a connection to each other member.
+_GROUPS, _FILES_A_GROUP, _LARGE_GROUP = 16, 4, 8
 RENDEZVOUS_VARIABLE = "NEXTSTATE_RENDEZVOUS_FILE"  # set by the launcher of local ranks; torchrun has its own
 _WHEN_DESTROYED: list[Callable[[], None]] = []
 
@@ -141,6 +144,7 @@ def join(
 
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    make_room_for_connections(world_size)
     timeout = timedelta(seconds=timeout_seconds)
     is_alone, store = init_method is None and world_size == 1, None
     meets_by_environment = not is_alone and init_method in (None, "env://") and on_one_machine(world_size)
@@ -158,6 +162,24 @@ def join(
         world_size=world_size,
         timeout=timeout,
     )
+
+
+def make_room_for_connections(world_size: int) -> None:
+    """Raise the limit on open files as far as this user may; `UserError` where even that is too low.
+
+    It is asked before: gloo, which finds out in a thread of its own, ends the process.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    num_open = len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+    needed = num_open + _GROUPS * (_FILES_A_GROUP + min(world_size, _LARGE_GROUP) - 1) + world_size
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            "too few files may be open for the connections between the ranks",
+            expected=f"at least {needed:,}",
+            got=f"ulimit -n: {soft:,}, at most {hard:,}",
+            fix="ulimit -n 65536 before the command, or LimitNOFILE= of the service that starts it",
+        )
 
 
 def on_one_machine(world_size: int) -> bool:

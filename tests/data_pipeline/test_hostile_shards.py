@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import _compression
+import gzip
 import io
+import itertools
 import os
 import tarfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hang_guard import ends_within
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.kinds.registry import read_shard
-from data_pipeline.sources import BadSample, Sample
+from data_pipeline.sources import BadSample, Sample, bounded_tar
 from data_pipeline.sources import shards as shards_module
 from data_pipeline.sources.shards import places_in
 from model.errors import UserError
@@ -60,7 +67,13 @@ def test_what_would_hold_too_much_is_named(tmp_path: Path, monkeypatch: pytest.M
     path = write_tar(tmp_path / "0.tar", [*first, *((f"{number}.txt", b"x") for number in range(8))])
     reasons = dict(outcome(path))
     assert set(reasons.values()) == {"image_text", "scattered_sample"}
-    assert list(reasons.values()).count("image_text") == 5
+    assert list(reasons.values()).count("image_text") == 3  # what is around a file counts too
+    monkeypatch.setattr(shards_module, "MAX_SAMPLE_BYTES", 2500)
+    parts: list[Entry] = [(f"a.source_{number}.png", bytes(1000)) for number in range(3)]
+    assert outcome(write_tar(tmp_path / "0.tar", [*parts, ("b.txt", b"x")])) == [
+        ("a", "sample_too_large"),
+        ("b", "text"),
+    ]
 
 
 @pytest.mark.parametrize("link", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
@@ -109,6 +122,145 @@ def test_a_huge_header_is_refused_and_not_read(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 50_000_000
     finally:
         tracemalloc.stop()
+
+
+def header(kind: bytes, size: int = 0, name: str = "a.txt") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def block(content: bytes) -> bytes:
+    return content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def record(content: bytes) -> bytes:
+    """A pax record of `KEYWORD=VALUE`, with its own length before it."""
+    length = len(content) + 2
+    while len(str(length)) + 2 + len(content) != length:
+        length = len(str(length)) + 2 + len(content)
+    return b"%d %s\n" % (length, content)
+
+
+def pax(content: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
+    return header(kind, len(content), "pax") + block(content)
+
+
+GOOD, MEMBER = (header(tarfile.REGTYPE, 1, name) + block(b"x") for name in ("b.txt", "a.txt"))
+END = bytes(2 * tarfile.BLOCKSIZE)
+TABLE = b"00000000001\0" * 42 + b"\1" + bytes(7)  # of a sparse file, which goes on in the next block
+
+
+def sparse_header() -> bytes:
+    content = bytearray(header(tarfile.GNUTYPE_SPARSE))
+    content[482] = 1  # its table goes on in the next block
+    content[148:156] = b"%06o\0 " % (sum(content) - sum(content[148:156]) + 8 * ord(" "))
+    return bytes(content)
+
+
+HOSTILE = {
+    "digits": pax(b"1" * 400_000),  # a pattern of Python's is tried at each of them, and there to their end
+    "backwards": pax(record(b"size=-512")),
+    "below_zero": header(tarfile.REGTYPE, -1024),
+    "beyond_everything": header(tarfile.REGTYPE, 1 << 80),
+    "no_number": pax(record(b"size=" + b"9" * 5_000)),
+    "a_chain": pax(record(b"path=a.txt")) * 2_000,
+    "globals": pax(record(b"comment=x"), tarfile.XGLTYPE) * 2_000,
+    "long_name": pax(record(b"path=" + b"x" * 5_000)),
+    "sparse_1.0": pax(record(b"GNU.sparse.major=1") + record(b"GNU.sparse.minor=0")),
+    "sparse_0.1": pax(record(b"GNU.sparse.map=" + b"1,x" * 99)),
+    "sparse_size": pax(record(b"GNU.sparse.realsize=x")),
+    "sparse_without_end": sparse_header() + TABLE * 9,
+    "no_length": pax(b"0 path=x\n"),
+    "no_blank": pax(b"path=xxxxxxxxx\n"),
+    "a_length_too_long": pax(b"9999999 path=x\n"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_headers_that_python_trips_over_are_damage(tmp_path: Path, name: str) -> None:
+    """Hours, circles without an end, and errors that are none of archives."""
+    path = tmp_path / "0.tar"
+    path.write_bytes(GOOD + HOSTILE[name] + MEMBER + END)
+    with ends_within(30):
+        found = list(itertools.islice(read_shard(path), 10))
+    assert 1 <= len(found) <= 3
+    assert {item.reason for item in found if isinstance(item, BadSample)} <= {"truncated_tar", "not_a_plain_file"}
+    assert isinstance(found[-1], BadSample)
+    path.write_bytes(HOSTILE[name] + MEMBER + END)  # the first header is read where the archive is opened
+    assert isinstance(list(itertools.islice(read_shard(path), 10))[-1], BadSample)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_any_header_with_a_true_checksum_is_read_or_damage(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    content = bytearray(header(data.draw(st.sampled_from([bytes([kind]) for kind in b"01234567LKSxgXV\0"])), 512))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.sampled_from([0, 100, 124, 136, 345, 386, 398, 482, 483]))
+        piece = data.draw(st.binary(min_size=1, max_size=12))
+        content[place : place + len(piece)] = piece
+    content[148:156] = b"%06o\0 " % (sum(content[:148]) + sum(content[156:]) + 8 * ord(" "))
+    path = tmp_path_factory.mktemp("any") / "0.tar"
+    path.write_bytes(GOOD + bytes(content) + block(data.draw(st.binary(max_size=600))) + GOOD + END)
+    with ends_within(30):
+        assert len(list(itertools.islice(read_shard(path), 10))) < 10
+
+
+def test_pax_headers_say_what_python_reads_in_them(tmp_path: Path) -> None:
+    names = ["k" * 200 + "/a.txt", "\u00e9\u7ea2.txt", "plain.txt"]
+    path = write_tar(tmp_path / "0.tar", [], mode="w")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of all"}) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = 1, {"mtime": "1.5", "SCHILY.xattr.user.x": "a=b 12 c\n"}
+            archive.addfile(info, io.BytesIO(b"x"))
+    assert outcome(path) == [(name.removesuffix(".txt"), "text") for name in names]
+    path.write_bytes(pax(record(b"size=1")) + header(tarfile.REGTYPE, 0) + block(b"x") + GOOD + END)
+    assert outcome(path) == [("a", "text"), ("b", "text")]
+
+
+def peak_of_reading(path: Path) -> int:
+    tracemalloc.start()
+    try:
+        for _ in read_shard(path):
+            pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_small_file_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressed file may hold a thousand times its size of tables, of names, and of nothing."""
+    path = tmp_path / "0.tar.gz"
+    path.write_bytes(gzip.compress(GOOD + sparse_header() + TABLE * 8_000 + bytes(512) + MEMBER + END))
+    assert peak_of_reading(path) < 5_000_000
+    long = b"".join(pax(record(b"path=%d/" % number + b"x" * 4_000)) + header(tarfile.REGTYPE) for number in range(600))
+    path.write_bytes(gzip.compress(long + END))
+    assert peak_of_reading(path) < 1_500_000
+    monkeypatch.setattr(bounded_tar, "FREE_BYTES", 1 << 20)
+    path.write_bytes(gzip.compress(GOOD + END + bytes(4 << 20)))
+    (bad,) = read_shard(path)
+    assert isinstance(bad, BadSample)
+    assert "times the size" in bad.detail
+
+
+def test_joined_compressed_archives_are_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To go back in a compressed file is to begin it again."""
+    path = tmp_path / "0.tar.gz"
+    path.write_bytes(gzip.compress((GOOD + END) * 200 + MEMBER * 20 + END))
+    num_rewinds = 0
+    rewind = _compression.DecompressReader._rewind  # type: ignore[attr-defined]
+
+    def counted(reader: Any) -> None:
+        nonlocal num_rewinds
+        num_rewinds += 1
+        rewind(reader)
+
+    monkeypatch.setattr(_compression.DecompressReader, "_rewind", counted)
+    found = outcome(path)
+    assert found[:3] == [("b", "text"), ("#1/b", "text"), ("#2/b", "text")]
+    assert found[-1] == ("#200/a", "duplicate_part")
+    assert num_rewinds < 5
 
 
 def test_places_of_files_are_found_from_bounded_headers(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading.mixture import Cursor, Mixture
 from data_pipeline.loading.reading_record import ReadingRecord
+from data_pipeline.storage.format import FORMAT_VERSION
 from model.checkpoint.manifest import manifest_checksum
 from model.errors import UserError
-from training.config import StageConfig, TrainConfig
+from training.config import DatasetEntry, StageConfig, TrainConfig
 from training.objectives.rows_read import RECORD_KEY, coverage_of_stage, rows_read_before
+from training.stage import finished_summary
 
 NAMES = ("a", "b", "c")
 SIZES = st.fixed_dictionaries({name: st.integers(1, 60) for name in NAMES})
@@ -155,3 +157,21 @@ def test_checkpoints_without_a_record_have_read_nothing(tmp_path: Path):
     assert rows_read_before(config_of(tmp_path, str(tmp_path / "converted"))) == {}
     assert rows_read_before(config_of(tmp_path, str(tmp_path / "nothing"))) == {}
     assert coverage_of_stage(tmp_path / "converted") == {}
+
+
+def test_a_finished_stage_is_told_from_the_same_on_other_data(tmp_path: Path, record: ReadingRecord):
+    config = config_of(tmp_path, None)
+    write_checkpoint(config.stage_folder, 10, consumed_samples=20, **{RECORD_KEY: record.to_dict()})
+    (config.stage_folder / "summary.json").write_text(json.dumps({"config_fingerprint": config.fingerprint()}))
+    for name, fingerprint in (("moved", "of a"), ("other", "of z")):
+        manifest = {"kind": "packed_dataset", "format_version": FORMAT_VERSION, "fingerprint": fingerprint}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(json.dumps(manifest))
+    for name in ("gone", "moved"):
+        config.stage.data.datasets = {"a": DatasetEntry(path=str(tmp_path / name))}
+        summary = {"config_fingerprint": config.fingerprint()}
+        (config.stage_folder / "summary.json").write_text(json.dumps(summary))
+        assert finished_summary(config) == summary
+    config.stage.data.datasets["a"].path = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"finished, and was trained on other data\n.*other\n.*of a\n.*of z"):
+        finished_summary(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections import Counter
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pysubs2
 import pytest
 import webdataset
+from hang_guard import ends_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,6 +25,7 @@ from data_pipeline.documents.tokenizers import HuggingFaceTokenizer, train_sente
 from data_pipeline.sources import SampleError
 from data_pipeline.sources.image import decode_image
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
+from data_pipeline.video import cues
 from data_pipeline.video.keyframes import VideoConfig, extract_key_frames
 from data_pipeline.video.transcript import Speech, Word, interleave, join_words, parse_transcript
 from model.vocabulary import Vocabulary, VocabularyConfig
@@ -233,6 +237,30 @@ def test_the_work_grows_with_the_length_and_no_faster(piece: str) -> None:
         return calls
 
     assert work(8000) < 3 * work(4000) + 1000
+
+
+ASS_HEAD = (
+    "[Script Info]\nScriptType: v4.00+\n\n[Events]\n"
+    "Format: Layer, Start, End, Style, Name, MarginL, MarginR, MarginV, Effect, Text\n"
+    "Dialogue: 0,0:00:00.00,0:00:01.00,Default,,0,0,0,,"
+)
+
+
+@pytest.mark.parametrize("piece", ["{\\p1}", "{", "{\\"])
+def test_300_kilobytes_of_overrides_take_no_square_of_their_length(piece: str) -> None:
+    """pysubs2's own functions for the text of an event and for drawings take minutes and half an hour here."""
+    with ends_within(60), contextlib.suppress(SampleError):
+        parse_transcript("ass", ASS_HEAD + piece * (300_000 // len(piece)))
+
+
+@given(
+    st.lists(st.sampled_from(["{", "}", "\\p1", "\\p0", "\\r", "\\rx", "\\i1", "\\N", "\\h", "a", " "]), max_size=12)
+)
+def test_overrides_mean_what_they_mean_to_pysubs2(pieces: list[str]) -> None:
+    event = pysubs2.SSAEvent(text="".join(pieces))
+    plain, overrides = cues._split_overrides(event.text)
+    assert cues._plain_lines(plain) == event.plaintext.split("\n")
+    assert cues._draws(overrides) == event.is_drawing
 
 
 # Pictures and video

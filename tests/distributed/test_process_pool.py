@@ -1,4 +1,4 @@
-"""The pool itself: fresh groups, results by rank, failures with their traceback."""
+"""The pool itself: fresh groups, results by rank, failures with their traceback; and a rank that may open too few files."""
 
 from __future__ import annotations
 
@@ -56,3 +56,33 @@ def test_a_failure_names_the_rank_and_the_pool_goes_on(pool: Any) -> None:
     with pytest.raises(AssertionError, match=r"rank 1:\n[\s\S]*on purpose"):
         pool.run(fail_on, 1, ranks=2)
     assert pool.run(sum_of_ranks, ranks=2)[0][1] == 1
+
+
+def connect_with_few_files() -> str:
+    """gloo ends a process that may open no more files; the message for a limit that nothing can raise is returned."""
+    import resource
+
+    import torch
+    import torch.distributed as distributed
+
+    from model.errors import UserError
+    from model.parallel import groups
+
+    os.close(free := os.dup(0))  # the lowest number that is free
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+    try:
+        groups.make_room_for_connections(2)
+        distributed.all_reduce(torch.zeros(1), group=distributed.new_group([0, 1]))
+        groups.make_room_for_connections(10**12)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return ""
+
+
+def test_room_is_made_for_gloos_connections_or_its_lack_told(pool: Any) -> None:
+    for told in pool.run(connect_with_few_files, ranks=2):
+        assert "too few files may be open" in told
+        assert "ulimit -n" in told

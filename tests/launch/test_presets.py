@@ -1,8 +1,10 @@
 """The presets hold the published figures of Emu3.5 (arXiv 2510.26583, Tables 1 and 2, section 4.1.3)."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.command_line import cli
 from launch.composition.compose import compose_config
@@ -121,3 +123,20 @@ def test_the_published_resolutions_of_tasks(task_at):
     stage, task, side = task_at
     entry = compose_config("curriculum", ["curriculum=emu35"]).entries[f"tokenize_{stage}"]
     assert f"image.max_area={side * side}" in entry.each[task]
+
+
+def spike_factor_of(path: Path) -> float:
+    """Of a preset, or of the one that it is made from."""
+    values = yaml.safe_load(path.read_text())
+    if "spike_factor" in values.get("reliability", {}):
+        return values["reliability"]["spike_factor"]
+    bases = [path.parent / f"{name}.yaml" for name in values.get("defaults", []) if isinstance(name, str)]
+    return max((spike_factor_of(base) for base in bases if base.exists()), default=0)
+
+
+def test_presets_have_the_guard_against_spikes():
+    """All but those that docs/reliability.md names, and those that are fitted without steps."""
+    presets = {path.stem: path for path in (Path(__file__).parents[2] / "conf" / "stage").glob("*.yaml")}
+    without = {name for name, path in presets.items() if spike_factor_of(path) != 10}
+    named = {"rl", "rl_one_node", "toy_rl", "toy_vision_tokenizer", "world_vision_tokenizer"}
+    assert without == named | {"text_tokenizer", "toy_text_tokenizer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from launch.commands import submit as command
 from launch.composition.secrets import SECRET_NAME, without_secrets
 from launch.report.sweep import losses_by_value, record_sweep
 from model.errors import Problems, UserError
+from training.reliability.signals import COMMAND_VARIABLE
 
 NASTY = """a'b "c" $(touch pwned) `touch pwned` %j; touch pwned #"""
 
@@ -195,7 +197,7 @@ def test_names_of_secrets(name):
     assert SECRET_NAME.search(name)
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "AUTHOR", "MONKEY"])
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "AUTHOR", "MONKEY", "token_file"])
 def test_names_of_no_secrets(name):
     assert not SECRET_NAME.search(name)
 
@@ -203,16 +205,29 @@ def test_names_of_no_secrets(name):
 def test_a_snapshot_leaves_credentials_where_they_are_and_says_so(tmp_path, monkeypatch, capsys):
     names = [".env", "conf/.env.local", "conf/secrets.yaml", "launch/id_ed25519", "model/wandb_api_key.txt"]
     names += ["training/server.pem", "launch/.netrc", "launch/.aws/credentials", "conf/hf_access_token"]
-    for name in [*names, "launch/secrets.py", "conf/model/keyframes.yaml"]:
+    names += ["conf/.hf_token", "conf/token.txt", "model/private_key.json", "launch/kubeconfig", "conf/x.p8"]
+    kept = ["conf/model/keyframes.yaml", "conf/next_token.yaml", "data_pipeline/token_files.py", "launch/secrets.py"]
+    for name in [*names, *kept]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(snapshot, "ROOT", tmp_path)
-    copied = snapshot.code_files()
-    assert [str(path) for path in copied] == ["conf/model/keyframes.yaml", "launch/secrets.py"]
+    (tmp_path / kept[0]).chmod(0o600)
+    copied = snapshot.snapshot(tmp_path / "run")
+    assert sorted(str(path.relative_to(copied)) for path in copied.rglob("*") if path.is_file()) == kept
+    assert (copied / kept[0]).stat().st_mode & 0o777 == 0o600
     told = capsys.readouterr().err
     assert all(name in told for name in names if name != ".env")  # that one is in no package
+
+
+def test_the_command_to_go_on_with_has_no_secret(monkeypatch):
+    """A stage prints it into its log, also on another machine."""
+    monkeypatch.setenv(COMMAND_VARIABLE, "")
+    monkeypatch.delenv(COMMAND_VARIABLE)
+    monkeypatch.setattr("sys.argv", ["nextstate", "--version", "cluster.environment.HF_TOKEN=s3cr3t", "seed=1"])
+    assert cli.main() == 0
+    assert os.environ[COMMAND_VARIABLE] == "nextstate --version 'cluster.environment.HF_TOKEN=***' seed=1"
 
 
 def test_control_characters_and_other_mistakes_are_all_named():
@@ -234,6 +249,15 @@ def test_control_characters_and_other_mistakes_are_all_named():
         assert f"cluster.{key}: " in text
     assert "control character" in text
     assert len(problems.found) == 10
+
+
+def test_secrets_in_the_calls_of_an_array_are_refused(tmp_path):
+    """The script holds every call of its tasks."""
+    calls = {"a": ["run_folder=a"], "b": ["+cluster={environment: {HF_TOKEN: s3cr3t}}"]}
+    config = command.Config(run_folder=str(tmp_path), command="report", calls=calls)
+    with pytest.raises(UserError, match=r"others may read\n.*\+cluster\n") as caught:
+        script_of(config)
+    assert "s3cr3t" not in str(caught.value)
 
 
 def test_ranks_that_do_not_fill_the_nodes_are_refused(tmp_path):

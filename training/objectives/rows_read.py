@@ -7,6 +7,7 @@ from typing import Any
 
 from data_pipeline.loading.mixture import Cursor
 from data_pipeline.loading.reading_record import ReadingRecord
+from data_pipeline.storage.packed_files import read_dataset_manifest
 from model.checkpoint.manifest import latest_checkpoint, list_checkpoints, read_manifest
 from model.errors import UserError
 from training.config import TrainConfig
@@ -44,3 +45,26 @@ def coverage_of_stage(stage_folder: Path) -> dict[str, dict[str, float]]:
         if RECORD_KEY in manifest:
             return ReadingRecord.from_dict(manifest[RECORD_KEY]).coverage(int(manifest["consumed_samples"]))
     return {}
+
+
+def refuse_other_data(config: TrainConfig) -> None:
+    """Raise `UserError` where a finished stage has read other data than those that it is given now.
+
+    A path that has changed is no difference, and data that are gone are not asked for.
+    """
+    records = (read_manifest(folder).get(RECORD_KEY) for folder in list_checkpoints(config.stage_folder))
+    record = next((ReadingRecord.from_dict(record) for record in records if record), None)
+    for name, entry in config.stage.data.datasets.items() if record else ():
+        try:
+            found = str(read_dataset_manifest(Path(entry.path))["fingerprint"])
+        except UserError:
+            continue
+        known = record.datasets.get(name)  # type: ignore[union-attr]
+        if known is not None and known.fingerprint != found:
+            raise UserError(
+                "this stage is finished, and was trained on other data",
+                where=f"stage.data.datasets.{name}.path={entry.path}",
+                expected=f"the dataset of fingerprint {known.fingerprint}",
+                got=found,
+                fix="give it the data that it has read, or choose another run_folder or stage.name",
+            )

@@ -1,0 +1,160 @@
+"""tarfile, made safe for archives of strangers: no header costs more time or memory than it deserves.
+
+The library reads any header into memory, keeps tables of sparse files and global records for as long as the archive is
+open, follows sizes below zero backwards, and takes hours for a pax header of a million digits.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from typing import Any
+
+MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax record
+MAX_NAME_CHARACTERS = 4096  # of a member; Linux has no longer path
+MAX_HEADERS_IN_A_ROW = 16  # before a member; a global one, a pax one and two long names are usual
+MAX_MEMBER_BYTES = 1 << 50  # more is a damaged number
+MAX_EXPANSION = 200  # bytes out of one byte of a compressed shard, beyond the first `FREE_BYTES`
+FREE_BYTES = 1 << 30
+KEPT_BYTES = 1 << 14  # of a compressed stream, to go back in
+_LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """Refuses, by `tarfile.ReadError`, what would take too much; of pax records it knows the path and the size."""
+
+    def _proc_member(self, archive: Any) -> Any:  # where tarfile dispatches on the type
+        _check_size(self)
+        if self.type in _LONG_HEADERS:
+            archive.num_headers += 1
+            if archive.num_headers > MAX_HEADERS_IN_A_ROW:
+                raise _refusal(f"more than {MAX_HEADERS_IN_A_ROW} headers in a row")
+            if self.size > MAX_HEADER_BYTES:
+                raise _refusal(f"a header of {self.size} bytes")
+        member = super()._proc_member(archive)  # type: ignore[misc]
+        if len(member.name) > MAX_NAME_CHARACTERS:
+            raise _refusal(f"a name of {len(member.name)} characters")
+        return member
+
+    def _proc_pax(self, archive: Any) -> Any:
+        records = _read_pax_records(archive.fileobj.read(self._block(self.size))[: self.size])  # type: ignore[attr-defined]
+        try:
+            member = self.fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            raise _refusal(str(error)) from None
+        if self.type == tarfile.XGLTYPE:  # about all files: no name, no size
+            return member
+        member.offset = self.offset
+        if any(name.startswith("GNU.sparse.") for name in records):
+            member.sparse = []  # type: ignore[assignment]  # marks it; its table is not read
+        known = {name: value for name, value in records.items() if name in ("path", "size")}
+        member._apply_pax_info(known, archive.encoding, archive.errors)  # type: ignore[attr-defined]
+        if "size" in known:
+            _check_size(member)
+            has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+            archive.offset = member.offset_data + (self._block(member.size) if has_data else 0)  # type: ignore[attr-defined]
+        return member
+
+    def _proc_sparse(self, archive: Any) -> Any:
+        """GNU's old form: the table is passed over."""
+        is_extended = self._sparse_structs[1]  # type: ignore[attr-defined]
+        while is_extended:
+            block = archive.fileobj.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                raise _refusal("the table of a sparse file has no end")
+            is_extended = bool(block[504])
+        self.sparse = []  # type: ignore[assignment]
+        self.offset_data = archive.fileobj.tell()
+        archive.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
+        return self
+
+
+class BoundedTar(tarfile.TarFile):
+    """To be read with `next` alone: members are not kept. Raises `tarfile.TarError` for every archive that is none."""
+
+    tarinfo = BoundedTarInfo
+    num_headers = 0  # of the member that is being read
+
+    def __init__(self, name: Any = None, mode: Any = "r", fileobj: Any = None, **options: Any):
+        is_compressed = fileobj is not None and not isinstance(fileobj, (Rereadable, io.BufferedReader))
+        if is_compressed:
+            fileobj = Rereadable(fileobj, os.path.getsize(name))
+        super().__init__(name, mode, fileobj, **options)
+
+    def next(self) -> tarfile.TarInfo | None:
+        self.num_headers = 0
+        self.members: list[tarfile.TarInfo] = []
+        try:
+            return super().next()
+        except (ValueError, ArithmeticError, IndexError) as error:  # of numbers that are none, and tables cut short
+            raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+
+
+class Rereadable:
+    """A compressed file in which going back by up to `KEPT_BYTES` costs nothing: else it is read anew from its start."""
+
+    def __init__(self, stream: Any, packed_bytes: int):
+        self._stream = stream
+        self._limit = max(FREE_BYTES, MAX_EXPANSION * packed_bytes)
+        self._kept = b""  # the bytes before `_end`
+        self._end = self._position = int(stream.tell())
+
+    def read(self, num_bytes: int) -> bytes:
+        start = len(self._kept) - (self._end - self._position)
+        found = self._kept[start : start + num_bytes]
+        if len(found) < num_bytes:
+            more = self._stream.read(num_bytes - len(found))
+            self._kept = (self._kept + more if len(more) < KEPT_BYTES else more)[-KEPT_BYTES:]
+            self._end += len(more)
+            found += more
+            if self._end > self._limit:
+                raise tarfile.ReadError(f"more than {MAX_EXPANSION} times the size of the compressed file")
+        self._position += len(found)
+        return bytes(found)
+
+    def seek(self, position: int) -> None:
+        if position < self._end - len(self._kept):
+            self._stream.seek(position)
+            self._kept, self._end = b"", position
+        self._position = min(position, self._end)
+        while self._position < position and self.read(min(position - self._position, 1 << 16)):
+            pass  # a place behind the end is not reached: what is read there is empty
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _refusal(message: str) -> Exception:
+    """What tarfile passes on with its message wherever it stands; other errors end an archive without a word."""
+    return tarfile.SubsequentHeaderError(message)  # type: ignore[attr-defined]
+
+
+def _check_size(info: tarfile.TarInfo) -> None:
+    if not 0 <= info.size <= MAX_MEMBER_BYTES:
+        raise _refusal("a size below zero" if info.size < 0 else f"a size of {info.size:,} bytes")
+
+
+def _read_pax_records(data: bytes) -> dict[str, str]:
+    """`LENGTH KEYWORD=VALUE\\n` records, in one pass."""
+    records: dict[str, str] = {}
+    position = 0
+    while position < len(data):
+        space = data.find(b" ", position, position + 8)
+        digits = data[position : max(space, position)]
+        end = position + (int(digits) if digits.isdigit() else 0)
+        keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if not position < space < end <= len(data) or not equals:
+            raise _refusal("a pax header with a bad record")
+        records[keyword.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        position = end
+    return records

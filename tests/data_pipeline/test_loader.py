@@ -179,12 +179,37 @@ def test_ranks_together_read_the_same_global_batch(datasets, num_ranks, micro_ba
                 data_parallel_size=num_ranks,
                 micro_batch_size=micro_batch_size,
                 prefetch_batches=0,
+                weight_changes=[(30, {"mixed": 0.1, "chats": 0.9})],
             )
-            by_micro_batch.append(source.batch(24))
+            by_micro_batch.append(source.batch(24))  # the weights change in the middle of it
         ordered = [ranks[number] for number in range(len(by_micro_batch[0])) for ranks in by_micro_batch]
         return {name: np.concatenate([getattr(one, name) for one in ordered]).tolist() for name in ARRAYS}
 
     assert rows(num_ranks, micro_batch_size) == rows(1, 2)
+
+
+def test_a_thousand_ranks_read_what_one_reads_across_a_change_of_weights(datasets):
+    """Rows alone, as a rank reads them: 2,048 samples a step, from step 3 on with other weights."""
+
+    changes = [(3 * 2048, {"mixed": 0.1, "chats": 0.9})]
+    source = open_source(datasets, global_batch_size=2048, prefetch_batches=0, weight_changes=changes)
+    source._micro_batch = lambda which, rows: found.append(np.stack([which, rows], 1))
+
+    def together(num_ranks: int) -> list:
+        """By step, micro-batch, rank: what `_read` asks for."""
+        nonlocal found
+        source._num_ranks, by_rank = num_ranks, []
+        for source._rank in range(num_ranks):
+            found = []
+            for step in range(2, 5):
+                source._read(step * 2048)
+            by_rank.append(np.stack(found))
+        return np.stack(by_rank, 1).reshape(-1, 2).tolist()
+
+    found: list = []
+    expected = together(1)
+    assert all(together(num_ranks) == expected for num_ranks in (2, 64, 1024))
+    assert np.bincount([which for which, _ in expected[2048:]]) / 4096 == pytest.approx([0.9, 0.1], abs=1e-3)
 
 
 def test_batches_are_a_pure_function_of_the_sample(datasets):

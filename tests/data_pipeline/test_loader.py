@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_samples import VOCABULARY, captioned, mixed_sources, text, video, write_sources
+from test_reading_record import write_checkpoint
 
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.loader import PackedDataSource
@@ -346,3 +347,33 @@ def test_a_stage_that_repeats_a_dataset_too_often_is_refused_before_it_starts(da
     with pytest.raises(UserError, match="more often than is allowed"):
         open_stage(num_rows + 1)
     open_stage(num_rows + 1, num_rows=1).close()  # a look at some rows is no stage
+
+
+def test_a_dataset_added_to_a_stage_that_runs_repeats_no_row(datasets, tmp_path):
+    model = ModelConfig(vocabulary=VocabularyConfig(text_size=1_000_000, reserved_size=32, visual_size=1_000_000))
+    stage = StageConfig(name="mine", steps=50, sequence_length=LENGTH, global_batch_size=2, micro_batch_size=1)
+    stage.data.datasets = {"mixed": DatasetEntry(str(datasets["mixed"]))}
+    config = TrainConfig(run_folder=str(tmp_path), stage=stage, model=model)
+
+    def rows_of(source: PackedDataSource, first: int, end: int) -> list[tuple[str, int]]:
+        located = [source.mixture.locate(sample) for sample in range(first, end)]
+        return [(location.dataset, location.row) for location in located]
+
+    objective = NextToken(config, NextTokenOptions())
+    before = objective.packed_rows(0, 1)
+    content = {"consumed_samples": 20, "data_fingerprint": before.fingerprint} | objective.metadata()
+    write_checkpoint(tmp_path / "mine", 10, **content)
+    stage.data.datasets["chats"] = DatasetEntry(str(datasets["chats"]), weight=0.5)
+    assert objective.packed_rows(0, 1).mixture.first_sample == 0  # refused when it resumes
+    config.checkpoint.allow_data_change = True
+    changed = objective.packed_rows(0, 1)
+    seen = rows_of(before, 0, 20) + rows_of(changed, 20, 56)
+    assert len({row for name, row in seen if name == "mixed"}) == 20 + 24
+    assert sum(name == "chats" for name, _ in seen) == 12
+    with pytest.raises(UserError, match="changed behind this place"):
+        changed.batch(18)
+    # The next start needs the switch no more.
+    later = {"consumed_samples": 30, "data_fingerprint": changed.fingerprint} | objective.metadata()
+    write_checkpoint(tmp_path / "mine", 15, **later)
+    config.checkpoint.allow_data_change = False
+    assert objective.packed_rows(0, 1).fingerprint == changed.fingerprint

@@ -168,7 +168,7 @@ def with_tier(tier: str, filters: Sequence[FilterConfig]) -> list[FilterConfig]:
         entries = OmegaConf.to_object(OmegaConf.load(path))
         assert isinstance(entries, dict)
         schema = OmegaConf.structured(FilterConfig)
-        found = [OmegaConf.to_object(OmegaConf.merge(schema, entry)) for entry in entries["filters"]]
+        found: list[Any] = [OmegaConf.to_object(OmegaConf.merge(schema, entry)) for entry in entries["filters"]]
     except (OSError, OmegaConfBaseException, AssertionError, KeyError, TypeError) as error:
         raise UserError(
             "no such tier of filters",

@@ -12,17 +12,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.workers import run_supervised
 from model.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipeline.sources.inputs import Shard
 
 EXECUTORS = ("auto", "local", "datatrove")
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    shard: Path
+    shard: Shard
     prefix: Path  # of the token file that it becomes
     name: str = ""  # part of its documents' ids; empty: the shard's file name
 

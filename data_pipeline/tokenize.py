@@ -26,15 +26,17 @@ from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Pic
 from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
+from data_pipeline.filters.record import FilterRecord
 from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.kinds.guarded import GuardedDecoder
 from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.kinds.registry import KindSet, read_shard
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
+from data_pipeline.sources.inputs import Shard, describe_input, is_unchanged
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
-from data_pipeline.storage.format import TOKENIZER_PATHS, checksum_file, read_manifest, suffixed
+from data_pipeline.storage.format import TOKENIZER_PATHS, read_manifest, suffixed
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
@@ -44,6 +46,7 @@ from model.vocabulary import Vocabulary
 # Part of every fingerprint: raised when the same input would give other tokens than before.
 CODE_VERSION = 2
 
+FILTERS_SUFFIX = ".filters.jsonl"  # what the filters said of a shard (`FilterRecord`)
 _WINDOW_PICTURES = 128  # pictures held back so that they are encoded together
 _WINDOW_SAMPLES = 1024  # samples held back at most
 _WINDOW_PIXELS = 32 * 1024 * 1024  # pixels held back, a limit on memory
@@ -130,7 +133,8 @@ class ShardTokenizer:
         values = dataclasses.asdict(self.config)
         content = {
             "code_version": CODE_VERSION,
-            "config": {name: values[name] for name in names if name not in ("kinds", "parts")},
+            "config": {name: values[name] for name in names if name not in ("kinds", "parts", "filters")}
+            | {"filters": [_without_empty_options(one) for one in values["filters"]]},
             # What was tokenized before kinds and parts could be chosen is not done again.
             **({"parts": values["parts"]} if self.config.parts != PartsConfig() else {}),
             **(
@@ -150,36 +154,40 @@ class ShardTokenizer:
             "vision_tokenizer": vision.fingerprint if vision else None,
         }
 
-    def is_done(self, shard: Path, prefix: Path) -> bool:
+    def is_done(self, shard: Shard, prefix: Path) -> bool:
         """Is the token file there, of this very shard, configuration and tokenizers?"""
         path = suffixed(prefix, ".json")
-        if not path.is_file() or not shard.is_file():
+        if not path.is_file() or (isinstance(shard, Path) and not shard.is_file()):
             return False
         manifest = read_manifest(prefix, "tokens")
         inputs = manifest.get("inputs") or [{}]
         return (
             manifest.get("config_fingerprint") == self.fingerprint
             and all(prefix.with_name(name).is_file() for name in manifest["outputs"])
-            and _is_unchanged(shard, inputs[0])
+            and is_unchanged(shard, inputs[0])
         )
 
     @file_errors_are_user_errors("the shard or the token file")
-    def tokenize(self, shard: Path, prefix: Path, name: str = "") -> ShardResult:
+    def tokenize(self, shard: Shard, prefix: Path, name: str = "", copy: Path | None = None) -> ShardResult:
         """Write `prefix`.{bin,idx,seg.npy,crc.npy,quarantine.jsonl,json}, the manifest last.
 
         Nothing is done where they exist for the same shard, configuration and tokenizers. `name` stands for the shard in
-        its documents' ids, by default the name of its file.
+        its documents' ids, by default the name of its file. `copy`: where its bytes are, of a shard behind a URL.
         """
+        path = shard if copy is None and isinstance(shard, Path) else copy
+        assert path is not None, "a shard behind a URL is read from a copy"
         if self.is_done(shard, prefix):
             return ShardResult(read_manifest(prefix, "tokens"), skipped=True)
         started = time.monotonic()
         quarantine: list[BadSample] = []
+        self.filters.record = FilterRecord()
         counts: Counter[str] = Counter()
         with TokenFileWriter(prefix, with_crc=True) as writer:
-            for document in self._documents(shard, name or shard.name, quarantine):
+            for document in self._documents(path, name or shard.name, quarantine):
                 writer.add(document.tokens, document.segments)
                 counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
-            _write_quarantine(prefix, shard, quarantine)
+            _write_lines(prefix, ".quarantine.jsonl", _quarantine_lines(shard, quarantine))
+            _write_lines(prefix, FILTERS_SUFFIX, self.filters.record.lines())
             manifest = writer.finish(
                 {
                     "kind": "tokens",
@@ -187,7 +195,7 @@ class ShardTokenizer:
                     "counts_by_class": dict(counts),
                     "sources": [self.config.source],
                     "config_fingerprint": self.fingerprint,
-                    "inputs": [describe_input(shard)],
+                    "inputs": [describe_input(shard, path)],
                     "quarantined": dict(Counter(bad.reason for bad in quarantine)),
                     **self._describe_tokenizers(),
                     TOKENIZER_PATHS: self.tokenizer_paths,
@@ -198,7 +206,8 @@ class ShardTokenizer:
 
     def _documents(self, shard: Path, name: str, quarantine: list[BadSample]) -> Iterator[Document]:
         """The shard's documents in order; what cannot become one is appended to `quarantine`."""
-        for window in self._windows(shard, quarantine):
+        for unfiltered in self._windows(shard, quarantine):
+            window = self._filtered(unfiltered, quarantine)
             codes = self._encode([picture for sample in window for picture in sample.pictures])
             for sample in window:
                 parts: list[Part] = [
@@ -238,6 +247,16 @@ class ShardTokenizer:
                 window, num_pictures, num_pixels = [], 0, 0
         if window:
             yield window
+
+    def _filtered(self, window: list[PreparedSample], quarantine: list[BadSample]) -> list[PreparedSample]:
+        """Without those that the filters refuse which are asked about many samples at once."""
+        kept = []
+        for sample, refusal in zip(window, self.filters.check_batch(window), strict=True):
+            if refusal is None:
+                kept.append(sample)
+            else:
+                quarantine.append(BadSample(sample.key, refusal.reason, refusal.detail))
+        return kept
 
     def _encode(self, pictures: list[Pixels]) -> Iterator[np.ndarray]:
         """Codes [h, w] of each picture, in order."""
@@ -294,38 +313,25 @@ def tokenize_shard(
     return tokenizer.tokenize(Path(shard), Path(prefix))
 
 
-def describe_input(shard: Path) -> dict[str, Any]:
-    status = shard.stat()
-    return {
-        "name": shard.name,
-        "checksum": checksum_file(shard),
-        "bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-    }
+def _quarantine_lines(shard: Shard, quarantine: list[BadSample]) -> list[str]:
+    return [json.dumps({"shard": shard.name, **dataclasses.asdict(bad)}, ensure_ascii=False) for bad in quarantine]
 
 
-def _is_unchanged(shard: Path, recorded: dict[str, Any]) -> bool:
-    """The same size and time of change stand for the same content; else the checksum decides."""
-    status = shard.stat()
-    if recorded.get("name") != shard.name or recorded.get("bytes") != status.st_size:
-        return False
-    if recorded.get("modified_ns") == status.st_mtime_ns:
-        return True
-    return recorded.get("checksum") == checksum_file(shard)
-
-
-def _write_quarantine(prefix: Path, shard: Path, quarantine: list[BadSample]) -> None:
-    """One JSON object a line; no file where there is nothing to list."""
-    path = suffixed(prefix, ".quarantine.jsonl")
-    if not quarantine:
+def _write_lines(prefix: Path, suffix: str, lines: list[str]) -> None:
+    """A file beside the token file; no file where there is nothing to list."""
+    path = suffixed(prefix, suffix)
+    if lines:
+        atomic_write_bytes(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+    else:
         path.unlink(missing_ok=True)
-        return
-    entries = ({"shard": shard.name, **dataclasses.asdict(bad)} for bad in quarantine)
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-    atomic_write_bytes(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def _report_progress(source: str, shard: Path, manifest: dict[str, Any], seconds: float) -> None:
+def _without_empty_options(values: dict[str, Any]) -> dict[str, Any]:
+    """A filter's configuration as it was before filters had options."""
+    return {name: value for name, value in values.items() if name != "options" or value}
+
+
+def _report_progress(source: str, shard: Shard, manifest: dict[str, Any], seconds: float) -> None:
     num_bad = sum(manifest["quarantined"].values())
     num_samples = manifest["num_documents"] + num_bad
     print(

@@ -44,9 +44,34 @@ class DatasetEntry:
 
 
 @dataclass
+class WeightChange:
+    """Other weights from a step of the stage on; a dataset that is not named keeps the weight it had."""
+
+    from_step: int = 0  # the first step with these weights, counted from 0
+    weights: dict[str, float] = field(default_factory=dict)  # of datasets of the mixture, by name
+
+
+@dataclass
 class DataConfig:
     datasets: dict[str, DatasetEntry] = field(default_factory=dict)  # the mixture, by any name
+    weight_changes: dict[str, WeightChange] = field(default_factory=dict)  # of the mixture, by any name
     prefetch_batches: int = 2  # batches read ahead
+
+    def weights_by_step(self) -> list[tuple[int, dict[str, float]]]:
+        """(first step, weights of all datasets from it on), the first of them from step 0."""
+        weights = {name: entry.weight for name, entry in self.datasets.items()}
+        found = [(0, weights)]
+        for change in sorted(self.weight_changes.values(), key=lambda change: change.from_step):
+            weights = weights | change.weights
+            found.append((change.from_step, weights))
+        return found
+
+    def datasets_in_use(self) -> dict[str, DatasetEntry]:
+        """Those with a weight at some time: 0 leaves a dataset out, which then need not exist."""
+        phases = self.weights_by_step()
+        return {
+            name: entry for name, entry in self.datasets.items() if any(weights[name] != 0 for _, weights in phases)
+        }
 
 
 @dataclass
@@ -233,7 +258,10 @@ def translated(values: dict[str, Any]) -> dict[str, Any]:
 def results_of(values: dict[str, Any]) -> dict[str, Any]:
     """The part of a config dict that decides the trained weights (paths and prefetching do not)."""
     stage = {name: value for name, value in values["stage"].items() if name not in ("data", "validation")}
-    stage["weights"] = {name: entry["weight"] for name, entry in values["stage"]["data"]["datasets"].items()}
+    data = values["stage"]["data"]
+    stage["weights"] = {name: entry["weight"] for name, entry in data["datasets"].items()}
+    if data.get("weight_changes"):  # without any the fingerprint is that of older versions
+        stage["weight_changes"] = data["weight_changes"]
     return {
         "model": weights_of(values["model"]),
         "seed": values["seed"],
@@ -371,6 +399,7 @@ def check_data(config: TrainConfig, problems: Problems) -> None:
             f"must not be negative, got {entry.max_epochs}",
             f"{key}.datasets.{name}.max_epochs=4",
         )
+    _check_weight_changes(data, f"{key}.weight_changes", problems)
     for name, path in config.stage.validation.items():
         problems.check(bool(path), f"stage.validation.{name}", "is empty", f"stage.validation.{name}=PATH")
     problems.check(
@@ -382,6 +411,25 @@ def check_data(config: TrainConfig, problems: Problems) -> None:
         f"{config.stage.sequence_length} is above model.max_sequence_length ({config.model.max_sequence_length})",
         f"model.max_sequence_length={config.stage.sequence_length}",
     )
+
+
+def _check_weight_changes(data: DataConfig, key: str, problems: Problems) -> None:
+    steps = [change.from_step for change in data.weight_changes.values()]
+    for name, change in data.weight_changes.items():
+        problems.check(
+            change.from_step > 0 and steps.count(change.from_step) == 1,
+            f"{key}.{name}.from_step",
+            f"must be above 0 and that of no other change, got {change.from_step}",
+            f"{key}.{name}.from_step=1000",
+        )
+        problems.check(
+            bool(change.weights), f"{key}.{name}.weights", "names no dataset", f"{key}.{name}.weights.NAME=1"
+        )
+        for dataset, weight in change.weights.items():
+            where = f"{key}.{name}.weights.{dataset}"
+            known = dataset in data.datasets
+            problems.check(known, where, f"no dataset {dataset!r}", f"stage.data.datasets.{dataset}.path=...")
+            problems.check(weight >= 0, where, f"must not be negative, got {weight}", f"{where}=1.0")
 
 
 def check_layout(config: TrainConfig, problems: Problems) -> None:

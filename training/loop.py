@@ -18,6 +18,7 @@ from training.engines.speed import SpeedMeter
 from training.metrics import StepRecord
 from training.objectives.checks import fixed_of, in_todays_form
 from training.objectives.held_out import Validation
+from training.objectives.rows_read import data_changes
 from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite
 from training.reliability.events import EventLog, tell
 from training.reliability.guard import Decision, StepGuard, Verdict
@@ -290,7 +291,10 @@ def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
                 got=run.job.batches.fingerprint,
                 fix="bring the data or the mixture back, or say checkpoint.allow_data_change=true",
             )
-        run.events.record("data_changed", checkpoint=folder.name)
+        changes = data_changes(manifest, run.job.objective.metadata())
+        run.events.record("data_changed", checkpoint=folder.name, changes=changes)
+        if run.job.engine.ranks.rank == 0:
+            tell("; ".join([f"the data are not those that {folder.name} was trained on", *changes]))
     changed = differences(results_of(saved), results_of(config))
     step, steps = int(manifest["step"]), run.config.stage.steps
     if step > steps or (step == steps and changed):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from data_pipeline.filters.record import FilterRecord
 from data_pipeline.kinds.base import PreparedSample
 from data_pipeline.sources.samples import SampleError
 from model.errors import Problems, UserError
@@ -13,7 +14,11 @@ from model.registry import find_class
 
 
 class Filter(Protocol):
-    """A filter never changes a sample. `name` is its name in configurations."""
+    """A filter never changes a sample. `name` stands for it in reasons and reports.
+
+    One that is quicker with many samples at once also has `score_batch(samples) -> list[float | None]`. The
+    class takes the `options` of its configuration as arguments.
+    """
 
     name: str
     unit: str
@@ -28,11 +33,21 @@ FILTERS = {
     "aspect_ratio": "data_pipeline.filters.basic.AspectRatio",
     "blank_image": "data_pipeline.filters.basic.BlankImage",
     "text_length": "data_pipeline.filters.basic.TextLength",
+    "sharpness": "data_pipeline.filters.appearance.Sharpness",
+    "clipped_share": "data_pipeline.filters.appearance.ClippedShare",
+    "repeated_frames": "data_pipeline.filters.appearance.RepeatedFrames",
+    "duration": "data_pipeline.filters.appearance.Duration",
+    "speechless_share": "data_pipeline.filters.appearance.SpeechlessShare",
+    "printed_share": "data_pipeline.filters.printed.PrintedShare",
+    "letter_share": "data_pipeline.filters.texts.LetterShare",
+    "repeated_text": "data_pipeline.filters.texts.RepeatedText",
+    "language": "data_pipeline.filters.texts.Language",
+    "http_scorer": "data_pipeline.filters.scorer.HttpScorer",
 }
 
 
-def make_filter(name: str) -> Filter:
-    """Raises `UserError` for an unknown name, or a class that is no filter."""
+def make_filter(name: str, options: Mapping[str, Any] | None = None) -> Filter:
+    """Raises `UserError` for an unknown name, a class that is no filter, and options that it does not take."""
     found = find_class("filter", name, FILTERS, "filters.name")
     missing = [member for member in ("name", "unit", "score") if not hasattr(found, member)]
     if missing:
@@ -42,17 +57,23 @@ def make_filter(name: str) -> Filter:
             expected="a class like data_pipeline.filters.base.Filter",
             got=f"without {', '.join(missing)}",
         )
-    made: Filter = found()
+    try:
+        made: Filter = found(**(options or {}))
+    except TypeError as error:
+        raise UserError(
+            "options that the filter does not take", where=f"filters: {name}", got=f"{dict(options or {})}: {error}"
+        ) from error
     return made
 
 
 @dataclass
 class FilterConfig:
-    """Keeps samples with minimum <= score <= maximum; a bound that is null does not bind."""
+    """Keeps samples with minimum <= score <= maximum; a bound that is null does not bind. Without a score they stay."""
 
     name: str = ""  # one of FILTERS, or the dotted path of a class like `Filter`
     minimum: float | None = None  # lowest score that stays
     maximum: float | None = None  # highest score that stays
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the class
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(
@@ -70,18 +91,44 @@ class FilterConfig:
 
 
 class FilterChain:
-    """The filters of a configuration, in its order."""
+    """The filters of a configuration, in its order. `record` has what they said of the shard at hand.
+
+    Those up to the first that scores batches are asked sample by sample (`check`), the others with many samples at once
+    (`check_batch`).
+    """
 
     def __init__(self, configs: Sequence[FilterConfig]):
-        self.filters = [(make_filter(config.name), config) for config in configs]
+        made = [(make_filter(config.name, config.options), config) for config in configs]
+        first = next((place for place, (one, _) in enumerate(made) if hasattr(one, "score_batch")), len(made))
+        self.single, self.batched = made[:first], made[first:]
+        self.record = FilterRecord()
 
     def check(self, sample: PreparedSample) -> None:
         """Raises `SampleError("filter_<name>")` at the first filter that refuses the sample; `<name>` is the class's."""
-        for quality, config in self.filters:
-            score = quality.score(sample)
-            if score is None:
-                continue
-            too_low = config.minimum is not None and score < config.minimum
-            too_high = config.maximum is not None and score > config.maximum
-            if too_low or too_high:
-                raise SampleError(f"filter_{quality.name}", f"{score:.4g} {quality.unit}")
+        for quality, config in self.single:
+            refusal = self._judge(quality, config, sample, quality.score(sample))
+            if refusal is not None:
+                raise refusal
+
+    def check_batch(self, samples: Sequence[PreparedSample]) -> list[SampleError | None]:
+        """Why each sample is refused by a filter behind those of `check`; None where it stays."""
+        refusals: list[SampleError | None] = [None] * len(samples)
+        for quality, config in self.batched:
+            left = [place for place, refusal in enumerate(refusals) if refusal is None]
+            asked = [samples[place] for place in left]
+            batch = getattr(quality, "score_batch", None)
+            scores = batch(asked) if batch is not None and asked else [quality.score(sample) for sample in asked]
+            for place, sample, score in zip(left, asked, scores, strict=True):
+                refusals[place] = self._judge(quality, config, sample, score)
+        return refusals
+
+    def _judge(
+        self, quality: Filter, config: FilterConfig, sample: PreparedSample, score: float | None
+    ) -> SampleError | None:
+        if score is None:
+            return None
+        too_low = config.minimum is not None and score < config.minimum
+        too_high = config.maximum is not None and score > config.maximum
+        self.record.note(quality.name, quality.unit, config.minimum, config.maximum, sample, score)
+        refused = too_low or too_high
+        return SampleError(f"filter_{quality.name}", f"{score:.4g} {quality.unit}") if refused else None

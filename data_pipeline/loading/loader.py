@@ -16,11 +16,11 @@ import numpy as np
 from data_pipeline.documents.prompts import label
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.mixture import Cursor, Mixture
-from data_pipeline.loading.read_ahead import Readers
 from data_pipeline.loading.reading_record import ReadingRecord
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.packed_files import PackedDataset
+from data_pipeline.storage.read_ahead import Readers
 from data_pipeline.storage.segments import MAX_TASKS, tasks_of
 from model.durable import fingerprint_of
 from model.errors import Problems, UserError
@@ -34,7 +34,9 @@ class PackedDataSource:
     label, {"text", "visual", "structure"}. document_attention: "document" (attention and positions restart with each
     document) or "full" (with each row). prefetch_batches: global batches read ahead by one background thread; 0 reads
     in the caller. stage: its name, which enters the order. read_before: where earlier stages stopped in a dataset, by
-    the dataset's fingerprint; `record` says the same of this stage. `fingerprint` changes with what any sample holds, not with batch sizes or ranks.
+    the dataset's fingerprint; `record` says the same of this stage. weight_changes: (sample, weights from there on).
+    first_sample: where `read_before` is meant and this order begins; no earlier one can be read. `fingerprint` changes
+    with what any sample holds, not with batch sizes or ranks.
 
     Raises `UserError` for a missing or unfinished dataset, another sequence length, and packed files of another
     vocabulary or of tokenizers that differ.
@@ -57,6 +59,8 @@ class PackedDataSource:
         prefetch_batches: int = 2,
         stage: str = "",
         read_before: Mapping[str, Cursor] | None = None,
+        weight_changes: Sequence[tuple[int, Mapping[str, float]]] = (),
+        first_sample: int = 0,
     ):
         self._sequence_length, self._global_batch_size = sequence_length, global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -72,7 +76,7 @@ class PackedDataSource:
         before = dict(read_before or {})
         cursors = {name: before[known] for name, known in fingerprints.items() if known in before}
         sizes = {name: len(dataset) for name, dataset in opened.items()}
-        self.mixture = Mixture(sizes, weights, seed, stage, cursors)
+        self.mixture = Mixture(sizes, weights, seed, stage, cursors, weight_changes, first_sample)
         self.record = ReadingRecord.of(self.mixture, fingerprints, before)
         self._datasets = [opened[name] for name in self.mixture.names]
         self._descriptors = descriptors
@@ -88,6 +92,13 @@ class PackedDataSource:
         Errors of the background thread are raised here, in the call that asks for the batch they belong to.
         """
         assert not self._closed, "the data source is closed"
+        if first_sample < self.mixture.first_sample:
+            raise UserError(
+                "the data of this stage were changed behind this place, and what was read before cannot be read again",
+                expected=f"sample {self.mixture.first_sample} or a later one",
+                got=f"sample {first_sample}: a checkpoint from before the change",
+                fix="move the damaged checkpoints behind it away, then start again with checkpoint.allow_data_change=true",
+            )
         if self._reader is None:
             return self._read(first_sample)
         wanted = [first_sample + number * self._global_batch_size for number in range(self._prefetch_batches + 1)]

@@ -14,14 +14,18 @@ Global sample n maps to (dataset, epoch, row) in O(1) time and with memory that 
 What is approximate: c_i / P differs from the weight asked for by at most `Mixture.weight_error` (never above 1 / P,
 zero for weights with a common denominator up to 65,536 such as 0.55 / 0.25 / 0.2), and over n samples a
 dataset drifts from the weight asked for by at most n times that.
+
+Weights may change at given samples (`WeightedSchedule`): from there on another period is repeated, counted from the
+change, and each dataset goes on with the row after its last one. Where a dataset stands at a change is a sum over the
+phases before it, so the order stays a function of n.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +34,8 @@ from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 
 MAX_PERIOD = 65_536
+# Weights as people write them have a common denominator below this; longer periods need not be tried then.
+_FIRST_PERIODS = 1024
 # Two errors closer than this are rounding noise of the weights' own arithmetic.
 _WEIGHT_TOLERANCE = 1e-12
 
@@ -63,8 +69,11 @@ def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.nd
     """
     fractions = weights / weights.sum()
     best_error, best_shares = math.inf, None
-    for first in range(1, max_period + 1, 8192):
-        periods = np.arange(first, min(first + 8192, max_period + 1))
+    ends = [min(end, max_period + 1) for end in (_FIRST_PERIODS, *range(8193, max_period + 8193, 8192))]
+    for first, end in zip([1, *ends], ends, strict=False):
+        if first >= end or best_error <= _WEIGHT_TOLERANCE:  # no longer period is nearer
+            break
+        periods = np.arange(first, end)
         shares = _largest_remainder(fractions, periods)
         errors = np.abs(shares / periods[:, None] - fractions).max(axis=1)
         errors[(shares < 1).any(axis=1)] = math.inf
@@ -124,12 +133,75 @@ def _release(item: int, share: int, period: int, scale: int) -> int:
     return -(-(period + scale * item * period) // (scale * share))
 
 
+class WeightedSchedule:
+    """Which dataset each sample is of, and the how-manieth of that dataset it is. Periods are scheduled when they are needed.
+
+    first_samples: ascending, where each phase begins; before the first one there is nothing. shares: of each phase,
+    int64 [k], 0 for a dataset that the phase does not read.
+    """
+
+    def __init__(self, first_samples: Sequence[int], shares: Sequence[np.ndarray]):
+        assert len(first_samples) == len(shares) > 0
+        assert list(first_samples) == sorted(set(first_samples)), "phases begin one after another"
+        self.first_samples = np.array(first_samples, np.int64)
+        self.shares = [np.asarray(one, np.int64) for one in shares]
+        self._periods: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._counts_before: list[np.ndarray] = [np.zeros(len(self.shares[0]), np.int64)]
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset and number within it, counted from the first phase on; int64 [n] each, of samples int64 [n]."""
+        assert not len(samples) or samples.min() >= self.first_samples[0], "a sample before the first phase"
+        phases = np.searchsorted(self.first_samples, samples, side="right") - 1
+        datasets, numbers = np.empty_like(samples), np.empty_like(samples)
+        for phase in range(int(phases.min()), int(phases.max()) + 1) if len(phases) else ():
+            here = phases == phase
+            order, ranks = self._period(phase)
+            cycles, places = np.divmod(samples[here] - self.first_samples[phase], len(order))
+            found = order[places].astype(np.int64)
+            datasets[here] = found
+            numbers[here] = self._before(phase)[found] + cycles * self.shares[phase][found] + ranks[places]
+        return datasets, numbers
+
+    def counts(self, end: int) -> np.ndarray:
+        """How many samples before sample `end` are of each dataset; int64 [k], exact."""
+        if end <= self.first_samples[0]:
+            return np.zeros(len(self.shares[0]), np.int64)
+        phase = int(np.searchsorted(self.first_samples, end - 1, side="right")) - 1
+        return self._before(phase) + self._count(phase, end - int(self.first_samples[phase]))
+
+    def _before(self, phase: int) -> np.ndarray:
+        """Of each dataset the samples in the phases before this one."""
+        while len(self._counts_before) <= phase:
+            last = len(self._counts_before) - 1
+            num_samples = int(self.first_samples[last + 1] - self.first_samples[last])
+            self._counts_before.append(self._counts_before[last] + self._count(last, num_samples))
+        return self._counts_before[phase]
+
+    def _count(self, phase: int, num_samples: int) -> np.ndarray:
+        shares = self.shares[phase]
+        cycles, rest = divmod(num_samples, int(shares.sum()))
+        counts: np.ndarray = cycles * shares
+        # A whole number of periods needs no schedule.
+        return counts + np.bincount(self._period(phase)[0][:rest], minlength=len(shares)) if rest else counts
+
+    def _period(self, phase: int) -> tuple[np.ndarray, np.ndarray]:
+        """One period of a phase: the dataset at each place, and how often it came before within the period."""
+        if phase not in self._periods:
+            shares = self.shares[phase]
+            read = np.flatnonzero(shares)
+            order = read[schedule_period(shares[read])]
+            self._periods[phase] = order, _occurrence_ranks(order, len(shares))
+        return self._periods[phase]
+
+
 class Mixture:
     """Random access to the order in which the rows of several datasets are read.
 
     `sizes`: rows of each dataset. `weights`: relative, any scale; a dataset of weight 0 is never read. `stage`: name
     of the stage that reads; stages of other names have other orders. `cursors`: datasets that an earlier stage has
-    read, and where it stopped. The order does not depend on the order of the mappings' keys.
+    read, and where it stopped. `changes`: (sample, weights of all datasets from that sample on), in any order.
+    `first_sample`: where this order begins, and where the cursors are meant; later than 0 after a change of the data.
+    The order does not depend on the order of the mappings' keys.
     """
 
     def __init__(
@@ -139,55 +211,75 @@ class Mixture:
         seed: int,
         stage: str = "",
         cursors: Mapping[str, Cursor] | None = None,
+        changes: Sequence[tuple[int, Mapping[str, float]]] = (),
+        first_sample: int = 0,
     ):
-        _check(sizes, weights)
-        self.seed = int(seed)
-        self.names = [name for name in sorted(sizes) if weights[name] > 0]
+        phases = _phases_from(first_sample, [(0, weights), *sorted(changes, key=lambda change: change[0])])
+        for _, asked in phases:
+            _check(sizes, asked)
+        self.seed, self.first_sample = int(seed), first_sample
+        self.names = [name for name in sorted(sizes) if any(asked[name] > 0 for _, asked in phases)]
         self.sizes = np.array([sizes[name] for name in self.names], np.int64)
-        asked = np.array([weights[name] for name in self.names], np.float64)
-        self.shares = quantise_weights(asked)
-        self.period = int(self.shares.sum())
-        self.weight_error = float(np.abs(self.shares / self.period - asked / asked.sum()).max())
-        self._schedule = schedule_period(self.shares)
-        self._ranks = _occurrence_ranks(self._schedule, len(self.names))
+        asked_of = [np.array([asked[name] for name in self.names], np.float64) for _, asked in phases]
+        shares = [_shares_of(asked) for asked in asked_of]
+        self.schedule = WeightedSchedule([first for first, _ in phases], shares)
+        self.weight_error = max(
+            float(np.abs(one / one.sum() - asked / asked.sum()).max())
+            for one, asked in zip(shares, asked_of, strict=True)
+        )
         known = cursors or {}
         self.cursors = [known.get(name, Cursor(f"{self.seed}/{stage}/{name}", 0)) for name in self.names]
-        self._keys = [derive_key("mixture", cursor.stream) for cursor in self.cursors]
+        self._keys = np.array([derive_key("mixture", cursor.stream) for cursor in self.cursors], np.uint64)
         self._positions = np.array([cursor.position for cursor in self.cursors], np.int64)
-        described = {
+        self.fingerprint = fingerprint_of(self._described())
+
+    @property
+    def period(self) -> int:
+        """Samples after which the first phase repeats itself."""
+        return int(self.schedule.shares[0].sum())
+
+    def _described(self) -> dict[str, Any]:
+        described: dict[str, Any] = {
             "seed": self.seed,
             "period": self.period,
             "datasets": {
                 name: [int(size), int(share), *cursor]
-                for name, size, share, cursor in zip(self.names, self.sizes, self.shares, self.cursors, strict=True)
+                for name, size, share, cursor in zip(
+                    self.names, self.sizes, self.schedule.shares[0], self.cursors, strict=True
+                )
             },
         }
-        self.fingerprint = fingerprint_of(described)
+        first_samples = self.schedule.first_samples.tolist()
+        if first_samples != [0]:  # or the order is the one that older checkpoints know
+            described["phases"] = list(zip(first_samples, (one.tolist() for one in self.schedule.shares), strict=True))
+        return described
 
     def locate(self, n: int) -> Location:
-        """Dataset, epoch and row of global sample n >= 0."""
+        """Dataset, epoch and row of global sample n >= `first_sample`."""
         located = self.locate_many(np.array([n], np.int64))
         return Location(self.names[located.datasets[0]], int(located.epochs[0]), int(located.rows[0]))
 
     def locate_many(self, samples: np.ndarray) -> Locations:
         """The same for many samples, int64 [n]."""
-        samples = np.asarray(samples, np.int64)
-        cycles, phases = np.divmod(samples, self.period)
-        datasets = self._schedule[phases].astype(np.int64)
-        ordinals = self._positions[datasets] + cycles * self.shares[datasets] + self._ranks[phases]
-        epochs, indices = np.divmod(ordinals, self.sizes[datasets])
-        rows = np.empty_like(indices)
-        for dataset in np.unique(datasets):
-            here = datasets == dataset
-            keys = epoch_keys(self._keys[dataset], epochs[here])
-            rows[here] = permute(indices[here], int(self.sizes[dataset]), keys)
-        return Locations(datasets, epochs, rows)
+        datasets, numbers = self.schedule.locate(np.asarray(samples, np.int64))
+        epochs, indices = np.divmod(self._positions[datasets] + numbers, self.sizes[datasets])
+        keys = epoch_keys(self._keys[datasets], epochs)
+        return Locations(datasets, epochs, permute(indices, self.sizes[datasets], keys))
 
 
-def count_samples(schedule: np.ndarray, shares: np.ndarray, num_samples: int) -> np.ndarray:
-    """How many of the first samples are of each dataset; int64 [k]. `schedule` as `schedule_period(shares)`."""
-    cycles, phase = divmod(num_samples, len(schedule))
-    return cycles * shares + np.bincount(schedule[:phase], minlength=len(shares))
+def _phases_from(
+    first_sample: int, changes: Sequence[tuple[int, Mapping[str, float]]]
+) -> list[tuple[int, Mapping[str, float]]]:
+    """The phases that matter from `first_sample` on; the first of them begins there."""
+    in_effect = sum(sample <= first_sample for sample, _ in changes) - 1
+    return [(first_sample, changes[in_effect][1]), *changes[in_effect + 1 :]]
+
+
+def _shares_of(weights: np.ndarray) -> np.ndarray:
+    """Whole shares of a period, int64 [k]; 0 for a dataset of weight 0."""
+    shares = np.zeros(len(weights), np.int64)
+    shares[weights > 0] = quantise_weights(weights[weights > 0])
+    return shares
 
 
 def _occurrence_ranks(schedule: np.ndarray, num_datasets: int) -> np.ndarray:

@@ -7,13 +7,15 @@ every row comes once an epoch across all stages.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.loading.mixture import Cursor, Mixture, count_samples, schedule_period
+from data_pipeline.loading.mixture import Cursor, Mixture, WeightedSchedule
 from model.errors import UserError
 
 
@@ -24,26 +26,37 @@ class DatasetRecord:
     fingerprint: str
     num_rows: int
     stream: str  # the order's name, see `Cursor`
-    first: int  # rows of this order that were read before the stage
-    share: int  # of the mixture's period
+    first: int  # rows of this order that were read before the stage, or before its data changed
+    share: int  # of the mixture's period; where weights change, of the first one
 
 
 @dataclass(frozen=True)
 class ReadingRecord:
-    """A stage's datasets by name, and where its curriculum stood before it in every dataset, by fingerprint."""
+    """A stage's datasets by name, and where its curriculum stood before it in every dataset, by fingerprint.
+
+    `first_sample`: of the stage, where "before" ends: 0, or where its data were changed. `changes`: the sample from
+    which on a dataset has another share, and all shares by name.
+    """
 
     datasets: dict[str, DatasetRecord]
     before: dict[str, Cursor]
+    first_sample: int = 0
+    changes: tuple[tuple[int, dict[str, int]], ...] = ()
 
     @classmethod
     def of(cls, mixture: Mixture, fingerprints: Mapping[str, str], before: Mapping[str, Cursor]) -> ReadingRecord:
+        first_shares, *others = mixture.schedule.shares
         datasets = {
             name: DatasetRecord(fingerprints[name], int(size), cursor.stream, cursor.position, int(share))
             for name, size, cursor, share in zip(
-                mixture.names, mixture.sizes, mixture.cursors, mixture.shares, strict=True
+                mixture.names, mixture.sizes, mixture.cursors, first_shares, strict=True
             )
         }
-        return cls(datasets, dict(before))
+        changes = tuple(
+            (int(first), dict(zip(mixture.names, shares.tolist(), strict=True)))
+            for first, shares in zip(mixture.schedule.first_samples[1:], others, strict=True)
+        )
+        return cls(datasets, dict(before), mixture.first_sample, changes)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ReadingRecord:
@@ -51,20 +64,28 @@ class ReadingRecord:
         return cls(
             {name: DatasetRecord(**entry) for name, entry in record["datasets"].items()},
             {fingerprint: Cursor(*entry) for fingerprint, entry in record["before"].items()},
+            int(record.get("first_sample", 0)),
+            tuple((int(first), dict(shares)) for first, shares in record.get("changes", ())),
         )
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "datasets": {name: asdict(entry) for name, entry in self.datasets.items()},
             "before": {fingerprint: list(cursor) for fingerprint, cursor in self.before.items()},
+            "first_sample": self.first_sample,
+            "changes": [list(change) for change in self.changes],
         }
 
-    def rows_read(self, consumed_samples: int) -> dict[str, int]:
-        """Rows of each dataset in the first so many samples of the stage. Exact."""
+    @cached_property
+    def _schedule(self) -> WeightedSchedule:
         names = sorted(self.datasets)  # the mixture's order
-        shares = np.array([self.datasets[name].share for name in names], np.int64)
-        counts = count_samples(schedule_period(shares), shares, consumed_samples)
-        return dict(zip(names, counts.tolist(), strict=True))
+        shares = [{name: entry.share for name, entry in self.datasets.items()}, *(shares for _, shares in self.changes)]
+        first_samples = [self.first_sample, *(first for first, _ in self.changes)]
+        return WeightedSchedule(first_samples, [np.array([one[name] for name in names], np.int64) for one in shares])
+
+    def rows_read(self, consumed_samples: int) -> dict[str, int]:
+        """Rows of each dataset in the first so many samples of the stage, from `first_sample` on. Exact."""
+        return dict(zip(sorted(self.datasets), self._schedule.counts(consumed_samples).tolist(), strict=True))
 
     def after(self, consumed_samples: int) -> dict[str, Cursor]:
         """Where the curriculum stands in every dataset after so many samples of the stage, by fingerprint."""
@@ -91,24 +112,25 @@ class ReadingRecord:
 
         A dataset that is not named, or with 0, may be read as often as it comes.
         """
-        coverage = self.coverage(num_samples)
-        over = {name: allowed for name, allowed in max_epochs.items() if allowed and coverage[name]["epochs"] > allowed}
-        if not over:
+
+        def over(samples: int) -> list[str]:
+            coverage = self.coverage(samples)
+            return [
+                name
+                for name, most in max_epochs.items()
+                if most and name in coverage and coverage[name]["epochs"] > most
+            ]
+
+        named = sorted(over(num_samples))
+        if not named:
             return
-        period = sum(entry.share for entry in self.datasets.values())
-        most = min(
-            max(0.0, allowed * self.datasets[name].num_rows - self.datasets[name].first)
-            * (period / self.datasets[name].share)
-            for name, allowed in over.items()
-        )
-        told = (
-            f"{name} {coverage[name]['epochs']:.3g} times ({coverage[name]['num_rows']:,} rows)"
-            for name in sorted(over)
-        )
+        coverage = self.coverage(num_samples)
+        most = bisect.bisect_left(range(num_samples), True, key=lambda samples: bool(over(samples))) - 1
+        told = (f"{name} {coverage[name]['epochs']:.3g} times ({coverage[name]['num_rows']:,} rows)" for name in named)
         raise UserError(
             "a dataset would be read more often than is allowed",
-            where=", ".join(f"stage.data.datasets.{name}.max_epochs" for name in sorted(over)),
-            expected=", ".join(f"{name} at most {over[name]:g} times" for name in sorted(over)),
+            where=", ".join(f"stage.data.datasets.{name}.max_epochs" for name in named),
+            expected=", ".join(f"{name} at most {max_epochs[name]:g} times" for name in named),
             got=", ".join(told) + ", earlier stages of the curriculum included",
-            fix=f"read fewer rows (about {int(most):,} in place of {num_samples:,}), lower its weight, or raise max_epochs",
+            fix=f"read fewer rows ({max(0, most):,} in place of {num_samples:,}), lower its weight, or raise max_epochs",
         )

@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.documents.prompts import label
+from data_pipeline.packing.held_out import FOLDER_NAME as HELD_OUT_FOLDER
+from data_pipeline.packing.held_out import HeldOutSet, sets_of
+from data_pipeline.packing.held_out import validate as validate_held_out
 from data_pipeline.packing.pool import Pool
 from data_pipeline.packing.window import Piece, Row, WindowPacker
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
@@ -38,6 +41,7 @@ from model.errors import Problems, UserError
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
 # Goes into the fingerprint of a packed folder: rows of packers that choose otherwise are never mixed.
 _PACKER = "window-1"
+TRAINING = ""  # the part of a packed folder that no held-out set has
 # Documents whose place in the order is computed at once.
 _ORDER_BLOCK = 65_536
 _log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class PackSummary:
     sources: dict[str, int]  # real tokens of each
     counts_by_class: dict[str, int]
     quarantined: dict[str, int] = field(default_factory=dict)  # documents left out, by reason
+    held_out: dict[str, int] = field(default_factory=dict)  # documents kept for each validation set
 
 
 @file_errors_are_user_errors("the token files or the target")
@@ -83,10 +88,12 @@ def pack(
     target: str | Path,
     config: PackConfig,
     removed: frozenset[int] = frozenset(),
+    held_out: Mapping[str, HeldOutSet] | None = None,
 ) -> PackSummary:
     """Pack the token files of `token_folders` (source name -> folder or folders) into `target`.
 
-    Documents whose ids are in `removed` are left out and counted under that reason.
+    Documents whose ids are in `removed` are left out and counted under that reason. Those of the sets of `held_out` are
+    packed into folders of their own, `target/held_out/NAME`, before the others.
     Raises `UserError` for a bad configuration, missing or damaged input, token files of different vocabularies or
     tokenizers, a target that holds something else or that another process packs, and files that cannot be read or
     written.
@@ -94,6 +101,8 @@ def pack(
     problems = Problems()
     config.validate(problems, "")
     problems.check(bool(token_folders), "tokens", "no source is given", "tokens.NAME=FOLDER")
+    sets = dict(held_out or {})
+    validate_held_out(sets, problems)
     problems.raise_if_any()
     target = Path(target)
     pool = Pool({name: _as_list(folders) for name, folders in token_folders.items()})
@@ -102,10 +111,14 @@ def pack(
         identity = {"config": asdict(config), "inputs": inputs, "packer": _PACKER, "format_version": FORMAT_VERSION}
         if removed:
             identity["removed"] = fingerprint_of(sorted(removed))
-        fingerprint = fingerprint_of(identity)
-        if not _is_complete(target, fingerprint):
+        if sets:
+            identity["held_out"] = {name: one.describe() for name, one in sets.items()}
+        # The rows to train on are finished last: where they are, the sets are.
+        parts = [*sorted(sets), TRAINING]
+        packings = [_Packing(pool, target, config, removed, sets, part, identity, inputs) for part in parts]
+        if not all(packing.is_complete() for packing in packings):
             with claim_folder(target, "pack"):
-                _write_rows(_Packing(pool, target, config, removed, fingerprint, inputs))
+                _write_rows(pool, packings)
     finally:
         pool.close()
     return summarise(target)
@@ -114,7 +127,8 @@ def pack(
 def summarise(target: str | Path) -> PackSummary:
     """The summary of a finished packed folder."""
     dataset = read_dataset_manifest(target)
-    return PackSummary(target=str(target), **{name: dataset[name] for name in _SUMMARY_KEYS})
+    held_out = {name: one["num_documents"] for name, one in dataset.get("held_out", {}).items()}
+    return PackSummary(target=str(target), held_out=held_out, **{name: dataset[name] for name in _SUMMARY_KEYS})
 
 
 _SUMMARY_KEYS = ("num_rows", "num_tokens", "num_real_tokens", "fill", "sources", "counts_by_class", "quarantined")
@@ -124,9 +138,12 @@ def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return [folders] if isinstance(folders, (str, Path)) else list(folders)
 
 
-def _write_rows(packing: _Packing) -> None:
+def _write_rows(pool: Pool, packings: Sequence[_Packing]) -> None:
     """In a folder that this process holds: another one may have finished, or begun, while it waited."""
-    if not _is_complete(packing.target, packing.fingerprint):
+    missing = [packing for packing in packings if not packing.is_complete()]
+    for file in pool.files if missing else []:
+        file.verify()
+    for packing in missing:
         packing.run()
 
 
@@ -157,7 +174,10 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
 
 
 class _Packing:
-    """One run of `pack`: plans all rows, writes the shards that are missing."""
+    """One folder of a run of `pack`: plans all its rows, writes the shards that are missing.
+
+    part: the name of a held-out set, or `TRAINING` for all documents that no set has.
+    """
 
     def __init__(
         self,
@@ -165,17 +185,24 @@ class _Packing:
         target: Path,
         config: PackConfig,
         removed: frozenset[int],
-        fingerprint: str,
+        held_out: Mapping[str, HeldOutSet],
+        part: str,
+        identity: dict[str, Any],
         inputs: list[dict[str, str]],
     ):
-        self.pool, self.target, self.config, self.removed = pool, target, config, removed
-        self.fingerprint, self.inputs = fingerprint, inputs
+        self.pool, self.config, self.removed, self.held_out, self.part = pool, config, removed, held_out, part
+        self.target = target / HELD_OUT_FOLDER / part if part != TRAINING else target
+        self.fingerprint = fingerprint_of(identity | {"part": part} if part != TRAINING else identity)
+        self.inputs = inputs
         self.quarantine: list[dict[str, Any]] = []
+        self.num_held_out: dict[str, int] = {}
+
+    def is_complete(self) -> bool:
+        return _is_complete(self.target, self.fingerprint)
 
     def run(self) -> None:
+        self.target.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(self.target, "dataset.")
-        for file in self.pool.files:
-            file.verify()
         rows = self.plan()
         manifests: list[dict[str, Any]] = []
         while shard_rows := list(islice(rows, self.config.rows_per_shard)):
@@ -186,10 +213,12 @@ class _Packing:
         """The rows in order, each a list of pieces."""
         config = self.config
         lengths, fillers = self.pool.load_index()
-        removed = self.pool.find(self.removed)
+        removed, here = self.select()
         _log.info("%d documents, %d of %d removed ones among them", len(lengths), len(removed), len(self.removed))
         packer = WindowPacker(config.sequence_length, config.window_rows, config.minimum_piece_tokens, self.pool.cut)
         for document in _document_order(len(self.pool), config.seed):
+            if here is not None and not here[document]:
+                continue
             length = int(lengths[document])
             whole = Piece(document, 0, length)
             if length == 0:
@@ -201,6 +230,19 @@ class _Packing:
             else:
                 yield from self.plan_long(packer, whole, bool(fillers[document]))
         yield from packer.flush()
+
+    def select(self) -> tuple[frozenset[int], np.ndarray | None]:
+        """The documents that are removed, and which ones are this part's: bool [N], None for all of them."""
+        if not self.removed and not self.held_out:
+            return frozenset(), None
+        ids = self.pool.document_ids()
+        removed = np.isin(ids, np.array(sorted(self.removed), np.uint64))
+        sets = sets_of(self.held_out, ids)
+        sets[removed] = 0  # they are counted once, beside the rows to train on
+        names = sorted(self.held_out)
+        self.num_held_out = {name: int((sets == number).sum()) for number, name in enumerate(names, 1)}
+        part = 1 + names.index(self.part) if self.part != TRAINING else 0
+        return frozenset(np.flatnonzero(removed).tolist()), sets == part
 
     def plan_long(self, packer: WindowPacker, whole: Piece, filler: bool) -> Iterator[Row]:
         pieces = self.pool.cut_to_rows(whole.document, self.config.sequence_length)
@@ -288,10 +330,14 @@ class _Packing:
     def publish_dataset(self, manifests: list[dict[str, Any]]) -> None:
         """The list of refused documents, then `dataset.json`: with it the packed folder is complete."""
         if not manifests:
+            kept = self.part != TRAINING
             raise UserError(
-                "no document can be packed",
+                f"no document is held out for {self.part!r}" if kept else "no document can be packed",
                 where=str(self.target),
                 got=f"{len(self.quarantine)} documents refused: {dict(_reasons(self.quarantine))}",
+                fix=f"raise {HELD_OUT_FOLDER}.{self.part}.share, or list documents of these token files"
+                if kept
+                else "",
             )
         lines = [json.dumps(entry, sort_keys=True) for entry in self.quarantine]
         atomic_write_bytes(self.target / QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode())
@@ -323,7 +369,16 @@ class _Packing:
             "counts_by_class": by_class,
             "quarantined": dict(_reasons(self.quarantine)),
             **self.pool.shared,
+            **self.describe_held_out(),
         }
+
+    def describe_held_out(self) -> dict[str, Any]:
+        """What the manifest says of held-out sets; nothing where there are none."""
+        rules = {name: one.describe() for name, one in self.held_out.items()}
+        if self.part != TRAINING:
+            return {"held_out_as": {"name": self.part} | rules[self.part]}
+        counted = {name: rule | {"num_documents": self.num_held_out[name]} for name, rule in rules.items()}
+        return {"held_out": counted} if counted else {}
 
 
 def label_counts(sources: list[str], by_task: np.ndarray) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,13 @@ class Pool:
         lengths = np.concatenate([file.lengths for file in self.files])
         return lengths, np.concatenate([_fillers(file) for file in self.files])
 
-    def find(self, ids: Collection[int]) -> frozenset[int]:
-        """The documents that have one of these ids."""
-        found: list[int] = []
-        wanted = np.array(sorted(ids), np.uint64)
-        for file, first in zip(self.files if ids else [], self._first_document.tolist(), strict=False):
+    def document_ids(self) -> np.ndarray:
+        """Of every document; uint64 [N], 0 for one without tokens."""
+        ids = np.zeros(len(self), np.uint64)
+        for file, first in zip(self.files, self._first_document.tolist(), strict=False):
             segments = file.all_segments()
-            rows = segments["row"][np.isin(segments["document"], wanted)]
-            found.extend((first + np.unique(rows).astype(np.int64)).tolist())
-        return frozenset(found)
+            ids[first + segments["row"].astype(np.int64)] = segments["document"]
+        return ids
 
     def locate(self, document: int) -> tuple[int, int]:
         """File and index in it."""

@@ -17,7 +17,7 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
     """
     shards: set[Path] = set()
     for pattern in patterns:
-        for name in _expanded(pattern, key):
+        for name in expanded(pattern, key):
             # A file of this very name is meant, though it may look like a pattern.
             found = [name] if Path(name).exists() else glob.glob(name, recursive=True)
             if not found:
@@ -35,7 +35,8 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
     return sorted(shards)
 
 
-def _expanded(pattern: str, key: str) -> list[str]:
+def expanded(pattern: str, key: str) -> list[str]:
+    """The names that braces stand for; a file whose own name has braces is meant itself."""
     if Path(pattern).exists() or "{" not in pattern:
         return [pattern]
     from braceexpand import braceexpand

@@ -24,41 +24,54 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def epoch_keys(base_key: int, epochs: np.ndarray) -> np.ndarray:
-    """One key for each epoch, uint64 [n] from int [n]."""
+def keyed_hash(values: np.ndarray, key: int) -> np.ndarray:
+    """One uint64 for each value, uint64 [n], as if drawn at random; another key gives other ones."""
     with np.errstate(over="ignore"):
-        return _mix(np.uint64(base_key) + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+        return _mix(_mix(values + np.uint64(key)) ^ np.uint64(key))
 
 
-def permute(indices: np.ndarray, size: int, keys: np.ndarray | int) -> np.ndarray:
+def epoch_keys(base_keys: int | np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """One key for each epoch, uint64 [n] from int [n]; base_keys: one for all, or uint64 [n]."""
+    with np.errstate(over="ignore"):
+        return _mix(np.asarray(base_keys, np.uint64) + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+
+
+def permute(indices: np.ndarray, size: int | np.ndarray, keys: np.ndarray | int) -> np.ndarray:
     """Where each index goes in the permutation of range(size) that its key selects.
 
-    indices: int [n], each in [0, size). keys: one 64-bit key, or uint64 [n]. Returns int64 [n].
+    indices: int [n], each in [0, size). size and keys (64 bits): one for all, or one each. Returns int64 [n].
     """
     values = np.asarray(indices).astype(np.uint64)
+    sizes = np.broadcast_to(np.asarray(size, np.uint64), values.shape)
     keys = np.broadcast_to(np.asarray(keys, np.uint64), values.shape)
-    if size <= 1:
-        return values.astype(np.int64)
-    num_bits = max(2, (size - 1).bit_length())
-    outside = np.ones(values.shape, bool)
+    num_bits = _bits_for(sizes)
+    outside = np.flatnonzero(sizes > np.uint64(1))
     # The network permutes [0, 2**num_bits), at most twice `size` here but for the tiniest sizes. Values that land
     # outside are sent through again until they come back: still a permutation.
-    while outside.any():
-        values[outside] = _feistel(values[outside], num_bits, keys[outside])
-        outside = values >= np.uint64(size)
+    while len(outside):
+        moved = _feistel(values[outside], num_bits[outside], keys[outside])
+        values[outside] = moved
+        outside = outside[moved >= sizes[outside]]
     return values.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, num_bits: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of [0, 2**num_bits). The halves differ by a bit when `num_bits` is odd and swap each round."""
-    right_bits = num_bits // 2
-    left_bits = num_bits - right_bits
-    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
+def _bits_for(sizes: np.ndarray) -> np.ndarray:
+    """Bits of the largest number below each size, at least 2; uint64 [n]. Exact for sizes below 2**53."""
+    exponents = np.frexp(sizes.astype(np.float64) - 1.0)[1]
+    return np.maximum(exponents, 2).astype(np.uint64)
+
+
+def _feistel(values: np.ndarray, num_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A permutation of [0, 2**num_bits), uint64 [n] all. The halves differ by a bit when `num_bits` is odd and swap each round."""
+    one = np.uint64(1)
+    first_bits = num_bits >> one
+    right_bits, left_bits = first_bits, num_bits - first_bits
+    left, right = values >> right_bits, values & ((one << right_bits) - one)
     with np.errstate(over="ignore"):
         for number in range(1, _NUM_ROUNDS + 1):
             round_keys = keys + np.uint64(number * _GOLDEN & _MASK)
-            mask = np.uint64((1 << left_bits) - 1)
+            mask = (one << left_bits) - one
             left, right = right, left ^ (_mix(_mix(right + round_keys) ^ keys) & mask)
             left_bits, right_bits = right_bits, left_bits
     # An even number of rounds: the halves have their first sizes again.
-    return (left << np.uint64(right_bits)) | right
+    return (left << first_bits) | right

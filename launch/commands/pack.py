@@ -11,10 +11,21 @@ HELP = "pack token files into rows of fixed length, mixing sources; continues wh
 
 
 @dataclass
+class HeldOut:
+    """Documents of a validation set: those listed, and a share of the others."""
+
+    share: float = 0.0  # of the documents; chosen by their ids, so the same ones whatever else is packed
+    documents: str | None = None  # a list of documents, in the form of `removed`
+
+
+@dataclass
 class Config:
     tokens: dict[str, str] = field(default_factory=dict)  # source name -> folder of token files
     target: str = ""  # folder of the packed files
     removed: str | None = None  # a list of documents to leave out, one JSON object a line: {"document": 123}
+    held_out: dict[str, HeldOut] = field(
+        default_factory=dict
+    )  # validation sets, by any name: rows in target/held_out/NAME
     sequence_length: int = 32_768  # tokens of a row
     rows_per_shard: int = 8_192  # rows of one file
     window_rows: int = 256  # documents of so many rows wait to be chosen from
@@ -25,9 +36,9 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Pack; returns target, fill, num_rows, num_tokens, num_real_tokens, sources, counts_by_class, quarantined."""
+    """Pack; returns target, fill, num_rows, num_tokens, num_real_tokens, sources, counts_by_class, quarantined, held_out."""
+    from data_pipeline.packing.held_out import HeldOutSet
     from data_pipeline.packing.pack import PackConfig, pack
-    from data_pipeline.packing.removed import read_removed
 
     if not config.target:
         raise UserError("no target folder is given", fix="target=FOLDER")
@@ -38,5 +49,12 @@ def run(config: Config) -> dict[str, Any]:
         minimum_piece_tokens=config.minimum_piece_tokens,
         seed=config.seed,
     )
-    removed = read_removed(config.removed) if config.removed is not None else frozenset()
-    return asdict(pack(dict(config.tokens), config.target, settings, removed))
+    removed = _listed(config.removed)
+    held_out = {name: HeldOutSet(one.share, _listed(one.documents)) for name, one in config.held_out.items()}
+    return asdict(pack(dict(config.tokens), config.target, settings, removed, held_out))
+
+
+def _listed(path: str | None) -> frozenset[int]:
+    from data_pipeline.packing.removed import read_removed
+
+    return read_removed(path) if path is not None else frozenset()

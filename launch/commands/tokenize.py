@@ -10,7 +10,10 @@ from typing import Any
 
 from data_pipeline.documents.tokenizers import load_text_tokenizer
 from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_jobs, run_tasks, threads_per_worker
-from data_pipeline.sources.patterns import find_shards
+from data_pipeline.filters.base import FilterConfig
+from data_pipeline.sources.copies import ShardCopies
+from data_pipeline.sources.inputs import find_inputs, num_bytes_of
+from data_pipeline.sources.remote import RemoteConfig
 from data_pipeline.storage.atomic import atomic_write_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
@@ -33,13 +36,17 @@ token file in NNNNNN.quarantine.jsonl.
 
   nextstate tokenize status input='runs/demo/corpora/scenes/*.tar' target=runs/demo/tokens/48/scenes
 
-says how much is done, at what rate, and how long the rest takes. A shard over which three workers died is left out from then on,
+says how much is done, at what rate, and how long the rest takes. Shards behind a URL (input='"s3://bucket/scenes-{000..127}.tar"') are
+fetched ahead into TARGET/remote, or remote.cache=FOLDER, and a read that fails is tried again (pip install 'nextstate[remote]'). A shard over which three workers died is left out from then on,
 and told; `nextstate tokenize repair`, with the same arguments as before, tries it again.
 """
 
 POSITIONAL = "action"
-ACTIONS = ("run", "status", "repair")
+ACTIONS = ("run", "status", "repair", "report")
 
+# In the target: what servers said of shards, and copies of them.
+REMOTE_NOTES, COPIES_FOLDER = "remote.jsonl", "remote"
+MAX_MISSING_SHARDS = 3  # of one task; after more the server is taken to be gone
 _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 
 
@@ -47,16 +54,18 @@ _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 class Config(TokenizeConfig):
     """`source` defaults to the target folder's name."""
 
-    action: str = "run"  # run | status: what is done, needs no tokenizer | repair: run, given-up shards too
-    input: Any = None  # a pattern of .tar files (folder/*.tar, "x-{000..127}.tar"), or a list of them
+    action: str = "run"  # run | status: what is done | repair: run, given-up shards too | report: what filters took
+    input: Any = None  # a pattern of .tar files (folder/*.tar, "x-{000..127}.tar", a URL), or a list of them
     target: str = ""  # folder of token files
     text_tokenizer: str = ""  # folder or file
     vision_tokenizer: str | None = None  # stage folder; null: the shards hold text only
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)  # sizes are taken from
     # the tokenizers; visual_size is read when there is no vision tokenizer
+    remote: RemoteConfig = field(default_factory=RemoteConfig)  # of shards behind a URL
     workers: int = 1  # tasks at a time, each a process
     num_tasks: int = 0  # groups of shards; 0: chosen
     task: int = -1  # do the shards of this group only, as one task of a job array; -1: all groups
+    filter_tier: str | None = None  # basic | advanced, of conf/filters, or a file like them; before `filters`
     executor: str = "auto"  # auto | local | datatrove
     max_quarantined_share: float = 0.2  # of the samples, filtered ones apart; above it: exit code 2
     json: bool = False  # answer with one JSON object
@@ -66,9 +75,9 @@ class Config(TokenizeConfig):
         problems.check(
             self.action in ACTIONS, "action", f"unknown action {self.action!r}", f"one of {', '.join(ACTIONS)}"
         )
-        for name in ("target",) if self.action == "status" else ("target", "text_tokenizer"):
+        for name in ("target",) if self.action in ("status", "report") else ("target", "text_tokenizer"):
             problems.check(bool(getattr(self, name)), name, "is required", f"{name}=<path>")
-        problems.check(bool(self.input), "input", "is required", "input='<folder>/*.tar'")
+        problems.check(bool(self.input) or self.action == "report", "input", "is required", "input='<folder>/*.tar'")
         problems.check(self.workers > 0, "workers", "must be positive", "workers=1")
         problems.check(self.num_tasks >= 0, "num_tasks", "must not be negative", "num_tasks=0")
         problems.check(
@@ -95,6 +104,7 @@ class Config(TokenizeConfig):
             f"must be in [0, 1], got {self.max_quarantined_share}",
             "max_quarantined_share=0.2",
         )
+        self.remote.validate(problems, "remote")
         self.validate_tokenize(problems)
         problems.raise_if_any()
 
@@ -102,12 +112,20 @@ class Config(TokenizeConfig):
 @file_errors_are_user_errors("the input or the target")
 def run(config: Config) -> dict[str, Any]:
     """Tokenize what is not tokenized yet; the answer counts all of the target."""
+    if config.filter_tier is not None:
+        config = replace(config, filters=with_tier(config.filter_tier, config.filters))
     config.validate()
     target = Path(config.target)
+    if config.action == "report":
+        from launch.report.filters_page import write_page
+
+        return write_page(target)
     if config.action == "status":
-        return status(target, plan_jobs(config.input, target))
+        return status(target, plan_jobs(config, target))
+    if config.action == "repair":
+        (target / REMOTE_NOTES).unlink(missing_ok=True)
     config = replace(config, source=config.source or target.name)
-    jobs = plan_jobs(config.input, target)
+    jobs = plan_jobs(config, target)
     shards = [str(job.shard) for job in jobs]
     if config.task >= 0:
         jobs = group_jobs(jobs, config.num_tasks)[config.task]
@@ -136,6 +154,31 @@ def run(config: Config) -> dict[str, Any]:
     return answer
 
 
+def with_tier(tier: str, filters: Sequence[FilterConfig]) -> list[FilterConfig]:
+    """The filters of a tier, but for those that `filters` name too, and then these. Raises `UserError` for no such tier."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    import conf
+
+    folder = Path(str(conf.__file__)).parent / "filters"
+    path = Path(tier) if tier.endswith(".yaml") else folder / f"{tier}.yaml"
+    own = {one.name for one in filters}
+    try:
+        entries = OmegaConf.to_object(OmegaConf.load(path))
+        assert isinstance(entries, dict)
+        schema = OmegaConf.structured(FilterConfig)
+        found: list[Any] = [OmegaConf.to_object(OmegaConf.merge(schema, entry)) for entry in entries["filters"]]
+    except (OSError, OmegaConfBaseException, AssertionError, KeyError, TypeError) as error:
+        raise UserError(
+            "no such tier of filters",
+            where=f"filter_tier={tier}",
+            expected=f"one of {', '.join(sorted(one.stem for one in folder.glob('*.yaml')))}, or a file like them",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+        ) from error
+    return [*(one for one in found if one.name not in own), *filters]
+
+
 def poison_note(job: ShardJob) -> Path:
     return suffixed(job.prefix, ".poison.json")
 
@@ -143,7 +186,7 @@ def poison_note(job: ShardJob) -> Path:
 def is_poisonous(job: ShardJob) -> bool:
     """Was it given up, and is it still the shard that was? A replaced one is tried again."""
     note = poison_note(job)
-    return note.is_file() and read_json(note).get("bytes") == job.shard.stat().st_size
+    return note.is_file() and read_json(note).get("bytes") == num_bytes_of(job.shard)
 
 
 def note_poison(given_up: Sequence[tuple[ShardJob, str]]) -> None:
@@ -151,7 +194,7 @@ def note_poison(given_up: Sequence[tuple[ShardJob, str]]) -> None:
     for job, how in given_up:
         atomic_write_json(
             poison_note(job),
-            {"shard": str(job.shard), "bytes": job.shard.stat().st_size, "workers": MAX_DEATHS, "died_by": how},
+            {"shard": str(job.shard), "bytes": num_bytes_of(job.shard), "workers": MAX_DEATHS, "died_by": how},
         )
     if given_up:
         raise UserError(
@@ -179,14 +222,14 @@ def refuse_mostly_quarantined(answer: dict[str, Any], largest_share: float) -> N
         )
 
 
-def plan_jobs(patterns: Any, target: Path) -> list[ShardJob]:
+def plan_jobs(config: Config, target: Path) -> list[ShardJob]:
     """Shards in order of their paths, numbered as token files 000000, 000001...
 
     Raises `UserError` for a pattern without files, and when the target holds token files of shards
     that are not in the list: they would be packed with the others.
     """
-    wanted = [patterns] if isinstance(patterns, str) else [str(pattern) for pattern in patterns]
-    shards = find_shards(wanted, "input")
+    wanted = [config.input] if isinstance(config.input, str) else [str(pattern) for pattern in config.input]
+    shards = find_inputs(wanted, "input", config.remote, target / REMOTE_NOTES)
     same_name = Counter(shard.name for shard in shards)
     jobs = [
         ShardJob(shard, target / f"{number:06d}", str(shard) if same_name[shard.name] > 1 else shard.name)
@@ -218,8 +261,18 @@ class TokenizeTask:
 
     def __call__(self, jobs: Sequence[ShardJob]) -> None:
         self.tokenizer = self.tokenizer or load_tokenizer(self.config)
-        for job in jobs:
-            self.tokenizer.tokenize(job.shard, job.prefix, job.name)
+        copies = ShardCopies(Path(self.config.target) / COPIES_FOLDER, self.config.remote)
+        missing: list[UserError] = []
+        with copies.ahead([job.shard for job in jobs]) as held:
+            for job, shard in zip(jobs, held, strict=True):
+                if isinstance(shard, UserError):
+                    missing.append(shard)  # the others are done first
+                    if len(missing) > MAX_MISSING_SHARDS:
+                        break
+                else:
+                    self.tokenizer.tokenize(job.shard, job.prefix, job.name, shard.path)
+        if missing:
+            raise missing[0]
 
 
 def load_tokenizer(config: Config) -> ShardTokenizer:
@@ -277,7 +330,7 @@ def status(target: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
         path = suffixed(job.prefix, ".json")
         if path.is_file():
             recorded = (read_manifest(job.prefix, "tokens").get("inputs") or [{}])[0]
-            if (recorded.get("name"), recorded.get("bytes")) == (job.shard.name, job.shard.stat().st_size):
+            if (recorded.get("name"), recorded.get("bytes")) == (job.shard.name, num_bytes_of(job.shard)):
                 finished.append((path.stat().st_mtime, job))
             else:
                 num_changed += 1

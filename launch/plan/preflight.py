@@ -223,8 +223,8 @@ def missing_inputs(config: TrainConfig) -> list[str]:
         ]
         absent = [
             f"{name} ({entry.path})"
-            for name, entry in config.stage.data.datasets.items()
-            if entry.weight != 0 and not Path(entry.path).is_dir()
+            for name, entry in config.stage.data.datasets_in_use().items()
+            if not Path(entry.path).is_dir()
         ]
         if absent:
             found.append(f"there are no packed rows of {', '.join(absent)}")

@@ -213,7 +213,7 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     lines, stage = folder.metrics(), {key: summary.values.get(key) for key in STAGE_KEYS}
     configuration = folder.configuration()
     stage["run"] = how_it_ran(folder, configuration)
-    datasets = members(members(folder.settings(), "data"), "datasets")
+    data = members(folder.settings(), "data")
     stage["curves"] = {
         name: curve(lines, key)
         for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
@@ -221,11 +221,9 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     }
     stage["held_out"] = held_out_curves(lines)
     stage["figures"] = {name: found for name in FIGURES if (found := curve(lines, name))}
-    datasets = {
-        name: entry for name, entry in datasets.items() if isinstance(entry, dict) and entry.get("weight", 1.0) > 0
-    }
-    weights = {name: entry.get("weight", 1.0) for name, entry in datasets.items()}
-    stage["mixture"] = mixture(lines, weights, sources_of(datasets, folder.damages))
+    shares = shares_asked(data, max([1, *(int(line["step"]) for line in lines if is_number(line.get("step")))]))
+    datasets = {name: entry for name, entry in members(data, "datasets").items() if name in shares}
+    stage["mixture"] = mixture(lines, shares, sources_of(datasets, folder.damages))
     stage["data_read"] = folder.data_read()
     return stage
 
@@ -262,6 +260,22 @@ def curve(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     width = max(1, -(-len(points) // MAX_CURVE_POINTS))
     windows = [points[start : start + width] for start in range(0, len(points), width)]
     return [(window[-1][0], sum(loss for _, loss in window) / len(window)) for window in windows]
+
+
+def shares_asked(data: dict[str, Any], num_steps: int) -> dict[str, float]:
+    """The share of each dataset that `stage.data` asked for, on the mean of so many steps; those with none are left out."""
+    entries = {name: entry for name, entry in members(data, "datasets").items() if isinstance(entry, dict)}
+    weights = {name: float(entry.get("weight", 1.0)) for name, entry in entries.items()}
+    phases = [(0, weights)]
+    for change in sorted(members(data, "weight_changes").values(), key=lambda change: int(change["from_step"])):
+        weights = weights | {name: float(weight) for name, weight in change["weights"].items()}
+        phases.append((int(change["from_step"]), weights))
+    shares: dict[str, float] = defaultdict(float)
+    for (first, weights), end in zip(phases, [*(first for first, _ in phases[1:]), num_steps], strict=True):
+        during = max(0, min(end, num_steps) - first) / num_steps
+        for name, weight in weights.items():
+            shares[name] += during * weight / (sum(weights.values()) or 1.0)
+    return {name: share for name, share in shares.items() if share > 0}
 
 
 def sources_of(datasets: dict[str, dict[str, Any]], damages: Damages) -> dict[str, dict[str, int]]:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
 import io
+import json
 import math
+import threading
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data_pipeline.documents.builder import Text
 from data_pipeline.filters.base import FilterChain, FilterConfig, make_filter
 from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.sources import SampleError
 from data_pipeline.sources.image import ImageConfig, decode_image, fit_size, released_size, smart_resize
-from model.errors import Problems
+from data_pipeline.storage.segments import Kind
+from model.errors import Problems, UserError
 
 
 def photo(name: str) -> bytes:
@@ -152,6 +157,119 @@ def test_scores() -> None:
     assert score("text_length", both) == 6
     for name in ("min_size", "aspect_ratio", "blank_image"):
         assert score(name, prepared(Text("no picture"))) is None
+
+
+RAMP = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3 + 20, 3, axis=2).repeat(64, axis=0)
+SHIFTED = np.roll(RAMP, 32, axis=1)
+
+
+def film(*parts: Text | Pixels) -> PreparedSample:
+    return PreparedSample("key", "video_interleaved", list(parts))
+
+
+def test_scores_of_pictures_and_films() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    blurred = np.asarray(Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3)))
+    assert score("sharpness", prepared(Pixels(noise, (64, 64)))) > 100 * score(
+        "sharpness", prepared(Pixels(blurred, (64, 64)))
+    )  # type: ignore[operator]
+    assert score("sharpness", prepared(Pixels(noise[:2], (2, 64)))) == 0
+    half = noise.copy() // 2 + 50
+    half[:32] = 255
+    assert score("clipped_share", prepared(Pixels(half, (64, 64)))) == 0.5
+    frames = [Pixels(RAMP, (64, 64)), Pixels(RAMP + 1, (64, 64), 4000), Pixels(SHIFTED, (64, 64), 9000)]
+    speech = [Text("hello", Kind.TRANSCRIPT, 1500)]
+    talk = film(frames[0], *speech, *frames[1:])
+    assert score("repeated_frames", talk) == 0.5
+    assert score("duration", talk) == 9.0
+    assert score("speechless_share", talk) == pytest.approx(2 / 3)
+    for name in ("repeated_frames", "duration", "speechless_share"):
+        assert score(name, prepared(*talk.parts)) is None or name == "speechless_share"
+    assert score("speechless_share", film(*frames)) is None
+
+
+def test_scores_of_texts() -> None:
+    sentence = "one two three four five six seven eight nine ten "
+    assert score("repeated_text", prepared(Text(sentence * 4))) == pytest.approx(0.75)
+    assert score("repeated_text", prepared(Text(sentence))) == 0
+    chinese = "红色的圆形在左上角它向右移动然后变成蓝色最后消失"
+    assert score("repeated_text", prepared(Text(chinese * 2))) == pytest.approx(20 / 48)
+    assert score("letter_share", prepared(Text("ab é 1!"))) == pytest.approx(3 / 5)
+    english = Text("The cat sat on the mat and looked out of the window at the rain.")
+    assert score("language", prepared(english)) > 0.9  # type: ignore[operator]
+    assert make_filter("language", {"languages": ["fr"]}).score(prepared(english)) < 0.1  # type: ignore[operator]
+    assert score("language", prepared(WIDE)) is None
+
+
+def test_text_in_a_picture_is_found_by_a_real_reader() -> None:
+    page = Image.new("RGB", (320, 160), "white")
+    ImageDraw.Draw(page).text((20, 50), "SALE TODAY", fill="black", font=ImageFont.load_default(40))
+    printed = score("printed_share", prepared(Pixels(np.asarray(page), (160, 320))))
+    assert 0.1 < printed < 0.5  # type: ignore[operator]
+    assert score("printed_share", prepared(Pixels(decode_image(photo("chelsea.png")), (300, 451)))) < 0.03  # type: ignore[operator]
+
+
+def test_a_scorer_elsewhere_is_asked_in_batches_and_again_when_it_fails() -> None:
+    replies: list[tuple[int, object]] = [(503, {}), (200, {"scores": [1]}), (200, {"scores": [0.2, None, 0.9]})]
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, reply = replies.pop(0) if replies else (200, {"scores": [0.5]})
+            content = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    options = {"url": f"http://127.0.0.1:{server.server_port}", "batch_size": 3, "wait_seconds": 0.0, "label": "beauty"}
+    chain = FilterChain(
+        [
+            FilterConfig("min_size", minimum=10),
+            FilterConfig("http_scorer", minimum=0.3, options=options),
+            FilterConfig("text_length", maximum=5),
+        ]
+    )
+    texts = ["a", "b", "too long", "d"]
+    samples = [PreparedSample(text, "image_text", [Text(text), WIDE]) for text in texts]
+    refused = chain.check_batch(samples)
+    server.shutdown()
+    assert [one and one.reason for one in refused] == ["filter_beauty", None, "filter_text_length", None]
+    assert [len(one["samples"]) for one in asked] == [3, 3, 3, 1]
+    first = asked[0]["samples"][0]
+    assert (first["key"], first["kind"], first["texts"]) == ("a", "image_text", ["a"])
+    assert Image.open(io.BytesIO(base64.b64decode(first["pictures"][0]))).size == (8, 8)
+    records = [json.loads(line) for line in chain.record.lines()]
+    assert [(one["filter"], one["asked"], one["refused"]) for one in records] == [
+        ("beauty", 3, 1),
+        ("text_length", 3, 1),
+    ]
+    server.server_close()
+    with pytest.raises(UserError, match="does not answer"):
+        make_filter("http_scorer", options | {"attempts": 2}).score(samples[0])
+    for wrong in ({"url": "host"}, {"adress": "http://host"}):
+        with pytest.raises(UserError, match=r"URL|options that the filter does not take"):
+            make_filter("http_scorer", wrong)
+
+
+def test_those_nearest_to_a_bound_are_kept_to_be_looked_at() -> None:
+    chain = FilterChain([FilterConfig("text_length", minimum=10, maximum=20)])
+    for length in range(1, 31):
+        with contextlib.suppress(SampleError):
+            chain.check(PreparedSample(str(length), "image_text", [Text("x" * length), WIDE]))
+    (line,) = chain.record.lines()
+    record = json.loads(line)
+    assert (record["asked"], record["refused"]) == (30, 19)
+    assert sorted(int(one["key"]) for one in record["nearest_kept"]) == [10, 11, 19, 20]
+    assert sorted(int(one["key"]) for one in record["nearest_refused"]) == [8, 9, 21, 22]
+    assert Image.open(io.BytesIO(base64.b64decode(record["nearest_kept"][0]["thumbnail"]))).size == (8, 8)
+    assert chain.record.lines() == []
 
 
 def test_the_chain_names_the_filter_that_refuses() -> None:

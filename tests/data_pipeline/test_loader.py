@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_samples import VOCABULARY, captioned, mixed_sources, text, video, write_sources
+from test_reading_record import write_checkpoint
 
 from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.loader import PackedDataSource
@@ -179,12 +180,37 @@ def test_ranks_together_read_the_same_global_batch(datasets, num_ranks, micro_ba
                 data_parallel_size=num_ranks,
                 micro_batch_size=micro_batch_size,
                 prefetch_batches=0,
+                weight_changes=[(30, {"mixed": 0.1, "chats": 0.9})],
             )
-            by_micro_batch.append(source.batch(24))
+            by_micro_batch.append(source.batch(24))  # the weights change in the middle of it
         ordered = [ranks[number] for number in range(len(by_micro_batch[0])) for ranks in by_micro_batch]
         return {name: np.concatenate([getattr(one, name) for one in ordered]).tolist() for name in ARRAYS}
 
     assert rows(num_ranks, micro_batch_size) == rows(1, 2)
+
+
+def test_a_thousand_ranks_read_what_one_reads_across_a_change_of_weights(datasets):
+    """Rows alone, as a rank reads them: 2,048 samples a step, from step 3 on with other weights."""
+
+    changes = [(3 * 2048, {"mixed": 0.1, "chats": 0.9})]
+    source = open_source(datasets, global_batch_size=2048, prefetch_batches=0, weight_changes=changes)
+    source._micro_batch = lambda which, rows: found.append(np.stack([which, rows], 1))
+
+    def together(num_ranks: int) -> list:
+        """By step, micro-batch, rank: what `_read` asks for."""
+        nonlocal found
+        source._num_ranks, by_rank = num_ranks, []
+        for source._rank in range(num_ranks):
+            found = []
+            for step in range(2, 5):
+                source._read(step * 2048)
+            by_rank.append(np.stack(found))
+        return np.stack(by_rank, 1).reshape(-1, 2).tolist()
+
+    found: list = []
+    expected = together(1)
+    assert all(together(num_ranks) == expected for num_ranks in (2, 64, 1024))
+    assert np.bincount([which for which, _ in expected[2048:]]) / 4096 == pytest.approx([0.9, 0.1], abs=1e-3)
 
 
 def test_batches_are_a_pure_function_of_the_sample(datasets):
@@ -321,3 +347,33 @@ def test_a_stage_that_repeats_a_dataset_too_often_is_refused_before_it_starts(da
     with pytest.raises(UserError, match="more often than is allowed"):
         open_stage(num_rows + 1)
     open_stage(num_rows + 1, num_rows=1).close()  # a look at some rows is no stage
+
+
+def test_a_dataset_added_to_a_stage_that_runs_repeats_no_row(datasets, tmp_path):
+    model = ModelConfig(vocabulary=VocabularyConfig(text_size=1_000_000, reserved_size=32, visual_size=1_000_000))
+    stage = StageConfig(name="mine", steps=50, sequence_length=LENGTH, global_batch_size=2, micro_batch_size=1)
+    stage.data.datasets = {"mixed": DatasetEntry(str(datasets["mixed"]))}
+    config = TrainConfig(run_folder=str(tmp_path), stage=stage, model=model)
+
+    def rows_of(source: PackedDataSource, first: int, end: int) -> list[tuple[str, int]]:
+        located = [source.mixture.locate(sample) for sample in range(first, end)]
+        return [(location.dataset, location.row) for location in located]
+
+    objective = NextToken(config, NextTokenOptions())
+    before = objective.packed_rows(0, 1)
+    content = {"consumed_samples": 20, "data_fingerprint": before.fingerprint} | objective.metadata()
+    write_checkpoint(tmp_path / "mine", 10, **content)
+    stage.data.datasets["chats"] = DatasetEntry(str(datasets["chats"]), weight=0.5)
+    assert objective.packed_rows(0, 1).mixture.first_sample == 0  # refused when it resumes
+    config.checkpoint.allow_data_change = True
+    changed = objective.packed_rows(0, 1)
+    seen = rows_of(before, 0, 20) + rows_of(changed, 20, 56)
+    assert len({row for name, row in seen if name == "mixed"}) == 20 + 24
+    assert sum(name == "chats" for name, _ in seen) == 12
+    with pytest.raises(UserError, match="changed behind this place"):
+        changed.batch(18)
+    # The next start needs the switch no more.
+    later = {"consumed_samples": 30, "data_fingerprint": changed.fingerprint} | objective.metadata()
+    write_checkpoint(tmp_path / "mine", 15, **later)
+    config.checkpoint.allow_data_change = False
+    assert objective.packed_rows(0, 1).fingerprint == changed.fingerprint

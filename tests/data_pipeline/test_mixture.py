@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loading.mixture import MAX_PERIOD, Mixture, quantise_weights, schedule_period
+from data_pipeline.loading.mixture import MAX_PERIOD, Cursor, Mixture, quantise_weights, schedule_period
 from data_pipeline.storage.permutation import derive_key, epoch_keys, permute
 from model.errors import UserError
 
@@ -112,6 +112,45 @@ def test_every_row_comes_exactly_once_an_epoch(sizes, seed, data):
             assert sorted(rows[epochs == epoch]) == list(range(size))
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), first_sample=st.sampled_from([0, 37]))
+def test_weights_change_where_they_are_said_to_and_rows_still_come_once_an_epoch(data, first_sample):
+    names = ["a", "b", "c"]
+    weights = st.lists(st.integers(0, 7), min_size=3, max_size=3).filter(any)
+    sizes = dict(zip(names, data.draw(st.lists(st.integers(1, 40), min_size=3, max_size=3)), strict=True))
+    starts = data.draw(st.lists(st.integers(1, 250), max_size=3, unique=True))
+    phases = [(start, dict(zip(names, data.draw(weights), strict=True))) for start in [0, *starts]]
+    (_, first), *changes = phases
+    mixture = Mixture(sizes, first, 3, changes=changes, first_sample=first_sample)
+    located = mixture.locate_many(np.arange(first_sample, 300))
+    alone = [Mixture(sizes, weights_of_phase, 3) for _, weights_of_phase in phases]
+    order = [[one.names[index] for index in one.locate_many(np.arange(300)).datasets] for one in alone]
+    seen: dict[str, list[int]] = {name: [] for name in names}
+    for place, sample in enumerate(range(first_sample, 300)):
+        begins, phase = max((start, number) for number, (start, _) in enumerate(phases) if start <= sample)
+        name = order[phase][sample - max(begins, first_sample)]  # as that phase by itself has it
+        assert mixture.names[located.datasets[place]] == name
+        rows, size = seen[name], sizes[name]
+        assert located.epochs[place] == len(rows) // size
+        assert located.rows[place] not in rows[len(rows) // size * size :]
+        rows.append(int(located.rows[place]))
+        if sample % 7 == 0:
+            assert mixture.schedule.counts(sample + 1).tolist() == [len(seen[name]) for name in mixture.names]
+    again = Mixture(sizes, first, 3, changes=changes[::-1], first_sample=first_sample)
+    assert again.locate(299).row == located.rows[-1]
+    assert again.fingerprint == mixture.fingerprint
+    if mixture.schedule.first_samples.tolist() != [0]:
+        assert mixture.fingerprint != Mixture(sizes, first, 3).fingerprint
+
+
+def test_the_order_of_older_checkpoints_is_kept():
+    """Figures of version 0.1 before weights could change: a run of today goes on with its checkpoints."""
+    mixture = Mixture({"a": 100, "b": 5}, {"a": 1, "b": 3}, 7, "s", {"b": Cursor("x", 2)})
+    assert mixture.fingerprint == "834d4fdc836ab09072a5a847c0c20ff3"
+    rows = [2, 84, 3, 4, 3, 32, 1, 0, 2, 1, 4, 1, 2, 97, 3, 0, 4, 98, 4, 2, 3, 21, 0, 1, 4, 96, 3, 1, 0, 11]
+    assert mixture.locate_many(np.arange(30)).rows.tolist() == rows
+
+
 def test_access_order_and_key_order_do_not_matter():
     sizes, weights = {"b": 70, "a": 30, "c": 9}, {"a": 0.2, "b": 0.5, "c": 0.3}
     mixture = Mixture(sizes, weights, seed=5)
@@ -143,6 +182,11 @@ def test_one_epoch_has_its_own_key_in_a_vectorised_call():
     epochs = np.array([0, 1, 2, 1])
     keys = epoch_keys(7, epochs)
     together = permute(np.array([3, 3, 3, 4]), 50, keys)
+    sizes = np.array([50, 50, 9, 1 << 40])
+    assert permute(np.array([3, 3, 3, 4]), sizes, keys).tolist() == [
+        int(permute(np.array([index]), int(size), int(key))[0])
+        for index, size, key in zip([3, 3, 3, 4], sizes, keys, strict=True)
+    ]
     assert together.tolist() == [
         int(permute(np.array([index]), 50, int(key))[0]) for index, key in zip([3, 3, 3, 4], keys, strict=True)
     ]

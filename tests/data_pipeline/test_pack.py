@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from packed_samples import VOCABULARY, Corpus, captioned, mixed_sources, text, video, write_sources, write_token_file
 
 from data_pipeline.packing import pack as pack_module
+from data_pipeline.packing.held_out import HeldOutSet, check_kept_apart, sets_of, validate
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
 from data_pipeline.packing.subsets import closest_pair, dearest, fullest
@@ -27,7 +29,7 @@ from data_pipeline.storage.folder_claim import claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset, read_dataset_manifest
 from data_pipeline.storage.segments import Flag, Kind
-from model.errors import UserError
+from model.errors import Problems, UserError
 
 CONFIG = PackConfig(sequence_length=512, rows_per_shard=16, window_rows=8, seed=3)
 
@@ -54,7 +56,8 @@ def packed(sources, tmp_path_factory) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     """But for the lock, which names the process that held it."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def all_documents(sources: dict[str, Path]) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -424,6 +427,64 @@ def test_a_filler_is_cut_at_the_last_place_allowed(specs, data):
         allowed |= {first, end} | (set(range(first, end)) if segment["flags"] & Flag.SPLITTABLE else set())
     best = max((place - start for place in allowed if 0 <= place - start <= limit), default=0)
     assert pool.cut(Piece(0, start, total - start), limit) == best
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    share=st.sampled_from([0.0, 0.05, 0.5]),
+    listed=st.sets(st.integers(0, 23), max_size=3),
+    removed=st.sets(st.integers(0, 23), max_size=2),
+    seed=st.integers(0, 3),
+)
+def test_documents_held_out_are_in_no_row_that_is_trained_on(few, tmp_path_factory, share, listed, removed, seed):
+    target = tmp_path_factory.mktemp("held_out")
+    config = PackConfig(sequence_length=128, rows_per_shard=4, window_rows=2, seed=seed)
+    sets = {"listed": HeldOutSet(documents=frozenset(listed))} if listed - removed else {}
+    sets |= {"some": HeldOutSet(share=share)} if share else {}
+    taken = set(np.flatnonzero(HeldOutSet(share).takes("some", np.arange(24, dtype=np.uint64))).tolist())
+    if share and not taken - listed - removed:
+        with pytest.raises(UserError, match="no document is held out for 'some'"):
+            pack(few, target, config, frozenset(removed), sets)
+        return
+    summary = pack(few, target, config, frozenset(removed), sets)
+    before = content(target)
+    parts = {"": target} | {name: target / "held_out" / name for name in sets}
+    found = {name: set(pieces_by_document(PackedDataset(folder))) for name, folder in parts.items()}
+    assert sorted(one for ids in found.values() for one in ids) == sorted(set(range(24)) - removed)
+    assert found.get("listed", set()) == listed - removed
+    assert summary.held_out == {name: len(found[name]) for name in sets}
+    # Another pool, order and row length: the share takes the same documents.
+    if share == 0.5:
+        folder, other = tmp_path_factory.mktemp("other"), replace(config, seed=9, sequence_length=256)
+        pack({"a": few["a"]}, folder, other, held_out={"some": sets["some"]})
+        again = set(pieces_by_document(PackedDataset(folder / "held_out" / "some")))
+        assert found["some"] & set(range(12)) == again - removed - listed
+    manifests = {name: json.loads((folder / "dataset.json").read_text()) for name, folder in parts.items()}
+    for name in sets:
+        check_kept_apart({"mine": manifests[""]}, manifests[name], parts[name])
+        with pytest.raises(UserError, match="trained on documents that the validation set holds"):
+            check_kept_apart({"mine": manifests[""] | {"held_out": {}}}, manifests[name], parts[name])
+    pack(few, target, config, frozenset(removed), sets)
+    assert content(target) == before
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> dict[str, Path]:
+    """Documents 0 to 11 in source a, 12 to 23 in b; one in three is longer than a row."""
+    specs = [text(20 + 60 * (number % 3)) if number % 2 else captioned(5, 20) for number in range(12)]
+    return write_sources(tmp_path_factory.mktemp("few"), {"a": specs, "b": specs})
+
+
+def test_a_share_takes_its_share_and_sets_are_apart():
+    ids = np.arange(200_000, dtype=np.uint64)
+    sets = {"one": HeldOutSet(share=0.01), "two": HeldOutSet(share=0.01), "list": HeldOutSet(documents=frozenset({5}))}
+    numbers = sets_of(sets, ids)
+    counts = np.bincount(numbers)
+    assert counts[1] == 1
+    assert counts[2:] == pytest.approx([2000, 1980], rel=0.1)
+    problems = Problems()
+    validate({"..": HeldOutSet(share=0.1), "a": HeldOutSet(), "b": HeldOutSet(share=1.0)}, problems)
+    assert len(problems.found) == 3
 
 
 def test_disagreeing_token_files_are_refused_and_listed(sources, tmp_path):

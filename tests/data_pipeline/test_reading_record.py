@@ -17,25 +17,33 @@ from data_pipeline.storage.format import FORMAT_VERSION
 from model.checkpoint.manifest import manifest_checksum
 from model.errors import UserError
 from training.config import DatasetEntry, StageConfig, TrainConfig
-from training.objectives.rows_read import RECORD_KEY, coverage_of_stage, rows_read_before
+from training.objectives.rows_read import (
+    RECORD_KEY,
+    beginning_of_other_data,
+    coverage_of_stage,
+    data_changes,
+    rows_read_before,
+)
 from training.stage import finished_summary
 
 NAMES = ("a", "b", "c")
 SIZES = st.fixed_dictionaries({name: st.integers(1, 60) for name in NAMES})
+WEIGHTS = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
+# `changed`: the sample at which the data are opened anew, with other weights; `later`: the weights after 40 samples.
 STAGE = st.fixed_dictionaries(
-    {"weights": st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any), "samples": st.integers(0, 90)}
+    {"weights": WEIGHTS, "samples": st.integers(0, 90), "changed": st.integers(0, 90), "later": WEIGHTS}
 )
 
 
-def mixture_of(sizes: dict[str, int], weights: list[float], stage: str, before: dict[str, Cursor], seed: int = 7):
+def mixture_of(sizes: dict[str, int], weights: list[float], stage: str, before: dict[str, Cursor], **changes):
     """A stage over datasets whose fingerprints are "of a"...; returns the mixture and its record."""
     cursors = {name: before[f"of {name}"] for name in sizes if f"of {name}" in before}
-    mixture = Mixture(sizes, dict(zip(sizes, weights, strict=True)), seed, stage, cursors)
+    mixture = Mixture(sizes, dict(zip(sizes, weights, strict=True)), 7, stage, cursors, **changes)
     return mixture, ReadingRecord.of(mixture, {name: f"of {name}" for name in sizes}, before)
 
 
 def read(mixture: Mixture, num_samples: int) -> list[tuple[str, int]]:
-    located = mixture.locate_many(np.arange(num_samples))
+    located = mixture.locate_many(np.arange(mixture.first_sample, max(mixture.first_sample, num_samples)))
     return [(mixture.names[dataset], row) for dataset, row in zip(located.datasets, located.rows.tolist(), strict=True)]
 
 
@@ -46,7 +54,15 @@ def test_rows_come_once_an_epoch_across_the_stages(sizes, stages):
     seen: Counter[tuple[str, int]] = Counter()
     totals: Counter[str] = Counter()
     for number, stage in enumerate(stages):
+        # In the middle of the stage its data change: what was read of each dataset stays read.
+        changed = min(stage["changed"], stage["samples"])
         mixture, record = mixture_of(sizes, stage["weights"], f"stage_{number}", before)
+        seen.update(read(mixture, changed))
+        totals.update(name for name, _ in read(mixture, changed))
+        later = [(40, dict(zip(sizes, stage["later"], strict=True)))]
+        mixture, record = mixture_of(
+            sizes, stage["weights"], f"stage_{number}", record.after(changed), changes=later, first_sample=changed
+        )
         record = ReadingRecord.from_dict(json.loads(json.dumps(record.to_dict())))
         rows = read(mixture, stage["samples"])
         by_name = Counter(name for name, _ in rows)
@@ -117,7 +133,7 @@ def config_of(run_folder: Path, initialize_from: str | None) -> TrainConfig:
 
 
 def test_a_stage_goes_on_behind_the_checkpoint_that_it_starts_from(tmp_path: Path, record: ReadingRecord):
-    assert rows_read_before(config_of(tmp_path, None)) == {}
+    assert rows_read_before(config_of(tmp_path, None)) == (0, {})
     write_checkpoint(tmp_path / "pretrain_1", 10, consumed_samples=20, **{RECORD_KEY: record.to_dict()})
     config = config_of(tmp_path, str(tmp_path / "pretrain_1"))
     expected = {
@@ -125,13 +141,13 @@ def test_a_stage_goes_on_behind_the_checkpoint_that_it_starts_from(tmp_path: Pat
         "of b": Cursor("7/pretrain_1/b", 5),
         "of c": Cursor("7/zero/c", 5),
     }
-    assert rows_read_before(config) == expected
+    assert rows_read_before(config) == (0, expected)
     assert coverage_of_stage(tmp_path / "pretrain_1")["a"] == {"num_rows": 30, "rows_read": 15, "epochs": 0.5}
     # A resumed stage begins where it began, whatever has become of the other one.
     _, own = mixture_of({"a": 30}, [1], "pretrain_2", expected)
     write_checkpoint(tmp_path / "pretrain_2", 3, consumed_samples=6, **{RECORD_KEY: own.to_dict()})
     write_checkpoint(tmp_path / "pretrain_1", 20, consumed_samples=40, **{RECORD_KEY: record.to_dict()})
-    assert rows_read_before(config) == expected
+    assert rows_read_before(config) == (0, expected)
     assert coverage_of_stage(tmp_path / "pretrain_2")["a"]["rows_read"] == 21
 
 
@@ -143,19 +159,43 @@ def test_a_dataset_is_read_no_more_often_than_is_allowed(record: ReadingRecord):
         record.refuse_repetition(44, {"a": 2, "b": 1})
     assert caught.value.where == "stage.data.datasets.b.max_epochs"
     assert "b 1.1 times (10 rows)" in caught.value.got
-    assert "about 40 in place of 44" in caught.value.fix
+    assert "(42 in place of 44)" in caught.value.fix
+    record.refuse_repetition(42, {"a": 2, "b": 1})
     before = record.after(40)
     _, later = mixture_of({"a": 30, "b": 10}, [1, 1], "pretrain_2", before)
     later.refuse_repetition(20, {"a": 2, "b": 2})
     with pytest.raises(UserError, match="more often than is allowed") as caught:
         later.refuse_repetition(22, {"a": 2, "b": 2})
-    assert "about 20 in place of 22" in caught.value.fix
+    assert "(21 in place of 22)" in caught.value.fix
+
+
+def test_other_data_begin_behind_the_newest_checkpoint_where_that_is_allowed(tmp_path: Path, record: ReadingRecord):
+    content = {"consumed_samples": 20, "data_fingerprint": "old", RECORD_KEY: record.to_dict()}
+    write_checkpoint(tmp_path / "pretrain_2", 10, **content)
+    config = config_of(tmp_path, None)
+    assert beginning_of_other_data(config, "new") is None
+    config.checkpoint.allow_data_change = True
+    assert beginning_of_other_data(config, "old") is None
+    found = beginning_of_other_data(config, "new")
+    assert found == (20, record.after(20))
+    sizes = {"a": 30, "b": 10, "new": 50}
+    _, changed = mixture_of(sizes, [1, 0, 1], "pretrain_2", found.cursors, first_sample=found.first_sample)
+    later = content | {"consumed_samples": 30, "data_fingerprint": "new", RECORD_KEY: changed.to_dict()}
+    assert data_changes(content, later) == [
+        "b: left out",
+        "new: added, 50 rows",
+        "shares by sample: {0: {'a': 0.75, 'b': 0.25}} -> {20: {'a': 0.5, 'new': 0.5}}",
+    ]
+    write_checkpoint(tmp_path / "pretrain_2", 15, **later)
+    assert beginning_of_other_data(config, "new") is None
+    assert rows_read_before(config) == (20, found.cursors)
+    assert changed.coverage(30)["a"]["rows_read"] == 15 + 5
 
 
 def test_checkpoints_without_a_record_have_read_nothing(tmp_path: Path):
     write_checkpoint(tmp_path / "converted", 0, consumed_samples=0)
-    assert rows_read_before(config_of(tmp_path, str(tmp_path / "converted"))) == {}
-    assert rows_read_before(config_of(tmp_path, str(tmp_path / "nothing"))) == {}
+    assert rows_read_before(config_of(tmp_path, str(tmp_path / "converted"))) == (0, {})
+    assert rows_read_before(config_of(tmp_path, str(tmp_path / "nothing"))) == (0, {})
     assert coverage_of_stage(tmp_path / "converted") == {}
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from data_pipeline.documents.builder import describe
 from data_pipeline.documents.templates import LayoutConfig
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, load_text_tokenizer, train_sentencepiece
-from data_pipeline.filters.base import FilterConfig
+from data_pipeline.filters.base import FilterChain, FilterConfig
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.storage.format import verify_outputs
 from data_pipeline.storage.segments import Flag, Kind
@@ -239,6 +239,25 @@ def test_filters_send_samples_to_the_quarantine(tmp_path: Path, text_tokenizer: 
     config = dataclasses.replace(CONFIG, filters=[FilterConfig("aspect_ratio", maximum=2.0)])
     result = tokenize_shard(shard, tmp_path / "tokens/000000", config, VOCABULARY, text_tokenizer, FakeVision())
     assert result.manifest["quarantined"] == {"filter_aspect_ratio": 1}
+    answer = command.run(command.Config(action="report", target=str(tmp_path / "tokens")))
+    assert answer["filters"] == {"aspect_ratio": {"asked": 5, "refused": 1}}
+    page = Path(answer["page"]).read_text()
+    assert "20.0%" in page
+    assert page.count("data:image/jpeg;base64,") == 5
+    with pytest.raises(UserError, match="no filter was asked"):
+        command.run(command.Config(action="report", target=str(tmp_path)))
+
+
+def test_tiers_are_filters_that_exist_and_give_way_to_ones_own(tmp_path: Path) -> None:
+    for tier in ("basic", "advanced"):
+        filters = command.with_tier(tier, [FilterConfig("duration", minimum=1.0)])
+        FilterChain(filters)
+        assert [one.minimum for one in filters if one.name == "duration"] == [1.0]
+        assert len(filters) >= 6
+    (tmp_path / "mine.yaml").write_text("filters: [{name: min_size, minimum: 7}]")
+    assert command.with_tier(str(tmp_path / "mine.yaml"), []) == [FilterConfig("min_size", minimum=7.0)]
+    with pytest.raises(UserError, match="no such tier"):
+        command.with_tier("best", [])
 
 
 def test_pictures_of_one_size_are_encoded_together(
@@ -419,7 +438,7 @@ def test_status_says_what_is_done_and_left(tmp_path: Path, text_folder: Path) ->
 def test_a_shard_that_was_given_up_is_passed_over_until_it_is_repaired(tmp_path: Path, text_folder: Path) -> None:
     write_text_shards(tmp_path / "raw", 2)
     config = text_config(tmp_path, text_folder)
-    job = command.plan_jobs(config.input, Path(config.target))[1]
+    job = command.plan_jobs(config, Path(config.target))[1]
     job.prefix.parent.mkdir(parents=True)
     with pytest.raises(UserError, match="all others are done"):
         command.note_poison([(job, "signal 9")])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.command_line import cli
 from launch.report.charts import line_chart, nice_ceiling, share_bars
-from launch.report.collect import MAX_CURVE_POINTS, collect, curve
+from launch.report.collect import MAX_CURVE_POINTS, collect, curve, shares_asked
 from launch.report.page import render_page
 from model.checkpoint.manifest import manifest_checksum
 
@@ -121,6 +121,15 @@ def run_folder(tmp_path):
     write_data(tmp_path)
     write_evaluations(tmp_path)
     return tmp_path
+
+
+def test_shares_that_change_within_a_stage_are_asked_for_on_the_mean():
+    data = {
+        "datasets": {"a": {"weight": 1.0}, "b": {"weight": 3.0}, "c": {"weight": 0.0}},
+        "weight_changes": {"late": {"from_step": 6, "weights": {"a": 0.0, "c": 1.0}}},
+    }
+    assert shares_asked(data, 6) == {"a": 0.25, "b": 0.75}
+    assert shares_asked(data, 8) == pytest.approx({"a": 0.1875, "b": 0.75, "c": 0.0625})
 
 
 def test_report_json_has_the_figures_and_keys(run_folder, capsys):

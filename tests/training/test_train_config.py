@@ -12,7 +12,16 @@ import yaml
 
 from model.errors import UserError
 from model.registry import find_class
-from training.config import CallbackEntry, DatasetEntry, TrainConfig, differences, from_dict, load_yaml, save_yaml
+from training.config import (
+    CallbackEntry,
+    DatasetEntry,
+    TrainConfig,
+    differences,
+    from_dict,
+    load_yaml,
+    results_of,
+    save_yaml,
+)
 from training.objectives.checks import complete, fixed_of, in_todays_form
 from training.objectives.registry import OBJECTIVES, OPTIONS
 from training.stage import validate
@@ -29,6 +38,45 @@ def good() -> TrainConfig:
 
 def test_a_good_one_passes():
     validate(good())
+
+
+def test_weights_may_change_within_a_stage_and_the_fingerprint_knows():
+    config = from_dict(
+        {
+            "stage": {
+                "data": {
+                    "datasets": {
+                        "one": {"path": "a", "weight": 3},
+                        "two": {"path": "b", "weight": 0},
+                        "off": {"weight": 0},
+                    },
+                    "weight_changes": {
+                        "last": {"from_step": 70, "weights": {"one": 0}},
+                        "first": {"from_step": 50, "weights": {"two": 1}},
+                    },
+                }
+            }
+        }
+    )
+    data = config.stage.data
+    assert data.weights_by_step() == [
+        (0, {"one": 3, "two": 0, "off": 0}),
+        (50, {"one": 3, "two": 1, "off": 0}),
+        (70, {"one": 0, "two": 1, "off": 0}),
+    ]
+    assert list(data.datasets_in_use()) == ["one", "two"]
+    before = config.fingerprint()
+    data.weight_changes["first"].from_step = 70
+    data.weight_changes["last"].weights = {"three": -1.0}
+    assert config.fingerprint() != before
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    for key in ("first.from_step", "last.from_step", "last.weights.three"):
+        assert f"stage.data.weight_changes.{key}: " in str(caught.value)
+    data.weight_changes = {}
+    plain, changed = config.to_dict(), config.to_dict()
+    del plain["stage"]["data"]["weight_changes"]  # a checkpoint of an older version
+    assert not differences(results_of(plain), results_of(changed))
 
 
 def test_every_problem_is_told_with_its_fix():

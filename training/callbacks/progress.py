@@ -77,13 +77,12 @@ def banner(run: RunView) -> list[str]:
     ranks = f"{parallel.world_size} rank{'s' * (parallel.world_size > 1)}"
     layout = " x ".join(f"{name} {getattr(parallel, name)}" for name in ("tensor", "pipeline", "context", "data"))
     lines = [f"{stage.name}: {stage.objective_name}, {stage.steps:,} steps of {stage.global_batch_size:,} samples"]
-    weights = {name: entry.weight for name, entry in stage.data.datasets.items() if entry.weight}
-    if weights:
-        total = sum(weights.values())
-        shares = ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items())
+    (_, weights), *changes = stage.data.weights_by_step()
+    if any(weights.values()):
         parameters = count_parameters(config.model)["total"]
         lines += [
-            f"  data     {shares}; rows of {stage.sequence_length:,} tokens",
+            f"  data     {shares_text(weights)}; rows of {stage.sequence_length:,} tokens",
+            *(f"           from step {step:,}: {shares_text(weights)}" for step, weights in changes),
             f"  model    {config.model.name}, {parameters:,} parameters",
         ]
     lines.append(f"  device   {device_name()}, {ranks} ({layout}), recompute {parallel.recompute}")
@@ -93,6 +92,11 @@ def banner(run: RunView) -> list[str]:
         f"  figures  {config.stage_folder / METRICS_NAME}{wandb_folder(config.stage_folder, config.logging.wandb_mode)}"
     )
     return lines
+
+
+def shares_text(weights: dict[str, float]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items() if weight)
 
 
 def wandb_folder(stage_folder: Path, mode: str) -> str:

@@ -74,7 +74,7 @@ class Dida(NextToken):
         rows = self.packed_rows(0, 1, num_rows=CALIBRATION_ROWS)
         try:
             found = []
-            for batch in rows.batch(0):
+            for batch in rows.batch(rows.mixture.first_sample):
                 images, tokens = find_images(batch, self.vocabulary), batch.tokens.reshape(-1)
                 for start, length, width in zip(images.starts, images.lengths, images.widths, strict=True):
                     block = tokens[start : start + length]

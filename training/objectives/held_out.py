@@ -10,6 +10,8 @@ import numpy as np
 
 from data_pipeline.loading.batch import MicroBatch
 from data_pipeline.loading.loader import PackedDataSource
+from data_pipeline.packing.held_out import check_kept_apart
+from data_pipeline.storage.packed_files import read_dataset_manifest
 from model.vocabulary import TokenClass, Vocabulary
 from training.config import TrainConfig
 from training.contracts.batches import Policy, Ranks
@@ -67,7 +69,7 @@ class Validation:
     """The sets of `stage.validation`, opened once, measured every `validation.every_steps` steps and at the end."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks):
-        """Raises `UserError` for a set that cannot be read or is of another length, vocabulary or tokenizer."""
+        """Raises `UserError` for a set that cannot be read or is of another length, vocabulary or tokenizer, or is trained on."""
         values = config.stage.objective_options
         known = {name: values[name] for name in ("document_attention",) if name in values}
         options = NextTokenOptions(**known)
@@ -77,6 +79,11 @@ class Validation:
         self.config, self.ranks = config, ranks
         self._inputs = NextToken(config, options)
         self._sets = {name: PackedRows(config, path, options) for name, path in config.stage.validation.items()}
+        training = {
+            name: read_dataset_manifest(entry.path) for name, entry in config.stage.data.datasets_in_use().items()
+        }
+        for path in config.stage.validation.values():
+            check_kept_apart(training, read_dataset_manifest(path), path)
 
     def is_due(self, step: int) -> bool:
         return step % self.config.validation.every_steps == 0 or step == self.config.stage.steps

@@ -17,12 +17,12 @@ from data_pipeline.storage.format import TOKENIZER_PATHS
 from data_pipeline.storage.packed_files import read_dataset_manifest
 from model.backbone.attention_plan import packed_documents
 from model.vocabulary import TokenClass, Vocabulary
-from training.config import DatasetEntry, TrainConfig
+from training.config import TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
 from training.contracts.results import StepResult
 from training.objectives.offline_rows import OfflineRows
-from training.objectives.rows_read import RECORD_KEY, rows_read_before
+from training.objectives.rows_read import RECORD_KEY, Beginning, beginning_of_other_data, rows_read_before
 from training.objectives.token_options import NextTokenOptions
 
 CHECKPOINT_KIND = "transformer"
@@ -58,10 +58,32 @@ class NextToken:
     ) -> PackedDataSource:
         """The stage's rows as this data-parallel rank reads them; with `num_rows` global batches of so many, unprefetched."""
         stage = self.config.stage
-        datasets = datasets_in_use(self.config)
-        rows = PackedDataSource(
+        datasets = stage.data.datasets_in_use()
+        rows = self._open(data_parallel_rank, data_parallel_size, num_rows, rows_read_before(self.config))
+        other = beginning_of_other_data(self.config, rows.fingerprint)
+        if other is not None:
+            rows.close()
+            rows = self._open(data_parallel_rank, data_parallel_size, num_rows, other)
+        if num_rows is None:
+            limits = {name: entry.max_epochs for name, entry in datasets.items()}
+            rows.record.refuse_repetition(stage.steps * stage.global_batch_size, limits)
+        self.source_names = rows.source_names
+        run_folder, folders = Path(self.config.run_folder), [entry.path for entry in datasets.values()]
+        self._data = tokenizers_of(folders, run_folder) | {RECORD_KEY: rows.record.to_dict()}
+        return rows
+
+    def _open(
+        self, data_parallel_rank: int, data_parallel_size: int, num_rows: int | None, beginning: Beginning
+    ) -> PackedDataSource:
+        stage = self.config.stage
+        datasets = stage.data.datasets_in_use()
+        (_, weights), *changes = [
+            (step * stage.global_batch_size, {name: weights[name] for name in datasets})
+            for step, weights in stage.data.weights_by_step()
+        ]
+        return PackedDataSource(
             datasets={name: entry.path for name, entry in datasets.items()},
-            weights={name: entry.weight for name, entry in datasets.items()},
+            weights=weights,
             seed=self.config.seed,
             sequence_length=stage.sequence_length,
             global_batch_size=num_rows or stage.global_batch_size,
@@ -73,15 +95,10 @@ class NextToken:
             vocabulary=self.vocabulary,
             prefetch_batches=0 if num_rows else stage.data.prefetch_batches,
             stage=stage.name,
-            read_before=rows_read_before(self.config),
+            read_before=beginning.cursors,
+            weight_changes=changes,
+            first_sample=beginning.first_sample,
         )
-        if num_rows is None:
-            limits = {name: entry.max_epochs for name, entry in datasets.items()}
-            rows.record.refuse_repetition(stage.steps * stage.global_batch_size, limits)
-        self.source_names = rows.source_names
-        run_folder, folders = Path(self.config.run_folder), [entry.path for entry in datasets.values()]
-        self._data = tokenizers_of(folders, run_folder) | {RECORD_KEY: rows.record.to_dict()}
-        return rows
 
     def inputs(self, batch: MicroBatch) -> ModelInput:
         return ModelInput(
@@ -160,11 +177,6 @@ class NextToken:
 
     def final_metrics(self) -> dict[str, float]:
         return {}
-
-
-def datasets_in_use(config: TrainConfig) -> dict[str, DatasetEntry]:
-    """Those of the mixture with a weight: 0 leaves a dataset out, which then need not exist."""
-    return {name: entry for name, entry in config.stage.data.datasets.items() if entry.weight != 0}
 
 
 def tokenizers_of(datasets: Sequence[str], run_folder: Path) -> dict[str, Any]:

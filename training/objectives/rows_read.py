@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.loading.mixture import Cursor
 from data_pipeline.loading.reading_record import ReadingRecord
@@ -15,27 +16,83 @@ from training.config import TrainConfig
 RECORD_KEY = "data_read"  # of a checkpoint's manifest: `ReadingRecord.to_dict`
 
 
-def rows_read_before(config: TrainConfig) -> dict[str, Cursor]:
+class Beginning(NamedTuple):
+    """Where an order of rows begins: the stage's first sample in it, and what had been read, by fingerprint."""
+
+    first_sample: int
+    cursors: dict[str, Cursor]
+
+
+def rows_read_before(config: TrainConfig) -> Beginning:
     """Where the stages before this one stopped in every dataset, by the datasets' fingerprints.
 
-    A stage that has checkpoints of its own goes on as it began. Another one goes on behind the checkpoint that it
-    starts from; fresh weights, and weights that were not trained on packed rows, have read nothing.
+    A stage that has checkpoints of its own goes on as it began, or as it was changed. Another one goes on behind the
+    checkpoint that it starts from; fresh weights, and weights that were not trained on packed rows, have read nothing.
     """
-    for folder in list_checkpoints(config.stage_folder):
-        try:
-            own = read_manifest(folder)
-        except UserError:  # resuming says what is wrong with it
-            continue
-        return ReadingRecord.from_dict(own[RECORD_KEY]).before if RECORD_KEY in own else {}
+    own = _own_manifest(config)
+    if own is not None:
+        if RECORD_KEY not in own:
+            return Beginning(0, {})
+        record = ReadingRecord.from_dict(own[RECORD_KEY])
+        return Beginning(record.first_sample, record.before)
     if config.stage.initialize_from is None:
-        return {}
+        return Beginning(0, {})
     try:
         manifest = read_manifest(latest_checkpoint(Path(config.stage.initialize_from)))
     except UserError:  # loading the weights says what is wrong with it
-        return {}
+        return Beginning(0, {})
     if RECORD_KEY not in manifest:
-        return {}
-    return ReadingRecord.from_dict(manifest[RECORD_KEY]).after(int(manifest["consumed_samples"]))
+        return Beginning(0, {})
+    return Beginning(0, ReadingRecord.from_dict(manifest[RECORD_KEY]).after(int(manifest["consumed_samples"])))
+
+
+def beginning_of_other_data(config: TrainConfig, fingerprint: str) -> Beginning | None:
+    """Where a stage goes on whose data, now of this fingerprint, are not those of its newest checkpoint.
+
+    Behind that checkpoint: what was read of each dataset stays read. None where nothing changed, where no change is
+    allowed, and where the checkpoint does not say what it had read.
+    """
+    own = _own_manifest(config) if config.checkpoint.allow_data_change else None
+    if own is None or RECORD_KEY not in own or own["data_fingerprint"] == fingerprint:
+        return None
+    consumed_samples = int(own["consumed_samples"])
+    return Beginning(consumed_samples, ReadingRecord.from_dict(own[RECORD_KEY]).after(consumed_samples))
+
+
+def data_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What of the data differs between two manifests' records, a line each."""
+    lines = []
+    before, after = (manifest.get(RECORD_KEY, {}).get("datasets", {}) for manifest in (old, new))
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
+            lines.append(f"{name}: added, {after[name]['num_rows']:,} rows")
+        elif name not in after:
+            lines.append(f"{name}: left out")
+        elif before[name]["fingerprint"] != after[name]["fingerprint"]:
+            lines.append(f"{name}: other rows, {before[name]['num_rows']:,} -> {after[name]['num_rows']:,}")
+    shares = [_shares_of(manifest.get(RECORD_KEY, {})) for manifest in (old, new)]
+    return lines if shares[0] == shares[1] else [*lines, f"shares by sample: {shares[0]} -> {shares[1]}"]
+
+
+def _shares_of(record: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    """By the sample from which on they hold."""
+    first = {name: entry["share"] for name, entry in record.get("datasets", {}).items()}
+    phases = [(record.get("first_sample", 0), first), *record.get("changes", ())]
+    return {
+        int(sample): {name: round(share / sum(shares.values()), 4) for name, share in shares.items() if share}
+        for sample, shares in phases
+    }
+
+
+def _own_manifest(config: TrainConfig) -> dict[str, Any] | None:
+    """Of the newest checkpoint of this stage that has a readable one."""
+    for folder in list_checkpoints(config.stage_folder):
+        try:
+            manifest: dict[str, Any] = read_manifest(folder)
+        except UserError:  # resuming says what is wrong with it
+            continue
+        return manifest
+    return None
 
 
 def coverage_of_stage(stage_folder: Path) -> dict[str, dict[str, float]]:

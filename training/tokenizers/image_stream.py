@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.loading.read_ahead import Readers
 from data_pipeline.sources.image import ImageConfig, smart_resize
 from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from data_pipeline.sources.shards import DamageError, places_in
 from data_pipeline.storage.descriptors import read_exactly
+from data_pipeline.storage.read_ahead import Readers
 from model.errors import UserError
 from training.tokenizers.image_data import (
     BATCH_STREAM,

@@ -153,7 +153,8 @@ class TokenStep:
         return hidden + self._summed(functional.linear(functional.silu(gate) * up, layer.down))
 
     def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden, hidden.shape[-1:], weight, self.epsilon)
+        normed: torch.Tensor = self.norm(hidden, hidden.shape[-1:], weight, self.epsilon)
+        return normed
 
     def _summed(self, partial: torch.Tensor) -> torch.Tensor:
         whole: torch.Tensor = reduce_from_tensor_model_parallel_region(partial) if self.is_split else partial
@@ -167,5 +168,5 @@ def plain_norm(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | Non
     """
     size = shape[0]
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    normed = x * length.hypot_(length.new_tensor((size * epsilon) ** 0.5)).reciprocal_().mul_(size**0.5)
+    normed: torch.Tensor = x * length.hypot_(length.new_tensor((size * epsilon) ** 0.5)).reciprocal_().mul_(size**0.5)
     return normed if weight is None else normed.mul_(weight)

@@ -195,7 +195,8 @@ class ImageRun:
 
     def mask_number(self, is_code: bool) -> int:
         """As `ImageGrammar.mask_numbers`."""
-        return int(Phase.CODES if is_code else Phase.ROW_END) * 2**HEADER_SIZE
+        phase: Phase = Phase.CODES if is_code else Phase.ROW_END
+        return phase.value * int(2**HEADER_SIZE)
 
 
 class _Unread:

@@ -74,7 +74,9 @@ def read_lines(picture: np.ndarray) -> list[Line]:
 def read_one_line(picture: np.ndarray) -> str:
     """The text of a picture uint8 [H, W, 3] that is one line of it; empty where the reader is not sure of it."""
     found = reader(one_line=True)(as_bgr(picture))
-    return "".join(text for text, score in zip(found.txts or (), found.scores, strict=True) if score >= SURE)
+    if not found.txts:
+        return ""
+    return "".join(text for text, score in zip(found.txts, found.scores, strict=True) if score >= SURE)
 
 
 def as_bgr(picture: np.ndarray) -> np.ndarray:

@@ -52,6 +52,17 @@ def test_text_is_read_and_text_too_much_costs():
     assert crowded == pytest.approx(placed / 2, abs=0.1)
 
 
+def test_one_line_is_read_without_looking_for_lines():
+    hello, more = written(("HELLO", 4, 8)), written(("HELLO", 4, 8), ("THERE", 4, 56))
+    line = Answer("t2i", images=[hello[4:40]], fields={"text": "HELLO"})
+    assert score("text_rendering", line, one_line=True) == [1.0]
+    both = Answer("t2i", images=[more], fields={"text": "HELLO THERE"})
+    assert score("text_rendering", both) == [1.0]  # the reader that both share looks for lines again
+    assert (
+        make_reward("text_rendering", {}, "x").version != make_reward("text_rendering", {"one_line": True}, "x").version
+    )
+
+
 def test_likeness_is_symmetric():
     assert likeness("kitten", "sitting") == likeness("sitting", "kitten") == pytest.approx(1 - 3 / 7)
     assert (likeness("", ""), likeness("a", ""), likeness("Ａ ｂ", "Ab")) == (1.0, 0.0, 1.0)

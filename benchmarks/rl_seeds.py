@@ -28,6 +28,7 @@ CONTROLS = {
     "flipped": [f"{SIGNAL}.path=benchmarks.rl_seeds.Flipped", f"{SIGNAL}.options={{}}", f"{SIGNAL}.range=[-1.0,0.0]"],
     "shuffled": ["stage.objective.prompts.t2i.options={shuffled: true}"],
 }
+UNGUARDED = "reliability.spike_factor=0"  # what the controls learn is no good, and is to be seen
 READER = f"{ShapesReader.__module__}.{ShapesReader.__name__}"
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     before = measure(options.run_folder, "toy_rl_start")
     plans = {f"seed_{seed}": (seed, []) for seed in range(options.seeds)} | {
-        name: (0, CONTROLS[name]) for name in options.controls
+        name: (0, [*CONTROLS[name], UNGUARDED]) for name in options.controls
     }
     found: dict[str, Any] = {"before": before}
     print(json.dumps({"before": before}), flush=True)

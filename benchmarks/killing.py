@@ -89,8 +89,11 @@ class Command:
         workers = [one for one in members if one.pid != self.process.pid]
         if victim == "worker" and not workers:
             victim = "parent"
-        chosen = {"parent": [self.process.pid], "worker": [], "group": [one.pid for one in members]}[victim]
-        hits = [self._kill(process_id, number) for process_id in chosen or [draw.choice(workers).pid]]
+        if victim == "worker":
+            chosen = [draw.choice(workers).pid]
+        else:
+            chosen = [self.process.pid] if victim == "parent" else [one.pid for one in members]
+        hits = [self._kill(process_id, number) for process_id in chosen]
         if not any(hits):
             return False
         key = f"{victim} {number.name}"

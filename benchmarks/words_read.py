@@ -13,7 +13,8 @@ import argparse
 import json
 import time
 
-from examples.words_world.tasks import Drawn, WordsTask
+from examples.words_world.tasks import WordsTask
+from examples.words_world.writing import draw
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     task = WordsTask(num_prompts=options.sheets, one_line=not options.search)
     prompts = task.prompts()
-    pictures = Drawn().answers(prompts, list)
+    pictures = [[draw(prompt.target)] for prompt in prompts]
     task.judge(prompts[0], pictures[0], "")  # loads the networks
     started = time.process_time()
     scores = [float(task.judge(prompt, shown, "")) for prompt, shown in zip(prompts, pictures, strict=True)]

@@ -40,7 +40,8 @@ MODEL += ["model.vocabulary.visual_size=64"]
 
 
 LOG = "log.txt"  # of a command, in the folder that it works in
-TIMED = ("*.log", "metrics.jsonl", "events.jsonl", "events.out.*")  # lines of a killed try stay in them
+# Lines of a killed try stay in them, and the executor of `tokenize` logs the tasks of each start.
+TIMED = ("*.log", "metrics.jsonl", "events.jsonl", "events.out.*", "logs/completions/*", "logs/stats/*")
 
 Arguments = Callable[[Path], list[str]]  # of a command, by the folder that it works in
 

@@ -30,6 +30,9 @@ from launch.report.progress import stage_progress
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
 
+PUBLISHES_AT_ONCE = (
+    "convert",
+)  # commands whose target is there whole or not at all, and which refuse one that is there
 STATE_VERSION = 1
 Composed = dict[str, list[Any]]  # configurations of the calls, by entry
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
@@ -343,11 +346,16 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
             f"{name} is still running", got=f"process {int(record.process[0])}", fix="wait for it or end it"
         )
     fingerprint = curriculum.fingerprint(name)
+    if has_published(curriculum, name):
+        record.exit_code = conclude(curriculum, name, 0, label)
+        curriculum.save()
+        say(f"{label}: done, it had published its outputs when it was cut off")
+        return record.exit_code
     if fingerprint != record.fingerprint or name in curriculum.config.force:
         supersede(curriculum.folder, name, entry.outputs)
         record.wall_seconds, record.peak_memory_bytes = 0.0, 0
     record.fingerprint, record.arguments = fingerprint, command_line(entry, *insisting(curriculum.config, entry))
-    record.state, record.exit_code, record.started_at = "running", None, time.time()
+    record.state, record.exit_code, record.started_at, record.outputs = "running", None, time.time(), {}
     say(f"{label}: starts")
 
     def note_process(pid: int) -> None:
@@ -362,19 +370,38 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
     record.process, record.exit_code = [], outcome.exit_code
     record.wall_seconds += outcome.wall_seconds
     record.peak_memory_bytes = max(record.peak_memory_bytes, outcome.peak_memory_bytes)
+    exit_code = conclude(curriculum, name, outcome.exit_code, label)
+    curriculum.save()
+    memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
+    ending = "done" if exit_code == 0 else f"{record.state} with exit code {outcome.exit_code}, log {log}"
+    say(f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})")
+    return exit_code
+
+
+def has_published(curriculum: Curriculum, name: str) -> bool:
+    """An entry that was cut off when its outputs were whole: a command that publishes at once would refuse them now."""
+    entry, record = curriculum.config.entries[name], curriculum.records[name]
+    return (
+        record.state == "running"
+        and entry.command in PUBLISHES_AT_ONCE
+        and not entry.each
+        and name not in curriculum.config.force
+        and record.fingerprint == curriculum.fingerprint(name)
+        and curriculum.outputs_present(name)
+    )
+
+
+def conclude(curriculum: Curriculum, name: str, exit_code: int, label: str) -> int:
+    """Records what an entry has written, and how it ended. Returns its exit code, 1 where an output is missing."""
+    entry, record = curriculum.config.entries[name], curriculum.records[name]
     record.outputs = {output: list(measure(curriculum.folder / output)) for output in entry.outputs}
-    exit_code = outcome.exit_code
     if exit_code == 0 and not curriculum.outputs_present(name):
         missing = [output for output, (files, _) in record.outputs.items() if files == 0]
         say(f"{label}: ended well but did not write {', '.join(missing)}")
         exit_code = 1
     record.state = {0: "done", 3: "stopped"}.get(exit_code, "failed")
     if exit_code == 0:
-        record.result = new_result(fingerprint)
-    curriculum.save()
-    memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
-    ending = "done" if exit_code == 0 else f"{record.state} with exit code {outcome.exit_code}, log {log}"
-    say(f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})")
+        record.result = new_result(record.fingerprint)
     return exit_code
 
 

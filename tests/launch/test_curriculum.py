@@ -181,6 +181,23 @@ def test_an_interrupted_entry_is_continued_not_started_anew(make, tmp_path):
     assert not (Path(config.run_folder) / "superseded").exists()
 
 
+def test_a_conversion_that_was_cut_off_behind_its_end_is_done(tmp_path):
+    """It publishes a whole folder at once, and refuses one that is there: what would refuse it for ever is told and taken."""
+    target = tmp_path / "run" / "fresh"
+    entry = EntryConfig(command="convert", overrides=["action=nothing", f"target={target}"], outputs=["fresh"])
+    config = CurriculumConfig(name="test", run_folder=str(tmp_path / "run"), entries={"fresh": entry})
+    assert run_curriculum(config)["entries"][0]["state"] == "failed"
+    path = tmp_path / "run" / "curriculum.json"
+    state = json.loads(path.read_text())
+    state["entries"]["fresh"] |= {"state": "running", "process": [2**22 + 1, 0.0]}
+    path.write_text(json.dumps(state))
+    assert run_curriculum(config)["entries"][0]["state"] == "failed"  # nothing was published: it ran again
+    path.write_text(json.dumps(state))
+    target.mkdir()
+    (target / "manifest.json").write_text("{}")
+    assert run_curriculum(config)["entries"][0]["state"] == "done"
+
+
 SLEEPER = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))

@@ -30,6 +30,7 @@ from launch.report.progress import stage_progress
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
 
+SIGNALLED = 128  # exit codes above it are those of processes that a signal ended
 PUBLISHES_AT_ONCE = (
     "convert",
 )  # commands whose target is there whole or not at all, and which refuse one that is there
@@ -381,8 +382,9 @@ def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
 def has_published(curriculum: Curriculum, name: str) -> bool:
     """An entry that was cut off when its outputs were whole: a command that publishes at once would refuse them now."""
     entry, record = curriculum.config.entries[name], curriculum.records[name]
+    was_cut_off = record.state == "running" or (record.exit_code or 0) > SIGNALLED
     return (
-        record.state == "running"
+        was_cut_off
         and entry.command in PUBLISHES_AT_ONCE
         and not entry.each
         and name not in curriculum.config.force

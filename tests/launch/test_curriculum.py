@@ -192,10 +192,15 @@ def test_a_conversion_that_was_cut_off_behind_its_end_is_done(tmp_path):
     state["entries"]["fresh"] |= {"state": "running", "process": [2**22 + 1, 0.0]}
     path.write_text(json.dumps(state))
     assert run_curriculum(config)["entries"][0]["state"] == "failed"  # nothing was published: it ran again
-    path.write_text(json.dumps(state))
     target.mkdir()
     (target / "manifest.json").write_text("{}")
-    assert run_curriculum(config)["entries"][0]["state"] == "done"
+    for cut_off in ({}, {"state": "failed", "exit_code": 137, "process": []}):
+        state["entries"]["fresh"] |= cut_off
+        path.write_text(json.dumps(state))
+        assert run_curriculum(config)["entries"][0]["state"] == "done"
+    state["entries"]["fresh"] |= {"exit_code": 2}  # of its own accord
+    path.write_text(json.dumps(state))
+    assert run_curriculum(config)["entries"][0]["state"] == "failed"
 
 
 SLEEPER = """

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from model.durable import lock
 from model.parallel import cpu_backend, groups
 
 if not cpu_backend.has_accelerator():
@@ -42,6 +43,7 @@ from training.engines.deepspeed.parallel_unit import ParallelUnit
 # table is first read, and builds the one named here, which serves its own inference only, whenever it can.
 EXTENSIONS = {"deepspeed_shm_comm": False}
 log = logging.getLogger(__name__)
+COMPILE_SECONDS = 900.0  # it took 150 s on a core that others used
 # What DeepSpeed keeps of process groups in the module `deepspeed.utils.groups`.
 _KEPT_GROUPS = ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "mpu", "mesh_device")
 
@@ -126,8 +128,17 @@ def load_compiled_adam() -> None:
     if beside not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), beside))
     from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import get_default_build_root
 
-    CPUAdamBuilder().load(verbose=False)
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    waited_for = "another process compiles DeepSpeed's Adam"
+    fix = "wait for it, or deepspeed.compiled_adam=false"
+    with lock(root / "nextstate.lock", waited_for, fix=fix, waiting_seconds=COMPILE_SECONDS):
+        # torch waits for ever for the lock of a process that was killed while it compiled. Whoever is here is alone.
+        for left in root.glob("**/cpu_adam/lock"):
+            left.unlink()
+        CPUAdamBuilder().load(verbose=False)
 
 
 def partitioned(settings: dict[str, Any]) -> Any:

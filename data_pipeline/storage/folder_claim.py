@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import platform
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from model.durable import is_named
 from model.errors import UserError
 
 LOCK_NAME = ".lock"
+_REMOVAL_ATTEMPTS = 4
 _PATIENCE_SECONDS = 2.0  # for another one to write its claim down, or to end after it was killed
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _log = logging.getLogger(__name__)
@@ -37,11 +39,21 @@ def claim_folder(folder: Path, work: str, configuration: str | None = None) -> I
     try:
         yield
     finally:
-        # The last one takes the file away, while nobody else can hold it.
-        if is_held and _try_lock(descriptor, fcntl.LOCK_EX) and is_named(descriptor, path):
-            with contextlib.suppress(OSError):  # read-only by now
-                path.unlink()
+        if is_held:
+            _remove_as_last(descriptor, path)
         os.close(descriptor)
+
+
+def _remove_as_last(descriptor: int, path: Path) -> None:
+    """The last one takes the file away, while nobody else can hold it. Two who end at once are each in the other's way."""
+    for attempt in range(_REMOVAL_ATTEMPTS):
+        if _try_lock(descriptor, fcntl.LOCK_EX):
+            with contextlib.suppress(OSError):  # read-only by now
+                if is_named(descriptor, path):
+                    path.unlink()
+            return
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(random.uniform(0, 0.01 * (attempt + 1)))
 
 
 def _claim(path: Path, work: str, configuration: str | None) -> tuple[int, bool]:

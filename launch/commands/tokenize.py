@@ -65,7 +65,7 @@ class Config(TokenizeConfig):
     workers: int = 1  # tasks at a time, each a process
     num_tasks: int = 0  # groups of shards; 0: chosen
     task: int = -1  # do the shards of this group only, as one task of a job array; -1: all groups
-    filter_tier: str | None = None  # basic | advanced, of conf/filters, or a file like them; before `filters`
+    filter_tier: str | None = None  # basic | advanced, of conf/filter_tiers, or a file like them; before `filters`
     executor: str = "auto"  # auto | local | datatrove
     max_quarantined_share: float = 0.2  # of the samples, filtered ones apart; above it: exit code 2
     json: bool = False  # answer with one JSON object
@@ -161,7 +161,9 @@ def with_tier(tier: str, filters: Sequence[FilterConfig]) -> list[FilterConfig]:
 
     import conf
 
-    folder = Path(str(conf.__file__)).parent / "filters"
+    folder = (
+        Path(str(conf.__file__)).parent / "filter_tiers"
+    )  # no name of a key: Hydra would take `filters=[...]` for the choice of a file
     path = Path(tier) if tier.endswith(".yaml") else folder / f"{tier}.yaml"
     own = {one.name for one in filters}
     try:

@@ -124,7 +124,7 @@ STAGES = sorted(path.stem for path in (ROOT / "conf" / "stage").glob("*.yaml"))
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_preset_fits_where_it_is_meant_to_run(stage):
     """Toy stages on a laptop, the published ones in their own layout on the cluster that `nextstate plan` names."""
-    is_toy = stage.startswith(("toy_", "world_"))
+    is_toy = stage.startswith(("toy_", "world_", "words_"))
     tokenizer = "vision_tokenizer" in stage
     corpus = ["stage.objective.data.corpora.a.path=x"] if stage.endswith("vision_tokenizer") else []
     config = compose_config("train", [f"stage={stage}", f"model={'toy' if is_toy else 'emu35_34b'}", *corpus])

@@ -78,7 +78,7 @@ def test_a_page_draws_and_a_world_goes_on(running: Running, tmp_path: Path) -> N
         browser.until("document.querySelector('#pictures figure[data-done]')")
         image = "document.querySelector('#pictures img')"
         assert browser.run(f"{image}.naturalWidth") == 32
-        assert "seed 4, number 0: 25 forwards" in browser.run("get('pictures').textContent")
+        assert "seed 4, number 0: 17 forwards" in browser.run("get('pictures').textContent")
         drawn = base64.b64decode(browser.run(f"{image}.src").split(",")[1])
         browser.run(f"{image}.click(); get('words').value = 'it moves right'")
         for number in (1, 2):

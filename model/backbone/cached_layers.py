@@ -16,10 +16,14 @@ from model.backbone.packed_attention import CachedSequences
 from model.parallel.megatron import GPTModel, reduce_from_tensor_model_parallel_region
 
 
-def is_plain(model: GPTModel) -> bool:
-    """The layers are those that `run_layers` knows: neither Transformer Engine's nor with adapters."""
-    layer = model.decoder.layers[0]
-    return isinstance(layer.input_layernorm, torch.nn.RMSNorm) and model.model_config.adapter.rank == 0
+def is_plain(model: GPTModel, *, copies: bool = True) -> bool:
+    """The layers are those that `run_layers` knows: neither Transformer Engine's nor with adapters that act.
+
+    `copies`: whether noisy copies of images may be among the tokens, which adapters may be for alone.
+    """
+    adapter = model.model_config.adapter
+    acts = adapter.rank > 0 and (copies or adapter.tokens != "copies")
+    return isinstance(model.decoder.layers[0].input_layernorm, torch.nn.RMSNorm) and not acts
 
 
 def run_layers(model: GPTModel, hidden: torch.Tensor, step: CachedSequences) -> torch.Tensor:

@@ -35,7 +35,7 @@ class _Layer:
 
 
 class TokenStep:
-    """Over a model whose layers are plain (`cached_layers.is_plain`) and a cache that a prompt has filled.
+    """Over a model whose layers are plain for clean tokens (`cached_layers.is_plain`) and a cache that a prompt has filled.
 
     It counts along how long the rows are, so that a step waits for no device; whoever changes the cache's lengths
     makes another one. Tensor parallel as the modules are; every rank returns the same. No gradient.

@@ -57,7 +57,7 @@ class CachedDecoder:
     ) -> torch.Tensor:
         assert self._cache is not None, "start comes before step"
         ids = ids.view(len(ids), -1)
-        if is_plain(self.model):
+        if is_plain(self.model, copies=False):
             if self._token_step is None:
                 self._token_step = TokenStep(self.model, self._cache)
             with without_sequence_parallel(self.model):

@@ -28,8 +28,9 @@ def _run_job(job: dict[str, Any], rank: int) -> Any:
     from model.parallel import groups
 
     groups.keep_to_loopback()
-    distributed.init_process_group("gloo", init_method=job["store"], rank=rank, world_size=job["world_size"])
     try:
+        distributed.init_process_group("gloo", init_method=job["store"], rank=rank, world_size=job["world_size"])
+        distributed.barrier()  # a rank that is done at once would hang up on one that still connects
         function = getattr(importlib.import_module(job["module"]), job["function"])
         return function(*job["arguments"], **job["options"])
     finally:
@@ -100,6 +101,8 @@ class ProcessPool:
             reason = f"no answer within {JOB_TIMEOUT_SECONDS} s"
         except EOFError:
             reason = "the process died"
+        except OSError:
+            reason = "ended with the pool, which a rank before it failed"
         self.close()
         return False, reason
 

@@ -2,13 +2,12 @@
 
 A step has few tokens and many layers, so that what stands beside the matrix products decides the rate. The arithmetic is
 that of megatron-core's modules; of each layer queries and keys share one norm and one rotation, the rotary tables of all
-positions are made once, and the queries of a group attend as rows of one product, so that keys are never repeated. The
-weights are the modules' own and are never copied. `tests/model/test_transformer.py` holds the numbers against the modules'.
+positions are made once, the queries of a group attend as rows of one product, so that keys are never repeated, and a
+product adds itself to what it is added to. The matrices are the modules' own and are never copied. `tests/model/test_transformer.py` holds the numbers against the modules'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from model.parallel.megatron import GPTModel, reduce_from_tensor_model_parallel_
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one layer. Norms of heads: [queries a group + 1, head_dim], the key's last."""
+    """Weights of one layer, matrices turned to [in, out]. Norms of heads: [queries a group + 1, head_dim], the key's last."""
 
     attention_norm: torch.Tensor
     query_key_value: torch.Tensor
@@ -32,6 +31,24 @@ class _Layer:
     mlp_norm: torch.Tensor
     gate_and_up: torch.Tensor
     down: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the new tokens of one step go in every layer, and what they see."""
+
+    batch_size: int
+    count: int  # new tokens of a row
+    cos: torch.Tensor  # [1 or B, t, 1, 1, head_dim]
+    sin: torch.Tensor
+    slots: (
+        torch.Tensor | None
+    )  # int64 [B, t]; None: the same of all rows, of which `new_keys` and `new_values` are views
+    mask: torch.Tensor | None  # [1 or B, 1, t * queries of a group, reach], -inf where a new token must not look
+    keys: tuple[torch.Tensor, ...]  # a layer each: [B, groups, reach, head_dim]
+    values: tuple[torch.Tensor, ...]
+    new_keys: tuple[torch.Tensor, ...]
+    new_values: tuple[torch.Tensor, ...]
 
 
 class TokenStep:
@@ -44,12 +61,11 @@ class TokenStep:
     def __init__(self, model: GPTModel, cache: KeyValueCache) -> None:
         core, config = model.config, model.model_config
         self.model, self.cache = model, cache
-        self.epsilon, self.width = core.layernorm_epsilon, core.kv_channels
+        self.width, self.num_groups = core.kv_channels, cache.num_groups
         self.is_split = core.tensor_model_parallel_size > 1
-        self.num_groups = cache.num_groups
-        # torch's own norm is one kernel on an accelerator and a dozen on a CPU.
-        self.norm = plain_norm if not cache.keys.is_cuda and cache.keys.dtype == torch.float32 else functional.rms_norm
+        self.norm = Norm(core.layernorm_epsilon, like=cache.keys)
         self.layers = [self._layer(layer) for layer in model.decoder.layers]
+        self.final_norm = self.norm.prepared(model.decoder.final_layernorm.weight)
         positions = torch.arange(cache.max_length, device=cache.keys.device)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, cache.keys.dtype)
         half = self.width // 2
@@ -68,14 +84,14 @@ class TokenStep:
         queries = attention.linear_qkv.weight.shape[0] // (self.num_groups * self.width) - 2
         norms = [attention.q_layernorm.weight] * queries + [attention.k_layernorm.weight]
         return _Layer(
-            layer.input_layernorm.weight,
-            attention.linear_qkv.weight,
-            torch.stack(norms).detach(),
-            attention.linear_proj.weight,
+            self.norm.prepared(layer.input_layernorm.weight),
+            attention.linear_qkv.weight.t(),
+            self.norm.prepared(torch.stack(norms)),
+            attention.linear_proj.weight.t(),
             attention.core_attention.softmax_scale,
-            layer.pre_mlp_layernorm.weight,
-            mlp.linear_fc1.weight,
-            mlp.linear_fc2.weight,
+            self.norm.prepared(layer.pre_mlp_layernorm.weight),
+            mlp.linear_fc1.weight.t(),
+            mlp.linear_fc2.weight.t(),
         )
 
     @torch.no_grad()
@@ -89,84 +105,109 @@ class TokenStep:
             self._count()  # rows that did not advance are shorter than what was counted
         reach = self.longest + count
         assert reach <= cache.max_length, f"the cache holds {cache.max_length} tokens, {reach} are needed"
-        slots = self._slots(count)
-        hidden = self.model.embedding(ids, None).transpose(0, 1)
-        shape = (*hidden.shape[:2], 1, 1, self.width)
-        cos, sin = (table[slots].expand(*hidden.shape[:2], -1).view(shape) for table in (self.cos, self.sin))
-        mask = self._mask(slots, reach)
-        for number, layer in enumerate(self.layers):
-            hidden = self._through(
-                layer, hidden, cache.keys[number], cache.values[number], cos, sin, slots, mask, reach
-            )
+        hidden, places = self._embedded(ids), self._places(count, reach)
+        for number in range(len(self.layers)):
+            hidden = self._through(number, hidden, places)
         cache.lengths += count if advances is None else advances * count
         self.are_even &= advances is None
         self.longest += count
-        return self._norm(hidden[:, -1], self.model.decoder.final_layernorm.weight)
+        last = hidden.view(len(ids), count, -1)[:, -1] if count > 1 else hidden
+        return self.norm(last, self.final_norm)
 
-    def _slots(self, count: int) -> torch.Tensor:
-        """int64 [t] of all rows, or [B, t]: where in the cache the new tokens go, which is their position too."""
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B * t, h]"""
+        if self.is_split:
+            embedded: torch.Tensor = self.model.embedding(ids, None)  # [t, B, h]
+            return embedded.transpose(0, 1).flatten(0, 1)
+        return functional.embedding(ids.flatten(), self.model.embedding.word_embeddings.weight)
+
+    def _places(self, count: int, reach: int) -> _Places:
+        cache, start, slots = self.cache, reach - count, None
         if self.are_even:
-            return torch.arange(self.longest, self.longest + count, device=self.rows.device)
-        return self.cache.lengths[:, None] + torch.arange(count, device=self.rows.device)
+            cos, sin = self.cos[start:reach], self.sin[start:reach]
+        else:
+            slots = cache.lengths[:, None] + torch.arange(count, device=self.rows.device)
+            cos, sin = self.cos[slots], self.sin[slots]
+        shape = (-1, count, 1, 1, self.width)
+        return _Places(
+            cache.batch_size,
+            count,
+            cos.view(shape),
+            sin.view(shape),
+            slots,
+            self._mask(slots, count, reach),
+            *(all_layers[:, :, :, :reach].unbind() for all_layers in (cache.keys, cache.values)),
+            *(all_layers[:, :, :, start:reach].unbind() for all_layers in (cache.keys, cache.values)),
+        )
 
-    def _mask(self, slots: torch.Tensor, reach: int) -> torch.Tensor | None:
-        """[1 or B, 1, t * queries of a group, reach], -inf where a new token must not look; None: one token, even rows."""
-        if slots.shape == (1,):
-            return None
+    def _mask(self, slots: torch.Tensor | None, count: int, reach: int) -> torch.Tensor | None:
+        if slots is None:
+            if count == 1:
+                return None
+            slots = torch.arange(reach - count, reach, device=self.rows.device)[None]
         columns = torch.arange(reach, device=slots.device)
-        unseen = columns > slots.view(-1, slots.shape[-1], 1)
+        unseen = columns > slots[:, :, None]
         mask = torch.zeros(unseen.shape, dtype=self.cos.dtype, device=slots.device).masked_fill_(unseen, -torch.inf)
         queries = self.layers[0].head_norms.shape[0] - 1
         return mask.repeat_interleave(queries, dim=1)[:, None]
 
-    def _through(
-        self,
-        layer: _Layer,
-        hidden: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        slots: torch.Tensor,
-        mask: torch.Tensor | None,
-        reach: int,
-    ) -> torch.Tensor:
-        """[B, t, h] through one layer; keys and values [B, groups, max_length, head_dim] gain those of the new tokens."""
-        batch, count = hidden.shape[:2]
-        fused = functional.linear(self._norm(hidden, layer.attention_norm), layer.query_key_value)
-        fused = fused.view(batch, count, self.num_groups, -1, self.width)  # of a group: its queries, its key, its value
-        heads = self.norm(fused[:, :, :, :-1], (self.width,), None, self.epsilon) * layer.head_norms
-        first, second = heads.chunk(2, dim=-1)
-        heads = heads * cos + torch.cat((second, first), dim=-1) * sin
-        for held, new in ((keys, heads[:, :, :, -1]), (values, fused[:, :, :, -1])):
-            if slots.dim() == 1:
-                held[:, :, reach - count : reach] = new.transpose(1, 2)
-            else:
-                held[self.rows[:, None], :, slots] = new
+    def _through(self, number: int, hidden: torch.Tensor, places: _Places) -> torch.Tensor:
+        """[B * t, h] through one layer, whose keys and values gain those of the new tokens."""
+        layer = self.layers[number]
+        fused = torch.mm(self.norm(hidden, layer.attention_norm), layer.query_key_value)
+        # Of a group: its queries, its key, its value.
+        fused = fused.view(places.batch_size, places.count, self.num_groups, -1, self.width)
+        heads = self.norm(fused[:, :, :, :-1], layer.head_norms)
+        heads = torch.addcmul(heads * places.cos, heads.roll(self.width // 2, -1), places.sin)
+        self._keep(number, heads[:, :, :, -1], fused[:, :, :, -1], places)
         queries = heads[:, :, :, :-1].transpose(1, 2)
         attended = functional.scaled_dot_product_attention(
-            queries.flatten(2, 3), keys[:, :, :reach], values[:, :, :reach], attn_mask=mask, scale=layer.scale
+            queries.flatten(2, 3), places.keys[number], places.values[number], attn_mask=places.mask, scale=layer.scale
         )
-        attended = attended.view(queries.shape).transpose(1, 2).flatten(2)
-        hidden = hidden + self._summed(functional.linear(attended, layer.projection))
-        gate, up = functional.linear(self._norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, dim=-1)
-        return hidden + self._summed(functional.linear(functional.silu(gate) * up, layer.down))
+        attended = attended.view(queries.shape).transpose(1, 2).reshape(len(hidden), -1)
+        hidden = self._added(hidden, attended, layer.projection)
+        gate, up = torch.mm(self.norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, dim=-1)
+        return self._added(hidden, functional.silu(gate).mul_(up), layer.down)
 
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.norm(hidden, hidden.shape[-1:], weight, self.epsilon)
-        return normed
+    def _keep(self, number: int, key: torch.Tensor, value: torch.Tensor, places: _Places) -> None:
+        """Key and value [B, t, groups, head_dim] of the new tokens go to the cache."""
+        if places.slots is None:
+            places.new_keys[number].copy_(key.transpose(1, 2))
+            places.new_values[number].copy_(value.transpose(1, 2))
+        else:
+            places.keys[number][self.rows[:, None], :, places.slots] = key
+            places.values[number][self.rows[:, None], :, places.slots] = value
 
-    def _summed(self, partial: torch.Tensor) -> torch.Tensor:
-        whole: torch.Tensor = reduce_from_tensor_model_parallel_region(partial) if self.is_split else partial
-        return whole
+    def _added(self, hidden: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """hidden + x @ matrix, of which every tensor-parallel rank has a share of the products."""
+        if not self.is_split:
+            return torch.addmm(hidden, x, matrix)
+        whole: torch.Tensor = reduce_from_tensor_model_parallel_region(torch.mm(x, matrix))
+        return hidden + whole
 
 
-def plain_norm(x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
-    """RMSNorm of float32 over the last axis in few kernels.
+class Norm:
+    """RMSNorm over the last axis: torch's own is one kernel on an accelerator, and on a CPU a dozen.
 
-    x / sqrt(|x|^2 / n + epsilon) = x sqrt(n) / sqrt(|x|^2 + n epsilon).
+    There four are enough: x / sqrt(|x|^2 / n + epsilon) = x sqrt(n) / sqrt(|x|^2 + n epsilon), with sqrt(n) in the weight.
     """
-    size = shape[0]
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    normed: torch.Tensor = x * length.hypot_(length.new_tensor((size * epsilon) ** 0.5)).reciprocal_().mul_(size**0.5)
-    return normed if weight is None else normed.mul_(weight)
+
+    def __init__(self, epsilon: float, like: torch.Tensor) -> None:
+        self.epsilon, self.is_fused = epsilon, like.is_cuda or like.dtype != torch.float32
+        self.floors: dict[int, torch.Tensor] = {}  # sqrt(n epsilon)
+
+    def prepared(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight [..., n] as `__call__` wants it."""
+        weight, size = weight.detach(), weight.shape[-1]
+        if self.is_fused:
+            return weight
+        self.floors[size] = weight.new_tensor((size * self.epsilon) ** 0.5)
+        return weight * size**0.5
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [..., n], normed and times a weight from `prepared` that broadcasts to it."""
+        size = x.shape[-1]
+        if self.is_fused:
+            return functional.rms_norm(x, (size,), None, self.epsilon) * weight
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.div(length.hypot_(self.floors[size])).mul_(weight)

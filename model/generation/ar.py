@@ -158,7 +158,7 @@ class ARGenerator:
                 drawn, log_probs = choose(of_codes, None, sampling.image, numbers[:, len(record)])
                 choice = Choice(drawn + vocabulary.visual_start, log_probs, ones)
             record.add(choice, names[is_code], ~ones)
-            unread.add(choice.ids.repeat(both))
+            unread.add(choice.ids if both == 1 else choice.ids.repeat(both))
         after = GrammarState(**vars(state))
         after.position = torch.full_like(state.position, image.num_codes)
         after.phase = torch.full_like(state.phase, image.last_phase)

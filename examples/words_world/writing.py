@@ -22,9 +22,7 @@ MARGIN = 1  # pixels left free around a character
 PAPER = (250, 248, 242)
 INKS = {
     "red": (205, 35, 35),
-    "green": (20, 125, 45),
     "blue": (35, 60, 205),
-    "purple": (135, 35, 150),
     "black": (25, 25, 25),
 }
 COARSE_FONT_PIXELS = 64  # characters are drawn so large and then reduced

@@ -1,4 +1,4 @@
-"""The next tokens of each sequence through all layers: the step that token-by-token decoding repeats.
+"""The next tokens of each sequence through all layers: the step that decoding repeats.
 
 A step has few tokens and many layers, so that what stands beside the matrix products decides the rate. The arithmetic is
 that of megatron-core's modules; of each layer queries and keys share one norm and one rotation, the rotary tables of all
@@ -100,19 +100,32 @@ class TokenStep:
 
         `advances` (bool [B]): rows that stay as long as they are where it is False.
         """
-        cache, count = self.cache, ids.shape[1]
-        if self.longest + count > cache.max_length:
-            self._count()  # rows that did not advance are shorter than what was counted
-        reach = self.longest + count
-        assert reach <= cache.max_length, f"the cache holds {cache.max_length} tokens, {reach} are needed"
-        hidden, places = self._embedded(ids), self._places(count, reach)
-        for number in range(len(self.layers)):
-            hidden = self._through(number, hidden, places)
-        cache.lengths += count if advances is None else advances * count
+        count = ids.shape[1]
+        hidden = self._read(ids, whole=False)
+        self.cache.lengths += count if advances is None else advances * count
         self.are_even &= advances is None
         self.longest += count
-        last = hidden.view(len(ids), count, -1)[:, -1] if count > 1 else hidden
-        return self.norm(last, self.final_norm)
+        return self.norm(hidden[:, -1], self.final_norm)
+
+    @torch.no_grad()
+    def look(self, ids: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """Hidden states [B, t, h] of `ids` (int64 [B, t]) behind every row; rows stay as long as they are.
+
+        `whole`: each of the tokens sees all of them, else itself and those before it.
+        """
+        return self.norm(self._read(ids, whole=whole), self.final_norm)
+
+    def _read(self, ids: torch.Tensor, *, whole: bool) -> torch.Tensor:
+        """[B, t, h] before the final norm; keys and values lie behind the rows, which are as long as before."""
+        count = ids.shape[1]
+        if self.longest + count > self.cache.max_length:
+            self._count()  # rows that did not advance are shorter than what was counted
+        reach = self.longest + count
+        assert reach <= self.cache.max_length, f"the cache holds {self.cache.max_length} tokens, {reach} are needed"
+        hidden, places = self._embedded(ids), self._places(count, reach, whole=whole)
+        for number in range(len(self.layers)):
+            hidden = self._through(number, hidden, places)
+        return hidden.view(*ids.shape, -1)
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """[B * t, h]"""
@@ -121,7 +134,7 @@ class TokenStep:
             return embedded.transpose(0, 1).flatten(0, 1)
         return functional.embedding(ids.flatten(), self.model.embedding.word_embeddings.weight)
 
-    def _places(self, count: int, reach: int) -> _Places:
+    def _places(self, count: int, reach: int, *, whole: bool) -> _Places:
         cache, start, slots = self.cache, reach - count, None
         if self.are_even:
             cos, sin = self.cos[start:reach], self.sin[start:reach]
@@ -135,18 +148,19 @@ class TokenStep:
             cos.view(shape),
             sin.view(shape),
             slots,
-            self._mask(slots, count, reach),
+            self._mask(slots, count, reach, whole=whole),
             *(all_layers[:, :, :, :reach].unbind() for all_layers in (cache.keys, cache.values)),
             *(all_layers[:, :, :, start:reach].unbind() for all_layers in (cache.keys, cache.values)),
         )
 
-    def _mask(self, slots: torch.Tensor | None, count: int, reach: int) -> torch.Tensor | None:
+    def _mask(self, slots: torch.Tensor | None, count: int, reach: int, *, whole: bool) -> torch.Tensor | None:
         if slots is None:
-            if count == 1:
+            if count == 1 or whole:
                 return None
             slots = torch.arange(reach - count, reach, device=self.rows.device)[None]
         columns = torch.arange(reach, device=slots.device)
-        unseen = columns > slots[:, :, None]
+        last_seen = slots[:, -1:].expand_as(slots) if whole else slots
+        unseen = columns > last_seen[:, :, None]
         mask = torch.zeros(unseen.shape, dtype=self.cos.dtype, device=slots.device).masked_fill_(unseen, -torch.inf)
         queries = self.layers[0].head_norms.shape[0] - 1
         return mask.repeat_interleave(queries, dim=1)[:, None]

@@ -58,14 +58,17 @@ class CachedDecoder:
         assert self._cache is not None, "start comes before step"
         ids = ids.view(len(ids), -1)
         if is_plain(self.model, copies=False):
-            if self._token_step is None:
-                self._token_step = TokenStep(self.model, self._cache)
             with without_sequence_parallel(self.model):
-                return output_logits(self.model, self._token_step.run(ids, advances), columns)
+                return output_logits(self.model, self._lean_step(self._cache).run(ids, advances), columns)
         positions = self._cache.lengths[:, None] + torch.arange(ids.shape[1], device=self.device)
         num_new = None if advances is None else advances * ids.shape[1]
         logits = decoder_forward(self.model, ids, positions, self._cache, num_new=num_new)[:, -1]
         return logits if columns is None else logits[:, columns]
+
+    def _lean_step(self, cache: KeyValueCache) -> TokenStep:
+        if self._token_step is None:
+            self._token_step = TokenStep(self.model, cache)
+        return self._token_step
 
 
 @contextmanager
@@ -143,17 +146,18 @@ def decoder_forward(
 
 @torch.no_grad()
 def output_logits(model: GPTModel, hidden: torch.Tensor, columns: slice | None) -> torch.Tensor:
-    """float32 logits of some ids (all by default: [B, padded vocabulary], padding at -inf) from [B, h] behind the last norm."""
+    """float32 logits of some ids (all by default: padding of the vocabulary at -inf) from [..., h] behind the last norm."""
     vocabulary_size = Vocabulary.from_config(model.model_config.vocabulary).size
     if model.config.tensor_model_parallel_size > 1:
-        logits, _ = model.output_layer(hidden[None], runtime_gather_output=True)
-        found: torch.Tensor = logits[0] if columns is None else logits[0, :, columns]
+        logits, _ = model.output_layer(hidden.flatten(0, -2)[None], runtime_gather_output=True)
+        logits = logits.view(*hidden.shape[:-1], -1)
+        found: torch.Tensor = logits if columns is None else logits[..., columns]
     else:
         weight = model.output_layer.weight
         found = functional.linear(hidden, weight if columns is None else weight[columns])
     found = found.float()
     if columns is None:
-        found[:, vocabulary_size:] = float("-inf")
+        found[..., vocabulary_size:] = float("-inf")
     return found
 
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+from model.backbone.cached_layers import is_plain
 from model.backbone.key_value_cache import KeyValueCache
-from model.generation.decoder import CachedDecoder, decoder_forward
+from model.generation.decoder import CachedDecoder, decoder_forward, output_logits, without_sequence_parallel
 
 
 class ImageDecoder(CachedDecoder):
@@ -36,17 +37,22 @@ class ImageDecoder(CachedDecoder):
         assert self._cache is not None, "start comes first"
         return self._cache
 
-    def look(self, tokens: torch.Tensor, *, whole: bool) -> torch.Tensor:
+    def look(self, tokens: torch.Tensor, *, whole: bool, columns: slice | None = None) -> torch.Tensor:
         """Logits [R, t, padded vocabulary] after each of int64 [R, t] behind every row, which stays as long as it is.
 
-        `whole`: every token sees all of them (a noisy copy of an image), else those before it.
+        `whole`: every token sees all of them (a noisy copy of an image), else those before it. With `columns` only those
+        logits, [R, t, n].
         """
         self.num_forwards += 1
         if whole and self.watch is not None:
             self.watch(self._rows, tokens)
+        if is_plain(self.model, copies=whole):
+            with without_sequence_parallel(self.model):
+                return output_logits(self.model, self._lean_step(self.cache).look(tokens, whole=whole), columns)
         positions = self.cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)
         nothing = torch.zeros_like(self.cache.lengths)
-        return decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
+        logits = decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
+        return logits if columns is None else logits[..., columns]
 
     def keep(self, num_tokens: torch.Tensor) -> None:
         """The first tokens (int64 [R]) of the last look that was not `whole` become part of the rows."""

@@ -55,7 +55,7 @@ class GuidedImages:
         """float32 [R, n, codes] after the tokens at `at` (int64 [R, n]) of a block int64 [R, t]."""
         vocabulary = self.grammar.vocabulary
         both = torch.cat([tokens, tokens]) if self.is_guided else tokens
-        logits = self.decoder.look(both, whole=whole)[..., vocabulary.visual_start : vocabulary.size]
+        logits = self.decoder.look(both, whole=whole, columns=slice(vocabulary.visual_start, vocabulary.size))
         at = at[..., None].expand(-1, -1, logits.shape[-1])
         found = logits[: self.num_rows].gather(1, at)
         if self.is_guided and guided:
@@ -243,9 +243,7 @@ class PhaseGenerator(ARGenerator):
         first = int(num_read.min())
         assert bool((num_read == first).all()), "blocks of one grid are read to the same token"
         rest = tokens[:, first:]
-        logits = self.decoder.look(rest.repeat(2, 1) if guided else rest, whole=False)
-        self.decoder.keep(torch.full_like(self.decoder.cache.lengths, rest.shape[1]))
-        return logits[:, -1]
+        return self.decoder.step(rest.repeat(2, 1) if guided else rest)
 
     def _behind_image(self, state: GrammarState, chosen: torch.Tensor, num_codes: int) -> GrammarState:
         """The state of the chosen sequences after their images."""

@@ -13,8 +13,9 @@ from model.backbone.cached_layers import is_plain
 from model.backbone.packed_attention import prepare_attention
 from model.backbone.transformer import build_model
 from model.config import ModelConfig
-from model.generation import decoder
+from model.generation import decoder, image_decoder
 from model.generation.decoder import CachedDecoder, allocate_cache, decoder_forward
+from model.generation.image_decoder import ImageDecoder
 from model.vocabulary import VocabularyConfig
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -203,23 +204,28 @@ def test_layers_of_decoding_are_those_of_the_modules(model: Any, monkeypatch: py
 
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 7)], ids=["even", "uneven"])
 def test_steps_are_those_of_the_modules(model: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
-    """Rows that do not advance, some columns only, and a cache that ends where the longest row does."""
+    """Rows that do not advance, some columns only, looks that leave no trace, a cache that ends where the longest row does."""
     prompts = [torch.randint(0, NUM_IDS, (length,)).tolist() for length in lengths]
     steps = [torch.randint(0, NUM_IDS, (3,)) for _ in range(6)]
     advances = [None, None, torch.tensor([True, False, True]), torch.tensor([False, True, True]), None, None]
 
+    block = torch.randint(0, NUM_IDS, (3, 3))
+
     def run() -> torch.Tensor:
-        batch = CachedDecoder(model)
+        batch = ImageDecoder(model)
         logits = [batch.start(prompts, 6)]
-        for ids, moves in zip(steps, advances, strict=True):
+        for step, (ids, moves) in enumerate(zip(steps, advances, strict=True)):
             logits.append(batch.step(ids, moves))
+            if step in (0, 2):
+                logits += [batch.look(block, whole=whole)[:, number] for whole in (True, False) for number in range(3)]
         part = CachedDecoder(model)
         part.start(prompts, 6)
         assert (part.step(steps[0], None, slice(3, 40)) - logits[1][:, 3:40]).abs().max() <= 1e-5
         return torch.stack(logits)
 
     found = run()
-    monkeypatch.setattr(decoder, "is_plain", lambda *_, **__: False)
+    for module in (decoder, image_decoder):
+        monkeypatch.setattr(module, "is_plain", lambda *_, **__: False)
     expected = run()
     assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
     assert bool((found[..., NUM_IDS:] == -torch.inf).all())

@@ -29,7 +29,7 @@ from data_pipeline.packing.pool import Pool
 from data_pipeline.packing.window import Piece, Row, WindowPacker
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
-from data_pipeline.storage.folder_claim import claim_folder
+from data_pipeline.storage.folder_claim import claim_folder, clear_claim
 from data_pipeline.storage.format import FORMAT_VERSION, TOKEN_DTYPE, published_prefixes, read_manifest, seal, suffixed
 from data_pipeline.storage.packed_files import DATASET_NAME, check_shard, read_dataset_manifest
 from data_pipeline.storage.permutation import derive_key, permute
@@ -119,6 +119,8 @@ def pack(
         if not all(packing.is_complete() for packing in packings):
             with claim_folder(target, "pack"):
                 _write_rows(pool, packings)
+        else:
+            clear_claim(target)
     finally:
         pool.close()
     return summarise(target)

@@ -44,6 +44,20 @@ def claim_folder(folder: Path, work: str, configuration: str | None = None) -> I
         os.close(descriptor)
 
 
+def clear_claim(folder: Path) -> None:
+    """Take away what a holder that was killed at its very end left in a folder where nothing is to do any more.
+
+    Somebody else's claim stays, and so does everything in a folder that cannot be written.
+    """
+    path = folder / LOCK_NAME
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            _remove_as_last(descriptor, path)
+        finally:
+            os.close(descriptor)
+
+
 def _remove_as_last(descriptor: int, path: Path) -> None:
     """The last one takes the file away, while nobody else can hold it. Two who end at once are each in the other's way."""
     for attempt in range(_REMOVAL_ATTEMPTS):

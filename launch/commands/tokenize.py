@@ -16,7 +16,7 @@ from data_pipeline.sources.inputs import find_inputs, num_bytes_of
 from data_pipeline.sources.remote import RemoteConfig
 from data_pipeline.storage.atomic import atomic_write_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
-from data_pipeline.storage.folder_claim import claim_folder
+from data_pipeline.storage.folder_claim import claim_folder, clear_claim
 from data_pipeline.storage.format import published_prefixes, read_manifest, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
 from data_pipeline.workers import MAX_DEATHS
@@ -148,6 +148,8 @@ def run(config: Config) -> dict[str, Any]:
                 log_folder=target / "logs",
             )
             note_poison(given_up)
+    else:
+        clear_claim(target)
     good = [job for job in jobs if job not in poisonous]
     answer = summarize(target, good, len(good) - len(remaining)) | {"poisonous_shards": len(poisonous)}
     refuse_mostly_quarantined(answer, config.max_quarantined_share)

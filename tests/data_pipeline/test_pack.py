@@ -25,7 +25,7 @@ from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
 from data_pipeline.packing.subsets import closest_pair, dearest, fullest
 from data_pipeline.packing.window import Piece, WindowPacker
-from data_pipeline.storage.folder_claim import claim_folder
+from data_pipeline.storage.folder_claim import LOCK_NAME, claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset, read_dataset_manifest
 from data_pipeline.storage.segments import Flag, Kind
@@ -535,6 +535,10 @@ def test_a_folder_that_another_command_writes_is_refused_and_a_finished_one_is_o
     assert not list((tmp_path / "target").glob("*.json"))
     with claim_folder(packed, "pack"):
         pack(sources, packed, CONFIG)
+        assert (packed / LOCK_NAME).exists()
+    (packed / LOCK_NAME).write_text("left by one that was killed at its very end")
+    pack(sources, packed, CONFIG)
+    assert not (packed / LOCK_NAME).exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
         pack(sources, tmp_path / "file" / "target", CONFIG)

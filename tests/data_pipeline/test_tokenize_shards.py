@@ -23,6 +23,7 @@ from data_pipeline.documents.templates import LayoutConfig
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.filters.base import FilterChain, FilterConfig
 from data_pipeline.sources.image import ImageConfig
+from data_pipeline.storage.folder_claim import LOCK_NAME
 from data_pipeline.storage.format import verify_outputs
 from data_pipeline.storage.segments import Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader
@@ -418,6 +419,10 @@ def test_status_says_what_is_done_and_left(tmp_path: Path, text_folder: Path) ->
     assert (answer["num_shards"], answer["done_shards"], answer["left_shards"]) == (3, 0, 3)
     assert answer["shards_per_hour"] is answer["remaining_hours"] is None
     done = command.run(config)
+    lock = Path(config.target) / LOCK_NAME
+    lock.write_text("left by one that was killed at its very end")
+    assert command.run(config)["skipped_shards"] == 3
+    assert not lock.exists()
     for number in range(3):
         os.utime(tmp_path / f"tokens/prose/{number:06d}.json", (1000 + 90 * number, 1000 + 90 * number))
     write_text_shards(tmp_path / "raw", 5)

@@ -36,8 +36,10 @@ from data_pipeline.sources.image import ImageConfig
 from data_pipeline.sources.inputs import Shard, describe_input, is_unchanged
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
-from data_pipeline.storage.format import TOKENIZER_PATHS, read_manifest, suffixed
+from data_pipeline.storage.format import TOKENIZER_PATHS, encode_array, read_manifest, suffixed
 from data_pipeline.storage.segments import count_classes
+from data_pipeline.storage.signatures import SETTINGS_KEY as SIGNATURES_KEY
+from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
 from model.errors import Problems, UserError
@@ -169,7 +171,7 @@ class ShardTokenizer:
 
     @file_errors_are_user_errors("the shard or the token file")
     def tokenize(self, shard: Shard, prefix: Path, name: str = "", copy: Path | None = None) -> ShardResult:
-        """Write `prefix`.{bin,idx,seg.npy,crc.npy,quarantine.jsonl,json}, the manifest last.
+        """Write `prefix`.{bin,idx,seg.npy,crc.npy,signatures.npy,quarantine.jsonl,json}, the manifest last.
 
         Nothing is done where they exist for the same shard, configuration and tokenizers. `name` stands for the shard in
         its documents' ids, by default the name of its file. `copy`: where its bytes are, of a shard behind a URL.
@@ -181,6 +183,9 @@ class ShardTokenizer:
         started = time.monotonic()
         quarantine: list[BadSample] = []
         self.filters.record = FilterRecord()
+        duplicates = self.filters.duplicates
+        if duplicates is not None:
+            duplicates.taken()  # those of a shard that was not finished
         counts: Counter[str] = Counter()
         with TokenFileWriter(prefix, with_crc=True) as writer:
             for document in self._documents(path, name or shard.name, quarantine):
@@ -188,6 +193,9 @@ class ShardTokenizer:
                 counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
             _write_lines(prefix, ".quarantine.jsonl", _quarantine_lines(shard, quarantine))
             _write_lines(prefix, FILTERS_SUFFIX, self.filters.record.lines())
+            more = {SIGNATURES_SUFFIX: encode_array(duplicates.taken())} if duplicates is not None else {}
+            if not more:
+                suffixed(prefix, SIGNATURES_SUFFIX).unlink(missing_ok=True)
             manifest = writer.finish(
                 {
                     "kind": "tokens",
@@ -199,7 +207,9 @@ class ShardTokenizer:
                     "quarantined": dict(Counter(bad.reason for bad in quarantine)),
                     **self._describe_tokenizers(),
                     TOKENIZER_PATHS: self.tokenizer_paths,
-                }
+                    **({SIGNATURES_KEY: duplicates.describe()} if duplicates is not None else {}),
+                },
+                more,
             )
         _report_progress(self.config.source, shard, manifest, time.monotonic() - started)
         return ShardResult(manifest, skipped=False)
@@ -218,6 +228,8 @@ class ShardTokenizer:
                     kind = self.kinds[sample.kind]
                     document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
                 if document is not None:
+                    if self.filters.duplicates is not None:
+                        self.filters.duplicates.note(sample)
                     yield document
 
     def _prepare(self, item: Sample, quarantine: list[BadSample]) -> PreparedSample | None:

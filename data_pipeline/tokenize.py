@@ -30,7 +30,8 @@ from data_pipeline.filters.record import FilterRecord
 from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.kinds.guarded import GuardedDecoder
 from data_pipeline.kinds.named_parts import PartsConfig
-from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.kinds.registry import KINDS, SPOKEN, KindSet, read_shard
+from data_pipeline.kinds.videos import SpokenVideo
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.sources.inputs import Shard, describe_input, is_unchanged
@@ -42,6 +43,7 @@ from data_pipeline.storage.signatures import SETTINGS_KEY as SIGNATURES_KEY
 from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
+from data_pipeline.video.speech import SpeechConfig, recognizer_of
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary
 
@@ -78,6 +80,7 @@ class TokenizeConfig:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     kinds: list[str] = field(default_factory=list)  # of samples that the input may hold: names or paths; empty: ours
     parts: PartsConfig = field(default_factory=PartsConfig)  # which files count, where captions stand
+    asr: SpeechConfig = field(default_factory=SpeechConfig)  # speech recognition where a video has no transcript
     filters: list[FilterConfig] = field(default_factory=list)  # in this order; the first that refuses counts
 
     def validate_tokenize(self, problems: Problems) -> None:
@@ -94,6 +97,7 @@ class TokenizeConfig:
         )
         problems.check(self.video.keyframe_seconds > 0, "video.keyframe_seconds", "must be positive")
         problems.check(self.video.max_keyframes >= 0, "video.max_keyframes", "must not be negative")
+        self.asr.validate(problems, "asr")
         for number, config in enumerate(self.filters):
             config.validate(problems, f"filters[{number}]")
 
@@ -122,8 +126,8 @@ class ShardTokenizer:
         self.text_tokenizer = text_tokenizer
         self.vision_tokenizer = vision_tokenizer
         factor = vision_tokenizer.factor if vision_tokenizer else 1
-        self.decoder = GuardedDecoder(config.image, config.video, factor)
-        self.kinds = KindSet(config.kinds, config.parts)
+        self.decoder = GuardedDecoder(config.image, config.video, factor, config.asr)
+        self.kinds = KindSet([*(config.kinds or KINDS), SPOKEN] if config.asr.engine else config.kinds, config.parts)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
         self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
@@ -135,7 +139,7 @@ class ShardTokenizer:
         values = dataclasses.asdict(self.config)
         content = {
             "code_version": CODE_VERSION,
-            "config": {name: values[name] for name in names if name not in ("kinds", "parts", "filters")}
+            "config": {name: values[name] for name in names if name not in ("kinds", "parts", "filters", "asr")}
             | {"filters": [_without_empty_options(one) for one in values["filters"]]},
             # What was tokenized before kinds and parts could be chosen is not done again.
             **({"parts": values["parts"]} if self.config.parts != PartsConfig() else {}),
@@ -144,9 +148,15 @@ class ShardTokenizer:
                 if values["kinds"]
                 else {}
             ),
+            **({"asr": self._describe_speech()} if self.config.asr.engine else {}),
             **self._describe_tokenizers(),
         }
         return hashlib.blake2b(encode_json(content), digest_size=16).hexdigest()
+
+    def _describe_speech(self) -> dict[str, Any]:
+        asr = self.config.asr
+        described = {"engine": asr.engine, "language": asr.language, "pause_seconds": asr.pause_seconds}
+        return described | {"model": recognizer_of(asr).fingerprint, "kind": SpokenVideo.version}
 
     def _describe_tokenizers(self) -> dict[str, Any]:
         vision = self.vision_tokenizer

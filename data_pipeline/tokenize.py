@@ -30,16 +30,20 @@ from data_pipeline.filters.record import FilterRecord
 from data_pipeline.kinds.base import Pixels, PreparedSample
 from data_pipeline.kinds.guarded import GuardedDecoder
 from data_pipeline.kinds.named_parts import PartsConfig
-from data_pipeline.kinds.registry import KindSet, read_shard
+from data_pipeline.kinds.registry import KINDS, SPOKEN, KindSet, read_shard
+from data_pipeline.kinds.videos import SpokenVideo
 from data_pipeline.sources import BadSample, Sample, SampleError
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.sources.inputs import Shard, describe_input, is_unchanged
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
-from data_pipeline.storage.format import TOKENIZER_PATHS, read_manifest, suffixed
+from data_pipeline.storage.format import TOKENIZER_PATHS, encode_array, read_manifest, suffixed
 from data_pipeline.storage.segments import count_classes
+from data_pipeline.storage.signatures import SETTINGS_KEY as SIGNATURES_KEY
+from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.video.keyframes import VideoConfig
+from data_pipeline.video.speech import SpeechConfig, recognizer_of
 from model.errors import Problems, UserError
 from model.vocabulary import Vocabulary
 
@@ -76,6 +80,7 @@ class TokenizeConfig:
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     kinds: list[str] = field(default_factory=list)  # of samples that the input may hold: names or paths; empty: ours
     parts: PartsConfig = field(default_factory=PartsConfig)  # which files count, where captions stand
+    asr: SpeechConfig = field(default_factory=SpeechConfig)  # speech recognition where a video has no transcript
     filters: list[FilterConfig] = field(default_factory=list)  # in this order; the first that refuses counts
 
     def validate_tokenize(self, problems: Problems) -> None:
@@ -92,6 +97,7 @@ class TokenizeConfig:
         )
         problems.check(self.video.keyframe_seconds > 0, "video.keyframe_seconds", "must be positive")
         problems.check(self.video.max_keyframes >= 0, "video.max_keyframes", "must not be negative")
+        self.asr.validate(problems, "asr")
         for number, config in enumerate(self.filters):
             config.validate(problems, f"filters[{number}]")
 
@@ -120,8 +126,8 @@ class ShardTokenizer:
         self.text_tokenizer = text_tokenizer
         self.vision_tokenizer = vision_tokenizer
         factor = vision_tokenizer.factor if vision_tokenizer else 1
-        self.decoder = GuardedDecoder(config.image, config.video, factor)
-        self.kinds = KindSet(config.kinds, config.parts)
+        self.decoder = GuardedDecoder(config.image, config.video, factor, config.asr)
+        self.kinds = KindSet([*(config.kinds or KINDS), SPOKEN] if config.asr.engine else config.kinds, config.parts)
         self.filters = FilterChain(config.filters)
         builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
         self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
@@ -133,7 +139,7 @@ class ShardTokenizer:
         values = dataclasses.asdict(self.config)
         content = {
             "code_version": CODE_VERSION,
-            "config": {name: values[name] for name in names if name not in ("kinds", "parts", "filters")}
+            "config": {name: values[name] for name in names if name not in ("kinds", "parts", "filters", "asr")}
             | {"filters": [_without_empty_options(one) for one in values["filters"]]},
             # What was tokenized before kinds and parts could be chosen is not done again.
             **({"parts": values["parts"]} if self.config.parts != PartsConfig() else {}),
@@ -142,9 +148,15 @@ class ShardTokenizer:
                 if values["kinds"]
                 else {}
             ),
+            **({"asr": self._describe_speech()} if self.config.asr.engine else {}),
             **self._describe_tokenizers(),
         }
         return hashlib.blake2b(encode_json(content), digest_size=16).hexdigest()
+
+    def _describe_speech(self) -> dict[str, Any]:
+        asr = self.config.asr
+        described = {"engine": asr.engine, "language": asr.language, "pause_seconds": asr.pause_seconds}
+        return described | {"model": recognizer_of(asr).fingerprint, "kind": SpokenVideo.version}
 
     def _describe_tokenizers(self) -> dict[str, Any]:
         vision = self.vision_tokenizer
@@ -169,7 +181,7 @@ class ShardTokenizer:
 
     @file_errors_are_user_errors("the shard or the token file")
     def tokenize(self, shard: Shard, prefix: Path, name: str = "", copy: Path | None = None) -> ShardResult:
-        """Write `prefix`.{bin,idx,seg.npy,crc.npy,quarantine.jsonl,json}, the manifest last.
+        """Write `prefix`.{bin,idx,seg.npy,crc.npy,signatures.npy,quarantine.jsonl,json}, the manifest last.
 
         Nothing is done where they exist for the same shard, configuration and tokenizers. `name` stands for the shard in
         its documents' ids, by default the name of its file. `copy`: where its bytes are, of a shard behind a URL.
@@ -181,6 +193,9 @@ class ShardTokenizer:
         started = time.monotonic()
         quarantine: list[BadSample] = []
         self.filters.record = FilterRecord()
+        duplicates = self.filters.duplicates
+        if duplicates is not None:
+            duplicates.taken()  # those of a shard that was not finished
         counts: Counter[str] = Counter()
         with TokenFileWriter(prefix, with_crc=True) as writer:
             for document in self._documents(path, name or shard.name, quarantine):
@@ -188,6 +203,9 @@ class ShardTokenizer:
                 counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
             _write_lines(prefix, ".quarantine.jsonl", _quarantine_lines(shard, quarantine))
             _write_lines(prefix, FILTERS_SUFFIX, self.filters.record.lines())
+            more = {SIGNATURES_SUFFIX: encode_array(duplicates.taken())} if duplicates is not None else {}
+            if not more:
+                suffixed(prefix, SIGNATURES_SUFFIX).unlink(missing_ok=True)
             manifest = writer.finish(
                 {
                     "kind": "tokens",
@@ -199,7 +217,9 @@ class ShardTokenizer:
                     "quarantined": dict(Counter(bad.reason for bad in quarantine)),
                     **self._describe_tokenizers(),
                     TOKENIZER_PATHS: self.tokenizer_paths,
-                }
+                    **({SIGNATURES_KEY: duplicates.describe()} if duplicates is not None else {}),
+                },
+                more,
             )
         _report_progress(self.config.source, shard, manifest, time.monotonic() - started)
         return ShardResult(manifest, skipped=False)
@@ -218,6 +238,8 @@ class ShardTokenizer:
                     kind = self.kinds[sample.kind]
                     document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
                 if document is not None:
+                    if self.filters.duplicates is not None:
+                        self.filters.duplicates.note(sample)
                     yield document
 
     def _prepare(self, item: Sample, quarantine: list[BadSample]) -> PreparedSample | None:

@@ -87,7 +87,7 @@ class SpeechlessShare:
 
 
 def is_film(sample: PreparedSample) -> bool:
-    return sample.kind in ("video_text", "video_interleaved")
+    return sample.kind in ("video_text", "video_interleaved", "video_spoken")
 
 
 def difference_hash(pixels: np.ndarray) -> np.ndarray:

@@ -19,6 +19,9 @@ from data_pipeline.documents.templates import Chat, Conversation, DocumentLayout
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.sources.samples import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample, SampleError
 from data_pipeline.video.keyframes import VideoConfig, read_key_frames
+from data_pipeline.video.sound import read_sound
+from data_pipeline.video.speech import SpeechConfig, phrases, recognizer_of
+from data_pipeline.video.transcript import Word
 
 TEXT_EXTENSIONS = ("txt", "instruction.txt")
 MAX_SAMPLE_PIXELS = 192 << 20  # of a video's key frames, resized: an hour at one frame of 512 x 512 in 5 seconds
@@ -58,6 +61,7 @@ class MediaDecoder:
     image: ImageConfig
     video: VideoConfig
     factor: int
+    asr: SpeechConfig = field(default_factory=SpeechConfig)
 
     def picture(self, data: bytes) -> Pixels:
         """Raises `SampleError`."""
@@ -78,6 +82,17 @@ class MediaDecoder:
             if num_pixels > MAX_SAMPLE_PIXELS:
                 raise SampleError("too_many_frames", f"{len(made)} frames of {num_pixels:,} pixels, and more")
         return made, seconds
+
+    def sound(self, data: bytes) -> np.ndarray:
+        """The sound of a film, int16 [n], `SAMPLE_RATE` a second. Raises `SampleError`."""
+        return np.concatenate(list(read_sound(data)))
+
+    def words(self, data: bytes) -> list[Word]:
+        """What is said in a film, in phrases with their times. Raises `SampleError`: `no_speech`, and what `read_sound` raises."""
+        said = phrases(recognizer_of(self.asr).words(self.sound(data)), self.asr.pause_seconds)
+        if not said:
+            raise SampleError("no_speech", "the recognizer heard no word")
+        return said
 
     def _resized(self, pixels: np.ndarray, time_ms: int = 0) -> Pixels:
         original_size = (pixels.shape[0], pixels.shape[1])

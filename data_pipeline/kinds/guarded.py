@@ -28,6 +28,7 @@ import psutil
 
 from data_pipeline.kinds.base import MediaDecoder, Pixels
 from data_pipeline.sources.samples import SampleError
+from data_pipeline.video.sound import SAMPLE_RATE, read_sound
 
 MEMORY_BYTES = 1 << 30  # beyond what the child has when it starts
 # CPU time, so that a busy machine changes nothing: a file of 40 kB has a minute, an hour of film of 500 MB three hours.
@@ -35,6 +36,9 @@ CPU_SECONDS = 60.0
 CPU_SECONDS_PER_MB = 20.0
 _PATIENCE_SECONDS = 60.0  # between two looks at a child that does not answer
 _MAX_IDLE_LOOKS = 5  # without CPU time in between, before it is taken for stuck
+
+
+Piece = tuple[dict[str, Any], bytes]  # a head, and what it is of: a picture, a block of sound
 
 
 class DecoderDiedError(Exception):
@@ -46,12 +50,17 @@ class GuardedDecoder(MediaDecoder):
     """`MediaDecoder` whose work is done by this process's `DecoderProcess`."""
 
     def picture(self, data: bytes) -> Pixels:
-        return self._ask("picture", data)[0][0]
+        return _pixels(*self._ask("picture", data)[0][0])
 
     def film(self, data: bytes) -> tuple[list[Pixels], float]:
-        return self._ask("film", data)
+        frames, seconds = self._ask("film", data)
+        return [_pixels(*frame) for frame in frames], seconds
 
-    def _ask(self, what: str, data: bytes) -> tuple[list[Pixels], float]:
+    def sound(self, data: bytes) -> np.ndarray:
+        blocks, _ = self._ask("sound", data)
+        return np.frombuffer(b"".join(content for _, content in blocks), np.int16)
+
+    def _ask(self, what: str, data: bytes) -> tuple[list[Piece], float]:
         plain = MediaDecoder(self.image, self.video, self.factor)
         process = decoder_process(os.getpid())
         try:
@@ -80,8 +89,8 @@ class DecoderProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
 
-    def ask(self, decoder: MediaDecoder, what: str, data: bytes) -> tuple[list[Pixels], float]:
-        """Pictures, and the seconds until a film's end. Raises `SampleError`, `DecoderDiedError`."""
+    def ask(self, decoder: MediaDecoder, what: str, data: bytes) -> tuple[list[Piece], float]:
+        """Pictures or sound, and the seconds until a film's end. Raises `SampleError`, `DecoderDiedError`."""
         with self._lock:
             if self._pipe is None:
                 self._start()
@@ -97,16 +106,15 @@ class DecoderProcess:
                     self._end()
                 raise
 
-    def _answer(self) -> tuple[list[Pixels], float]:
-        pictures: list[Pixels] = []
+    def _answer(self) -> tuple[list[Piece], float]:
+        pieces: list[Piece] = []
         while True:
             head = json.loads(self._receive())
             if "reason" in head:
                 raise SampleError(head["reason"], head["detail"])
             if "seconds" in head:
-                return pictures, head["seconds"]
-            pixels = np.frombuffer(self._receive(), np.uint8).reshape(head["shape"])
-            pictures.append(Pixels(pixels, tuple(head["original_size"]), head["time_ms"]))
+                return pieces, head["seconds"]
+            pieces.append((head, self._receive()))
 
     def _receive(self) -> bytes:
         assert self._pipe is not None
@@ -161,6 +169,11 @@ class DecoderProcess:
             self._end()
 
 
+def _pixels(head: dict[str, Any], content: bytes) -> Pixels:
+    pixels = np.frombuffer(content, np.uint8).reshape(head["shape"])
+    return Pixels(pixels, tuple(head["original_size"]), head["time_ms"])
+
+
 def _cpu_seconds(pid: int) -> float:
     try:
         times = psutil.Process(pid).cpu_times()
@@ -193,6 +206,9 @@ def serve(descriptor: int) -> None:
 
 def _messages(decoder: MediaDecoder, what: str, data: bytes) -> Iterator[bytes]:
     try:
+        if what == "sound":
+            yield from _sound(data)
+            return
         pictures, length = decoder.film(data) if what == "film" else ([decoder.picture(data)], 0.0)
     except SampleError as error:
         yield _head(reason=error.reason, detail=error.detail)
@@ -207,6 +223,16 @@ def _messages(decoder: MediaDecoder, what: str, data: bytes) -> Iterator[bytes]:
         yield _head(shape=picture.pixels.shape, original_size=picture.original_size, time_ms=picture.time_ms)
         yield picture.pixels.tobytes()
     yield _head(seconds=length)
+
+
+def _sound(data: bytes) -> Iterator[bytes]:
+    """Block by block: that of a long film is not held here."""
+    num_samples = 0
+    for block in read_sound(data):
+        num_samples += len(block)
+        yield _head(samples=len(block))
+        yield block.tobytes()
+    yield _head(seconds=num_samples / SAMPLE_RATE)
 
 
 def _head(**values: Any) -> bytes:

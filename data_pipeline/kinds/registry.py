@@ -23,6 +23,7 @@ KINDS = {
     "interleaved": "data_pipeline.kinds.interleaved.Interleaved",
     "chat": "data_pipeline.kinds.chat.ChatMessages",
 }
+SPOKEN = "data_pipeline.kinds.videos.SpokenVideo"  # where a recognizer of speech is configured
 
 
 class KindSet:

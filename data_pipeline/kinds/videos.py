@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 from data_pipeline.documents.builder import Text
@@ -10,7 +10,7 @@ from data_pipeline.documents.templates import Chat, DocumentLayout, EncodedSampl
 from data_pipeline.kinds.base import MediaDecoder, Pixels, SampleKind
 from data_pipeline.sources.samples import TRANSCRIPT_EXTENSIONS, VIDEO_EXTENSIONS, Sample, SampleError
 from data_pipeline.storage.segments import Kind
-from data_pipeline.video.transcript import interleave, join_words, parse_transcript
+from data_pipeline.video.transcript import Word, interleave, join_words, parse_transcript
 
 END_TOLERANCE_SECONDS = 1.0  # a transcript's times are rounded, and so is a video's length
 
@@ -49,14 +49,7 @@ class InterleavedVideo(SampleKind):
         if words[-1].start_seconds > seconds + END_TOLERANCE_SECONDS or words[0].start_seconds < -END_TOLERANCE_SECONDS:
             times = f"{words[0].start_seconds:g} to {words[-1].start_seconds:g}"
             raise SampleError("bad_transcript", f"words at {times} s of a video of {seconds:g} s")
-        parts: list[Text | Pixels] = []
-        for item in interleave(words, [frame.time_ms / 1000 for frame in frames]):
-            if isinstance(item, int):
-                parts.append(frames[item])
-            else:
-                time_ms = max(0, round(item.time_seconds * 1000))
-                parts.append(Text(item.text, Kind.TRANSCRIPT, time_ms))
-        return parts
+        return _laid_between(words, frames)
 
     def chat(self, sample: EncodedSample, layout: DocumentLayout) -> Chat:
         question, images, response = split_video(sample.parts, layout.config.context_frames)
@@ -65,3 +58,32 @@ class InterleavedVideo(SampleKind):
     def texts(self, sample: Sample) -> Iterator[str]:
         extension = sample.extension_among(TRANSCRIPT_EXTENSIONS)
         yield join_words(parse_transcript(extension, sample.text(extension)))
+
+
+class SpokenVideo(InterleavedVideo):
+    """A video alone; what is said in it is recognized (`asr.engine`). Phrases stand whole between the frames."""
+
+    name = "video_spoken"
+
+    def accepts(self, extensions: AbstractSet[str]) -> bool:
+        return len(extensions) == 1 and extensions <= set(VIDEO_EXTENSIONS)
+
+    def prepare(self, sample: Sample, decoder: MediaDecoder) -> list[Text | Pixels]:
+        video = sample.parts[sample.extension_among(VIDEO_EXTENSIONS)]
+        frames, _ = decoder.film(video)
+        return _laid_between(decoder.words(video), frames)
+
+    def texts(self, sample: Sample) -> Iterator[str]:
+        """None: the text tokenizer is trained on what is written."""
+        return iter(())
+
+
+def _laid_between(words: Sequence[Word], frames: Sequence[Pixels]) -> list[Text | Pixels]:
+    parts: list[Text | Pixels] = []
+    for item in interleave(words, [frame.time_ms / 1000 for frame in frames]):
+        if isinstance(item, int):
+            parts.append(frames[item])
+        else:
+            time_ms = max(0, round(item.time_seconds * 1000))
+            parts.append(Text(item.text, Kind.TRANSCRIPT, time_ms))
+    return parts

@@ -1,10 +1,10 @@
 """Which sequence is read at which step: a pure function of (seed, stage, mixture, n).
 
-Global sample n maps to (dataset, epoch, row) in O(1) time and with memory that does not grow with the number of rows:
+Global sample n maps to (dataset, epoch, row) in time and memory that grow neither with n nor with the number of rows:
 
 1. The weights are replaced by whole shares c_1..c_k of a period of P <= 65,536 samples (`quantise_weights`).
-2. One period is scheduled by Tijdeman's rule for the chairman assignment problem (R. Tijdeman, "The chairman
-   assignment problem", Discrete Mathematics 32, 1980). After every prefix of n samples each dataset has been read
+2. One period is scheduled by Tijdeman's rule (`data_pipeline.loading.periods`).
+   After every prefix of n samples each dataset has been read
    n * c_i / P times to within 1 - 1 / (2k - 2), which is less than one sequence, for any weights and any number k
    of datasets. After P samples every count is exact, so the schedule repeats.
 3. The q-th sample of a dataset is row q % size of epoch q // size in the order of a permutation keyed by
@@ -22,22 +22,16 @@ phases before it, so the order stays a function of n.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.loading.periods import Period, quantise_weights
 from data_pipeline.storage.permutation import derive_key, epoch_keys, permute
 from model.durable import fingerprint_of
-from model.errors import Problems, UserError
-
-MAX_PERIOD = 65_536
-# Weights as people write them have a common denominator below this; longer periods need not be tried then.
-_FIRST_PERIODS = 1024
-# Two errors closer than this are rounding noise of the weights' own arithmetic.
-_WEIGHT_TOLERANCE = 1e-12
+from model.errors import Problems
 
 
 class Location(NamedTuple):
@@ -61,80 +55,8 @@ class Locations(NamedTuple):
     rows: np.ndarray  # int64
 
 
-def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.ndarray:
-    """Whole shares (int64 [k], each >= 1) whose sum, the period, is at most `max_period`.
-
-    weights: float64 [k], positive, any scale. Of all periods the one with the smallest worst error of a share is
-    taken, the shortest of equals. Raises `UserError` when a weight is too small to get a share.
-    """
-    fractions = weights / weights.sum()
-    best_error, best_shares = math.inf, None
-    ends = [min(end, max_period + 1) for end in (_FIRST_PERIODS, *range(8193, max_period + 8193, 8192))]
-    for first, end in zip([1, *ends], ends, strict=False):
-        if first >= end or best_error <= _WEIGHT_TOLERANCE:  # no longer period is nearer
-            break
-        periods = np.arange(first, end)
-        shares = _largest_remainder(fractions, periods)
-        errors = np.abs(shares / periods[:, None] - fractions).max(axis=1)
-        errors[(shares < 1).any(axis=1)] = math.inf
-        chosen = int(np.argmax(errors <= errors.min() + _WEIGHT_TOLERANCE))
-        if errors[chosen] < best_error - _WEIGHT_TOLERANCE:
-            best_error, best_shares = float(errors[chosen]), shares[chosen]
-    if best_shares is None:
-        raise UserError(
-            "a dataset's weight is too small beside the others",
-            expected=f"at least {1 / max_period:.2g} of the sum of the weights",
-            got=f"{fractions.min():.2g}",
-            fix="raise that weight, or set it to 0 to leave the dataset out",
-        )
-    return best_shares
-
-
-def _largest_remainder(fractions: np.ndarray, periods: np.ndarray) -> np.ndarray:
-    """Round fractions * period to whole shares that sum to the period; int64 [periods, k]."""
-    exact = fractions[None, :] * periods[:, None]
-    # A share that is whole but for rounding noise must not lose one to the floor.
-    shares = np.floor(exact + 1e-9).astype(np.int64)
-    missing = periods - shares.sum(axis=1)
-    order = np.argsort(-(exact - shares), axis=1, kind="stable")
-    ranks = np.argsort(order, axis=1, kind="stable")
-    return shares + (ranks < missing[:, None])
-
-
-def schedule_period(shares: np.ndarray) -> np.ndarray:
-    """One period: which dataset is read at each of its samples; uint16 [P] from shares int [k] with sum P.
-
-    Item j (from 0) of a dataset with share c is released once n * c / P - j >= 1 / (2k - 2), n counted from 1; of
-    the released items the one with the earliest deadline (j + 1 - 1 / (2k - 2)) * P / c comes next.
-    """
-    num_datasets, period = len(shares), int(shares.sum())
-    if num_datasets == 1:
-        return np.zeros(period, np.uint16)
-    scale = 2 * num_datasets - 2
-    common = math.lcm(*(int(share) for share in shares))  # whole deadlines: floats would break ties at random
-    factors = [common // int(share) for share in shares]
-    schedule = np.empty(period, np.uint16)
-    waiting = [(_release(0, int(share), period, scale), index, 0) for index, share in enumerate(shares)]
-    heapq.heapify(waiting)
-    released: list[tuple[int, int, int]] = []
-    for number in range(1, period + 1):
-        while waiting and waiting[0][0] <= number:
-            _, index, item = heapq.heappop(waiting)
-            heapq.heappush(released, ((scale * (item + 1) - 1) * factors[index], index, item))
-        _, index, item = heapq.heappop(released)
-        schedule[number - 1] = index
-        if item + 1 < shares[index]:
-            heapq.heappush(waiting, (_release(item + 1, int(shares[index]), period, scale), index, item + 1))
-    return schedule
-
-
-def _release(item: int, share: int, period: int, scale: int) -> int:
-    """The first n with scale * (n * share - item * period) >= period."""
-    return -(-(period + scale * item * period) // (scale * share))
-
-
 class WeightedSchedule:
-    """Which dataset each sample is of, and the how-manieth of that dataset it is. Periods are scheduled when they are needed.
+    """Which dataset each sample is of, and the how-manieth of that dataset it is. Of a period is found what is asked for.
 
     first_samples: ascending, where each phase begins; before the first one there is nothing. shares: of each phase,
     int64 [k], 0 for a dataset that the phase does not read.
@@ -145,7 +67,8 @@ class WeightedSchedule:
         assert list(first_samples) == sorted(set(first_samples)), "phases begin one after another"
         self.first_samples = np.array(first_samples, np.int64)
         self.shares = [np.asarray(one, np.int64) for one in shares]
-        self._periods: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._read = [np.flatnonzero(one) for one in self.shares]  # datasets of a phase's period
+        self._periods = [Period(one[read]) for one, read in zip(self.shares, self._read, strict=True)]
         self._counts_before: list[np.ndarray] = [np.zeros(len(self.shares[0]), np.int64)]
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,11 +78,12 @@ class WeightedSchedule:
         datasets, numbers = np.empty_like(samples), np.empty_like(samples)
         for phase in range(int(phases.min()), int(phases.max()) + 1) if len(phases) else ():
             here = phases == phase
-            order, ranks = self._period(phase)
-            cycles, places = np.divmod(samples[here] - self.first_samples[phase], len(order))
-            found = order[places].astype(np.int64)
+            period = self._periods[phase]
+            cycles, places = np.divmod(samples[here] - self.first_samples[phase], period.length)
+            order, ranks = period.locate(places)
+            found = self._read[phase][order]
             datasets[here] = found
-            numbers[here] = self._before(phase)[found] + cycles * self.shares[phase][found] + ranks[places]
+            numbers[here] = self._before(phase)[found] + cycles * self.shares[phase][found] + ranks
         return datasets, numbers
 
     def counts(self, end: int) -> np.ndarray:
@@ -178,20 +102,11 @@ class WeightedSchedule:
         return self._counts_before[phase]
 
     def _count(self, phase: int, num_samples: int) -> np.ndarray:
-        shares = self.shares[phase]
-        cycles, rest = divmod(num_samples, int(shares.sum()))
-        counts: np.ndarray = cycles * shares
-        # A whole number of periods needs no schedule.
-        return counts + np.bincount(self._period(phase)[0][:rest], minlength=len(shares)) if rest else counts
-
-    def _period(self, phase: int) -> tuple[np.ndarray, np.ndarray]:
-        """One period of a phase: the dataset at each place, and how often it came before within the period."""
-        if phase not in self._periods:
-            shares = self.shares[phase]
-            read = np.flatnonzero(shares)
-            order = read[schedule_period(shares[read])]
-            self._periods[phase] = order, _occurrence_ranks(order, len(shares))
-        return self._periods[phase]
+        period = self._periods[phase]
+        cycles, rest = divmod(num_samples, period.length)
+        counts: np.ndarray = cycles * self.shares[phase]
+        counts[self._read[phase]] += period.counts(rest)
+        return counts
 
 
 class Mixture:
@@ -280,15 +195,6 @@ def _shares_of(weights: np.ndarray) -> np.ndarray:
     shares = np.zeros(len(weights), np.int64)
     shares[weights > 0] = quantise_weights(weights[weights > 0])
     return shares
-
-
-def _occurrence_ranks(schedule: np.ndarray, num_datasets: int) -> np.ndarray:
-    """How many times the dataset at each position came before within the period; int64 [P]."""
-    ranks = np.empty(len(schedule), np.int64)
-    for dataset in range(num_datasets):
-        here = schedule == dataset
-        ranks[here] = np.arange(np.count_nonzero(here))
-    return ranks
 
 
 def _check(sizes: Mapping[str, int], weights: Mapping[str, float]) -> None:

@@ -22,8 +22,11 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.documents.prompts import label
+from data_pipeline.packing.choice import TRAINING, Choice
+from data_pipeline.packing.duplicates import NAME as NEAR_DUPLICATES
+from data_pipeline.packing.duplicates import rule_of
 from data_pipeline.packing.held_out import FOLDER_NAME as HELD_OUT_FOLDER
-from data_pipeline.packing.held_out import HeldOutSet, sets_of
+from data_pipeline.packing.held_out import HeldOutSet
 from data_pipeline.packing.held_out import validate as validate_held_out
 from data_pipeline.packing.pool import Pool
 from data_pipeline.packing.window import Piece, Row, WindowPacker
@@ -39,9 +42,9 @@ from model.durable import fingerprint_of
 from model.errors import Problems, UserError
 
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
+FILTERS_NAME = "dataset.filters.jsonl"  # what was left out as alike, in the form of a token file's filters
 # Goes into the fingerprint of a packed folder: rows of packers that choose otherwise are never mixed.
 _PACKER = "window-1"
-TRAINING = ""  # the part of a packed folder that no held-out set has
 # Documents whose place in the order is computed at once.
 _ORDER_BLOCK = 65_536
 _log = logging.getLogger(__name__)
@@ -89,11 +92,13 @@ def pack(
     config: PackConfig,
     removed: frozenset[int] = frozenset(),
     held_out: Mapping[str, HeldOutSet] | None = None,
+    max_similarity: float | None = None,
 ) -> PackSummary:
     """Pack the token files of `token_folders` (source name -> folder or folders) into `target`.
 
-    Documents whose ids are in `removed` are left out and counted under that reason. Those of the sets of `held_out` are
-    packed into folders of their own, `target/held_out/NAME`, before the others.
+    Documents whose ids are in `removed` are left out and counted under that reason. So are all but the first of documents that
+    are alike by more than `max_similarity` (None: what the token files say; `data_pipeline.packing.duplicates`). Those of the
+    sets of `held_out` are packed into folders of their own, `target/held_out/NAME`, before the others.
     Raises `UserError` for a bad configuration, missing or damaged input, token files of different vocabularies or
     tokenizers, a target that holds something else or that another process packs, and files that cannot be read or
     written.
@@ -103,6 +108,8 @@ def pack(
     problems.check(bool(token_folders), "tokens", "no source is given", "tokens.NAME=FOLDER")
     sets = dict(held_out or {})
     validate_held_out(sets, problems)
+    fine = max_similarity is None or 0 <= max_similarity <= 1
+    problems.check(fine, "max_similarity", f"must be in [0, 1], got {max_similarity}", "max_similarity=0.8")
     problems.raise_if_any()
     target = Path(target)
     pool = Pool({name: _as_list(folders) for name, folders in token_folders.items()})
@@ -113,9 +120,13 @@ def pack(
             identity["removed"] = fingerprint_of(sorted(removed))
         if sets:
             identity["held_out"] = {name: one.describe() for name, one in sets.items()}
+        rule = rule_of(pool, max_similarity)
+        if rule is not None:
+            identity[NEAR_DUPLICATES] = rule.describe()
+        choice = Choice(pool, removed, sets, rule)
         # The rows to train on are finished last: where they are, the sets are.
         parts = [*sorted(sets), TRAINING]
-        packings = [_Packing(pool, target, config, removed, sets, part, identity, inputs) for part in parts]
+        packings = [_Packing(choice, target, config, part, identity, inputs) for part in parts]
         if not all(packing.is_complete() for packing in packings):
             with claim_folder(target, "pack"):
                 _write_rows(pool, packings)
@@ -183,21 +194,18 @@ class _Packing:
 
     def __init__(
         self,
-        pool: Pool,
+        choice: Choice,
         target: Path,
         config: PackConfig,
-        removed: frozenset[int],
-        held_out: Mapping[str, HeldOutSet],
         part: str,
         identity: dict[str, Any],
         inputs: list[dict[str, str]],
     ):
-        self.pool, self.config, self.removed, self.held_out, self.part = pool, config, removed, held_out, part
+        self.choice, self.pool, self.config, self.part = choice, choice.pool, config, part
         self.target = target / HELD_OUT_FOLDER / part if part != TRAINING else target
         self.fingerprint = fingerprint_of(identity | {"part": part} if part != TRAINING else identity)
         self.inputs = inputs
         self.quarantine: list[dict[str, Any]] = []
-        self.num_held_out: dict[str, int] = {}
 
     def is_complete(self) -> bool:
         return _is_complete(self.target, self.fingerprint)
@@ -215,36 +223,22 @@ class _Packing:
         """The rows in order, each a list of pieces."""
         config = self.config
         lengths, fillers = self.pool.load_index()
-        removed, here = self.select()
-        _log.info("%d documents, %d of %d removed ones among them", len(lengths), len(removed), len(self.removed))
+        left_out, sets, here = self.choice.left_out, self.choice.sets, self.choice.number_of(self.part)
         packer = WindowPacker(config.sequence_length, config.window_rows, config.minimum_piece_tokens, self.pool.cut)
         for document in _document_order(len(self.pool), config.seed):
-            if here is not None and not here[document]:
+            if sets is not None and sets[document] != here:
                 continue
             length = int(lengths[document])
             whole = Piece(document, 0, length)
             if length == 0:
                 self.refuse(document, length, "empty_document")
-            elif document in removed:
-                self.refuse(document, length, "removed")
+            elif document in left_out:
+                self.refuse(document, length, *left_out[document])
             elif length <= config.sequence_length:
                 yield from (packer.add_filler if fillers[document] else packer.add)(whole)
             else:
                 yield from self.plan_long(packer, whole, bool(fillers[document]))
         yield from packer.flush()
-
-    def select(self) -> tuple[frozenset[int], np.ndarray | None]:
-        """The documents that are removed, and which ones are this part's: bool [N], None for all of them."""
-        if not self.removed and not self.held_out:
-            return frozenset(), None
-        ids = self.pool.document_ids()
-        removed = np.isin(ids, np.array(sorted(self.removed), np.uint64))
-        sets = sets_of(self.held_out, ids)
-        sets[removed] = 0  # they are counted once, beside the rows to train on
-        names = sorted(self.held_out)
-        self.num_held_out = {name: int((sets == number).sum()) for number, name in enumerate(names, 1)}
-        part = 1 + names.index(self.part) if self.part != TRAINING else 0
-        return frozenset(np.flatnonzero(removed).tolist()), sets == part
 
     def plan_long(self, packer: WindowPacker, whole: Piece, filler: bool) -> Iterator[Row]:
         pieces = self.pool.cut_to_rows(whole.document, self.config.sequence_length)
@@ -256,7 +250,8 @@ class _Packing:
             for piece in pieces:
                 yield from packer.add(piece)
 
-    def refuse(self, document: int, num_tokens: int, reason: str) -> None:
+    def refuse(self, document: int, num_tokens: int, reason: str, like: int | None = None) -> None:
+        """`like`: id of the document that stands for this one."""
         file, index = self.pool.locate(document)
         segments = self.pool.segments(document)
         entry = {
@@ -267,7 +262,7 @@ class _Packing:
             "num_tokens": num_tokens,
             "document": int(segments["document"][0]) if len(segments) else None,
         }
-        self.quarantine.append(entry)
+        self.quarantine.append(entry if like is None else entry | {"like": like})
 
     def write_shard(self, number: int, rows: list[Row]) -> dict[str, Any]:
         """Write and publish one shard, unless it is there already; returns its manifest."""
@@ -343,6 +338,9 @@ class _Packing:
             )
         lines = [json.dumps(entry, sort_keys=True) for entry in self.quarantine]
         atomic_write_bytes(self.target / QUARANTINE_NAME, "".join(f"{line}\n" for line in lines).encode())
+        record = self.choice.duplicates.record
+        if record is not None and self.part == TRAINING:
+            atomic_write_bytes(self.target / FILTERS_NAME, (json.dumps(record, ensure_ascii=False) + "\n").encode())
         atomic_write_json(self.target / DATASET_NAME, seal(self.describe_dataset(manifests)))
 
     def describe_dataset(self, manifests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -372,15 +370,27 @@ class _Packing:
             "quarantined": dict(_reasons(self.quarantine)),
             **self.pool.shared,
             **self.describe_held_out(),
+            **self.describe_duplicates(),
         }
+
+    def describe_duplicates(self) -> dict[str, Any]:
+        """By which rule documents that are alike were left out, and how many could be compared; nothing without a rule."""
+        rule = self.choice.rule
+        if rule is None:
+            return {}
+        counts = {"num_compared": self.choice.duplicates.num_compared, "num_documents": len(self.pool)}
+        return {NEAR_DUPLICATES: rule.describe() | counts}
 
     def describe_held_out(self) -> dict[str, Any]:
         """What the manifest says of held-out sets; nothing where there are none."""
-        rules = {name: one.describe() for name, one in self.held_out.items()}
+        rules = {name: one.describe() for name, one in self.choice.held_out.items()}
         if self.part != TRAINING:
             return {"held_out_as": {"name": self.part} | rules[self.part]}
-        counted = {name: rule | {"num_documents": self.num_held_out[name]} for name, rule in rules.items()}
-        return {"held_out": counted} if counted else {}
+        sets = self.choice.sets
+        if sets is None:
+            return {}
+        counts = {name: int((sets == self.choice.number_of(name)).sum()) for name in rules}
+        return {"held_out": {name: rule | {"num_documents": counts[name]} for name, rule in rules.items()}}
 
 
 def label_counts(sources: list[str], by_task: np.ndarray) -> dict[str, int]:

@@ -17,11 +17,25 @@ def derive_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64: every input bit reaches every output bit. uint64 in and out."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed = values.copy()
+    _mix_in_place(mixed, np.empty_like(mixed))
+    return mixed
+
+
+def _mix_in_place(values: np.ndarray, scratch: np.ndarray) -> None:
+    """`_mix` of an array that nobody else has; scratch: another of its size. Arrays are not allocated again and again."""
+    for shift, factor in zip(_SHIFTS, _FACTORS, strict=False):
+        np.right_shift(values, shift, out=scratch)
+        values ^= scratch
+        values *= factor
+    np.right_shift(values, _SHIFTS[2], out=scratch)
+    values ^= scratch
 
 
 def keyed_hash(values: np.ndarray, key: int) -> np.ndarray:
@@ -64,14 +78,19 @@ def _bits_for(sizes: np.ndarray) -> np.ndarray:
 def _feistel(values: np.ndarray, num_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """A permutation of [0, 2**num_bits), uint64 [n] all. The halves differ by a bit when `num_bits` is odd and swap each round."""
     one = np.uint64(1)
-    first_bits = num_bits >> one
-    right_bits, left_bits = first_bits, num_bits - first_bits
-    left, right = values >> right_bits, values & ((one << right_bits) - one)
+    right_bits = num_bits >> one
+    masks = (one << (num_bits - right_bits)) - one, (one << right_bits) - one  # of the left half, of the right one
+    left, right = values >> right_bits, values & masks[1]
+    scratch = np.empty_like(values)
     with np.errstate(over="ignore"):
-        for number in range(1, _NUM_ROUNDS + 1):
-            round_keys = keys + np.uint64(number * _GOLDEN & _MASK)
-            mask = (one << left_bits) - one
-            left, right = right, left ^ (_mix(_mix(right + round_keys) ^ keys) & mask)
-            left_bits, right_bits = right_bits, left_bits
+        for number in range(_NUM_ROUNDS):
+            mixed = keys + np.uint64((number + 1) * _GOLDEN & _MASK)
+            mixed += right
+            _mix_in_place(mixed, scratch)
+            mixed ^= keys
+            _mix_in_place(mixed, scratch)
+            mixed &= masks[number % 2]
+            mixed ^= left
+            left, right = right, mixed
     # An even number of rounds: the halves have their first sizes again.
-    return (left << first_bits) | right
+    return (left << right_bits) | right

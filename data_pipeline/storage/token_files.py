@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ from data_pipeline.storage.format import (
     verify_outputs,
 )
 from data_pipeline.storage.segments import SEGMENT_DTYPE, tile_exactly
+from data_pipeline.storage.signatures import SIGNATURE_DTYPE
+from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from model.durable import publish, temporary_path, told_no_space
 from model.errors import UserError
 
@@ -83,9 +86,10 @@ class TokenFileWriter:
         if self.with_crc:
             self._crcs.append(row_crc(np.frombuffer(content, TOKEN_DTYPE), numbered))
 
-    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, manifest: dict[str, Any], more: Mapping[str, bytes] | None = None) -> dict[str, Any]:
         """Publish the data, then the manifest; returns the manifest as written.
 
+        `more`: suffix -> content of further files (`data_pipeline.storage.signatures`), which count among the outputs.
         Adds `format_version`, `num_tokens`, `outputs` (file name -> checksum) and `checksum` to the given entries. The caller
         supplies `kind`, `num_documents` or `num_rows` and the rest.
         """
@@ -93,6 +97,7 @@ class TokenFileWriter:
         side_files[".seg.npy"] = encode_array(_concatenate(self._segments))
         if self.with_crc:
             side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
+        side_files |= more or {}
         outputs = {self._bin.name: self._digest.hexdigest()}
         needed_bytes = self._num_bytes + sum(map(len, side_files.values()))
         with told_no_space(self.prefix.parent, needed_bytes):
@@ -117,7 +122,7 @@ class TokenFileWriter:
         # On a full disk the buffered rest cannot be flushed; that is being reported already.
         with suppress(OSError):
             self._stream.close()
-        for suffix in (".bin", ".idx", ".seg.npy", ".crc.npy", ".json"):
+        for suffix in (".bin", ".idx", ".seg.npy", ".crc.npy", SIGNATURES_SUFFIX, ".json"):
             temporary_path(suffixed(self.prefix, suffix)).unlink(missing_ok=True)
 
 
@@ -192,6 +197,23 @@ class TokenFileReader:
     def all_segments(self) -> np.ndarray:
         """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept."""
         return load_array(suffixed(self.prefix, ".seg.npy"))
+
+    def all_signatures(self) -> np.ndarray | None:
+        """What each document is like, `SIGNATURE_DTYPE` [n]; not kept. None where none were noted."""
+        path = suffixed(self.prefix, SIGNATURES_SUFFIX)
+        if path.name not in self.manifest["outputs"]:
+            return None
+        signatures = load_array(path)
+        if signatures.dtype != SIGNATURE_DTYPE or len(signatures) != len(self):
+            raise UserError("a file of signatures is not of its token file", where=str(path), fix=REWRITE)
+        return signatures
+
+    def signature(self, index: int) -> np.ndarray:
+        """What one document is like, `SIGNATURE_DTYPE` [1], of a file that has signatures."""
+        path = suffixed(self.prefix, SIGNATURES_SUFFIX)
+        descriptor, size = self._descriptors.get(path), SIGNATURE_DTYPE.itemsize
+        offset = os.fstat(descriptor).st_size - (len(self) - index) * size
+        return np.frombuffer(read_exactly(descriptor, size, offset, f"{path}, document {index}"), SIGNATURE_DTYPE)
 
     @property
     def _unit(self) -> str:

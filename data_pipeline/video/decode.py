@@ -11,6 +11,7 @@ import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
@@ -68,7 +69,7 @@ def scan_video(data: bytes) -> VideoScan:
         seconds_per_frame = 1 / float(stream.average_rate or 25)
         delay = _delay_seconds(container, stream)
         file_seconds = (container.duration or 0) / av.time_base
-        for frame in _frames(container, stream):
+        for frame in decoded_frames(container, stream):
             if frame is None:
                 num_errors += 1
                 continue
@@ -115,12 +116,12 @@ def _read_by_seeking(data: bytes, scan: VideoScan, indices: Sequence[int]) -> It
     intra = np.flatnonzero(scan.intra)
     position = 0  # index of the next frame that decoding on would give
     with open_video(data) as (container, stream):
-        frames = _frames(container, stream)
+        frames = decoded_frames(container, stream)
         for index in indices:
             before = intra[intra <= index]
             if len(before) and before[-1] > position:
                 container.seek(int(scan.stamps[before[-1]]), stream=stream)
-                frames = _frames(container, stream)
+                frames = decoded_frames(container, stream)
             reached = (frame for frame in frames if frame is not None and frame.pts >= scan.stamps[index])
             frame = next(reached, None)
             if frame is None or frame.pts != scan.stamps[index]:
@@ -135,7 +136,7 @@ def _read_from_start(data: bytes, scan: VideoScan, indices: Sequence[int]) -> It
     found: dict[int, np.ndarray] = {}  # those that came before an earlier one
     num_frames = 0
     with open_video(data) as (container, stream):
-        for frame in _frames(container, stream):
+        for frame in decoded_frames(container, stream):
             if frame is None:
                 continue
             stamp = frame.pts if scan.seekable else num_frames
@@ -173,8 +174,8 @@ def open_video(data: bytes) -> Iterator[tuple[av.container.InputContainer, av.Vi
         yield container, stream
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame | None]:
-    """Frames from where the container stands; None for each packet that does not decode."""
+def decoded_frames(container: av.container.InputContainer, stream: Any) -> Iterator[Any]:
+    """Frames of a stream of pictures or sound from where the container stands; None for each packet that does not decode."""
     packets = container.demux(stream)
     while True:
         try:

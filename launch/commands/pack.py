@@ -23,6 +23,10 @@ class Config:
     tokens: dict[str, str] = field(default_factory=dict)  # source name -> folder of token files
     target: str = ""  # folder of the packed files
     removed: str | None = None  # a list of documents to leave out, one JSON object a line: {"document": 123}
+    max_similarity: float | None = (
+        None  # of documents with signatures, above it all but the first are left out; null: the
+    )
+    # maximum of the filter near_duplicates that they were tokenized with; 1: nothing is left out
     held_out: dict[str, HeldOut] = field(
         default_factory=dict
     )  # validation sets, by any name: rows in target/held_out/NAME
@@ -51,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     removed = _listed(config.removed)
     held_out = {name: HeldOutSet(one.share, _listed(one.documents)) for name, one in config.held_out.items()}
-    return asdict(pack(dict(config.tokens), config.target, settings, removed, held_out))
+    return asdict(pack(dict(config.tokens), config.target, settings, removed, held_out, config.max_similarity))
 
 
 def _listed(path: str | None) -> frozenset[int]:

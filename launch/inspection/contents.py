@@ -168,7 +168,7 @@ def find_prefixes(path: Path) -> list[Path]:
     if path.is_dir():
         return [file.with_suffix("") for file in sorted(path.glob("*.idx"))]
     name = path.name
-    for suffix in (".seg.npy", ".crc.npy", ".bin", ".idx", ".json"):
+    for suffix in (".seg.npy", ".crc.npy", ".signatures.npy", ".bin", ".idx", ".json"):
         name = name.removesuffix(suffix)
     prefix = path.with_name(name)
     return [prefix] if prefix.with_name(name + ".idx").exists() else []

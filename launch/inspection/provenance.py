@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,16 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.documents.tokenizers import TextTokenizer
+from data_pipeline.documents.words import WORD
 from data_pipeline.storage.format import read_manifest
 from data_pipeline.storage.packed_files import check_listed_shard
 from data_pipeline.storage.segments import Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader
 from model.errors import UserError
 
-# A word, or one character of a script that is written without spaces.
-_WORD = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]+"
-)
 _EXCERPT_CHARACTERS = 200
 
 
@@ -121,7 +117,7 @@ def find_overlap(prefixes: list[Path], tokenizer: TextTokenizer, prompts: Path, 
 
 def sequences(text: str, num_words: int) -> Iterator[tuple[str, ...]]:
     """Every `num_words` words in a row; all words where there are fewer."""
-    words = _WORD.findall(text.lower())
+    words = WORD.findall(text.lower())
     for first in range(max(1, len(words) - num_words + 1)):
         if words:
             yield tuple(words[first : first + num_words])

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.packing.pack import FILTERS_NAME
 from data_pipeline.storage.format import published_prefixes, suffixed
 from data_pipeline.tokenize import FILTERS_SUFFIX
 from launch.report.page import STYLE, section, table
@@ -17,10 +18,10 @@ NEAREST_SHOWN = 12  # samples on either side of a bound
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """By filter: counts of all shards, and their samples nearest to the bound, nearest first."""
+    """By filter of a folder of token or packed files: counts of all shards, and their samples nearest to the bound, nearest first."""
     found: dict[str, dict[str, Any]] = {}
-    for prefix in published_prefixes(folder):
-        path = suffixed(prefix, FILTERS_SUFFIX)
+    paths = [suffixed(prefix, FILTERS_SUFFIX) for prefix in published_prefixes(folder)]
+    for path in [*paths, folder / FILTERS_NAME]:
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             record = json.loads(line)
             total = found.setdefault(
@@ -45,7 +46,8 @@ def write_page(folder: Path) -> dict[str, Any]:
         raise UserError(
             "no filter was asked about these token files",
             where=str(folder),
-            expected=f"files NNNNNN{FILTERS_SUFFIX}, as `tokenize` writes them where filters are configured",
+            expected=f"files NNNNNN{FILTERS_SUFFIX}, as `tokenize` writes them where filters are configured, or {FILTERS_NAME} "
+            "of `pack` where documents had signatures",
             fix="filter_tier=basic, or filters=[...]",
         )
     title = f"Filters of {html.escape(folder.name)}"

@@ -64,7 +64,9 @@ def video(num_frames: int, words: int, image: int) -> list[Spec]:
     return [(Kind.STRUCTURE, 1, 0), *frames, (Kind.STRUCTURE, 1, 0)]
 
 
-def write_token_file(prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]], **changes: Any) -> dict[str, Any]:
+def write_token_file(
+    prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]], more: dict[str, bytes] | None = None, **changes: Any
+) -> dict[str, Any]:
     manifest = {
         "kind": "tokens",
         "num_documents": len(documents),
@@ -78,7 +80,7 @@ def write_token_file(prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]
     with TokenFileWriter(prefix) as writer:
         for tokens, segments in documents:
             writer.add(tokens, segments)
-        return writer.finish(manifest | changes)
+        return writer.finish(manifest | changes, more)
 
 
 def write_sources(folder: Path, sources: dict[str, list[list[Spec]]], **changes: Any) -> dict[str, Path]:

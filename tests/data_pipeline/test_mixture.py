@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
+import math
 from collections import Counter
 from fractions import Fraction
 
@@ -10,12 +13,97 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loading.mixture import MAX_PERIOD, Cursor, Mixture, quantise_weights, schedule_period
+from data_pipeline.loading import periods
+from data_pipeline.loading.mixture import Cursor, Mixture
+from data_pipeline.loading.periods import MAX_PERIOD, Period, quantise_weights
 from data_pipeline.storage.permutation import derive_key, epoch_keys, permute
 from model.errors import UserError
 
 SHARES = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 300)), min_size=2, max_size=12)
 WEIGHTS = st.lists(st.floats(0.1, 100), min_size=2, max_size=12)
+
+
+def schedule_by_the_rule(shares: list[int]) -> list[int]:
+    """A whole period from its beginning, deadlines as whole numbers."""
+    scale, period, common = max(1, 2 * len(shares) - 2), sum(shares), math.lcm(*shares)
+
+    def release(index: int, item: int) -> int:  # the first n with scale * (n * share - item * period) >= period
+        return -(-(period + scale * item * period) // (scale * shares[index]))
+
+    waiting = [(release(index, 0), index, 0) for index in range(len(shares))]
+    heapq.heapify(waiting)
+    released: list[tuple[int, int, int]] = []
+    schedule = []
+    for number in range(1, period + 1):
+        while waiting and waiting[0][0] <= number:
+            _, index, item = heapq.heappop(waiting)
+            heapq.heappush(released, ((scale * (item + 1) - 1) * common // shares[index], index, item))
+        _, index, item = heapq.heappop(released)
+        schedule.append(index)
+        if item + 1 < shares[index]:
+            heapq.heappush(waiting, (release(index, item + 1), index, item + 1))
+    return schedule
+
+
+def schedule_period(shares: np.ndarray) -> np.ndarray:
+    return Period(shares).locate(np.arange(shares.sum()))[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shares=st.one_of(SHARES, st.lists(st.integers(1, 4000), min_size=1, max_size=5)), data=st.data())
+def test_any_places_of_a_period_are_those_of_the_rule(shares, data):
+    """Whatever is asked for, in whichever order: a block is found without those before it."""
+    expected = schedule_by_the_rule(shares)
+    seen: Counter[int] = Counter()
+    ranks = [seen.update([dataset]) or seen[dataset] - 1 for dataset in expected]
+    period = Period(np.array(shares))
+    for first in data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=3)):
+        places = np.arange(first, min(first + 150, len(expected)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(periods, "_WARM_UP", 1)  # too few places at first, so that it has to go farther back
+            datasets, numbers = period.locate(places)
+        assert datasets.tolist() == expected[first : first + 150]
+        assert numbers.tolist() == ranks[first : first + 150]
+        assert period.counts(first).tolist() == [expected[:first].count(index) for index in range(len(shares))]
+
+
+def quantise_by_trying_all(weights: np.ndarray, max_period: int) -> list[int]:
+    fractions = weights / weights.sum()
+    best_error, best = math.inf, np.zeros(0, np.int64)
+    ends = [min(end, max_period + 1) for end in (1024, *range(8193, max_period + 8193, 8192))]
+    for first, end in zip([1, *ends], ends, strict=False):
+        if first < end and best_error > 1e-12:
+            shares, errors = periods._shares_and_errors(fractions, np.arange(first, end))
+            chosen = int(np.argmax(errors <= errors.min() + 1e-12))
+            if errors[chosen] < best_error - 1e-12:
+                best_error, best = float(errors[chosen]), shares[chosen]
+    return best.tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weights=st.lists(st.one_of(st.floats(0.001, 1), st.integers(1, 400)), min_size=1, max_size=10),
+    max_period=st.sampled_from([900, 5000, 20_000]),
+)
+def test_shares_are_those_of_trying_every_period(weights, max_period):
+    expected = quantise_by_trying_all(np.array(weights, np.float64), max_period)
+    if expected:
+        assert quantise_weights(np.array(weights, np.float64), max_period).tolist() == expected
+    else:
+        with pytest.raises(UserError, match="too small"):
+            quantise_weights(np.array(weights, np.float64), max_period)
+
+
+def test_the_order_of_runs_stays():
+    """Rows that earlier versions read at these samples, of weights without a common denominator, on both sides of a change."""
+    sizes = {f"d{number}": 1000 + 7**number for number in range(8)}
+    weights = {name: (2 + number) ** 0.5 for number, name in enumerate(sizes)}
+    mixture = Mixture(sizes, weights, 11, "stage", changes=[(100_000, dict.fromkeys(sizes, 1.0))])
+    starts_and_ends = (60_000, 61_024), (99_500, 100_500), (290_000 * 1024, 290_001 * 1024)
+    samples = np.concatenate([np.arange(*one) for one in starts_and_ends])
+    content = np.stack(mixture.locate_many(samples)).astype("<i8").tobytes()
+    assert hashlib.blake2b(content, digest_size=8).hexdigest() == "d3db1c56f1073539"
+    assert mixture.fingerprint == "4687694538219ea737d214e17d59121f"
 
 
 def worst_discrepancy(schedule: np.ndarray, shares: list[int]) -> Fraction:

@@ -89,14 +89,14 @@ def test_seeking_converts_and_decodes_little(monkeypatch: pytest.MonkeyPatch) ->
     data = make_video([gradient(number) for number in range(60)], gop=10)
     scan = scan_video(data)
     decoded = []
-    frames = decode._frames
+    frames = decode.decoded_frames
 
     def counted(container: object, stream: object) -> object:
         for frame in frames(container, stream):  # type: ignore[arg-type]
             decoded.append(frame)
             yield frame
 
-    monkeypatch.setattr(decode, "_frames", counted)
+    monkeypatch.setattr(decode, "decoded_frames", counted)
     list(read_frames(data, scan, [5, 52]))
     assert len(decoded) <= 6 + 3
 

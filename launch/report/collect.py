@@ -39,6 +39,7 @@ STAGE_KEYS = (
 # Evaluations of other weights than the run's result: fresh ones, and the last stage without those before it.
 FROM_SCRATCH = "from_scratch"
 OTHER_WEIGHTS = ("untrained", FROM_SCRATCH)
+TOKENIZER_FIGURES = ("psnr_db", "codes_used")
 FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "mfu")
 MAX_CURVE_POINTS = 200
 # Of a shard's manifest, by its kind.
@@ -59,6 +60,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "wall_seconds": curriculum.get("wall_seconds"),
         "peak_memory_bytes": curriculum.get("peak_memory_bytes"),
         "tokenizer": collect_tokenizer(tokenizer.values if tokenizer else {}),
+        "tokenizer_curves": tokenizer_curves(run.tokenizer_metrics()),
         "packing": collect_packing(run_folder / "packed", run.damages),
         "tokens": collect_tokens(run_folder / "tokens", run.damages),
         "stages": [collect_stage(folder, summary) for folder, summary in stages],
@@ -90,6 +92,15 @@ def collect_tokenizer(summary: dict[str, Any]) -> dict[str, Any]:
             "names": [str(name) for name in names] if isinstance(names, list) else [],
         }
     return {key: summary.get(key) for key in ("psnr_db", "codebook_use")} | {"colliding_captions": collisions}
+
+
+def tokenizer_curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """title -> name -> points: the losses of the vision tokenizer's stage together, other figures a chart each."""
+    losses = dict.fromkeys(name for line in lines for name in line if name == "loss" or name.startswith("loss_"))
+    charts = {"loss": {name.removeprefix("loss_") if name != "loss" else "all": curve(lines, name) for name in losses}}
+    charts |= {name.replace("_", " "): {"all": curve(lines, name)} for name in TOKENIZER_FIGURES}
+    found = {title: {name: points for name, points in chart.items() if points} for title, chart in charts.items()}
+    return {title: chart for title, chart in found.items() if chart}
 
 
 def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, Any] | None:

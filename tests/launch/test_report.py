@@ -51,6 +51,8 @@ def write_evaluations(folder):
             "prompt_images": ["samples/one.png"],
             "images": ["samples/one.png", "samples/lost.png"],
             "correct": True,
+            "wanted_images": ["samples/one.png"],
+            "reason": "<no> square",
         }
     ]
     tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
@@ -80,6 +82,8 @@ def run_folder(tmp_path):
     tokenizer |= {"colliding_captions_576": 1, "colliding_captions_576_of": 40}
     tokenizer |= {"colliding_captions_576_names": ["a red <circle> / a red square"]}
     write(tmp_path / "vision_tokenizer" / "summary.json", tokenizer)
+    steps = [{"step": step, "loss": 1.0 / step, "loss_l1": 0.5, "psnr_db": 20.0 + step} for step in (1, 2)]
+    write(tmp_path / "vision_tokenizer" / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps))
     for index, name in enumerate(("sft", "pretrain_1")):
         summary = {
             "name": name,
@@ -146,6 +150,10 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
             "2304": {"pairs": 0, "captions": 40, "names": []},
         },
     }
+    assert report["tokenizer_curves"] == {
+        "loss": {"all": [[1.0, 1.0], [2.0, 0.5]], "l1": [[1.0, 0.5], [2.0, 0.5]]},
+        "psnr db": {"all": [[1.0, 21.0], [2.0, 22.0]]},
+    }
     assert report["packing"]["fill"] == pytest.approx(190 / 200)
     assert [stage["name"] for stage in report["stages"]] == ["pretrain_1", "sft"]
     wanted = {
@@ -175,6 +183,8 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
         "seen_accuracy": {"t2i_accuracy": 0.95},
     }
     page = (run_folder / "report.html").read_text()
+    assert page.count('<div class="wanted" title="wanted"><img') == 1
+    assert "<b>&lt;no&gt; square</b>" in page
     row = (
         "<tr><td>text to image</td><td>90.0%</td><td>95.0%</td><td>75.0%</td><td>25.0%</td><td>5.0%</td><td>-</td></tr>"
     )
@@ -242,12 +252,14 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     page = Outside()
     page.feed(text)
     loaded = [reference for reference in page.references if reference.startswith("data:")]
-    assert len(loaded) == 2
+    assert len(loaded) == 3  # given, made, wanted
     assert "lost.png is missing" in text
     assert all(reference.startswith("data:image/png;base64,") for reference in loaded)
     assert all((run_folder / reference).exists() for reference in page.references if reference not in loaded)
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 8  # loss, held-out loss, rate and mixture for each of two stages
+    assert (
+        page.tags.count("svg") == 10
+    )  # loss, held-out loss, rate and mixture for each of two stages; two of the tokenizer
     assert "a &lt;red&gt; circle" in text
     assert not re.search(r"url\(|@import", text)
 

@@ -45,7 +45,7 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     plain = [one for one in parsed if one not in mappings and one.input_line]
     files = files_of(folders)
     try:
-        tree = compose_files(primary, schema, plain, folders, files)
+        tree: Any = compose_files(primary, schema, plain, folders, files)
         OmegaConf.set_struct(tree, False)
         if objective.has_objective(schema):
             objective.start_over_for_another(tree, given)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from launch.report.reinforcement import OBJECTIVE as REWARDED
 from launch.report.reinforcement import collect_reinforcement
 from launch.report.run_folder import CONFIG_NAME, METRICS_NAME, Damages, RunFolder, StageFolder, is_number, read_object
 from training.config import RECORDED
@@ -39,6 +40,7 @@ STAGE_KEYS = (
 # Evaluations of other weights than the run's result: fresh ones, and the last stage without those before it.
 FROM_SCRATCH = "from_scratch"
 OTHER_WEIGHTS = ("untrained", FROM_SCRATCH)
+ALL_LOSSES = (("all", "loss"), *((name, f"loss_{name}") for name in CLASSES))
 TOKENIZER_FIGURES = ("psnr_db", "codes_used")
 FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "mfu")
 MAX_CURVE_POINTS = 200
@@ -225,9 +227,10 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     configuration = folder.configuration()
     stage["run"] = how_it_ran(folder, configuration)
     data = members(folder.settings(), "data")
+    # Under reinforcement learning the loss says nothing: it is zero on the mean where nothing has drifted.
     stage["curves"] = {
         name: curve(lines, key)
-        for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
+        for name, key in ([] if summary.objective == REWARDED else ALL_LOSSES)
         if any(line.get(key) is not None for line in lines)
     }
     stage["held_out"] = held_out_curves(lines)

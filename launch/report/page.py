@@ -22,7 +22,7 @@ METRIC_TITLES = {
     "t2i_accuracy_untrained": "text to image, untrained",
 }
 MAX_SAMPLES_SHOWN = 24
-MAX_PAIRS_SHOWN = 12
+MAX_PAIRS_SHOWN = 5
 WANTED_NOTE = "<p>Behind the arrow what was made, behind the line what was wanted; below it what the judge says.</p>"
 
 
@@ -109,7 +109,7 @@ def rollout(found: dict[str, Any] | None, run_folder: Path) -> str:
     steps = [str(number) for number in range(1, len(found["accuracy_by_step"] or []) + 1)]
     strips = "".join(picture(run_folder / "evaluation" / name) for name in found["strips"] or [])
     note = "<p>Each frame is made from the one before it and words; right means that all shapes are where they should be.</p>"
-    return note + table(["decoder", *steps], rows) + f'<div class="samples">{strips}</div>'
+    return note + table(["decoder", *steps], rows) + f'<div class="strips">{strips}</div>'
 
 
 def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
@@ -146,7 +146,7 @@ def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
         + table(["steps", *headers, "joint", "entropy"], steps)
         + table(["decoder", *headers], rows)
         + told
-        + f'<div class="samples">{strips}</div>'
+        + f'<div class="strips">{strips}</div>'
     )
 
 
@@ -221,7 +221,7 @@ def whole(value: Any) -> str:
 
 
 def curves(stages: list[dict[str, Any]]) -> str:
-    return charts_of([(str(stage["name"]), stage["curves"]) for stage in stages], "loss")
+    return charts_of([(str(stage["name"]), stage["curves"]) for stage in stages if stage["curves"]], "loss")
 
 
 def held_out(stages: list[dict[str, Any]]) -> list[tuple[str, Series]]:

@@ -72,7 +72,9 @@ def stage_figures(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     last = lines[-1]
     names = ("reward",) if is_number(last.get("reward")) else ("loss", "psnr_db")
     found = {name: last[name] for name in names if is_number(last.get(name))}
-    sets = next((line[HELD_OUT] for line in reversed(lines) if isinstance(line.get(HELD_OUT), dict)), {})
+    sets: dict[str, Any] = next(
+        (line[HELD_OUT] for line in reversed(lines) if isinstance(line.get(HELD_OUT), dict)), {}
+    )
     held_out = {f"held-out {name}": one.get("all") for name, one in sets.items() if isinstance(one, dict)}
     return found | {name: value for name, value in held_out.items() if is_number(value)}
 

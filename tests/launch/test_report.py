@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from launch.command_line import cli
-from launch.report.charts import line_chart, nice_ceiling, share_bars
+from launch.report.charts import line_chart, nice_ceiling, share_bars, short
 from launch.report.collect import MAX_CURVE_POINTS, collect, curve, shares_asked
 from launch.report.page import render_page
 from model.checkpoint.manifest import manifest_checksum
@@ -388,6 +388,8 @@ def test_charts_place_points_inside_the_picture():
     assert x0 < x1
     assert y1 < y0  # upwards is a smaller y
     assert "nothing recorded" in line_chart({}, x_label="", y_label="")
+    values = (0.0, 0.000625, 0.25, 7500.0, 75_000.0, 3.2e6, 1.5e9, 50.5)
+    assert list(map(short, values)) == ["0", "6.3e-4", "0.25", "7500", "75k", "3.2M", "1.5G", "50.5"]
     assert [nice_ceiling(value) for value in (0.03, 1.0, 2.2, 6.0, 0.0)] == [0.05, 1.0, 2.5, 10.0, 1.0]
     assert share_bars([("a", 0.5, 0.25)]).count("<rect") == 1
 

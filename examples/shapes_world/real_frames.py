@@ -47,5 +47,12 @@ class RealVideoFrames:
     def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> float:
         if not images:
             return 0.0
-        difference = images[0].astype(np.float32) - prompt.images[0].astype(np.float32)
-        return float(1.0 - np.abs(difference).mean() / 255.0)
+        return float(1.0 - mean_error(images[0], prompt.images[0]) / 255.0)
+
+    def reason(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> str:
+        """For the report."""
+        return f"off by {mean_error(images[0], prompt.images[0]):.1f} of 255 on average" if images else "no picture"
+
+
+def mean_error(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(np.float32) - other.astype(np.float32)).mean())

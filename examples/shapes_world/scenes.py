@@ -18,6 +18,20 @@ def scenes_wanted(scenes: Sequence[Scene]) -> dict[str, Any]:
     return {"scenes": [[dataclasses.asdict(item) for item in scene] for scene in scenes]}
 
 
+def compared(picture: np.ndarray, scene: Scene) -> str:
+    """In words: what of the scene is missing in the picture, and what else is there; "as wanted" where nothing is."""
+    cells = cells_of(picture)
+    if cells is None:
+        return f"a picture of {picture.shape[0]} x {picture.shape[1]} pixels has no cells"
+    found = [(row, column, read_cell(pixels)) for row, column, pixels in cells]
+    seen = [Item(*one, row, column) for row, column, one in found if isinstance(one, tuple)]
+    unreadable = sum(one is False for *_, one in found)
+    parts = [f"{item.text()} is missing" for item in scene if item not in seen]
+    parts += [f"{item.text()} not asked for" for item in seen if item not in scene]
+    parts += [f"{unreadable} unreadable cell{'s' * (unreadable > 1)}"] if unreadable else []
+    return ", ".join(parts) or "as wanted"
+
+
 class ShapesReader:
     """Cell by cell, by the judge of evaluation; a cell that it cannot read spoils that cell only."""
 

@@ -25,7 +25,7 @@ from examples.shapes_world.motion import (
     random_held_out_clip,
     rest_scene,
 )
-from examples.shapes_world.scenes import scenes_wanted
+from examples.shapes_world.scenes import compared, scenes_wanted
 from examples.shapes_world.world import caption, draw_array, random_held_out_scene, random_scene
 from training.inference.evaluation import EvaluationPrompt
 from training.rewards.base import Answer
@@ -68,6 +68,14 @@ class ShapesTask:
     def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float:
         """Does the first picture (uint8 [H, W, 3]) show exactly the scene asked for? No picture is a failure."""
         return bool(images) and shows(images[0], prompt.target)
+
+    def wanted(self, prompt: EvaluationPrompt) -> list[np.ndarray]:
+        """For the report: the scene asked for, as a right answer would show it."""
+        return [self.shrink(draw_array(prompt.target))]
+
+    def reason(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> str:
+        """For the report: what the judge misses in the first picture, and what it sees that was not asked for."""
+        return compared(images[0], prompt.target) if images else "no picture"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -144,6 +152,9 @@ class ReconstructionAccuracy(ShapesTask):
     """A true scene, to be judged after the vision tokenizer has encoded and decoded it: the ceiling of the others."""
 
     name: str = field(default="reconstruction_accuracy", init=False)
+
+    def wanted(self, prompt: EvaluationPrompt) -> list[np.ndarray]:
+        return []  # the picture of the prompt
 
     def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         scene = (random_held_out_scene if self.held_out else random_scene)(rng, num_items)

@@ -237,7 +237,7 @@ def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]
     prefix = samples_folder.relative_to(folder)
     samples = [sample for result in results.values() for sample in result.pop("samples")]
     for sample in samples:
-        for key in ("prompt_images", "images"):
+        for key in ("prompt_images", "images", "wanted_images"):
             sample[key] = [str(prefix / name) for name in sample[key]]
     return samples
 

@@ -7,6 +7,7 @@ the key and, where one is near, the key that was probably meant.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 import typing
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launch.composition import folders as places
 from launch.composition import objective, registry
-from launch.composition.written_text import check_yaml_text, quoted_text
+from launch.composition.chosen import compose_files
+from launch.composition.written_text import check_yaml_text, files_of, quoted_text
 from model.errors import UserError
 from model.registry import known_keys, near_miss, without_none
 
@@ -32,8 +33,7 @@ from model.registry import known_keys, near_miss, without_none
 def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     """The composed configuration of `command`, typed by its `Config`, interpolations still unresolved."""
     schema = registry.load_command(command).Config
-    store = ConfigStore.instance()
-    store.store(name=f"{command}_schema", node=schema)
+    store_schema(command, schema)
     parsed = [objective.named(parse_override(quoted_text(schema, text))) for text in overrides]
     folders = places.config_folders(parsed)
     own_file = places.find_config(folders, command)
@@ -42,18 +42,17 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     parsed = choose_options(schema, parsed, default_groups(own_file), folders)
     mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one, folders)]
     given = [nested(one) for one in mappings]
-    plain = [one.input_line for one in parsed if one not in mappings and one.input_line]
+    plain = [one for one in parsed if one not in mappings and one.input_line]
+    files = files_of(folders)
     try:
-        tree: Any
-        with places.hydra_in(folders):
-            tree = compose(primary, overrides=plain)
+        tree: Any = compose_files(primary, schema, plain, folders, files)
         OmegaConf.set_struct(tree, False)
         if objective.has_objective(schema):
             objective.start_over_for_another(tree, given)
-        tree = OmegaConf.merge(tree, *given)
+        tree = OmegaConf.merge(tree, *given) if given else tree
         # Merging into a fresh schema refuses what `+key=value` or a YAML file added outside of it.
-        tree = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(tree))
-        check_yaml_text(tree, folders)
+        tree = OmegaConf.merge(structured(schema), OmegaConf.to_container(tree))
+        check_yaml_text(tree, files)
         OmegaConf.resolve(tree)
         if objective.has_objective(schema):
             objective.fill_in(tree)
@@ -61,6 +60,17 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
         raise explain(error, command, schema) from error
     assert isinstance(tree, DictConfig)
     return tree
+
+
+@functools.cache
+def store_schema(command: str, schema: type) -> None:
+    ConfigStore.instance().store(name=f"{command}_schema", node=schema)
+
+
+@functools.cache
+def structured(schema: type) -> Any:
+    """The schema as OmegaConf has it. Whoever changes it takes a copy, as `OmegaConf.merge` does."""
+    return OmegaConf.structured(schema)
 
 
 def compose_config(command: str, overrides: list[str]) -> Any:

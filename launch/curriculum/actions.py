@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, run_curriculum, summary
+from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, logs_of, run_curriculum, summary
 from model.errors import UserError
 from training.callbacks.progress import format_seconds
 
@@ -69,15 +69,13 @@ def has_jobs(config: CurriculumConfig) -> bool:
 
 
 def logs(config: CurriculumConfig) -> dict[str, Any]:
-    from launch.cluster.job_folders import JobFolder
-
     folder = Path(config.run_folder)
     names = [config.entry] if config.entry else Curriculum(config).order
-    tails = {}
-    for name in names:
-        for path in [folder / "logs" / f"{name}.log", *JobFolder(folder, name).logs()]:
-            if path.exists():
-                tails[str(path)] = path.read_text("utf-8", "replace").splitlines()[-config.num_lines :]
+    tails = {
+        str(path): path.read_text("utf-8", "replace").splitlines()[-config.num_lines :]
+        for name in names
+        for path in logs_of(folder, name)
+    }
     if not tails:
         raise UserError("nothing has been logged yet", where=str(folder), got=", ".join(names))
     return {"name": config.name, "logs": tails}
@@ -88,8 +86,12 @@ def render(answer: dict[str, Any]) -> str:
         return "\n".join("\n".join([f"== {path}", *lines]) for path, lines in answer["logs"].items())
     if "planned" in answer:
         return forecast(answer)
-    titles = ("entry", "state", "step", "tokens", "loss", "left", "seconds", "GiB", "jobs", "restarts")
-    return table([titles, *(row(entry) for entry in answer["entries"])], words=(0, 1))
+    titles = ("entry", "state", "done", "tokens", "rate", "left", "seconds", "GiB", "jobs", "restarts", "figures")
+    rows = [titles, *(row(entry) for entry in answer["entries"])]
+    if not any(entry["job_ids"] for entry in answer["entries"]):
+        rows = [(*line[:8], line[-1]) for line in rows]  # nothing is a job of a cluster
+    ends = [f"{entry['name']}: {entry['last_words']}" for entry in answer["entries"] if entry["last_words"]]
+    return "\n".join([table(rows, words=(0, 1, len(rows[0]) - 1)), *ends])
 
 
 def forecast(answer: dict[str, Any]) -> str:
@@ -115,18 +117,21 @@ def table(rows: Sequence[Sequence[str]], *, words: Collection[int]) -> str:
 
 
 def row(entry: dict[str, Any]) -> tuple[str, ...]:
-    step, total, loss = entry.get("step"), entry.get("total"), entry.get("loss")
+    step, total, rate = entry.get("step"), entry.get("total"), entry.get("rate")
     tokens, left = entry.get("tokens"), entry.get("eta_seconds")
     is_over = entry["state"] not in ("running", "queued")
+    so_far = "" if step is None else f"{step:,}" + ("" if total is None else f"/{total:,}")
+    figures = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in entry.get("figures", {}).items())
     return (
         entry["name"],
         entry["state"],
-        "" if step is None else f"{step}/{total}",
+        so_far and f"{so_far} {entry['unit']}",
         "" if tokens is None else f"{tokens:,}",
-        "" if loss is None else f"{loss:.4f}",
+        "" if rate is None else f"{rate:,.0f} {entry['rate_unit']}",
         "" if left is None or is_over else format_seconds(left),
-        f"{entry['wall_seconds']:.1f}",
+        f"{entry['wall_seconds']:,.1f}",
         f"{entry['peak_memory_bytes'] / 2**30:.2f}" if entry["peak_memory_bytes"] else "",
         ",".join(entry["job_ids"]),
         str(entry["restarts"]),
+        ", ".join(figures),
     )

@@ -21,12 +21,13 @@ from typing import Any
 
 import psutil
 
+from launch.cluster.job_folders import JobFolder
 from launch.cluster.profile import ClusterConfig
 from launch.command_line.calls import CALL
 from launch.composition.folders import override_of
 from launch.composition.written_text import in_quotes
 from launch.local.subprocesses import run_supervised
-from launch.report.progress import stage_progress
+from launch.report.progress import entry_progress, last_words
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
 
@@ -461,9 +462,31 @@ def summary(curriculum: Curriculum) -> dict[str, Any]:
 
 
 def figures(curriculum: Curriculum, name: str) -> dict[str, Any]:
-    record = curriculum.records[name]
-    return {
-        "wall_seconds": round(record.wall_seconds, 1),
+    """What the record and the files of an entry say of it; `last_words` of its log where it has not ended well."""
+    record, entry, folder = curriculum.records[name], curriculum.config.entries[name], curriculum.folder
+    seconds = record.wall_seconds
+    if record.state == "running" and alive(record.process):
+        seconds += max(0.0, time.time() - record.started_at)
+    found = {
+        "wall_seconds": round(seconds, 1),
         "peak_memory_bytes": record.peak_memory_bytes,
         "exit_code": record.exit_code,
-    } | stage_progress(curriculum.folder / name)
+        "last_words": "" if record.state in ("pending", "done") else last_words(logs_of(folder, name)),
+    }
+    outputs = [folder / output for output in entry.outputs]
+    return found | entry_progress(entry.command, given_values(entry), outputs)
+
+
+def logs_of(folder: Path, name: str) -> list[Path]:
+    """What an entry printed, here and as a job; those that are there."""
+    return [path for path in (folder / "logs" / f"{name}.log", *JobFolder(folder, name).logs()) if path.exists()]
+
+
+def given_values(entry: EntryConfig) -> list[dict[str, Any]]:
+    """What the command line of each call says, by key; presets are not looked into."""
+    if not entry.command:
+        return []
+    from launch.composition.compose import parse_override
+
+    calls = [entry.overrides + own for own in entry.each.values()] or [entry.overrides]
+    return [{one.key_or_group: one.value() for one in map(parse_override, call)} for call in calls]

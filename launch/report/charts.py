@@ -8,7 +8,8 @@ import math
 Series = dict[str, list[tuple[float, float]]]
 
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 30
+NUM_COLOURS = 6  # of lines that have no colour of their own in the page's style
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 34
 
 
 def line_chart(series: Series, *, x_label: str, y_label: str) -> str:
@@ -27,22 +28,28 @@ def line_chart(series: Series, *, x_label: str, y_label: str) -> str:
     for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
         _, y = place(x_low, y_high * fraction)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{y_high * fraction:.3g}</text>')
-    for x in sorted({x_low, (x_low + x_high) / 2, x_high}):
-        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick(x)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(y_high * fraction)}</text>')
+    for x, anchor in {x_low: "start", (x_low + x_high) / 2: "middle", x_high: "end"}.items():
+        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="{anchor}">{short(x)}</text>')
     parts.append(
-        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{html.escape(x_label)}</text>'
+        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{html.escape(x_label)}</text>'
     )
-    for name, line in series.items():
+    for number, (name, line) in enumerate(series.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         parts.append(
-            f'<polyline class="line {html.escape(name)}" points="{path}"><title>{html.escape(name)}</title></polyline>'
+            f'<polyline class="line s{number % NUM_COLOURS} {html.escape(name)}" points="{path}"><title>{html.escape(name)}</title></polyline>'
         )
     return "".join([*parts, "</svg>", legend(list(series))])
 
 
-def tick(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 10 or value == int(value) else f"{value:.3g}"
+def short(value: float) -> str:
+    """At most six characters, for a narrow axis: 75,000 is 75k, 0.000625 is 6.3e-4."""
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / unit:.3g}{letter}"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def nice_ceiling(value: float) -> float:
@@ -54,7 +61,13 @@ def nice_ceiling(value: float) -> float:
 
 
 def legend(names: list[str]) -> str:
-    items = "".join(f'<li><i class="{html.escape(name)}"></i>{html.escape(name)}</li>' for name in names)
+    """Of several lines; one alone is what the chart's title says."""
+    if len(names) == 1:
+        return ""
+    items = "".join(
+        f'<li><i class="s{number % NUM_COLOURS} {html.escape(name)}"></i>{html.escape(name)}</li>'
+        for number, name in enumerate(names)
+    )
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -62,7 +75,7 @@ def share_bars(rows: list[tuple[str, float, float | None]]) -> str:
     """One bar a row: (name, share in [0, 1], wanted share or None, marked by a tick)."""
     height = 26 * len(rows) + 6
     parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="shares of the mixture">']
-    start, span = 150, WIDTH - 150 - 60
+    start, span = 170, WIDTH - 170 - 70
     for index, (name, share, wanted) in enumerate(rows):
         y = 26 * index + 4
         parts.append(f'<text x="{start - 8}" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>')

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from launch.report.reinforcement import OBJECTIVE as REWARDED
 from launch.report.reinforcement import collect_reinforcement
 from launch.report.run_folder import CONFIG_NAME, METRICS_NAME, Damages, RunFolder, StageFolder, is_number, read_object
 from training.config import RECORDED
@@ -39,6 +40,8 @@ STAGE_KEYS = (
 # Evaluations of other weights than the run's result: fresh ones, and the last stage without those before it.
 FROM_SCRATCH = "from_scratch"
 OTHER_WEIGHTS = ("untrained", FROM_SCRATCH)
+ALL_LOSSES = (("all", "loss"), *((name, f"loss_{name}") for name in CLASSES))
+TOKENIZER_FIGURES = ("psnr_db", "codes_used")
 FIGURES = ("learning_rate", "gradient_norm", "tokens_per_second", "mfu")
 MAX_CURVE_POINTS = 200
 # Of a shard's manifest, by its kind.
@@ -59,6 +62,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
         "wall_seconds": curriculum.get("wall_seconds"),
         "peak_memory_bytes": curriculum.get("peak_memory_bytes"),
         "tokenizer": collect_tokenizer(tokenizer.values if tokenizer else {}),
+        "tokenizer_curves": tokenizer_curves(run.tokenizer_metrics()),
         "packing": collect_packing(run_folder / "packed", run.damages),
         "tokens": collect_tokens(run_folder / "tokens", run.damages),
         "stages": [collect_stage(folder, summary) for folder, summary in stages],
@@ -90,6 +94,15 @@ def collect_tokenizer(summary: dict[str, Any]) -> dict[str, Any]:
             "names": [str(name) for name in names] if isinstance(names, list) else [],
         }
     return {key: summary.get(key) for key in ("psnr_db", "codebook_use")} | {"colliding_captions": collisions}
+
+
+def tokenizer_curves(lines: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """title -> name -> points: the losses of the vision tokenizer's stage together, other figures a chart each."""
+    losses = dict.fromkeys(name for line in lines for name in line if name == "loss" or name.startswith("loss_"))
+    charts = {"loss": {name.removeprefix("loss_") if name != "loss" else "all": curve(lines, name) for name in losses}}
+    charts |= {name.replace("_", " "): {"all": curve(lines, name)} for name in TOKENIZER_FIGURES}
+    found = {title: {name: points for name, points in chart.items() if points} for title, chart in charts.items()}
+    return {title: chart for title, chart in found.items() if chart}
 
 
 def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, Any] | None:
@@ -214,9 +227,10 @@ def collect_stage(folder: StageFolder, summary: StageSummary) -> dict[str, Any]:
     configuration = folder.configuration()
     stage["run"] = how_it_ran(folder, configuration)
     data = members(folder.settings(), "data")
+    # Under reinforcement learning the loss says nothing: it is zero on the mean where nothing has drifted.
     stage["curves"] = {
         name: curve(lines, key)
-        for name, key in [("all", "loss")] + [(one, f"loss_{one}") for one in CLASSES]
+        for name, key in ([] if summary.objective == REWARDED else ALL_LOSSES)
         if any(line.get(key) is not None for line in lines)
     }
     stage["held_out"] = held_out_curves(lines)

@@ -22,7 +22,8 @@ METRIC_TITLES = {
     "t2i_accuracy_untrained": "text to image, untrained",
 }
 MAX_SAMPLES_SHOWN = 24
-MAX_PAIRS_SHOWN = 12
+MAX_PAIRS_SHOWN = 5
+WANTED_NOTE = "<p>Behind the arrow what was made, behind the line what was wanted; below it what the judge says.</p>"
 
 
 def render_page(report: dict[str, Any], run_folder: Path) -> str:
@@ -33,6 +34,7 @@ def render_page(report: dict[str, Any], run_folder: Path) -> str:
         section("Stages", stage_table(report["stages"])),
         section("How it was run", run_table(report["stages"])),
         section("Captions that share all codes", collision_table(report["tokenizer"]["colliding_captions"])),
+        section("Tokenizer", charts_of(list(report["tokenizer_curves"].items()), "")),
         section("Loss by class of token", curves(report["stages"])),
         section("Held-out loss", charts_of(held_out(report["stages"]), "loss")),
         section("Rate, gradient norm, speed", charts_of(figures(report["stages"]), "")),
@@ -107,7 +109,7 @@ def rollout(found: dict[str, Any] | None, run_folder: Path) -> str:
     steps = [str(number) for number in range(1, len(found["accuracy_by_step"] or []) + 1)]
     strips = "".join(picture(run_folder / "evaluation" / name) for name in found["strips"] or [])
     note = "<p>Each frame is made from the one before it and words; right means that all shapes are where they should be.</p>"
-    return note + table(["decoder", *steps], rows) + f'<div class="samples">{strips}</div>'
+    return note + table(["decoder", *steps], rows) + f'<div class="strips">{strips}</div>'
 
 
 def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
@@ -144,7 +146,7 @@ def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
         + table(["steps", *headers, "joint", "entropy"], steps)
         + table(["decoder", *headers], rows)
         + told
-        + f'<div class="samples">{strips}</div>'
+        + f'<div class="strips">{strips}</div>'
     )
 
 
@@ -219,7 +221,7 @@ def whole(value: Any) -> str:
 
 
 def curves(stages: list[dict[str, Any]]) -> str:
-    return charts_of([(str(stage["name"]), stage["curves"]) for stage in stages], "loss")
+    return charts_of([(str(stage["name"]), stage["curves"]) for stage in stages if stage["curves"]], "loss")
 
 
 def held_out(stages: list[dict[str, Any]]) -> list[tuple[str, Series]]:
@@ -274,19 +276,22 @@ def samples(entries: list[dict[str, Any]], run_folder: Path) -> str:
     parts = []
     for name, members in groups.items():
         cards = "".join(sample_card(member, run_folder) for member in members[:MAX_SAMPLES_SHOWN])
-        parts.append(section(name.replace("_", " ").capitalize(), f'<div class="samples">{cards}</div>'))
+        note = WANTED_NOTE if any(member.get("wanted_images") for member in members) else ""
+        parts.append(section(name.replace("_", " ").capitalize(), f'{note}<div class="samples">{cards}</div>'))
     return "".join(parts)
 
 
 def sample_card(entry: dict[str, Any], run_folder: Path) -> str:
     """The pictures of the prompt, the pictures of the answer, and the words of the prompt."""
     folder = run_folder / "evaluation"
-    groups = ["".join(picture(folder / path) for path in entry.get(key) or []) for key in ("prompt_images", "images")]
-    shown = "".join(f"<div>{group}</div>" for group in groups if group)
+    kinds = {"given": "prompt_images", "made": "images", "wanted": "wanted_images"}
+    groups = {kind: "".join(picture(folder / path) for path in entry.get(key) or []) for kind, key in kinds.items()}
+    shown = "".join(f'<div class="{kind}" title="{kind}">{group}</div>' for kind, group in groups.items() if group)
     correct = entry.get("correct")
     verdict = "" if correct is None else ' class="right"' if correct else ' class="wrong"'
     words = html.escape(str(entry.get("prompt", "")))
-    return f'<figure{verdict}><div class="pictures">{shown}</div><figcaption>{words}</figcaption></figure>'
+    reason = f"<br><b>{html.escape(str(entry['reason']))}</b>" if entry.get("reason") else ""
+    return f'<figure{verdict}><div class="pictures">{shown}</div><figcaption>{words}{reason}</figcaption></figure>'
 
 
 def picture(path: Path) -> str:

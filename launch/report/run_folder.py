@@ -18,7 +18,7 @@ CURRICULUM_NAME, SUMMARY_NAME, METRICS_NAME, CONFIG_NAME = (
     "metrics.jsonl",
     "config.yaml",
 )
-TAIL_BYTES = 40_000
+TAIL_BYTES = 1_000_000  # of metrics.jsonl: long enough for the newest line that measured held-out rows
 
 
 class Damages:
@@ -169,6 +169,9 @@ class RunFolder:
 
     def tokenizer(self) -> StageSummary | None:
         return StageFolder(self.path / "vision_tokenizer", self.damages).summary()
+
+    def tokenizer_metrics(self) -> list[dict[str, Any]]:
+        return StageFolder(self.path / "vision_tokenizer", self.damages).metrics()
 
     def evaluations(self) -> dict[str, dict[str, Any]]:
         return {

@@ -54,6 +54,23 @@ def test_prompts_depend_on_the_seed_only(task: type[ShapesTask]):
     assert not any(is_held_out(item) for prompt in seen for item in prompt.target)
 
 
+@pytest.mark.parametrize("task", TASKS[:3], ids=lambda task: task.name)
+def test_what_is_wanted_and_the_judges_reason(task: type[ShapesTask]):
+    asked = task(num_prompts=24)
+    prompts = asked.prompts()
+    for prompt, other in zip(prompts, [*prompts[1:], prompts[0]], strict=True):
+        (wanted,), (elsewhere,) = asked.wanted(prompt), asked.wanted(other)
+        assert asked.judge(prompt, [wanted], "")
+        assert asked.reason(prompt, [wanted], "") == "as wanted"
+        told = asked.reason(prompt, [elsewhere], "")
+        assert told.count("is missing") == len(set(prompt.target) - set(other.target))
+        assert told.count("not asked for") == len(set(other.target) - set(prompt.target))
+        noisy = wanted.copy()
+        noisy[:16, :16] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
+        assert "1 unreadable cell" in asked.reason(prompt, [noisy], "")
+    assert asked.reason(prompts[0], [], "") == "no picture"
+
+
 def test_copying_the_source_or_the_last_frame_fails():
     for task in (EditAccuracy(num_prompts=40), NextStateAccuracy(num_prompts=40)):
         for prompt in task.prompts():

@@ -26,6 +26,7 @@ from launch.curriculum.entries import (
     measure,
     ordered,
     run_curriculum,
+    summary,
 )
 from launch.local.subprocesses import run_supervised
 from model.errors import UserError
@@ -137,6 +138,59 @@ def test_a_failing_entry_stops_the_curriculum_with_its_code_and_message(make, ca
     assert "no such run folder" in capsys.readouterr().err
     assert "no such run folder" in (Path(config.run_folder) / "logs" / "b.log").read_text()
     assert [one["state"] for one in run_states(config)] == ["done", "failed", "pending"]
+    shown = command.render(summary(Curriculum(config))).splitlines()
+    assert [line for line in shown if line.startswith("b: ")] == ["b: error: there is no such run folder"]
+
+
+def test_status_shows_the_figures_of_entries_of_every_kind(tmp_path):
+    """Each from files as its command leaves them, wherever below the run folder its outputs are."""
+    for name, count in (("raw/a", 3), ("tokens/one", 2), ("packed/one", 1), ("packed/two", 1)):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / name / f"{number:06d}.{'tar' if name.startswith('raw') else 'json'}").write_text(
+                '{"num_rows": 40}'
+            )
+    os.utime(tmp_path / "tokens/one/000000.json", (1000.0, 1000.0))
+    os.utime(tmp_path / "tokens/one/000001.json", (1060.0, 1060.0))
+    (tmp_path / "packed/one/dataset.json").write_text('{"num_rows": 50, "num_tokens": 3200}')
+    (tmp_path / "final.json").write_text('{"metrics": {"t2i_accuracy": 0.75, "num_prompts": 8}}')
+    settings = "stage: {steps: 40, sequence_length: 64, objective: {name: next_token}}"
+    held_out = {"held_out_loss": {"photos": {"all": 1.25, "text": 2.0}}}
+    for folder, rest in (("models/deep", {}), ("rl", {"reward": 0.5})):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.yaml").write_text(settings)
+        line = {"loss": 2.5, "step_seconds": 2.0, "tokens_per_second": 128.0, "consumed_samples": 60}
+        lines = [{"step": 20} | line | held_out, {"step": 30} | line | rest]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    token = [f"input={tmp_path}/raw/a/*.tar", f"target={tmp_path}/tokens/one"]
+    packs = {name: [f"target={tmp_path}/packed/{name}"] for name in ("one", "two")}
+    entries = {
+        "tokenize_all": EntryConfig(command="tokenize", overrides=token, outputs=["tokens/one"]),
+        "pack": EntryConfig(command="pack", each=packs, outputs=["packed"]),
+        "pack_one": EntryConfig(command="pack", overrides=packs["one"], outputs=["packed/one"]),
+        "model": EntryConfig(command="train", outputs=["models/deep"]),
+        "rewarded": EntryConfig(command="train", outputs=["rl/summary.json"]),
+        "evaluate": EntryConfig(command="evaluate", outputs=["final.json"]),
+        "later": EntryConfig(command="train", outputs=["nothing"]),
+    }
+    answer = summary(Curriculum(CurriculumConfig(run_folder=str(tmp_path), entries=entries)))
+    found = {entry["name"]: entry for entry in answer["entries"]}
+    expected = {
+        "tokenize_all": {"step": 2, "total": 3, "unit": "shards", "rate": 60.0, "eta_seconds": 60.0},
+        "pack": {"step": 80, "total": None, "unit": "rows"},
+        "pack_one": {"step": 50, "total": 50, "unit": "rows", "tokens": 3200},
+        "model": {"step": 30, "total": 40, "tokens": 3840, "eta_seconds": 20.0, "loss": 2.5, "rate": 128.0}
+        | {"figures": {"loss": 2.5, "held-out photos": 1.25}},
+        "rewarded": {"step": 30, "figures": {"reward": 0.5, "held-out photos": 1.25}},
+        "evaluate": {"figures": {"t2i_accuracy": 0.75}},
+    }
+    for name, values in expected.items():
+        assert {key: found[name].get(key) for key in values} == values, name
+    assert "step" not in found["later"]
+    shown = command.render(answer)
+    for part in ("2/3 shards", "80 rows", "30/40 steps", "128 tokens/s", "reward 0.5, held-out photos 1.25"):
+        assert part in shown
+    assert "restarts" not in shown  # no entry is a job
 
 
 def test_an_entry_that_writes_nothing_is_a_failure(make, capsys):

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from launch.command_line import cli
-from launch.report.charts import line_chart, nice_ceiling, share_bars
+from launch.report.charts import line_chart, nice_ceiling, share_bars, short
 from launch.report.collect import MAX_CURVE_POINTS, collect, curve, shares_asked
 from launch.report.page import render_page
 from model.checkpoint.manifest import manifest_checksum
@@ -51,6 +51,8 @@ def write_evaluations(folder):
             "prompt_images": ["samples/one.png"],
             "images": ["samples/one.png", "samples/lost.png"],
             "correct": True,
+            "wanted_images": ["samples/one.png"],
+            "reason": "<no> square",
         }
     ]
     tasks = {name: {"count": 200} for name in ("t2i_accuracy", "edit_accuracy")}
@@ -80,6 +82,8 @@ def run_folder(tmp_path):
     tokenizer |= {"colliding_captions_576": 1, "colliding_captions_576_of": 40}
     tokenizer |= {"colliding_captions_576_names": ["a red <circle> / a red square"]}
     write(tmp_path / "vision_tokenizer" / "summary.json", tokenizer)
+    steps = [{"step": step, "loss": 1.0 / step, "loss_l1": 0.5, "psnr_db": 20.0 + step} for step in (1, 2)]
+    write(tmp_path / "vision_tokenizer" / "metrics.jsonl", "".join(json.dumps(step) + "\n" for step in steps))
     for index, name in enumerate(("sft", "pretrain_1")):
         summary = {
             "name": name,
@@ -146,6 +150,10 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
             "2304": {"pairs": 0, "captions": 40, "names": []},
         },
     }
+    assert report["tokenizer_curves"] == {
+        "loss": {"all": [[1.0, 1.0], [2.0, 0.5]], "l1": [[1.0, 0.5], [2.0, 0.5]]},
+        "psnr db": {"all": [[1.0, 21.0], [2.0, 22.0]]},
+    }
     assert report["packing"]["fill"] == pytest.approx(190 / 200)
     assert [stage["name"] for stage in report["stages"]] == ["pretrain_1", "sft"]
     wanted = {
@@ -175,6 +183,8 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
         "seen_accuracy": {"t2i_accuracy": 0.95},
     }
     page = (run_folder / "report.html").read_text()
+    assert page.count('<div class="wanted" title="wanted"><img') == 1
+    assert "<b>&lt;no&gt; square</b>" in page
     row = (
         "<tr><td>text to image</td><td>90.0%</td><td>95.0%</td><td>75.0%</td><td>25.0%</td><td>5.0%</td><td>-</td></tr>"
     )
@@ -242,12 +252,14 @@ def test_the_page_is_self_contained_and_escapes_prompts(run_folder):
     page = Outside()
     page.feed(text)
     loaded = [reference for reference in page.references if reference.startswith("data:")]
-    assert len(loaded) == 2
+    assert len(loaded) == 3  # given, made, wanted
     assert "lost.png is missing" in text
     assert all(reference.startswith("data:image/png;base64,") for reference in loaded)
     assert all((run_folder / reference).exists() for reference in page.references if reference not in loaded)
     assert "script" not in page.tags
-    assert page.tags.count("svg") == 8  # loss, held-out loss, rate and mixture for each of two stages
+    assert (
+        page.tags.count("svg") == 10
+    )  # loss, held-out loss, rate and mixture for each of two stages; two of the tokenizer
     assert "a &lt;red&gt; circle" in text
     assert not re.search(r"url\(|@import", text)
 
@@ -376,6 +388,8 @@ def test_charts_place_points_inside_the_picture():
     assert x0 < x1
     assert y1 < y0  # upwards is a smaller y
     assert "nothing recorded" in line_chart({}, x_label="", y_label="")
+    values = (0.0, 0.000625, 0.25, 7500.0, 75_000.0, 3.2e6, 1.5e9, 50.5)
+    assert list(map(short, values)) == ["0", "6.3e-4", "0.25", "7500", "75k", "3.2M", "1.5G", "50.5"]
     assert [nice_ceiling(value) for value in (0.03, 1.0, 2.2, 6.0, 0.0)] == [0.05, 1.0, 2.5, 10.0, 1.0]
     assert share_bars([("a", 0.5, 0.25)]).count("<rect") == 1
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
+from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from launch.composition.compose import compose_tree, parse_override
-from launch.composition.written_text import quoted_text
+from launch.composition import folders as places
+from launch.composition import registry
+from launch.composition.chosen import compose_files
+from launch.composition.compose import compose_tree, parse_override, store_schema
+from launch.composition.written_text import files_of, quoted_text
 from model.errors import UserError
 
 
@@ -98,3 +105,43 @@ def test_what_yaml_changes_is_refused_with_the_quoting_to_use(tmp_path: Path, wr
         compose(written)
     assert compose(f"'{written}'").cluster.account == written
     assert compose("123").cluster.account == "123"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stage=toy_sft", "parallel.data=1", "name=mine", "name=yours"],
+        ["stage.steps=7", "stage=toy_sft", "model=300m", "stage.optimizer.learning_rate=1e-3"],
+        ["stage=toy_sft", "stage.initialize_from=null", "seed=3", "logging.wandb_mode=disabled"],
+        ["seed='7'", "validation={num_rows: 9}", "+name=x"],
+        ["stage=toy_sft", "stage.nothing=1"],
+        ["seed=many"],
+        ["stage=toy_nothing", "seed=many"],
+    ],
+)
+def test_what_is_kept_of_a_composition_gives_what_hydra_gives(overrides):
+    schema, folders = registry.load_command("train").Config, [places.CONFIG_FOLDER]
+    store_schema("train", schema)
+
+    def told(compose_it: Callable[[], Any]) -> Any:
+        try:
+            return OmegaConf.to_container(compose_it())
+        except HydraException as error:
+            return type(error), str(error)
+
+    def with_hydra() -> Any:
+        with places.hydra_in(folders):
+            return hydra.compose("train", overrides=overrides)
+
+    parsed = [parse_override(text) for text in overrides]
+    kept = [told(lambda: compose_files("train", schema, parsed, folders, files_of(folders))) for _ in range(2)]
+    assert kept == [told(with_hydra)] * 2
+
+
+def test_a_file_that_was_changed_is_read_again(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    own = f"config_folder={tmp_path}"
+    for size in (64, 192):
+        (folder / "mine.yaml").write_text(f"name: mine\nhidden_size: {size}\n")
+        assert compose_tree("train", ["model=mine", own]).model.hidden_size == size

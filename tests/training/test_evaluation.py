@@ -15,7 +15,7 @@ from launch.commands import evaluate as evaluate_command
 from model.errors import UserError
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import PhaseSampling, SamplingConfig
-from training.inference.baselines import rotated, with_words_of
+from training.inference.baselines import FlatPatches, rotated, with_words_of
 from training.inference.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
 from training.inference.prompts import Output, Prompt
 
@@ -36,6 +36,14 @@ class Gray:
 
     def judge(self, prompt, images, text):
         return len(images) == 1 and int(images[0][0, 0, 0]) == prompt.target
+
+@dataclass
+class Explained(Gray):
+    def wanted(self, prompt):
+        return [np.full((8, 8, 3), prompt.target, np.uint8)]
+
+    def reason(self, prompt, images, text):
+        return f"{images[0][0, 0, 0]} for {prompt.target}"
 """
 
 
@@ -75,7 +83,7 @@ def tasks_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hand_made_tasks.Gray"
 
 
-def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Path) -> None:
+def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Path, capsys) -> None:
     model = GrayModel()
     tasks = {
         "drawn": load_task(tasks_module, {"num_prompts": 7}),
@@ -98,6 +106,12 @@ def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Pat
     assert kept.shape == (8, 8, 3)
     assert (kept == 1).all()
     assert len(results["continued"]["samples"][0]["prompt_images"]) == 1
+    assert (first["wanted_images"], first["reason"]) == ([], "")
+    assert capsys.readouterr().err.splitlines()[:3] == [
+        "nextstate: evaluate drawn: 3 of 7, 1.000 so far",
+        "nextstate: evaluate drawn: 6 of 7, 0.833 so far",
+        "nextstate: evaluate drawn: 7 of 7, 0.714 so far",
+    ]
 
 
 def test_wilson_interval_against_published_values() -> None:
@@ -134,7 +148,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_evaluate_command(tasks_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = loads(monkeypatch)
-    tasks = {"drawn": {"path": tasks_module, "num_prompts": 10}, "few": {"path": tasks_module}}
+    tasks = {
+        "drawn": {"path": tasks_module, "num_prompts": 10},
+        "few": {"path": tasks_module.replace("Gray", "Explained")},
+    }
     config = evaluate_command.Config(
         checkpoint="sft", run_folder=str(tmp_path), out="evaluation/x.json", tasks=tasks, untrained=True
     )
@@ -144,8 +161,23 @@ def test_evaluate_command(tasks_module: str, tmp_path: Path, monkeypatch: pytest
     assert json.loads((tmp_path / "evaluation/x.json").read_text()) == answer
     assert answer["metrics"] == {"drawn": 0.5, "few": pytest.approx(5 / 7)}
     assert answer["num_prompts"] == 7
+    last = [one for one in answer["samples"] if one["group"] == "few"][-1]
+    assert last["reason"] == "4 for 6"
+    wanted = np.asarray(Image.open(tmp_path / "evaluation" / last["wanted_images"][0]))
+    assert (wanted == 6).all()
     assert all((tmp_path / "evaluation" / name).is_file() for name in answer["samples"][0]["images"])
     assert "drawn: 0.500" in evaluate_command.render(answer)
+
+
+@pytest.mark.parametrize("pixels", [0, 4, 5])
+def test_flat_patches_are_the_best_that_one_colour_a_patch_can_do(pixels: int) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (8, 12, 3)).astype(np.uint8)
+    ((found,),) = FlatPatches(pixels).answers([EvaluationPrompt("reconstruction", images=[image])], list)
+    side = pixels or 12
+    for y, x, channel in np.ndindex(image.shape):
+        top, left = y // side * side, x // side * side
+        patch = image[top : top + side, left : left + side, channel]
+        assert abs(float(found[y, x, channel]) - float(patch.mean())) <= 0.5
 
 
 class Right:

@@ -7,7 +7,7 @@ as it judges the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,25 @@ class CopyOfTheLast:
 
     def answers(self, prompts: Sequence[EvaluationPrompt], ask: Ask) -> list[Pictures]:
         return [list(prompt.images[-1:]) for prompt in prompts]
+
+
+@dataclass
+class FlatPatches:
+    """Every picture of the prompt in patches of one colour, their mean: what a reconstruction costs nobody to learn."""
+
+    pixels: int = 0  # a patch's side, those at the borders may be smaller; 0: the whole picture is one
+
+    def answers(self, prompts: Sequence[EvaluationPrompt], ask: Ask) -> list[Pictures]:
+        return [[self._flattened(image) for image in prompt.images] for prompt in prompts]
+
+    def _flattened(self, image: np.ndarray) -> np.ndarray:
+        found = np.empty_like(image)
+        height, width = image.shape[:2]
+        for top in range(0, height, self.pixels or height):
+            for left in range(0, width, self.pixels or width):
+                place = np.s_[top : top + (self.pixels or height), left : left + (self.pixels or width)]
+                found[place] = np.round(image[place].mean(axis=(0, 1)))
+        return found
 
 
 class OtherWords:

@@ -18,6 +18,7 @@ from PIL import Image
 from model.generation.settings import SamplingConfig
 from model.registry import find_class, made_with
 from training.inference.prompts import Output, Prompt
+from training.reliability.events import tell
 
 WILSON_Z = 1.959964  # of a 95% interval
 
@@ -35,7 +36,11 @@ class EvaluationPrompt:
 
 
 class EvaluationTask(Protocol):
-    """What a task answers for. `judge` returns True/False or a score in [0, 1]."""
+    """What a task answers for. `judge` returns True/False or a score in [0, 1].
+
+    A task may also have `wanted(prompt) -> list of pictures`, what a right answer looks like, and
+    `reason(prompt, images, text) -> str`, why the judge says what it says. Both are asked for answers that are kept to be shown.
+    """
 
     name: str
 
@@ -98,14 +103,17 @@ def evaluate(
         started = time.monotonic()
         scores: list[float] = []
         samples: list[dict[str, Any]] = []
-        for prompt, images, text in _answers(model, list(task.prompts()), sampling, batch_size, seed):
+        prompts = list(task.prompts())
+        for prompt, images, text in _answers(model, prompts, sampling, batch_size, seed):
             score = float(task.judge(prompt, images, text))
             assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
             if samples_folder is not None and len(samples) < num_samples:
                 stem = f"{name}_{len(scores):03d}"
                 record = _save_sample(samples_folder, stem, prompt, images, text, score)
-                samples.append({"group": name} | record)
+                samples.append({"group": name} | record | _explained(samples_folder, stem, task, prompt, images, text))
             scores.append(score)
+            if len(scores) % batch_size == 0 or len(scores) == len(prompts):
+                tell(f"evaluate {name}: {len(scores)} of {len(prompts)}, {np.mean(scores):.3f} so far")
         accuracy = float(np.mean(scores)) if scores else 0.0
         results[name] = {
             "accuracy": accuracy,
@@ -152,15 +160,6 @@ def _save_sample(
     folder: Path, stem: str, prompt: EvaluationPrompt, images: list[np.ndarray], text: str, score: float
 ) -> dict[str, Any]:
     """Writes the pictures of one answer and of its prompt; the record that describes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def save(kind: str, pictures: Sequence[np.ndarray]) -> list[str]:
-        names = []
-        for number, picture in enumerate(pictures):
-            names.append(f"{stem}_{kind}_{number}.png")
-            Image.fromarray(picture).save(folder / names[-1])
-        return names
-
     words, shown = prompt.text, list(prompt.images)
     if prompt.format == "interleaved":
         words = " ".join(part for part in prompt.parts if isinstance(part, str))
@@ -168,9 +167,29 @@ def _save_sample(
     return {
         "format": prompt.format,
         "prompt": words,
-        "prompt_images": save("prompt", shown),
-        "images": save("answer", images),
+        "prompt_images": _save_pictures(folder, f"{stem}_prompt", shown),
+        "images": _save_pictures(folder, f"{stem}_answer", images),
         "text": text,
         "score": score,
         "correct": score >= 0.5,
     }
+
+
+def _explained(
+    folder: Path, stem: str, task: EvaluationTask, prompt: EvaluationPrompt, images: list[np.ndarray], text: str
+) -> dict[str, Any]:
+    """What was wanted and why the judge said so, of tasks that tell."""
+    wanted, reason = getattr(task, "wanted", None), getattr(task, "reason", None)
+    return {
+        "wanted_images": _save_pictures(folder, f"{stem}_wanted", wanted(prompt)) if wanted else [],
+        "reason": str(reason(prompt, images, text)) if reason else "",
+    }
+
+
+def _save_pictures(folder: Path, stem: str, pictures: Sequence[np.ndarray]) -> list[str]:
+    """The names of the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{stem}_{number}.png" for number in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        Image.fromarray(picture).save(folder / name)
+    return names

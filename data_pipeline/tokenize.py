@@ -1,7 +1,7 @@
 """One raw shard in, one token file out: idempotent, atomic; bad samples go to a quarantine list.
 
-Pictures are encoded in batches of one size, over a window of samples; documents are written in the
-order of their samples, so that the same shard, tokenizers and configuration give the same bytes.
+Pictures are encoded in batches of one size, over a window of samples, while a thread decodes the next window; documents are
+written in the order of their samples, so that the same shard, tokenizers and configuration give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from data_pipeline.sources.inputs import Shard, describe_input, is_unchanged
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.format import TOKENIZER_PATHS, encode_array, read_manifest, suffixed
+from data_pipeline.storage.read_ahead import one_ahead
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.signatures import SETTINGS_KEY as SIGNATURES_KEY
 from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
@@ -53,7 +54,7 @@ CODE_VERSION = 2
 FILTERS_SUFFIX = ".filters.jsonl"  # what the filters said of a shard (`FilterRecord`)
 _WINDOW_PICTURES = 128  # pictures held back so that they are encoded together
 _WINDOW_SAMPLES = 1024  # samples held back at most
-_WINDOW_PIXELS = 32 * 1024 * 1024  # pixels held back, a limit on memory
+_WINDOW_PIXELS = 32 * 1024 * 1024  # pixels held back, a limit on memory: two windows are there at a time
 
 
 class VisionTokenizer(Protocol):
@@ -100,6 +101,26 @@ class TokenizeConfig:
         self.asr.validate(problems, "asr")
         for number, config in enumerate(self.filters):
             config.validate(problems, f"filters[{number}]")
+
+
+@dataclass
+class _Window:
+    """Samples that are encoded together, and those among them that cannot be used."""
+
+    samples: list[PreparedSample] = field(default_factory=list)
+    unusable: list[BadSample] = field(default_factory=list)
+    num_pictures: int = 0
+    num_pixels: int = 0
+
+    def add(self, sample: PreparedSample) -> None:
+        self.samples.append(sample)
+        self.num_pictures += len(sample.pictures)
+        self.num_pixels += sum(picture.pixels.size // 3 for picture in sample.pictures)
+
+    @property
+    def is_full(self) -> bool:
+        full = self.num_pictures >= _WINDOW_PICTURES or self.num_pixels >= _WINDOW_PIXELS
+        return full or len(self.samples) >= _WINDOW_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -192,15 +213,16 @@ class ShardTokenizer:
             return ShardResult(read_manifest(prefix, "tokens"), skipped=True)
         started = time.monotonic()
         quarantine: list[BadSample] = []
-        self.filters.record = FilterRecord()
+        self.filters.record = FilterRecord(self.filters.names)
         duplicates = self.filters.duplicates
         if duplicates is not None:
             duplicates.taken()  # those of a shard that was not finished
         counts: Counter[str] = Counter()
         with TokenFileWriter(prefix, with_crc=True) as writer:
-            for document in self._documents(path, name or shard.name, quarantine):
-                writer.add(document.tokens, document.segments)
-                counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
+            with closing(self._documents(path, name or shard.name, quarantine)) as documents:
+                for document in documents:
+                    writer.add(document.tokens, document.segments)
+                    counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
             _write_lines(prefix, ".quarantine.jsonl", _quarantine_lines(shard, quarantine))
             _write_lines(prefix, FILTERS_SUFFIX, self.filters.record.lines())
             more = {SIGNATURES_SUFFIX: encode_array(duplicates.taken())} if duplicates is not None else {}
@@ -224,23 +246,29 @@ class ShardTokenizer:
         _report_progress(self.config.source, shard, manifest, time.monotonic() - started)
         return ShardResult(manifest, skipped=False)
 
-    def _documents(self, shard: Path, name: str, quarantine: list[BadSample]) -> Iterator[Document]:
+    def _documents(self, shard: Path, name: str, quarantine: list[BadSample]) -> Generator[Document, None, None]:
         """The shard's documents in order; what cannot become one is appended to `quarantine`."""
-        for unfiltered in self._windows(shard, quarantine):
-            window = self._filtered(unfiltered, quarantine)
-            codes = self._encode([picture for sample in window for picture in sample.pictures])
-            for sample in window:
-                parts: list[Part] = [
-                    Picture(next(codes), part.time_ms) if isinstance(part, Pixels) else part for part in sample.parts
-                ]
-                document = None
-                with _quarantining(sample.key, quarantine):
-                    kind = self.kinds[sample.kind]
-                    document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
-                if document is not None:
-                    if self.filters.duplicates is not None:
-                        self.filters.duplicates.note(sample)
-                    yield document
+        with closing(one_ahead(self._windows(shard), "decode")) as windows:
+            for window in windows:
+                quarantine += window.unusable
+                yield from self._documents_of(self._filtered(window.samples, quarantine), name, quarantine)
+
+    def _documents_of(
+        self, samples: list[PreparedSample], name: str, quarantine: list[BadSample]
+    ) -> Iterator[Document]:
+        codes = self._encode([picture for sample in samples for picture in sample.pictures])
+        for sample in samples:
+            parts: list[Part] = [
+                Picture(next(codes), part.time_ms) if isinstance(part, Pixels) else part for part in sample.parts
+            ]
+            document = None
+            with _quarantining(sample.key, quarantine):
+                kind = self.kinds[sample.kind]
+                document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
+            if document is not None:
+                if self.filters.duplicates is not None:
+                    self.filters.duplicates.note(sample)
+                yield document
 
     def _prepare(self, item: Sample, quarantine: list[BadSample]) -> PreparedSample | None:
         with _quarantining(item.key, quarantine):
@@ -250,25 +278,20 @@ class ShardTokenizer:
             return sample
         return None
 
-    def _windows(self, shard: Path, quarantine: list[BadSample]) -> Iterator[list[PreparedSample]]:
-        window: list[PreparedSample] = []
-        num_pictures = num_pixels = 0
+    def _windows(self, shard: Path) -> Generator[_Window, None, None]:
+        """Samples read, decoded and filtered; runs in a thread while the window before is encoded and written."""
+        window = _Window()
         for item in read_shard(shard, self.kinds):
             if isinstance(item, BadSample):
-                quarantine.append(item)
+                window.unusable.append(item)
                 continue
-            sample = self._prepare(item, quarantine)
-            if sample is None:
-                continue
-            window.append(sample)
-            num_pictures += len(sample.pictures)
-            num_pixels += sum(picture.pixels.size // 3 for picture in sample.pictures)
-            full = num_pictures >= _WINDOW_PICTURES or num_pixels >= _WINDOW_PIXELS
-            if full or len(window) >= _WINDOW_SAMPLES:
+            sample = self._prepare(item, window.unusable)
+            if sample is not None:
+                window.add(sample)
+            if window.is_full:
                 yield window
-                window, num_pictures, num_pixels = [], 0, 0
-        if window:
-            yield window
+                window = _Window()
+        yield window
 
     def _filtered(self, window: list[PreparedSample], quarantine: list[BadSample]) -> list[PreparedSample]:
         """Without those that the filters refuse which are asked about many samples at once."""

@@ -149,7 +149,8 @@ class FilterChain:
         made = [(make_filter(config.name, config.options), config) for config in configs]
         first = next((place for place, (one, _) in enumerate(made) if hasattr(one, "score_batch")), len(made))
         self.single, self.batched = made[:first], made[first:]
-        self.record = FilterRecord()
+        self.names = [one.name for one, _ in made]
+        self.record = FilterRecord(self.names)
 
     def check(self, sample: PreparedSample) -> None:
         """Raises `SampleError("filter_<name>")` at the first filter that refuses the sample; `<name>` is the class's."""

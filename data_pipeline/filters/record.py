@@ -6,6 +6,7 @@ import base64
 import heapq
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +46,13 @@ class _Seen:
 
 
 class FilterRecord:
-    """Of one shard at a time: `lines` gives what was noted and begins anew."""
+    """Of one shard at a time: `lines` gives what was noted and begins anew. names: of the filters, in their order.
 
-    def __init__(self) -> None:
+    A filter notes in one thread at a time; filters of different threads may note at once.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self._seen: dict[str, _Seen] = {}
         self._numbers = itertools.count()
 
@@ -65,7 +70,7 @@ class FilterRecord:
     def lines(self) -> list[str]:
         """One JSON object a filter, in the order in which they were asked."""
         found = []
-        for name, seen in self._seen.items():
+        for name, seen in sorted(self._seen.items(), key=lambda one: self._names.index(one[0])):
             kept, refused = (side.sorted() for side in seen.sides)
             content = {"filter": name, "unit": seen.unit, "minimum": seen.minimum, "maximum": seen.maximum}
             content |= {"asked": seen.num_asked, "refused": seen.num_refused}

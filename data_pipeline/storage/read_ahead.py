@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 
 class Readers:
@@ -46,3 +48,21 @@ class Readers:
                 future.set_result(function(*arguments))
             except BaseException as error:  # raised in the caller, by `Future.result`
                 future.set_exception(error)
+
+
+def one_ahead(items: Generator[Item, None, None], name: str) -> Generator[Item, None, None]:
+    """The same items in order, each made in a thread while the one before is used: never more than one is waiting.
+
+    What `items` raises is raised here. When this is closed, the item that is being made is waited for, and `items` is closed.
+    """
+    nothing = object()
+    thread = Readers(1, name)
+    coming: Future[Any] = thread.submit(next, items, nothing)
+    try:
+        while (item := coming.result()) is not nothing:
+            coming = thread.submit(next, items, nothing)
+            yield item
+    finally:
+        coming.cancel()
+        thread.close()
+        items.close()

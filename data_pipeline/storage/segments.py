@@ -81,7 +81,15 @@ def token_classes(tokens: np.ndarray, segments: np.ndarray, visual_start: int) -
 
 def count_classes(tokens: np.ndarray, segments: np.ndarray, visual_start: int) -> dict[str, int]:
     """Tokens of each class and padding: {"text", "visual", "structure", "padding"}."""
-    counts = np.bincount(token_classes(tokens, segments, visual_start), minlength=len(TokenClass))
-    padding = int(segments["length"][segments["kind"] == Kind.PAD].sum())
-    counts[TokenClass.STRUCTURE] -= padding
-    return {kind.name.lower(): int(counts[kind]) for kind in TokenClass} | {"padding": padding}
+    lengths = segments["length"].astype(np.int64)
+    by_kind = np.bincount(segments["kind"], lengths, len(Kind)).astype(np.int64)
+    ends = np.cumsum(lengths)
+    visual = 0  # tokens are looked at in pictures only
+    for image in np.flatnonzero(segments["kind"] == Kind.IMAGE).tolist():
+        visual += int(np.count_nonzero(tokens[ends[image] - lengths[image] : ends[image]] >= visual_start))
+    counts = dict.fromkeys((kind.name.lower() for kind in TokenClass), 0)
+    for kind, count in enumerate(by_kind.tolist()):
+        counts[TokenClass(_CLASS_OF_KIND[kind]).name.lower()] += count
+    padding = int(by_kind[Kind.PAD])
+    counts["structure"] -= visual + padding
+    return counts | {"visual": visual, "padding": padding}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -17,10 +18,12 @@ from packed_samples import Corpus, captioned, text, write_token_file
 from data_pipeline.storage.atomic import atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.descriptors import DescriptorCache
 from data_pipeline.storage.format import published_prefixes, read_index, read_manifest, verify_outputs
-from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind
+from data_pipeline.storage.read_ahead import one_ahead
+from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind, count_classes, token_classes
 from data_pipeline.storage.token_files import TokenFileReader, TokenFileWriter
 from model.durable import read_json
 from model.errors import UserError
+from model.vocabulary import TokenClass
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +224,45 @@ def test_open_files_stay_within_the_limit(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == open_before + 2
     cache.close()
     assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_one_item_is_made_ahead_and_errors_and_the_end_reach_both_sides():
+    made, closed = [], []
+
+    def items():
+        try:
+            for number in range(5):
+                made.append(number)
+                if number == 3:
+                    raise ValueError("the fourth")
+                yield number
+        finally:
+            closed.append(True)
+
+    some = one_ahead(items(), "test")
+    for item in range(3):
+        assert next(some) == item
+        assert len(made) <= item + 2
+    with pytest.raises(ValueError, match="the fourth"):
+        next(some)
+    with contextlib.closing(one_ahead(items(), "test")) as some:
+        assert next(some) == 0
+    assert len(closed) == 2
+    assert list(one_ahead((number for number in range(100)), "test")) == list(range(100))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    specs=st.lists(st.tuples(st.sampled_from(list(Kind)), st.integers(0, 9), st.just(0)), max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_counts_by_class_are_those_of_the_tokens(specs, seed):
+    segments = np.zeros(len(specs), SEGMENT_DTYPE)
+    for segment, (kind, length, _) in zip(segments, specs, strict=True):
+        segment["kind"], segment["length"] = kind, length
+    tokens = np.random.default_rng(seed).integers(0, 20, int(segments["length"].sum())).astype(np.int32)
+    classes = token_classes(tokens, segments, 10)
+    expected = {kind.name.lower(): int((classes == kind).sum()) for kind in TokenClass}
+    padding = sum(length for kind, length, _ in specs if kind == Kind.PAD)
+    expected |= {"structure": expected["structure"] - padding, "padding": padding}
+    assert count_classes(tokens, segments, 10) == expected

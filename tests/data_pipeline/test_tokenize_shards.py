@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import threading
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -18,10 +19,13 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_pipeline import tokenize as tokenize_module
 from data_pipeline.documents.builder import describe
 from data_pipeline.documents.templates import LayoutConfig
 from data_pipeline.documents.tokenizers import SentencePieceTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.filters.base import FilterChain, FilterConfig
+from data_pipeline.kinds.base import PreparedSample
+from data_pipeline.sources import BadSample, Sample
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.storage.folder_claim import LOCK_NAME
 from data_pipeline.storage.format import verify_outputs
@@ -61,6 +65,18 @@ class FakeVision:
         count, height, width, _ = images.shape
         patches = images.reshape(count, height // 8, 8, width // 8, 8, 3)
         return patches.mean(axis=(2, 4, 5)).astype(np.int64) // 4
+
+
+class BatchedBrightness:
+    """A filter that is asked about many samples at once."""
+
+    name, unit = "brightness", "of 255"
+
+    def score(self, sample: PreparedSample) -> float | None:
+        return self.score_batch([sample])[0]
+
+    def score_batch(self, samples: list[PreparedSample]) -> list[float | None]:
+        return [float(one.pictures[0].pixels.mean()) if one.pictures else None for one in samples]
 
 
 def picture(value: int, height: int = 48, width: int = 48, kind: str = "png") -> bytes:
@@ -259,6 +275,42 @@ def test_tiers_are_filters_that_exist_and_give_way_to_ones_own(tmp_path: Path) -
     assert command.with_tier(str(tmp_path / "mine.yaml"), []) == [FilterConfig("min_size", minimum=7.0)]
     with pytest.raises(UserError, match="no such tier"):
         command.with_tier("best", [])
+
+
+def test_the_next_window_is_decoded_while_one_is_encoded_and_the_bytes_are_those_of_one_thread(
+    tmp_path: Path, text_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = [sample for pair in zip(good_samples(), bad_samples(), strict=True) for sample in pair]
+    shard = write_shard(tmp_path / "000000.tar", mixed)
+    # One filter is asked sample by sample, one in batches, of the windows that have pictures only.
+    scorer = FilterConfig(f"{__name__}.BatchedBrightness", minimum=30.0)
+    config = dataclasses.replace(CONFIG, filters=[FilterConfig("text_length", minimum=12), scorer])
+    monkeypatch.setattr(tokenize_module, "_WINDOW_SAMPLES", 2)
+    started = Counter[str]()
+    decoded_next = threading.Event()
+
+    class Waiting(FakeVision):
+        def encode(self, images: np.ndarray) -> np.ndarray:
+            started["encode"] += 1
+            if started["encode"] == 1:  # of the first window: until a sample of the second one is prepared
+                assert decoded_next.wait(60)
+            return super().encode(images)
+
+    class Seen(ShardTokenizer):
+        def _prepare(self, item: Sample, quarantine: list[BadSample]) -> PreparedSample | None:
+            started["prepare"] += 1
+            if started["encode"] and threading.current_thread() is not threading.main_thread():
+                decoded_next.set()
+            return super()._prepare(item, quarantine)
+
+    def files(name: str, tokenizer: ShardTokenizer) -> dict[str, bytes]:
+        tokenizer.tokenize(shard, tmp_path / name / "000000")
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())}
+
+    found = files("ahead", Seen(config, VOCABULARY, text_tokenizer, Waiting()))
+    monkeypatch.setattr(tokenize_module, "one_ahead", lambda items, name: items)
+    assert found == files("alone", ShardTokenizer(config, VOCABULARY, text_tokenizer, FakeVision()))
+    assert {"000000.quarantine.jsonl", "000000.filters.jsonl", "000000.bin"} <= found.keys()
 
 
 def test_pictures_of_one_size_are_encoded_together(

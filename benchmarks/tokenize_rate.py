@@ -1,0 +1,179 @@
+"""How much of the bare tokenizers' rate `tokenize` keeps, from shards to published token files.
+
+    python -m benchmarks.tokenize_rate [--rounds 3] [--pictures 128] [--texts 3000] [--device-milliseconds 5]
+
+Three comparisons in one run, taking turns; rates are of wall time, and the share of CPU seconds stands beside (children included):
+
+- text: SentencePiece over the same texts, in memory;
+- pictures on this CPU: the encoder of `ibq_small` on one thread, over the same pictures already decoded, in the same batches;
+- pictures on a device: an encoder that takes so many milliseconds a picture and none of this CPU, as an accelerator does.
+
+Pictures are JPEG files of 256 x 256 pixels with a caption, brought to 128 x 128.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import psutil
+import torch
+import webdataset
+from PIL import Image
+
+from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
+from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig, VisionTokenizer
+from model.vision_tokenizer.config import VisionTokenizerConfig
+from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.wrapper import VisionTokenizer as Encoder
+from model.vocabulary import Vocabulary, VocabularyConfig
+
+SIDE, BATCH = 128, 128
+
+
+class Device:
+    """An encoder that computes elsewhere."""
+
+    factor, codebook_size, fingerprint = 16, 1024, "device"
+
+    def __init__(self, seconds_per_picture: float):
+        self.seconds_per_picture = seconds_per_picture
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        time.sleep(len(images) * self.seconds_per_picture)
+        count, height, width, _ = images.shape
+        return np.zeros((count, height // 16, width // 16), np.int64)
+
+
+def small_encoder() -> Encoder:
+    torch.manual_seed(0)
+    sizes = VisionTokenizerConfig(
+        ch=16, num_res_blocks=1, z_channels=32, embed_dim=32, n_embed=1024, norm_groups=8, attn_resolutions=[16]
+    )
+    model = IBQ(sizes)
+    model.channels_last()
+    return Encoder(model, "random weights")
+
+
+def make_texts(count: int) -> list[str]:
+    """Of 1,000 to 8,000 characters."""
+    draw, text = random.Random(0), "\n".join(topics.values())
+    spans = [(draw.randrange(len(text) - 8000), draw.randrange(1000, 8000)) for _ in range(count)]
+    return [text[first : first + length].strip() for first, length in spans]
+
+
+def make_picture(number: int) -> bytes:
+    """A smooth picture with some noise: as large as a photo of that size."""
+    noise = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC).save(stream, "jpeg", quality=90)
+    return stream.getvalue()
+
+
+def write_shard(path: Path, samples: list[dict[str, object]]) -> None:
+    with webdataset.TarWriter(str(path)) as sink:
+        for number, sample in enumerate(samples):
+            sink.write({"__key__": f"{number:06d}", **sample})
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall and of CPU."""
+    cpu, wall = _cpu_seconds(), time.perf_counter()
+    work()
+    return time.perf_counter() - wall, _cpu_seconds() - cpu
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its children."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(times.user + times.system for times in (one.cpu_times() for one in processes))
+
+
+def compare(
+    title: str, count: int, unit: str, rounds: int, bare: Callable[[], object], whole: Callable[[], object]
+) -> None:
+    whole()  # starts the child that decodes
+    found: dict[str, list[tuple[float, float]]] = {"bare": [], "whole": []}
+    for _ in range(rounds):
+        found["bare"].append(measured(bare))
+        found["whole"].append(measured(whole))
+    (bare_wall, bare_cpu), (wall, cpu) = (
+        tuple(statistics.median(one[kind] for one in times) for kind in (0, 1)) for times in found.values()
+    )
+    print(
+        f"{title:<24}{count / bare_wall:>10,.0f}{count / wall:>10,.0f} {unit:<12}{bare_wall / wall:>8.1%}"
+        f"{bare_cpu:>10.2f}{cpu:>10.2f}",
+        flush=True,
+    )
+
+
+def tokenizer_of(text: SentencePieceTokenizer, vision: VisionTokenizer | None) -> ShardTokenizer:
+    sizes = VocabularyConfig(text_size=text.size, reserved_size=32, visual_size=1024)
+    config = TokenizeConfig("rate", image=ImageConfig(max_area=SIDE * SIDE))
+    return ShardTokenizer(config, Vocabulary.from_config(sizes), text, vision)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--texts", type=int, default=3000)
+    parser.add_argument("--device-milliseconds", type=float, default=5.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = train_sentencepiece(topics.values(), folder / "tokenizer", 4000)
+        texts = make_texts(arguments.texts)
+        write_shard(folder / "texts.tar", [{"txt": one} for one in texts])
+        files = [make_picture(number) for number in range(arguments.pictures)]
+        write_shard(folder / "pictures.tar", [{"jpg": one, "txt": "a picture"} for one in files])
+        resized = [smart_resize(decode_image(one), ImageConfig(max_area=SIDE * SIDE), 16) for one in files]
+        pixels = np.stack(resized)
+
+        def whole(tokenizer: ShardTokenizer, shard: str) -> Callable[[], object]:
+            def work() -> None:
+                (folder / "out.json").unlink(missing_ok=True)
+                manifest = tokenizer.tokenize(folder / shard, folder / "out").manifest
+                assert not manifest["quarantined"], manifest["quarantined"]
+
+            return work
+
+        def bare(encoder: VisionTokenizer) -> Callable[[], object]:
+            return lambda: [encoder.encode(pixels[first : first + BATCH]) for first in range(0, len(pixels), BATCH)]
+
+        print(f"{'':<24}{'bare':>10}{'tokenize':>10} {'a second':<12}{'keeps':>8}{'CPU s':>10}{'CPU s':>10}")
+        characters = sum(map(len, texts))
+        compare(
+            "text",
+            characters,
+            "characters",
+            arguments.rounds,
+            lambda: [text.encode(one) for one in texts],
+            whole(tokenizer_of(text, None), "texts.tar"),
+        )
+        for title, encoder in (
+            ("pictures on this CPU", small_encoder()),
+            ("pictures on a device", Device(arguments.device_milliseconds / 1e3)),
+        ):
+            compare(
+                title,
+                len(files),
+                "pictures",
+                arguments.rounds,
+                bare(encoder),
+                whole(tokenizer_of(text, encoder), "pictures.tar"),
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -20,11 +20,7 @@ CELL = (16, 8)  # height and width in pixels of a character's cell
 SHEET = (24, 72)  # height and width in pixels
 MARGIN = 1  # pixels left free around a character
 PAPER = (250, 248, 242)
-INKS = {
-    "red": (205, 35, 35),
-    "blue": (35, 60, 205),
-    "black": (25, 25, 25),
-}
+INKS = {"red": (205, 35, 35), "blue": (35, 60, 205), "black": (25, 25, 25)}
 COARSE_FONT_PIXELS = 64  # characters are drawn so large and then reduced
 HELD_OUT_SHARE = 7  # one text in so many is in no training document
 

@@ -120,7 +120,7 @@ class ValidationConfig:
     """How often, and on how much, the sets of `stage.validation` are measured."""
 
     every_steps: int = 500  # from one measurement to the next; the last step is measured always
-    num_rows: int = 32  # of each set
+    num_rows: int = 24  # of each set
 
 
 @dataclass

@@ -234,5 +234,7 @@ class CheckpointManifest:
             return None
         above = checkpoint.absolute().parents
         run_folder = above[min(2, len(above) - 1)]  # run / stage / checkpoints / step
-        found = [place for place in (run_folder / recorded.path, run_folder / name) if place.exists()]
-        return found[0] if found else run_folder / recorded.path
+        # What a conversion made lies in the run folder itself.
+        bases = [run_folder] if checkpoint.parent.name == CHECKPOINTS_FOLDER else [above[0], run_folder]
+        found = [place for base in bases for place in (base / recorded.path, base / name) if place.exists()]
+        return found[0] if found else bases[0] / recorded.path

@@ -1,19 +1,27 @@
-"""docs/own_data.md from its first line to its last, as a reader does it, with fewer steps."""
+"""docs/own_data.md and docs/fine_tune.md from their first line to their last, as a reader does it, at smaller sizes."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
+import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import av
 import numpy as np
 from documented_files import FENCE, write_shown_files
+from handmade_vision import save_vision_tokenizer
 from PIL import Image
 from skimage import data
 
 from launch.command_line import cli
+from model.vision_tokenizer.config import VisionTokenizerConfig
+from model.vision_tokenizer.ibq import IBQ
+from model.vision_tokenizer.initialization import initialize_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "own_data.md"
@@ -54,6 +62,95 @@ def make_media(folder: Path) -> None:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(view)))
             file.mux(stream.encode())
         (folder / "clips" / f"walk_{number}.vtt").write_text(CUES.format(*captions[-2 - number :][:2]))
+
+
+# The released model and its training at toy size, by a word of the page's command.
+SMALL_RELEASE = {
+    "model=emu35_34b": ["model=toy", "model.vocabulary.text_size=320", "model.vocabulary.visual_size=64"],
+    "vocabulary.preset=emu35": ["vocabulary.preset=compact", "image.max_area=2304"],
+    "sequence_length=4096": ["sequence_length=512"],
+    "train": [
+        "stage.steps=2",
+        "stage.sequence_length=512",
+        "stage.global_batch_size=2",
+        "stage.optimizer.warmup_steps=0",
+    ]
+    + ["parallel.tensor=1", "parallel.data=1"],
+    "convert": ["verify=none"],
+    "image_size=512": ["image_size=48"],
+}
+
+
+RELEASED_VISION = VisionTokenizerConfig(
+    ch=32,
+    ch_mult=[1, 1, 1, 1],
+    num_res_blocks=1,
+    attn_resolutions=[6],
+    resolution=48,
+    z_channels=8,
+    embed_dim=8,
+    n_embed=64,
+)
+
+
+def released(folder: Path) -> None:
+    """What a reader has downloaded: a model with its text tokenizer, and a vision tokenizer; and chats of his own."""
+    small = SMALL_RELEASE["model=emu35_34b"]
+    run("convert", "init", *small, f"target={folder / 'fresh'}", "seed=3", "verify=none")
+    run(
+        "convert",
+        "to_hf",
+        f"source={folder / 'fresh'}",
+        f"target={folder / 'released/Emu3.5'}",
+        "layout=emu35",
+        "verify=none",
+    )
+    shutil.rmtree(folder / "released/Emu3.5/nextstate")  # ours only
+    (folder / "texts").mkdir()
+    shard = folder / "texts/000000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for number, sentence in enumerate(sentences() * 3):
+            member = tarfile.TarInfo(f"{number:04d}.txt")
+            member.size = len(sentence.encode())
+            tar.addfile(member, io.BytesIO(sentence.encode()))
+    corpora = f'stage.objective.corpora=["{shard}"]'
+    run("train", "stage=text_tokenizer", f"run_folder={folder}", corpora, "stage.objective.size=320")
+    shutil.copy(folder / "text_tokenizer/tokenizer.model", folder / "released/Emu3.5")
+    vision = IBQ(RELEASED_VISION)
+    initialize_weights(vision, 0)
+    save_vision_tokenizer(folder / "codes", vision)
+    target = f"target={folder / 'released/Emu3.5-VisionTokenizer'}"
+    run("convert", "to_hf", f"source={folder / 'codes'}", target, "layout=ibq", "verify=none")
+    (folder / "pictures").mkdir()
+    chats = []
+    for number in range(24):
+        Image.fromarray(np.full((48, 48, 3), 10 * number, np.uint8)).save(folder / f"pictures/{number}.png")
+        turns = [{"role": "user", "content": f"draw grey {number}"}, {"role": "assistant", "content": "<image>"}]
+        chats.append({"messages": turns, "images": [f"{number}.png"], "task": "t2i"})
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(chat)}\n" for chat in chats))
+
+
+def smaller(words: list[str]) -> list[str]:
+    """A line of the page: words with a value are replaced, a command is followed by more."""
+    replaced = [one for word in words for one in (SMALL_RELEASE.get(word, [word]) if "=" in word else [word])]
+    return [*replaced, *SMALL_RELEASE.get(words[0], [])]
+
+
+def run(*words: str) -> None:
+    assert cli.main(list(words)) == 0, words
+
+
+def test_a_released_checkpoint_is_tuned_and_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    released(tmp_path)
+    page = PAGE.with_name("fine_tune.md")
+    write_shown_files(page, tmp_path)
+    for language, marks, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        for line in body.splitlines() if language == "console" and not marks.strip() else ():
+            run(*smaller(shlex.split(line)[2:]))
+    exported = json.loads((tmp_path / "tuned_export/config.json").read_text())
+    assert exported["num_hidden_layers"] == 4
+    assert list((tmp_path / "pictures_made").rglob("*.png"))
 
 
 def test_the_page_leads_from_a_folder_of_photos_to_a_picture(tmp_path, monkeypatch, capsys):

@@ -79,5 +79,9 @@ def test_a_checkpoint_knows_its_tokenizers_by_place_and_fingerprint(tmp_path, mo
     )  # elsewhere is not there
     elsewhere.mkdir()
     assert manifest.tokenizer_place("vision_tokenizer", checkpoint) == elsewhere
+    text = run / "text_7"
+    text.mkdir()
+    for made in (checkpoint, run / "merged"):  # a conversion's lies in the run folder itself
+        assert manifest.tokenizer_place("text_tokenizer", made) == text
     (checkpoint / "vision_tokenizer").mkdir()
     assert manifest.tokenizer_place("vision_tokenizer", checkpoint) == checkpoint / "vision_tokenizer"

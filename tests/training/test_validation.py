@@ -19,7 +19,7 @@ from data_pipeline.loading.batch import MicroBatch
 from training.callbacks.progress import ProgressLine, format_seconds
 from training.contracts.results import StepResult
 from training.metrics import StepRecord
-from training.objectives.held_out import CLASS_NAMES, PackedRows, loss_of
+from training.objectives.held_out import CLASS_NAMES, PackedRows, loss_of, rows_at_once
 from training.objectives.token_options import NextTokenOptions
 from training.reliability.signals import COMMAND_VARIABLE
 
@@ -103,19 +103,29 @@ def packed(tmp_path_factory) -> Path:
 
 
 def test_the_rows_are_the_same_for_every_stage_and_batch(packed):
-    def rows_of(stage: str, micro_batch_size: int, seed: int) -> np.ndarray:
+    def rows_of(stage: str, micro_batch_size: int, seed: int, num_replicas: int) -> np.ndarray:
         config = make_config(packed, packed)
         config.seed, config.stage.name, config.stage.micro_batch_size = seed, stage, micro_batch_size
         config.validation.num_rows = 12
-        rows = PackedRows(config, str(packed), NextTokenOptions())
-        found = [rows.batch(first).tokens for first in range(0, rows.num_rows, micro_batch_size)]
+        rows = PackedRows(config, str(packed), NextTokenOptions(), num_replicas)
+        found = [rows.batch(first).tokens for first in range(0, rows.num_rows, rows.micro_batch_size)]
         rows.close()
-        return np.concatenate(found)
+        assert rows.micro_batch_size == max(micro_batch_size, -(-12 // num_replicas))
+        return np.concatenate(found)[:12]
 
-    expected = rows_of("one", 1, 1)
+    expected = rows_of("one", 1, 1, num_replicas=1)
     assert len(expected) == 12
     assert len(np.unique(expected, axis=0)) == 12
-    assert np.array_equal(rows_of("two", 4, 2), expected)
+    assert np.array_equal(rows_of("two", 4, 2, num_replicas=6), expected)
+    assert np.array_equal(rows_of("two", 1, 2, num_replicas=5), expected)
+    assert [rows_at_once(n, 576, 2, replicas) for n, replicas in ((24, 1), (32, 1), (32, 4), (24, 12), (3, 1))] == [
+        6,
+        7,
+        4,
+        2,
+        3,
+    ]
+    assert rows_at_once(24, 32_768, 1, 1) == 1
 
 
 def overrides(packed: Path, run: Path) -> list[str]:

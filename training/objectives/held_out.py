@@ -20,6 +20,11 @@ from training.objectives.next_token import NextToken
 from training.objectives.token_options import NextTokenOptions
 
 CLASS_NAMES = [kind.name.lower() for kind in TokenClass]
+# Of one forward pass, where the stage's own micro-batch is smaller: without a backward pass little of it is kept, and
+# what a pass costs whatever its size is paid less often.
+TOKENS_AT_ONCE = 4096
+# Given to the engine together, so that a pipeline is filled once and not for each.
+BATCHES_AT_ONCE = 16
 
 
 class HeldOutRows(Protocol):
@@ -37,13 +42,15 @@ class HeldOutRows(Protocol):
 class PackedRows:
     """The first rows of a packed dataset, in an order of their own that nothing of the run enters."""
 
-    def __init__(self, config: TrainConfig, path: str, options: NextTokenOptions):
-        size = config.stage.micro_batch_size
+    def __init__(self, config: TrainConfig, path: str, options: NextTokenOptions, num_replicas: int = 1):
+        stage = config.stage
+        self.num_rows = min(config.validation.num_rows, read_dataset_manifest(path)["num_rows"])
+        size = rows_at_once(self.num_rows, stage.sequence_length, stage.micro_batch_size, num_replicas)
         self._source = PackedDataSource(
             datasets={"held_out": path},
             weights={"held_out": 1.0},
             seed=0,
-            sequence_length=config.stage.sequence_length,
+            sequence_length=stage.sequence_length,
             global_batch_size=size,
             micro_batch_size=size,
             data_parallel_rank=0,
@@ -54,7 +61,6 @@ class PackedRows:
             prefetch_batches=0,
             stage="validation",
         )
-        self.num_rows = min(config.validation.num_rows, self._source.num_rows)
         self.micro_batch_size, self.source_names = size, self._source.source_names
 
     def batch(self, first_row: int) -> MicroBatch:
@@ -63,6 +69,13 @@ class PackedRows:
 
     def close(self) -> None:
         self._source.close()
+
+
+def rows_at_once(num_rows: int, sequence_length: int, micro_batch_size: int, num_replicas: int) -> int:
+    """Rows of a forward pass, so that the passes of a replica are few and of one size; at least those of a micro-batch."""
+    share = -(-num_rows // num_replicas)
+    num_passes = -(-share // max(1, TOKENS_AT_ONCE // sequence_length))
+    return max(micro_batch_size, -(-share // num_passes))
 
 
 class Validation:
@@ -78,7 +91,10 @@ class Validation:
             options.loss_weights = type(options.loss_weights)(**weights)
         self.config, self.ranks = config, ranks
         self._inputs = NextToken(config, options)
-        self._sets = {name: PackedRows(config, path, options) for name, path in config.stage.validation.items()}
+        self._sets = {
+            name: PackedRows(config, path, options, ranks.data_parallel_size)
+            for name, path in config.stage.validation.items()
+        }
         training = {
             name: read_dataset_manifest(entry.path) for name, entry in config.stage.data.datasets_in_use().items()
         }
@@ -116,11 +132,13 @@ def loss_of(
     """
     num_classes, num_sources, size = len(CLASS_NAMES), len(rows.source_names), rows.micro_batch_size
     sums = np.zeros((2, 1 + num_classes + num_sources))
-    for first in range(ranks.data_parallel_rank * size, rows.num_rows, size * ranks.data_parallel_size):
-        batch = rows.batch(first)
-        (log_probs,) = policy.log_probs([batch], inputs)
-        losses = -log_probs.double().cpu().numpy().reshape(batch.labels.shape)
-        sums += _sums(batch, losses, min(size, rows.num_rows - first), num_classes, num_sources)
+    firsts = range(ranks.data_parallel_rank * size, rows.num_rows, size * ranks.data_parallel_size)
+    for number in range(0, len(firsts), BATCHES_AT_ONCE):
+        some = firsts[number : number + BATCHES_AT_ONCE]
+        batches = [rows.batch(first) for first in some]
+        for first, batch, log_probs in zip(some, batches, policy.log_probs(batches, inputs), strict=True):
+            losses = -log_probs.double().cpu().numpy().reshape(batch.labels.shape)
+            sums += _sums(batch, losses, min(size, rows.num_rows - first), num_classes, num_sources)
     sums = ranks.sum(sums) * (ranks.data_parallel_size / ranks.world_size)
     means = {
         name: total / weight

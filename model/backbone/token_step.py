@@ -224,4 +224,5 @@ class Norm:
         if self.is_fused:
             return functional.rms_norm(x, (size,), None, self.epsilon) * weight
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x.div(length.hypot_(self.floors[size])).mul_(weight)
+        normed: torch.Tensor = x.div(length.hypot_(self.floors[size])).mul_(weight)
+        return normed

@@ -129,6 +129,7 @@ def test_report_holds_every_figure(demo):
         "t2i_accuracy": {"dictionary", "shuffled_captions", "untrained"},
         "next_state_accuracy": {"dictionary", "copy_of_the_last", "other_words", "untrained"},
         "edit_accuracy": {"dictionary", "copy_of_the_last", "other_words", "untrained"},
+        "real_video_reconstruction": {"one_flat_colour", "a_flat_colour_a_code"},
     }
 
 

@@ -28,9 +28,7 @@ class SpeechConfig:
     """Films without a transcript, a file `KEY.mp4` alone, become samples when there is an engine."""
 
     engine: str | None = None  # faster_whisper, or the dotted path of a class like `Recognizer`; null: none
-    model: str = (
-        ""  # folder of the recognizer's model: of faster_whisper one that CTranslate2 reads; nothing is downloaded
-    )
+    model: str = ""  # folder of its model: of faster_whisper one that CTranslate2 reads; nothing is downloaded
     language: str | None = None  # of all films, ISO 639-1; null: told from each film's first words
     pause_seconds: float = 0.6  # a pause as long ends a phrase
     threads: int = 1  # of one worker, on a CPU

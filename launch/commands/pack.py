@@ -23,10 +23,8 @@ class Config:
     tokens: dict[str, str] = field(default_factory=dict)  # source name -> folder of token files
     target: str = ""  # folder of the packed files
     removed: str | None = None  # a list of documents to leave out, one JSON object a line: {"document": 123}
-    max_similarity: float | None = (
-        None  # of documents with signatures, above it all but the first are left out; null: the
-    )
-    # maximum of the filter near_duplicates that they were tokenized with; 1: nothing is left out
+    # Of documents that are more alike all but the first are left out. null: the maximum of the filter near_duplicates.
+    max_similarity: float | None = None  # of documents, by their signatures; null: as they were tokenized; 1: any
     held_out: dict[str, HeldOut] = field(
         default_factory=dict
     )  # validation sets, by any name: rows in target/held_out/NAME

@@ -139,18 +139,8 @@ def test_status_answers_with_one_entry_a_stage(finished, capsys):
     assert two["restarts"] == 1
     assert two["job_ids"] == [job_of(finished, "two")]
     table = curriculum.render(answer).splitlines()
-    assert table[0].split() == [
-        "entry",
-        "state",
-        "step",
-        "tokens",
-        "loss",
-        "left",
-        "seconds",
-        "GiB",
-        "jobs",
-        "restarts",
-    ]
+    titles = "entry state done tokens rate left seconds GiB jobs restarts figures"
+    assert table[0].split() == titles.split()
     assert len(table) == 1 + len(finished.entries)
 
 

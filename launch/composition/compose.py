@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -58,6 +59,16 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
             objective.fill_in(tree)
     except (HydraException, OmegaConfBaseException, MissingConfigException) as error:
         raise explain(error, command, schema) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        raise UserError(
+            "a configuration file cannot be read as YAML",
+            where=f"{place.name}, line {place.line + 1}" if place else ", ".join(str(one) for one in folders),
+            got="values nested too deeply"
+            if isinstance(error, RecursionError)
+            else str(getattr(error, "problem", error)),
+            fix="mend or remove the file",
+        ) from error
     assert isinstance(tree, DictConfig)
     return tree
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from launch.command_line import cli
 from launch.composition import folders as places
 from launch.composition import registry
 from launch.composition.chosen import compose_files
@@ -145,3 +146,15 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     for size in (64, 192):
         (folder / "mine.yaml").write_text(f"name: mine\nhidden_size: {size}\n")
         assert compose_tree("train", ["model=mine", own]).model.hidden_size == size
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("a:\n  - b\n  c", "bad.yaml, line 3"), ("a: " + "[" * 3000, "too deeply")]
+)
+def test_a_file_that_is_no_yaml_is_one_message(tmp_path, capsys, content, said):
+    (tmp_path / "curriculum").mkdir()
+    (tmp_path / "curriculum/bad.yaml").write_text(content)
+    assert cli.main(["curriculum", "curriculum=bad", f"config_folder={tmp_path}"]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be read as YAML" in told
+    assert said in told

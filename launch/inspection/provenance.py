@@ -126,7 +126,11 @@ def sequences(text: str, num_words: int) -> Iterator[tuple[str, ...]]:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line: text, or a JSON object with a `prompt`."""
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("the file of prompts is no text in UTF-8", where=str(path), got=str(error)) from error
+    for number, line in enumerate(lines, 1):
         if line.strip().startswith("{"):
             try:
                 prompts.append(str(json.loads(line)["prompt"]))

@@ -156,3 +156,11 @@ def test_the_command_writes_a_page_of_packed_rows(world, capsys, tmp_path):
     answer = look(capsys, world, "packed", f"page={tmp_path / 'rows.html'}", "num_samples=1", "first=1")
     assert (answer["num_shown"], answer["first"]) == (1, 1)
     assert "notes, document" in (tmp_path / "rows.html").read_text()
+
+
+def test_prompts_that_are_no_text_are_one_message(tmp_path):
+    from launch.inspection.provenance import read_prompts
+
+    (tmp_path / "prompts.txt").write_bytes(b"\xdf\x00")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        read_prompts(tmp_path / "prompts.txt")

@@ -3,11 +3,13 @@
 A step has few tokens and many layers, so that what stands beside the matrix products decides the rate. The arithmetic is
 that of megatron-core's modules; of each layer queries and keys share one norm and one rotation, the rotary tables of all
 positions are made once, the queries of a group attend as rows of one product, so that keys are never repeated, and a
-product adds itself to what it is added to. The matrices are the modules' own and are never copied. `tests/model/test_transformer.py` holds the numbers against the modules'.
+product adds itself to what it is added to. The matrices are the modules' own and are never copied.
+`tests/model/test_transformer.py` holds the numbers against the modules'.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,8 +217,8 @@ class Norm:
         weight, size = weight.detach(), weight.shape[-1]
         if self.is_fused:
             return weight
-        self.floors[size] = weight.new_tensor((size * self.epsilon) ** 0.5)
-        return weight * size**0.5
+        self.floors[size] = weight.new_tensor(math.sqrt(size * self.epsilon))
+        return weight * math.sqrt(size)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [..., n], normed and times a weight from `prepared` that broadcasts to it."""

@@ -93,7 +93,9 @@ def clock_finding(name: str, skew_seconds: float, other: str) -> Finding:
 
 
 def nearest_existing(folder: Path) -> Path:
-    return next(parent for parent in [folder, *folder.resolve().parents] if parent.is_dir())
+    """The folder itself, or the lowest one above it that there is."""
+    whole = folder.absolute()  # not `resolve`, which raises for links in a circle
+    return next(place for place in (whole, *whole.parents) if place.is_dir())
 
 
 def storage_speed(folder: Path) -> Finding:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from launch.doctor.cluster import examine_cluster
+from launch.doctor.cluster import examine_cluster, nearest_existing
 from launch.doctor.findings import Finding, gibibytes
 
 MIN_PYTHON = (3, 11)
@@ -63,7 +63,7 @@ PACKAGES = (
 
 def machine(folder: Path) -> list[Finding]:
     memory = psutil.virtual_memory()
-    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+    existing = nearest_existing(folder)
     disk = shutil.disk_usage(existing)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [

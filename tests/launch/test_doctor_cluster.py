@@ -6,6 +6,7 @@ import pytest
 
 from launch.commands import doctor
 from launch.doctor import cluster as doctor_cluster
+from launch.doctor.machine import machine
 from model.errors import UserError
 
 
@@ -42,6 +43,14 @@ def test_a_folder_that_cannot_be_written_is_a_finding(monkeypatch, tmp_path):
     for found in (doctor_cluster.storage_speed(tmp_path), doctor_cluster.clock_against_storage(tmp_path)):
         assert (found.ok, found.detail) == (False, "read-only file system")
         assert "run_folder" in found.cure
+
+
+def test_links_in_a_circle_are_looked_at_from_above(tmp_path):
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    assert doctor_cluster.nearest_existing(circle / "run") == tmp_path
+    names = {found.name for found in machine(circle)}
+    assert "disk" in names
 
 
 def test_without_slurm_the_cure_is_named(monkeypatch, tmp_path):

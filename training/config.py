@@ -13,6 +13,7 @@ from model.checkpoint.small_files import check_resolved, read_yaml
 from model.config import ModelConfig
 from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, divided_sizes
+from model.registry import merged_into
 from training.contracts import zero
 from training.contracts.layout import ParallelLayout, Rows
 
@@ -205,8 +206,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), values)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged_into(TrainConfig, values))
     except OmegaConfBaseException as error:
         first_line = str(error).splitlines()[0]
         raise UserError(

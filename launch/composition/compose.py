@@ -28,7 +28,7 @@ from launch.composition import objective, registry
 from launch.composition.chosen import compose_files
 from launch.composition.written_text import check_yaml_text, files_of, quoted_text
 from model.errors import UserError
-from model.registry import known_keys, near_miss, without_none
+from model.registry import known_keys, merged_into, near_miss, without_none
 
 
 def compose_tree(command: str, overrides: list[str]) -> DictConfig:
@@ -50,9 +50,9 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
         OmegaConf.set_struct(tree, False)
         if objective.has_objective(schema):
             objective.start_over_for_another(tree, given)
-        tree = OmegaConf.merge(tree, *given) if given else tree
+        tree = OmegaConf.unsafe_merge(tree, *given) if given else tree
         # Merging into a fresh schema refuses what `+key=value` or a YAML file added outside of it.
-        tree = OmegaConf.merge(structured(schema), OmegaConf.to_container(tree))
+        tree = merged_into(schema, OmegaConf.to_container(tree))
         check_yaml_text(tree, files)
         OmegaConf.resolve(tree)
         if objective.has_objective(schema):
@@ -76,12 +76,6 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
 @functools.cache
 def store_schema(command: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"{command}_schema", node=schema)
-
-
-@functools.cache
-def structured(schema: type) -> Any:
-    """The schema as OmegaConf has it. Whoever changes it takes a copy, as `OmegaConf.merge` does."""
-    return OmegaConf.structured(schema)
 
 
 def compose_config(command: str, overrides: list[str]) -> Any:

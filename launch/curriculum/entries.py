@@ -36,7 +36,7 @@ PUBLISHES_AT_ONCE = (
     "convert",
 )  # commands whose target is there whole or not at all, and which refuse one that is there
 STATE_VERSION = 1
-Composed = dict[str, list[Any]]  # configurations of the calls, by entry
+Composed = dict[str, list[Any]]  # OmegaConf's trees of the calls, by entry
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
 
 
@@ -208,11 +208,13 @@ class Curriculum:
 
     def fingerprint(self, name: str) -> str:
         """Of everything that decides what the entry produces."""
+        from omegaconf import OmegaConf
+
         entry = self.config.entries[name]
         return fingerprint_of(
             {
                 "entry": [entry.command, entry.module, entry.overrides, entry.outputs],
-                "configs": self.calls(name),
+                "configs": [OmegaConf.to_container(call) for call in self.calls(name)],
                 "needs": {needed: self.records[needed].result for needed in entry.needs},
             }
         )
@@ -264,12 +266,10 @@ def resolved_calls(entry: EntryConfig) -> list[Any]:
     """The composed configuration of each call, so that an edited preset counts as a change."""
     if not entry.command:
         return []
-    from omegaconf import OmegaConf
-
     from launch.composition.compose import compose_tree
 
     calls = [entry.overrides + own for own in entry.each.values()] or [entry.overrides]
-    return [OmegaConf.to_container(compose_tree(entry.command, call)) for call in calls]
+    return [compose_tree(entry.command, call) for call in calls]
 
 
 def measure(path: Path) -> tuple[int, int]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from launch.composition.compose import to_object
 from launch.curriculum.entries import Composed, Curriculum, CurriculumConfig, due
 from launch.plan.places import place_of
 from launch.plan.preflight import Verdict, judge, judge_start
 from model.errors import UserError
-from training.config import from_dict
 
 
 @dataclass
@@ -28,7 +28,7 @@ def foresee(curriculum: Curriculum, names: Iterable[str], *, starts: bool = True
     """
     place = place_of(curriculum.config.cluster)
     stages = [
-        (name, from_dict(call))
+        (name, to_object(call))
         for name in names
         if curriculum.config.entries[name].command == "train"
         for call in curriculum.calls(name)

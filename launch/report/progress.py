@@ -8,8 +8,6 @@ from typing import Any
 
 from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.remote import is_remote
-from data_pipeline.storage.format import published_prefixes
-from data_pipeline.storage.packed_files import DATASET_NAME
 from launch.report.run_folder import METRICS_NAME, Damages, StageFolder, is_number, read_object
 from model.errors import UserError
 from training.metrics import HELD_OUT
@@ -120,6 +118,8 @@ def num_shards(patterns: Any) -> int | None:
 
 def rows_progress(targets: Sequence[Path]) -> dict[str, Any]:
     """Packed rows that are published, and all of them once every target is whole."""
+    from data_pipeline.storage.packed_files import DATASET_NAME  # numpy, a tenth of a second
+
     whole = [one for target in targets if (one := read_object(target / DATASET_NAME, Damages()))]
     if targets and len(whole) == len(targets):
         num_rows = total_of("num_rows", whole)
@@ -134,6 +134,8 @@ def total_of(key: str, manifests: Sequence[Mapping[str, Any]]) -> int:
 
 
 def published(folder: Path) -> list[Path]:
+    from data_pipeline.storage.format import published_prefixes
+
     return published_prefixes(folder) if folder.is_dir() else []
 
 

@@ -118,6 +118,8 @@ def test_what_yaml_changes_is_refused_with_the_quoting_to_use(tmp_path: Path, wr
         ["stage=toy_sft", "stage.nothing=1"],
         ["seed=many"],
         ["stage=toy_nothing", "seed=many"],
+        ["stage=toy_sft,toy_pretrain_1"],
+        ["model=300m", "~stage.steps", "+cluster=slurm"],
     ],
 )
 def test_what_is_kept_of_a_composition_gives_what_hydra_gives(overrides):
@@ -137,6 +139,12 @@ def test_what_is_kept_of_a_composition_gives_what_hydra_gives(overrides):
     parsed = [parse_override(text) for text in overrides]
     kept = [told(lambda: compose_files("train", schema, parsed, folders, files_of(folders))) for _ in range(2)]
     assert kept == [told(with_hydra)] * 2
+
+
+@pytest.mark.parametrize("text", ["hydra.verbose=true", "+hydra.job.name=x", "hydra/launcher=basic"])
+def test_settings_of_hydra_have_no_effect_and_are_refused(text):
+    with pytest.raises(UserError, match="unknown key 'hydra"):
+        compose_tree("train", [text])
 
 
 def test_a_file_that_was_changed_is_read_again(tmp_path):

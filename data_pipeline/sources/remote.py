@@ -26,7 +26,17 @@ MAX_WAIT_SECONDS = 60.0  # between two attempts
 LISTING_THREADS = 16  # questions at once for sizes of shards
 # What a server or a library says that asking again does not change.
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, TypeError)
+# The same of botocore and google-auth, which need not be installed.
+_LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
 _TEMPORARY_STATUS = (408, 425, 429)  # of HTTP, below 500
+_SAME_VERSIONS = (
+    "http://",
+    "https://",
+    "s3://",
+    "gs://",
+    "gcs://",
+)  # lists and answers about one file say the same version
+_STATUS_OF_OTHER_CONTENT = (412, 416)  # it is not the version that was asked for; it ends before the range
 _EXTRA = "pip install 'nextstate[remote]'"
 _log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -104,7 +114,11 @@ def find_remote(names: Sequence[str], key: str, config: RemoteConfig, notes: Pat
 
 
 def read_blocks(shard: RemoteShard, config: RemoteConfig) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of the whole shard. An offset of 0 may come again: its server cannot go on in the middle."""
+    """(offset, bytes) of the whole shard. An offset of 0 may come again: its server cannot go on in the middle.
+
+    Raises `UserError` where the server cannot be read, or has other content than it had when it was asked for the size;
+    `FileNotFoundError` where it has none any more.
+    """
     patience = _Patience(str(shard), config)
     system, path = _open_system(shard.url, config)
     position, furthest, in_one_go = 0, 0, False
@@ -121,6 +135,7 @@ def read_blocks(shard: RemoteShard, config: RemoteConfig) -> Iterator[tuple[int,
                 while position < shard.num_bytes:
                     block = stream.read(min(BLOCK_BYTES, shard.num_bytes - position))
                     if not block:
+                        _check_unchanged(shard, system, path, patience)
                         raise OSError(f"it ends after {position} of {shard.num_bytes} bytes")
                     yield position, block
                     position += len(block)
@@ -130,24 +145,52 @@ def read_blocks(shard: RemoteShard, config: RemoteConfig) -> Iterator[tuple[int,
         except Exception as error:
             if isinstance(error, ValueError) and "range" in str(error) and not in_one_go:
                 in_one_go = True  # the server gives whole files only
+            elif _status(error) in _STATUS_OF_OTHER_CONTENT:
+                raise _changed(shard, str(error)) from error
             else:
                 patience.wait_after(error)
+    _check_unchanged(shard, system, path, patience)
+
+
+def _check_unchanged(shard: RemoteShard, system: Any, path: str, patience: _Patience) -> None:
+    """Blocks of two versions are no shard, nor are the first bytes of a longer one. What the listing said is not asked."""
+    system.invalidate_cache(path)
+    now = _described(shard.url, patience.call(lambda: system.info(path)))
+    versions = {shard.version, now.version} - {""} if shard.url.startswith(_SAME_VERSIONS) else set()
+    if now.num_bytes != shard.num_bytes or len(versions) > 1:
+        raise _changed(shard, f"{now.num_bytes} bytes, version {now.version or 'unknown'}")
+
+
+def _changed(shard: RemoteShard, got: str) -> UserError:
+    return UserError(
+        "a shard has changed on its server since it was listed",
+        where=str(shard),
+        expected=f"{shard.num_bytes} bytes, version {shard.version or 'unknown'}",
+        got=got,
+        fix="nextstate tokenize repair, with the same arguments, asks anew",
+    )
 
 
 def _open_system(url: str, config: RemoteConfig) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the URL as that one wants it."""
     from fsspec.core import url_to_fs
 
-    try:
-        system, path = url_to_fs(url, **config.options)
-    except (ImportError, ValueError) as error:  # a library that is missing; a protocol that nobody knows
-        raise UserError(
-            "shards of this kind cannot be read",
-            where=url,
-            got=str(error),
-            fix=_EXTRA if isinstance(error, ImportError) else "s3://, gs://, http:// or https://, or copy them first",
-        ) from error
-    return system, path
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each error that it also raises
+
+    def open_it() -> tuple[Any, str]:
+        try:
+            system, path = url_to_fs(url, **config.options)
+        except (ImportError, ValueError) as error:  # a library that is missing; a protocol that nobody knows
+            is_missing = isinstance(error, ImportError)
+            raise UserError(
+                "shards of this kind cannot be read",
+                where=url,
+                got=str(error),
+                fix=_EXTRA if is_missing else "s3://, gs://, http:// or https://, or copy them first",
+            ) from error
+        return system, path
+
+    return _Patience(url, config).call(open_it)  # credentials may be asked for
 
 
 def _is_pattern(url: str) -> bool:
@@ -159,7 +202,10 @@ def _glob(pattern: str, config: RemoteConfig) -> dict[str, dict[str, Any]]:
     system, path = _open_system(pattern, config)
     # HTTP's listing passes over folders that it cannot read, unless it is told not to.
     options = {"on_error": "raise"} if pattern.startswith("http") else {}
-    found = _Patience(pattern, config).call(lambda: system.glob(path, detail=True, **options))
+    try:
+        found = _Patience(pattern, config).call(lambda: system.glob(path, detail=True, **options))
+    except FileNotFoundError:  # gcsfs, of a bucket
+        return {}
     return {system.unstrip_protocol(name): info for name, info in found.items() if info.get("type") == "file"}
 
 
@@ -223,7 +269,7 @@ class _Patience:
     def wait_after(self, error: Exception) -> None:
         """Raises `UserError` when there is no use in waiting; `FileNotFoundError` as it is."""
         lasting = is_lasting(error)
-        if isinstance(error, FileNotFoundError) and lasting:
+        if isinstance(error, UserError) or (isinstance(error, FileNotFoundError) and lasting):
             raise error
         self.num_failures += 1
         if lasting or self.num_failures >= self.config.attempts:
@@ -247,8 +293,26 @@ def is_lasting(error: BaseException) -> bool:
     fsspec's HTTP calls every failed question for a file "not found"; the reason is the error's cause.
     """
     cause = error.__cause__ or error
-    status = getattr(cause, "status", None)
-    if isinstance(status, int):
+    if isinstance(error, TimeoutError) or isinstance(cause, TimeoutError):
+        return False
+    if type(error).__name__ in _LASTING_NAMES:
+        return True
+    status = _status(error)
+    if status is not None:
         return 400 <= status < 500 and status not in _TEMPORARY_STATUS
-    broken_connection = type(cause).__module__.startswith("aiohttp") or isinstance(cause, TimeoutError)
-    return isinstance(error, _LASTING) and not broken_connection
+    return isinstance(error, _LASTING) and not type(cause).__module__.startswith("aiohttp")
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP's, where aiohttp, gcsfs or botocore keep it; theirs is the reason for the error that a file system raises."""
+    forbidden = str(error).startswith("Forbidden: ")  # gcsfs keeps no more of it
+    one: BaseException | None = error
+    while one is not None:
+        response = getattr(one, "response", None)
+        told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        code = getattr(one, "code", None) if type(one).__module__.startswith("gcsfs") else None
+        for status in (told, getattr(one, "status", None), code):
+            if isinstance(status, int) and status >= 400:
+                return status
+        one = one.__cause__ or one.__context__
+    return 403 if forbidden else None

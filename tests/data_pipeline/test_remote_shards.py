@@ -136,6 +136,7 @@ def test_what_is_secret_is_not_shown() -> None:
 
 def test_a_library_that_is_missing_and_unknown_protocols_are_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # what was imported before
     for url, message in (("s3://bucket/x.tar", r"nextstate\[remote\]"), ("gopher://host/x.tar", "gopher")):
         with pytest.raises(UserError, match=message):
             find_inputs([url], "input", CONFIG, tmp_path / "notes")

@@ -9,28 +9,31 @@ Series = dict[str, list[tuple[float, float]]]
 
 WIDTH, HEIGHT = 560, 240
 NUM_COLOURS = 6  # of lines that have no colour of their own in the page's style
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 34
 
 
 def line_chart(series: Series, *, x_label: str, y_label: str) -> str:
-    """Lines over a shared linear x axis and a y axis from zero; `series` is in legend order, names are CSS classes."""
+    """Lines over a shared linear x axis and a y axis from zero, or from below it; `series` is in legend order, names are CSS classes."""
     points = [point for line in series.values() for point in line]
     if not points:
         return '<p class="absent">nothing recorded</p>'
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    y_high = nice_ceiling(max(y for _, y in points))
+    y_low, y_high = (bound(y for _, y in points) for bound in (min, max))
+    y_high = nice_ceiling(y_high) if y_high > 0 or y_low >= 0 else 0.0
+    y_low = -nice_ceiling(-y_low) if y_low < 0 else 0.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (1 - y / y_high) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(y_label)}">']
     for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
-        _, y = place(x_low, y_high * fraction)
+        value = y_low + (y_high - y_low) * fraction
+        _, y = place(x_low, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(y_high * fraction)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for x, anchor in {x_low: "start", (x_low + x_high) / 2: "middle", x_high: "end"}.items():
-        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="{anchor}">{short(x)}</text>')
+        parts.append(f'<text x="{place(x, y_low)[0]:.1f}" y="{HEIGHT - 16}" text-anchor="{anchor}">{short(x)}</text>')
     parts.append(
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{html.escape(x_label)}</text>'
     )

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from launch.report.charts import Series, line_chart, share_bars
 from launch.report.reinforcement import reinforcement_section
+from launch.report.tables import table
 from training.config import RECORDED
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
@@ -164,14 +165,6 @@ def minutes(seconds: Any) -> float | None:
 
 def gibibytes(num_bytes: Any) -> float | None:
     return num_bytes / 2**30 if isinstance(num_bytes, int | float) else None
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def stage_table(stages: list[dict[str, Any]]) -> str:

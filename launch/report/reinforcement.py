@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.report.charts import Series, line_chart
 from launch.report.run_folder import StageFolder, is_number
+from launch.report.tables import table
 from training.contracts.summary import StageSummary
 
 OBJECTIVE = "grpo"
@@ -93,23 +94,17 @@ def reinforcement_section(found: dict[str, Any] | None, curves: dict[str, Series
     if found is None:
         return ""
     rows = [
-        ("reward on held-out prompts", found["reward_sft"], found["reward_final"]),
-        ("accuracy on held-out prompts", found["held_out_accuracy_sft"], found["held_out_accuracy_rl"]),
-        ("entropy of a visual token, nats", found["entropy_sft"], found["entropy_final"]),
+        ["reward on held-out prompts", shown(found["reward_sft"]), shown(found["reward_final"])],
+        ["accuracy on held-out prompts", shown(found["held_out_accuracy_sft"]), shown(found["held_out_accuracy_rl"])],
+        ["entropy of a visual token, nats", shown(found["entropy_sft"]), shown(found["entropy_final"])],
     ]
-    body = "".join(
-        f"<tr><td>{name}</td><td>{shown(before)}</td><td>{shown(after)}</td></tr>" for name, before, after in rows
-    )
-    head = "<thead><tr><th></th><th>before</th><th>after</th></tr></thead>"
     charts = "".join(
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f"{line_chart(series, x_label='step', y_label=title)}</figure>"
         for title, series in curves.items()
     )
     note = "<p>Answers drawn as in rollouts: no guidance, temperature 1. The reward goes up to 1.</p>"
-    return (
-        f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>{note}<div class="charts">{charts}</div>'
-    )
+    return table(["figure", "before", "after"], rows) + f'{note}<div class="charts">{charts}</div>'
 
 
 def shown(value: Any) -> str:

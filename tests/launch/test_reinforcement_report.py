@@ -59,7 +59,7 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
     page = render_page(report, tmp_path)
     assert "Reinforcement learning" in page
     assert "Groups without a lesson" in page
-    assert "<td>0.600</td><td>0.900</td>" in page
+    assert '<td data-title="before">0.600</td><td data-title="after">0.900</td>' in page
 
 
 def test_what_nobody_measured_is_null_and_no_stage_is_no_section(tmp_path: Path) -> None:

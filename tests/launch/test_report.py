@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import Browser
 from PIL import Image
 
 from launch.command_line import cli
-from launch.report.charts import line_chart, nice_ceiling, share_bars, short
+from launch.report.charts import BOTTOM, HEIGHT, TOP, line_chart, nice_ceiling, share_bars, short
 from launch.report.collect import MAX_CURVE_POINTS, collect, curve, shares_asked
 from launch.report.page import render_page
 from model.checkpoint.manifest import manifest_checksum
@@ -188,8 +189,11 @@ def test_report_json_has_the_figures_and_keys(run_folder, capsys):
     row = (
         "<tr><td>text to image</td><td>90.0%</td><td>95.0%</td><td>75.0%</td><td>25.0%</td><td>5.0%</td><td>-</td></tr>"
     )
-    assert row in page.replace('<td class="number">', "<td>")
-    assert "<td>576 pixels</td><td>1</td><td>40</td><td>a red &lt;circle&gt; / a red square</td>" in page
+    assert '<td data-title="seen in training">95.0%</td>' in page
+    assert row in without_titles(page)
+    assert "<td>576 pixels</td><td>1</td><td>40</td><td>a red &lt;circle&gt; / a red square</td>" in without_titles(
+        page
+    )
     assert report["tokens"][0]["quarantined"] == {"corrupt_image": 1}
 
 
@@ -224,11 +228,43 @@ def test_the_report_says_how_much_of_each_dataset_was_read(run_folder):
     by_name = {stage["name"]: stage["data_read"] for stage in collect(run_folder)["stages"]}
     assert by_name == {"sft": {"a": {"num_rows": 4, "rows_read": 8, "epochs": 2.0}}, "pretrain_1": {}}
     cli.main(["report", f"run_folder={run_folder}"])
-    assert "<td>sft</td><td>a</td><td>4</td><td>8</td><td>2.00 </td>" in (run_folder / "report.html").read_text()
+    page = without_titles((run_folder / "report.html").read_text())
+    assert "<td>sft</td><td>a</td><td>4</td><td>8</td><td>2.00 </td>" in page
     write_checkpoint_that_read(run_folder / "sft", {"datasets": {"a": {}}})
     report = collect(run_folder)
     assert report["stages"][1]["data_read"] == {}
     assert any(line.startswith(str(run_folder / "sft")) for line in report["damaged"])
+
+
+def without_titles(page: str) -> str:
+    return re.sub(r' data-title="[^"]*"', "", page)
+
+
+CUT_OFF = """[...document.querySelectorAll('main *')].filter((element) => {
+    const box = element.getBoundingClientRect(), line = element.closest('svg') || document.documentElement
+    const outer = line.getBoundingClientRect()
+    return box.width && (box.left < outer.left - 1 || box.right > outer.right + 1)
+}).map((element) => element.tagName + ' ' + element.textContent.slice(0, 40))"""
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+def test_nothing_is_cut_off_on_a_narrow_page(run_folder, tmp_path_factory, width):
+    shown = json.loads((run_folder / "sft/summary.json").read_text())
+    write(
+        run_folder / "sft" / "summary.json", shown | {"colliding_captions_576_names": ["a red circle on the left " * 8]}
+    )
+    lines = [json.dumps({"step": step, "loss": -5e-8 * step, "learning_rate": 0.0625}) for step in (1, 99_999)]
+    write(run_folder / "sft" / "metrics.jsonl", "\n".join(lines))
+    cli.main(["report", f"run_folder={run_folder}"])
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    try:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.ask("Emulation.setDeviceMetricsOverride", **size)
+        browser.open((run_folder / "report.html").as_uri())
+        assert browser.run("innerWidth") == width
+        assert browser.run(CUT_OFF) == []
+    finally:
+        browser.close()
 
 
 class Outside(HTMLParser):
@@ -387,6 +423,10 @@ def test_charts_place_points_inside_the_picture():
     (x0, y0), (x1, y1) = (tuple(map(float, point.split(","))) for point in points.split())
     assert x0 < x1
     assert y1 < y0  # upwards is a smaller y
+    for values in ([-3.0, 1.0], [-2.0, -0.5], [0.0, 0.0]):
+        lowered = line_chart({"text": list(enumerate(values))}, x_label="step", y_label="loss")
+        (points,) = re.findall(r'points="([^"]+)"', lowered)
+        assert all(TOP <= float(point.split(",")[1]) <= HEIGHT - BOTTOM for point in points.split()), values
     assert "nothing recorded" in line_chart({}, x_label="", y_label="")
     values = (0.0, 0.000625, 0.25, 7500.0, 75_000.0, 3.2e6, 1.5e9, 50.5)
     assert list(map(short, values)) == ["0", "6.3e-4", "0.25", "7500", "75k", "3.2M", "1.5G", "50.5"]
@@ -419,6 +459,6 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     assert found["wall_seconds"] == 200.0
     page = (tmp_path / "report.html").read_text()
     assert "Images in parallel" in page
-    assert "<td>6</td><td>-</td><td>85.0%</td><td>79.0%</td>" in page
+    assert "<td>6</td><td>-</td><td>85.0%</td><td>79.0%</td>" in without_titles(page)
     assert "refined_0.png is missing" in page
     assert "World rollout" in page

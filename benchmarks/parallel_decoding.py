@@ -2,6 +2,7 @@
 
     python -m benchmarks.parallel_decoding --side 8 --seeds 5 --out parallel_64.json
     python -m benchmarks.parallel_decoding --side 16 --steps 4 8 16 --seeds 5 --out parallel_256.json
+    python -m benchmarks.parallel_decoding --side 16 --paths --diagonal --seeds 1  # anti-diagonals alone
     python -m benchmarks.parallel_decoding --side 16 --steps 16 --teacher-steps 0 --adaptation-steps 0  # times alone
 
 A world of `side` x `side` codes: the prompt says the colour of each row, the colour of a cell follows from it and from the
@@ -10,9 +11,10 @@ structure is that a row has one texture: independent draws give 4^(1 - side) of 
 same texture is consistent as well, so the entropy of the textures stands beside (1: uniform).
 
 A fresh model learns the world token by token, answers prompts itself, and is adapted to those answers by the objective
-`dida` on the real engine. Then the real strategies decode, `ar` at temperature 1 as well. Controls: one step, one greedy
-step, and the mask path (`--paths metric mask`) at 4 steps. Seconds are those of one answer at batch 1, of the clock and of
-this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
+`dida` on the real engine, and with `--diagonal` once more from the same weights by the objective `diagonal`. Then the real
+strategies decode, `ar` at temperature 1 as well. Controls: one step, one greedy step, and the mask path
+(`--paths metric mask`) at 4 steps; diagonals before their adaptation. Seconds are those of one answer at batch 1, of the
+clock and of this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ from model.generation.strategies import DecodingMetrics, make_strategy
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import OptimizerConfig, StageConfig, TrainConfig
 from training.engines.megatron.engine import MegatronEngine
+from training.objectives.diagonal import Diagonal
 from training.objectives.dida import Dida
 from training.objectives.dida_rows import RowsWithCopies
+from training.objectives.image_copies import ImageCopiesObjective
 from training.objectives.next_token import NextToken
 
 COLOURS, TEXTURES = 6, 4
@@ -181,15 +185,13 @@ class Trial:
         objective = NextToken(self.config, NextToken.Options())
         self.learn(objective, Documents(self.world, draw), self.options.teacher_steps)
 
-    def adapt(self, path: DiscretePath, samples: list[list[int]]) -> None:
-        """The model's own answers, with noisy copies."""
+    def adapt(self, objective: ImageCopiesObjective, samples: list[list[int]]) -> None:
+        """The model's own answers, with copies of their images."""
 
         def draw(first: int) -> list[list[int]]:
             rng = np.random.default_rng([self.seed, 1, first])
             return [samples[index] for index in rng.integers(0, len(samples), self.options.batch)]
 
-        objective = Dida(self.config, Dida.Options(path="uniform"))
-        objective.path = path
         room = self.config.stage.sequence_length
         rows = RowsWithCopies(Documents(self.world, draw), IDS, self.seed, room, self.options.batch, 0)  # type: ignore[arg-type]
         self.learn(objective, rows, self.options.adaptation_steps)
@@ -197,7 +199,7 @@ class Trial:
     def decode(
         self,
         decoding: DecodingConfig,
-        path: DiscretePath,
+        path: DiscretePath | None,
         colours: np.ndarray,
         batch: int = 128,
         temperature: float = 1.0,
@@ -209,7 +211,8 @@ class Trial:
         metrics, image = DecodingMetrics(), PhaseSampling(temperature)
         sampling = SamplingConfig(text=PhaseSampling(0.0), image=image, max_new_tokens=2 * self.world.side**2 + 16)
         self.engine.model.post_process = True
-        strategy = make_strategy(decoding, ImageDecoder(self.engine.model), grammar, path, metrics, batch)
+        decoder = ImageDecoder(self.engine.model)
+        strategy = make_strategy(decoding, decoder, grammar, path, metrics, batch, learnt_diagonals=True)
         prompts = [self.world.prompt(one) for one in colours]
         grids = [(self.world.side, self.world.side)] * len(prompts)
         found = []
@@ -221,11 +224,11 @@ class Trial:
         codes = [IDS.ids_to_codes(one.ids[IDS.is_visual(one.ids)]) for one in found]
         return np.stack(codes).reshape(-1, self.world.side, self.world.side), metrics
 
-    def measure(self, decoding: DecodingConfig, path: DiscretePath, colours: np.ndarray) -> dict[str, float]:
+    def measure(self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray) -> dict[str, float]:
         codes, _ = self.decode(decoding, path, colours)
         return self.world.judge(colours, codes)
 
-    def seconds(self, decoding: DecodingConfig, path: DiscretePath, colours: np.ndarray) -> dict[str, float]:
+    def seconds(self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray) -> dict[str, float]:
         """Of one answer at batch 1, after one to warm up."""
         self.decode(decoding, path, colours[:1], batch=1)
         started = time.process_time()
@@ -242,31 +245,47 @@ class Trial:
         held_out, asked = self.world.colours(rng, options.prompts), self.world.colours(rng, options.samples)
         started = time.monotonic()
         self.teach()
-        before = self.measure(ar, path_of("uniform"), held_out)
+        before = self.measure(ar, None, held_out)
         samples: list[list[int]] = []
         if options.adaptation_steps:
-            codes, _ = self.decode(ar, path_of("uniform"), asked)
+            codes, _ = self.decode(ar, None, asked)
             samples = [self.world.document(one, image) for one, image in zip(asked, codes, strict=True)]
         taught = {name: value.clone() for name, value in self.engine.model.state_dict().items() if value is not None}
         found: dict[str, Any] = {"seed": self.seed, "ar_before": before}
-        for name in options.paths:
+        for name in [*options.paths, *(["diagonal"] if options.diagonal else [])]:
             self.engine = MegatronEngine(self.config)  # with fresh state of the optimizer
             self.engine.model.load_state_dict(taught, strict=False)
-            path = path_of(name)
+            objective = self.objective(name)
+            if name == "diagonal":  # what the order costs a model that has not learnt it
+                found["diagonal_before"] = self.measure(DecodingConfig("diagonal"), None, held_out)
             if samples:
-                self.adapt(path, samples)
-            found[name] = self.figures(path, held_out)
+                self.adapt(objective, samples)
+            found[name] = self.figures(objective.path if isinstance(objective, Dida) else None, held_out)
         return found | {"wall_seconds": time.monotonic() - started}
 
-    def figures(self, path: DiscretePath, held_out: np.ndarray) -> dict[str, Any]:
-        ar = DecodingConfig("ar")
+    def objective(self, name: str) -> ImageCopiesObjective:
+        if name == "diagonal":
+            return Diagonal(self.config, Diagonal.Options())
+        dida = Dida(self.config, Dida.Options(path="uniform"))
+        dida.path = path_of(name)
+        return dida
+
+    def figures(self, path: DiscretePath | None, held_out: np.ndarray) -> dict[str, Any]:
+        """Without a path the model has learnt diagonals."""
+        decodings = {"ar": DecodingConfig("ar")}
+        if path is None:
+            decodings["diagonal"] = DecodingConfig("diagonal")
+        else:
+            schedule = "cosine" if path.name == "mask" else "linear"
+            for steps in sorted({1, *self.options.steps}):
+                decodings[f"dida_{steps}"] = DecodingConfig("dida", DenoiseConfig(steps=steps, schedule=schedule))
         few = held_out[: self.options.single]
-        found: dict[str, Any] = {"ar": self.measure(ar, path, held_out) | self.seconds(ar, path, few)}
-        schedule = "cosine" if path.name == "mask" else "linear"
-        for steps in sorted({1, *self.options.steps}):
-            decoding = DecodingConfig("dida", DenoiseConfig(steps=steps, schedule=schedule))
-            found[f"dida_{steps}"] = self.measure(decoding, path, held_out) | self.seconds(decoding, path, few)
-        found["dida_1_greedy"] = self.measure(DecodingConfig("dida", GREEDY_CONTROL), path, held_out)
+        found: dict[str, Any] = {
+            name: self.measure(decoding, path, held_out) | self.seconds(decoding, path, few)
+            for name, decoding in decodings.items()
+        }
+        if path is not None:
+            found["dida_1_greedy"] = self.measure(DecodingConfig("dida", GREEDY_CONTROL), path, held_out)
         return found
 
 
@@ -274,7 +293,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--paths", nargs="+", default=["metric"], choices=["metric", "uniform", "mask"])
+    parser.add_argument("--paths", nargs="*", default=["metric"], choices=["metric", "uniform", "mask"])
+    parser.add_argument("--diagonal", action="store_true", help="also adapt to decoding by anti-diagonals")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--teacher-steps", type=int, default=900)
     parser.add_argument("--adaptation-steps", type=int, default=1500)

@@ -28,7 +28,7 @@ class AdapterConfig:
     modules: list[str] = field(
         default_factory=lambda: list(ADAPTED)
     )  # linear_qkv | linear_proj | linear_fc1 | linear_fc2
-    tokens: str = "all"  # all | copies: noisy copies of images alone; every other token is as without adapters
+    tokens: str = "all"  # all | copies: those of images alone; every other token is as without adapters
 
     @property
     def scale(self) -> float:

@@ -6,7 +6,7 @@ An adapter is a child `lora` of its linear layer and is added by a hook, so the 
 a column-parallel layer and B of a row-parallel one are held alike by all tensor-parallel ranks; the others are split
 as the layer's weight is. The fused layers (queries, keys and values; gate and up) have one A for all their parts.
 
-Adapters may act on noisy copies of images alone (`AdapterConfig.tokens`): all other tokens then give bit for bit what
+Adapters may act on copies of images alone (`AdapterConfig.tokens`): all other tokens then give bit for bit what
 they give without adapters, since nothing sees a copy.
 """
 

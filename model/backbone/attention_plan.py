@@ -151,21 +151,29 @@ def append_image_copies(cu_seqlens: np.ndarray, image_starts: np.ndarray, copy_l
     )
 
 
-def documents_with_image_copies(layout: ImageCopies) -> AttentionPlan:
-    """Causal documents, and copies of images that no document and no other copy sees (parallel image decoding, DiDA).
+def documents_with_image_copies(layout: ImageCopies, steps: Sequence[np.ndarray] | None = None) -> AttentionPlan:
+    """Causal documents, and copies of images that no document and no other copy sees (parallel decoding of images).
 
-    Every token of a copy sees the whole copy, and of its document the tokens before the image.
+    Every token of a copy sees, of its document, the tokens before the image; and of the copy all tokens, or with `steps`
+    (of each copy the number of tokens in each of its steps, int64) those of its own step and of the steps before.
     """
     document_ranges = np.stack((layout.document_starts, layout.document_starts + layout.document_lengths), axis=1)
-    copy_ranges = np.stack((layout.copy_starts, layout.copy_starts + layout.copy_lengths), axis=1)
-    prefixes = np.stack((layout.document_starts[layout.documents], layout.image_starts), axis=1)
-    num_documents, num_copies = len(document_ranges), len(copy_ranges)
+    lengths = layout.copy_lengths if steps is None else np.concatenate([*steps, np.empty(0, np.int64)])
+    copies = np.arange(len(layout.copy_starts))
+    if steps is not None:
+        copies = np.repeat(copies, [len(some) for some in steps])
+        assert np.array_equal(_sums(lengths, copies, len(steps)), layout.copy_lengths), "the steps are not the copy"
+    ends = np.cumsum(lengths) + (layout.copy_starts - starts_of(layout.copy_lengths))[copies]
+    step_ranges = np.stack((ends - lengths, ends), axis=1)
+    prefixes = np.stack((layout.document_starts[layout.documents], layout.image_starts), axis=1)[copies]
+    seen_of_copies = np.stack((layout.copy_starts[copies], ends), axis=1)
+    num_documents, num_steps = len(document_ranges), len(step_ranges)
     return _without_empty(
         layout.num_tokens,
-        np.concatenate((document_ranges, copy_ranges)),
-        np.concatenate((document_ranges, np.stack((prefixes, copy_ranges), axis=1).reshape(-1, 2))),
-        np.concatenate((np.arange(num_documents), num_documents + np.repeat(np.arange(num_copies), 2))),
-        np.arange(num_documents + num_copies) < num_documents,
+        np.concatenate((document_ranges, step_ranges)),
+        np.concatenate((document_ranges, np.stack((prefixes, seen_of_copies), axis=1).reshape(-1, 2))),
+        np.concatenate((np.arange(num_documents), num_documents + np.repeat(np.arange(num_steps), 2))),
+        np.arange(num_documents + num_steps) < num_documents,
     )
 
 

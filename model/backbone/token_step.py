@@ -117,14 +117,25 @@ class TokenStep:
         """
         return self.norm(self._read(ids, whole=whole), self.final_norm)
 
-    def _read(self, ids: torch.Tensor, *, whole: bool) -> torch.Tensor:
+    @torch.no_grad()
+    def extend(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, t, h] of `ids` (int64 [B, t]), which see one another and from now on belong to the rows.
+
+        `positions` (int64 [B, t]) say where they stand; the cache takes them in the order in which they come.
+        """
+        hidden = self._read(ids, whole=True, positions=positions)
+        self.cache.lengths += ids.shape[1]
+        self.longest += ids.shape[1]
+        return self.norm(hidden, self.final_norm)
+
+    def _read(self, ids: torch.Tensor, *, whole: bool, positions: torch.Tensor | None = None) -> torch.Tensor:
         """[B, t, h] before the final norm; keys and values lie behind the rows, which are as long as before."""
         count = ids.shape[1]
         if self.longest + count > self.cache.max_length:
             self._count()  # rows that did not advance are shorter than what was counted
         reach = self.longest + count
         assert reach <= self.cache.max_length, f"the cache holds {self.cache.max_length} tokens, {reach} are needed"
-        hidden, places = self._embedded(ids), self._places(count, reach, whole=whole)
+        hidden, places = self._embedded(ids), self._places(count, reach, positions, whole=whole)
         for number in range(len(self.layers)):
             hidden = self._through(number, hidden, places)
         return hidden.view(*ids.shape, -1)
@@ -136,13 +147,14 @@ class TokenStep:
             return embedded.transpose(0, 1).flatten(0, 1)
         return functional.embedding(ids.flatten(), self.model.embedding.word_embeddings.weight)
 
-    def _places(self, count: int, reach: int, *, whole: bool) -> _Places:
+    def _places(self, count: int, reach: int, positions: torch.Tensor | None, *, whole: bool) -> _Places:
+        """`positions` int64 [B, t]; by default the tokens stand where the cache takes them."""
         cache, start, slots = self.cache, reach - count, None
-        if self.are_even:
-            cos, sin = self.cos[start:reach], self.sin[start:reach]
-        else:
+        if not self.are_even:
             slots = cache.lengths[:, None] + torch.arange(count, device=self.rows.device)
-            cos, sin = self.cos[slots], self.sin[slots]
+            positions = slots if positions is None else positions
+        places: Any = slice(start, reach) if positions is None else positions
+        cos, sin = self.cos[places], self.sin[places]
         shape = (-1, count, 1, 1, self.width)
         return _Places(
             cache.batch_size,

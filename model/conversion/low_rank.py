@@ -73,7 +73,7 @@ def check_adapters(config: ModelConfig, place: str) -> None:
         raise UserError("the checkpoint has no adapters", where=place, expected="a model with adapter.rank above 0")
     if config.adapter.tokens != "all":
         raise UserError(
-            "the adapters act on noisy copies of images alone: no weights do the same without them",
+            "the adapters act on copies of images alone: no weights do the same without them",
             where=place,
             expected="adapter.tokens=all",
             fix="use the checkpoint as it is",

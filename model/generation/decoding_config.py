@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from model.errors import Problems
 
-STRATEGIES = ("ar", "dida", "sjd", "verified")
+STRATEGIES = ("ar", "dida", "diagonal", "sjd", "verified")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class DenoiseConfig:
 class DecodingConfig:
     """Which strategy decodes the images of an answer; text is always decoded token by token."""
 
-    strategy: str = "ar"  # ar | dida | sjd | verified
+    strategy: str = "ar"  # ar | dida | diagonal | sjd | verified
     dida: DenoiseConfig = field(default_factory=DenoiseConfig)  # read by dida and verified
     window: int = 16  # codes that sjd guesses at once
 

@@ -54,6 +54,23 @@ class ImageDecoder(CachedDecoder):
         logits = decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
         return logits if columns is None else logits[..., columns]
 
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Logits [R, t, n] of some ids after each of int64 [R, t], which see one another and what the rows hold.
+
+        They belong to the rows from now on. `positions` (int64 [R, t]) say where in their row they stand; adapters take
+        them for tokens of a copy.
+        """
+        self.num_forwards += 1
+        if is_plain(self.model):
+            with without_sequence_parallel(self.model):
+                return output_logits(self.model, self._lean_step(self.cache).extend(tokens, positions), columns)
+        return decoder_forward(self.model, tokens, positions, self.cache, whole=True)[..., columns]
+
+    def forget(self, lengths: torch.Tensor) -> None:
+        """The rows are as long again as int64 [R] says."""
+        self.cache.lengths.copy_(lengths)
+        self._token_step = None  # it has counted along
+
     def keep(self, num_tokens: torch.Tensor) -> None:
         """The first tokens (int64 [R]) of the last look that was not `whole` become part of the rows."""
         self.cache.lengths += num_tokens

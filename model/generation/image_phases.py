@@ -28,6 +28,7 @@ class ImageBlock:
 
     tokens: torch.Tensor  # int64 [R, L]; codes are padding until they are known
     places: torch.Tensor  # int64 [N]
+    grid: Grid
 
     def with_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 [R, L], code tokens `ids` [R, N] filled in."""
@@ -53,21 +54,37 @@ class GuidedImages:
 
     def logits(self, tokens: torch.Tensor, at: torch.Tensor, *, whole: bool, guided: bool = True) -> torch.Tensor:
         """float32 [R, n, codes] after the tokens at `at` (int64 [R, n]) of a block int64 [R, t]."""
-        vocabulary = self.grammar.vocabulary
-        both = torch.cat([tokens, tokens]) if self.is_guided else tokens
-        logits = self.decoder.look(both, whole=whole, columns=slice(vocabulary.visual_start, vocabulary.size))
+        logits = self.decoder.look(self._doubled(tokens), whole=whole, columns=self._visual)
         at = at[..., None].expand(-1, -1, logits.shape[-1])
         found = logits[: self.num_rows].gather(1, at)
         if self.is_guided and guided:
             found = guide(found, logits[self.num_rows :].gather(1, at), self.sampling.guidance_scale)
         return found
 
+    def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float32 [R, t, codes] after int64 [R, t], which stay behind the rows; see `ImageDecoder.extend`.
+
+        `positions` int64 [R, t], or [2 R, t] when guided.
+        """
+        logits = self.decoder.extend(self._doubled(tokens), positions, self._visual)
+        if not self.is_guided:
+            return logits
+        return guide(logits[: self.num_rows], logits[self.num_rows :], self.sampling.guidance_scale)
+
+    @property
+    def _visual(self) -> slice:
+        return slice(self.grammar.vocabulary.visual_start, self.grammar.vocabulary.size)
+
+    def _doubled(self, values: torch.Tensor) -> torch.Tensor:
+        """Once more for the unconditional rows, where there are some."""
+        return torch.cat([values, values]) if self.is_guided else values
+
     def uniforms(self, stream: int, count: int) -> torch.Tensor:
         """float64 [R, count] in [0, 1): each image's own numbers of one stream."""
         return torch.as_tensor(uniform_numbers(stream, self.numbers, count), device=self.grammar.device)
 
     def keep(self, num_tokens: torch.Tensor) -> None:
-        self.decoder.keep(num_tokens.repeat(2) if self.is_guided else num_tokens)
+        self.decoder.keep(self._doubled(num_tokens))
 
 
 class ImagePhase(Protocol):
@@ -257,7 +274,7 @@ class PhaseGenerator(ARGenerator):
         if grid not in self._blocks:
             self._blocks[grid] = self._new_block(grid)
         block = self._blocks[grid]
-        return ImageBlock(block.tokens.repeat(num_rows, 1), block.places)
+        return ImageBlock(block.tokens.repeat(num_rows, 1), block.places, grid)
 
     def _new_block(self, grid: Grid) -> ImageBlock:
         """IMG, rows of codes with their ends, EOI: as the grammar forces them."""
@@ -268,7 +285,7 @@ class PhaseGenerator(ARGenerator):
         if not self.grammar.options.emu3_format:
             body, ending = body[:-1], ending[1:]
         tokens = torch.cat((body.new_tensor([vocabulary.img]), body, body.new_tensor(ending)))
-        return ImageBlock(tokens[None], torch.nonzero(tokens == vocabulary.visual_start).flatten())
+        return ImageBlock(tokens[None], torch.nonzero(tokens == vocabulary.visual_start).flatten(), grid)
 
 
 def _merged(chosen: torch.Tensor, after: GrammarState, before: GrammarState) -> GrammarState:

@@ -1,9 +1,10 @@
-"""Strategies of decoding behind one interface: `ar`, `dida`, `sjd`, `verified`. Each measures what it does.
+"""Strategies of decoding behind one interface: `ar`, `dida`, `diagonal`, `sjd`, `verified`. Each measures what it does.
 
 | strategy | forward passes of an image of N codes | distribution |
 |---|---|---|
 | ar | N; forced tokens are read with those behind them | the model's |
 | dida | steps + 1 (the commit pass) | that of the noisy copies; a checkpoint of the objective `dida` |
+| diagonal | H + W - 1, + 1 for H x W codes | that of copies read by diagonals; a checkpoint of the objective `diagonal` |
 | sjd | as many rounds as guesses need, + 1 | the model's, exactly; no training |
 | verified | steps + 2 for each round, + 1 | the model's, exactly; guesses are DiDA's last draws |
 """
@@ -20,6 +21,7 @@ from model.errors import UserError
 from model.generation.ar import ARGenerator, Generation
 from model.generation.decoding_config import DecodingConfig, DenoiseConfig
 from model.generation.denoise import denoise, step_times
+from model.generation.diagonals import DiagonalPhase
 from model.generation.grammar import ImageGrammar
 from model.generation.image_decoder import ImageDecoder
 from model.generation.image_phases import GuidedImages, PhaseGenerator
@@ -69,8 +71,13 @@ def make_strategy(
     path: DiscretePath | None,
     metrics: DecodingMetrics,
     max_batch_size: int = 256,
+    *,
+    learnt_diagonals: bool = False,
 ) -> Strategy:
-    """`path` is that of the checkpoint's DiDA training. Raises `UserError` for a checkpoint without it."""
+    """`path` is that of the checkpoint's DiDA training; `learnt_diagonals`: the objective `diagonal` trained it.
+
+    Raises `UserError` for a checkpoint that was not trained for the strategy.
+    """
     name = config.strategy
     if name == "ar":
         return Strategy(name, ARGenerator(decoder, grammar, max_batch_size), decoder, metrics)
@@ -78,16 +85,24 @@ def make_strategy(
     if name == "sjd":
         phase: Any = JacobiPhase(config.window)
         spare = 2 * config.window + 1
+    elif name == "diagonal":
+        if not learnt_diagonals:
+            raise not_trained_for(name, "diagonal")
+        phase, spare = DiagonalPhase(), 0
     else:
         if path is None:
-            raise UserError(
-                f"the checkpoint was not trained for decoding.strategy={name}",
-                expected="a checkpoint of a stage with the objective dida",
-                fix="decoding.strategy=ar, or train a stage with stage.objective.name=dida",
-            )
+            raise not_trained_for(name, "dida")
         phase = DidaPhase(config.dida, path) if name == "dida" else VerifiedPhase(config.dida, path)
         spare = 0
     return Strategy(name, PhaseGenerator(decoder, grammar, phase, max_batch_size, spare), decoder, metrics)
+
+
+def not_trained_for(strategy: str, objective: str) -> UserError:
+    return UserError(
+        f"the checkpoint was not trained for decoding.strategy={strategy}",
+        expected=f"a checkpoint of a stage with the objective {objective}",
+        fix=f"decoding.strategy=ar, or train a stage with stage.objective.name={objective}",
+    )
 
 
 class DidaPhase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from image_rows import dida_config, train_dida
+from image_rows import dida_config, train_diagonal, train_dida
 
 from model.config import AdapterConfig
 
@@ -38,3 +38,13 @@ def test_adapters_on_copies_do_not_depend_on_the_layout(pool: Any) -> None:
             assert values[:2] == pytest.approx(theirs[:2], rel=1e-5)
             assert values[2] == pytest.approx(theirs[2], rel=1e-4)
     assert expected[3][1] < expected[0][1], "copies are learnt"
+
+
+def test_images_read_by_diagonals_do_not_depend_on_the_layout(pool: Any) -> None:
+    """Context parallelism cuts the steps of copies: what both ranks hold of one is attended to by both."""
+    (expected,) = pool.run(train_diagonal, dida_config(), 2, ranks=1)
+    for layout in (LAYOUTS["tensor"], LAYOUTS["context"]):
+        for found in pool.run(train_diagonal, dida_config(**layout), 2, ranks=2):
+            for values, theirs in zip(found, expected, strict=True):
+                assert values[:2] == pytest.approx(theirs[:2], rel=1e-5)
+                assert values[2] == pytest.approx(theirs[2], rel=1e-4)

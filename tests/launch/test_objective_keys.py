@@ -90,7 +90,7 @@ def test_a_preset_in_the_former_form_is_told_the_new_one(stage, expected, tmp_pa
 def test_the_help_shows_the_keys_of_the_stages_objective(stage, capsys):
     assert cli.main(["train", f"stage={stage}", "--help"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"    {KEY}.")]
-    assert "next_token | dida | grpo | vision_tokenizer | text_tokenizer | package.module.Class" in lines[0]
+    assert "next_token | dida | diagonal | grpo | vision_tokenizer | text_tokenizer | package.module.Class" in lines[0]
     name = lines[0].split()[1]
     plain = [one for one, kind in leaves(find_class("objective", name, OPTIONS, ""))]
     assert sorted(line.split()[0].removeprefix(f"{KEY}.") for line in lines[1:]) == sorted(plain)

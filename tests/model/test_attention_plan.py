@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
 
 import numpy as np
 import pytest
@@ -28,6 +29,22 @@ TEXT, IMAGE = Run(4, False), Run(7, True)
 def test_copies_see_their_prefix_and_themselves(documents: list[Document]) -> None:
     plan = documents_with_image_copies(layout_of(documents))
     assert np.array_equal(plan.dense_mask(), allowed(documents))
+
+
+@given(rows_of_documents, st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+@example([(IMAGE, TEXT)], Random(0))
+def test_copies_in_steps_see_no_later_step(documents: list[Document], random: Random) -> None:
+    layout = layout_of(documents)
+    of_token = np.zeros(layout.num_tokens, np.int64)
+    steps = []
+    for start, length in zip(layout.copy_starts, layout.copy_lengths, strict=True):
+        own = np.sort([random.randrange(4) for _ in range(length)])
+        of_token[start : start + length] = own
+        steps.append(np.unique(own, return_counts=True)[1])
+    in_copy = layout.copy_numbers() > 0
+    is_later = in_copy[:, None] & in_copy & (of_token > of_token[:, None])
+    assert np.array_equal(documents_with_image_copies(layout, steps).dense_mask(), allowed(documents) & ~is_later)
 
 
 @given(rows_of_documents)

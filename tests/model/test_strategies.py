@@ -48,7 +48,8 @@ def strategy(model: torch.nn.Module, name: str, grammar: ImageGrammar | None = N
     config = DecodingConfig(name, DenoiseConfig(steps=3), window=4)
     for key, value in options.items():
         setattr(config.dida, key, value)
-    return make_strategy(config, ImageDecoder(model), grammar or rules(), PATH, DecodingMetrics(), 8)
+    decoder = ImageDecoder(model)
+    return make_strategy(config, decoder, grammar or rules(), PATH, DecodingMetrics(), 8, learnt_diagonals=True)
 
 
 def sequences(found: list) -> list[list[int]]:  # type: ignore[type-arg]
@@ -65,7 +66,7 @@ def test_exact_strategies_draw_what_greedy_decoding_draws(model: torch.nn.Module
     assert chosen.metrics.num_tokens == sum(map(len, sequences(expected)))
 
 
-@pytest.mark.parametrize("name", ["dida", "sjd", "verified"])
+@pytest.mark.parametrize("name", ["dida", "diagonal", "sjd", "verified"])
 def test_an_answer_does_not_depend_on_its_batch(model: torch.nn.Module, name: str) -> None:
     together = strategy(model, name).sample(PROMPTS, SAMPLING, 5, GRIDS)
     alone = [
@@ -76,9 +77,10 @@ def test_an_answer_does_not_depend_on_its_batch(model: torch.nn.Module, name: st
     assert sequences(together) != sequences(strategy(model, name).sample(PROMPTS, SAMPLING, 6, GRIDS))
 
 
-def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("name", ["dida", "diagonal"])
+def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module, name: str) -> None:
     """And so is what follows: text, and a second image, greedy."""
-    chosen = strategy(model, "dida")
+    chosen = strategy(model, name)
     found = chosen.sample(PROMPTS, GREEDY, 0, GRIDS)
     cache = chosen.decoder.cache
     by_length = sorted(zip(PROMPTS, found, strict=True), key=lambda pair: len(pair[0]))  # as they share a batch
@@ -95,6 +97,16 @@ def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module) 
         for place in texts[texts > np.flatnonzero(one.ids == VOCABULARY.eoi)[0]]:
             allowed = logits[len(prompt) + place - 1][: VOCABULARY.text_size]
             assert int(allowed.argmax()) == one.ids[place]
+
+
+def test_an_image_of_one_row_is_decoded_as_token_by_token(model: torch.nn.Module) -> None:
+    """A diagonal has one code then, and any model knows its order."""
+    one_image, grids = rules(max_images=1, stop_after_images=1), [(1, 3), (1, 1), (1, 3)]
+    expected = ARGenerator(ImageDecoder(model), one_image).sample(PROMPTS, GREEDY, 0, grids)
+    found = strategy(model, "diagonal", one_image).sample(PROMPTS, GREEDY, 0, grids)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert np.allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize("emu3_format", [False, True])
@@ -124,6 +136,9 @@ def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     assert len(answer.ids) == header + 9 + 2 + 1
     assert answer.finished
     assert answer.sampled.sum() == 9
+    diagonal = strategy(model, "diagonal", one_image)
+    diagonal.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
+    assert diagonal.metrics.num_forwards == 1 + (3 + 3 - 1) + 1
     plain = strategy(model, "ar", one_image)
     plain.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
     # The prompt, the header, and each code with what is forced behind it; nobody reads what ends the answer.
@@ -131,7 +146,7 @@ def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     assert plain.metrics.tokens_a_forward == len(answer.ids) / 10
 
 
-@pytest.mark.parametrize("name", ["dida", "sjd", "verified"])
+@pytest.mark.parametrize("name", ["dida", "diagonal", "sjd", "verified"])
 def test_guidance_acts(model: torch.nn.Module, name: str) -> None:
     """At scale 1 the unconditional prompt is not read; where both prompts are one, any scale gives the same."""
     one_image = rules(max_images=1, stop_after_images=1)
@@ -154,6 +169,8 @@ def test_an_image_that_does_not_fit_ends_the_answer(model: torch.nn.Module) -> N
 def test_what_cannot_be_decoded_in_parallel_is_refused(model: torch.nn.Module) -> None:
     with pytest.raises(UserError, match="not trained for decoding"):
         make_strategy(DecodingConfig("dida"), ImageDecoder(model), rules(), None, DecodingMetrics())
+    with pytest.raises(UserError, match="stage with the objective diagonal"):
+        make_strategy(DecodingConfig("diagonal"), ImageDecoder(model), rules(), PATH, DecodingMetrics())
     with pytest.raises(UserError, match="more decoding steps than an image has tokens"):
         strategy(model, "dida", steps=7).sample([[1]], SAMPLING, 0, [(2, 3)])
     inside = [1, VOCABULARY.boi, DIGITS[2], STAR, DIGITS[2], VOCABULARY.img, VOCABULARY.visual_start]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from model.config import AdapterConfig, ModelConfig
 from model.generation.paths import MetricPath, UniformPath
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import OptimizerConfig, ParallelConfig, StageConfig, TrainConfig
+from training.contracts.inputs import ModelInput
+from training.objectives.diagonal import Diagonal
 from training.objectives.dida import Dida
 from training.objectives.dida_rows import DidaBatch, RowsWithCopies
+from training.objectives.image_copies import ImageCopiesObjective
 
 ROW_TOKENS, ROWS, ROOM = 64, 4, 32
 VOCABULARY = VocabularyConfig(text_size=30, reserved_size=16, visual_size=18, pad_multiple=64)
@@ -48,6 +52,12 @@ def make_dida(config: TrainConfig, **options: Any) -> Dida:
     objective.source_names = ["first"]
     codebook = torch.randn((18, 4), generator=torch.Generator().manual_seed(0))
     objective.path = MetricPath(codebook, 3.0, 0.9) if objective.options.path == "metric" else UniformPath(18)
+    return objective
+
+
+def make_diagonal(config: TrainConfig, **options: Any) -> Diagonal:
+    objective = Diagonal(config, Diagonal.Options(**({"copy_tokens": ROOM} | options)))
+    objective.source_names = ["first"]
     return objective
 
 
@@ -87,6 +97,42 @@ def micro_batch(seed: int, num_rows: int = 2) -> MicroBatch:
     return build_micro_batch(np.stack(tokens), np.concatenate(segments), CLASS_WEIGHTS, "document", IDS)
 
 
+def copy_places(inputs: ModelInput, batch: DidaBatch) -> list[np.ndarray]:
+    """Where each copy lies in the row."""
+    copies = np.flatnonzero(inputs.fields["noisy"] > 0)
+    found: list[np.ndarray] = np.split(copies, np.cumsum(batch.images.lengths)[:-1])
+    return found
+
+
+class Forward:
+    """Logits [T, padded vocabulary] of whole inputs, as in training, by a fresh model or by one with adapters on copies."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        from model.backbone.transformer import build_model
+
+        self.config, self.model = config, build_model(config, seed=3).eval()
+        adapter = AdapterConfig(rank=2, tokens="copies")
+        self.adapted = build_model(replace(config, adapter=adapter), seed=3).eval()
+        for name, parameter in self.adapted.named_parameters():
+            if name.endswith("lora.b"):  # zero at the start
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+
+    @torch.no_grad()
+    def __call__(self, inputs: ModelInput, model: Any = None) -> torch.Tensor:
+        from model.backbone.packed_attention import prepare_attention
+
+        packed = prepare_attention(
+            inputs.plan,
+            torch.from_numpy(inputs.position_ids),
+            head_dim=self.config.head_dim,
+            rope_theta=self.config.rope_theta,
+            copies=torch.from_numpy(inputs.fields["noisy"] > 0) if "noisy" in inputs.fields else None,
+        )
+        used = model or self.model
+        logits: torch.Tensor = used(torch.from_numpy(inputs.tokens)[None], None, None, packed_seq_params=packed)
+        return logits[0].float()
+
+
 class MadeRows:
     """Stands for a `PackedDataSource`: sample n is a function of n."""
 
@@ -108,10 +154,20 @@ def batches_of(config: TrainConfig, first_sample: int, room: int = ROOM, copies:
 
 
 def train_dida(config: TrainConfig, num_steps: int) -> list[tuple[float, float, float]]:
+    return train_copies(config, num_steps, make_dida(config, path="metric"))
+
+
+def train_diagonal(config: TrainConfig, num_steps: int) -> list[tuple[float, float, float]]:
+    return train_copies(config, num_steps, make_diagonal(config))
+
+
+def train_copies(
+    config: TrainConfig, num_steps: int, objective: ImageCopiesObjective
+) -> list[tuple[float, float, float]]:
     """Loss, loss of copies and gradient norm of each step, by the real engine."""
     from training.engines.megatron.engine import MegatronEngine
 
-    engine, objective = MegatronEngine(config), make_dida(config, path="metric")
+    engine = MegatronEngine(config)
     found = []
     for step in range(num_steps):
         batches = batches_of(config, step * ROWS)

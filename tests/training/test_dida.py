@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from image_rows import IDS, ROOM, ROW_TOKENS, batches_of, dida_config, make_dida, micro_batch
+from image_rows import IDS, ROOM, ROW_TOKENS, Forward, batches_of, copy_places, dida_config, make_dida, micro_batch
 
 from data_pipeline.loading.batch import MicroBatch
-from model.config import AdapterConfig
 from model.errors import Problems, UserError
 from model.generation.image_decoder import ImageDecoder
 from model.generation.paths import Time, UniformPath
-from training.contracts.inputs import LocalInput, ModelInput
+from training.contracts.inputs import LocalInput
 from training.objectives.dida import Dida
 from training.objectives.dida_rows import DidaBatch, find_images
 from training.objectives.next_token import NextToken
@@ -176,41 +174,9 @@ def test_copies_of_one_image_share_the_way_among_them() -> None:
         assert parts == [0, 1, 2, 3] * batch.num_images
 
 
-def copy_places(inputs: ModelInput, batch: DidaBatch) -> list[np.ndarray]:
-    """Where each copy lies in the row."""
-    copies = np.flatnonzero(inputs.fields["noisy"] > 0)
-    found: list[np.ndarray] = np.split(copies, np.cumsum(batch.images.lengths)[:-1])
-    return found
-
-
 @pytest.fixture(scope="module")
-def forward(single_process: None):  # type: ignore[no-untyped-def]
-    """Logits [T, padded vocabulary] of whole inputs, as in training; and the model."""
-    from model.backbone.packed_attention import prepare_attention
-    from model.backbone.transformer import build_model
-
-    config = dida_config().model
-    model = build_model(config, seed=3).eval()
-    adapter = AdapterConfig(rank=2, tokens="copies")
-    adapted = build_model(replace(config, adapter=adapter), seed=3).eval()
-    for name, parameter in adapted.named_parameters():
-        if name.endswith("lora.b"):  # zero at the start
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
-
-    @torch.no_grad()
-    def logits(inputs: ModelInput, model: Any = model) -> torch.Tensor:
-        packed = prepare_attention(
-            inputs.plan,
-            torch.from_numpy(inputs.position_ids),
-            head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
-            copies=torch.from_numpy(inputs.fields["noisy"] > 0) if "noisy" in inputs.fields else None,
-        )
-        found = model(torch.from_numpy(inputs.tokens)[None], None, None, packed_seq_params=packed)
-        return found[0].float()
-
-    logits.model, logits.adapted = model, adapted  # type: ignore[attr-defined]
-    return logits
+def forward(single_process: None) -> Forward:
+    return Forward(dida_config().model)
 
 
 def most_copied() -> tuple[Dida, DidaBatch]:
@@ -219,7 +185,7 @@ def most_copied() -> tuple[Dida, DidaBatch]:
     return make_dida(config), max(batches, key=lambda batch: len(batch.numbers))
 
 
-def test_the_clean_stream_is_that_without_copies(forward) -> None:  # type: ignore[no-untyped-def]
+def test_the_clean_stream_is_that_without_copies(forward: Forward) -> None:
     objective, batch = most_copied()
     inputs = objective.inputs(batch)
     clean = np.flatnonzero(inputs.fields["noisy"] == 0)
@@ -233,7 +199,7 @@ def test_the_clean_stream_is_that_without_copies(forward) -> None:  # type: igno
     assert not torch.equal(before, after)
 
 
-def test_copies_see_neither_their_clean_image_nor_what_follows(forward) -> None:  # type: ignore[no-untyped-def]
+def test_copies_see_neither_their_clean_image_nor_what_follows(forward: Forward) -> None:
     objective, batch = most_copied()
     inputs = objective.inputs(batch)
     before = forward(inputs)
@@ -251,7 +217,7 @@ def test_copies_see_neither_their_clean_image_nor_what_follows(forward) -> None:
         assert not torch.equal(before[changed], after[changed])
 
 
-def test_adapters_on_copies_leave_everything_else_bit_for_bit(forward) -> None:  # type: ignore[no-untyped-def]
+def test_adapters_on_copies_leave_everything_else_bit_for_bit(forward: Forward) -> None:
     objective, batch = most_copied()
     inputs = objective.inputs(batch)
     noisy = torch.from_numpy(inputs.fields["noisy"] > 0)
@@ -266,7 +232,7 @@ def test_adapters_on_copies_leave_everything_else_bit_for_bit(forward) -> None: 
 
 
 @pytest.mark.parametrize("which", ["model", "adapted"])
-def test_logits_of_copies_are_those_of_decoding(forward, which: str) -> None:  # type: ignore[no-untyped-def]
+def test_logits_of_copies_are_those_of_decoding(forward: Forward, which: str) -> None:
     """The block behind a cached prefix, as a sampler reads it."""
     objective, batch = most_copied()
     inputs = objective.inputs(batch)

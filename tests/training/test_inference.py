@@ -345,8 +345,13 @@ def test_a_picture_is_seen_while_it_is_refined(real_model: torch.nn.Module, toke
     for one, pictures in zip(answerings, strips, strict=True):
         assert len(pictures) == 4 + 1, "before each step, and the finished one"
         assert np.array_equal(pictures[-1], model.picture(one.pictures[0]))
-    with pytest.raises(UserError, match="not trained to decode images of this size in parallel"):
-        begin(model, [Prompt("t2i", "a", image_size=(16, 80))], guided, [0])
+    with pytest.raises(UserError, match="stage with the objective diagonal"):
+        model.decode_with(DecodingConfig("diagonal"))
+    model.diagonal = {"heights": [1, 9], "widths": [1, 9]}
+    for strategy in ("dida", "diagonal"):
+        model.decode_with(DecodingConfig(strategy))
+        with pytest.raises(UserError, match="not trained to decode images of this size in parallel"):
+            begin(model, [Prompt("t2i", "a", image_size=(16, 80))], guided, [0])
 
 
 def test_foreign_tokenizers_and_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:

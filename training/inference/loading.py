@@ -37,6 +37,7 @@ class LoadedModel:
     image_format: str  # of the documents that it was trained on
     folder: Path  # of the checkpoint
     dida: dict[str, Any] | None = None  # what the manifest says of parallel image decoding; None: not trained for it
+    diagonal: dict[str, Any] | None = None  # the same of decoding by diagonals
     rollout: dict[str, Any] | None = None  # how reinforcement learning drew its answers; None: it was not trained so
 
 
@@ -60,9 +61,8 @@ def load_checkpoint(
         config = model_config(manifest.model or {})
         decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
     values = manifest.values
-    return LoadedModel(
-        decoder, config, text, vision, manifest.image_format, folder, values.get("dida"), values.get("rollout")
-    )
+    said = (values.get(name) for name in ("dida", "diagonal", "rollout"))
+    return LoadedModel(decoder, config, text, vision, manifest.image_format, folder, *said)
 
 
 def check_not_published(folder: Path) -> None:

@@ -21,7 +21,7 @@ from model.generation.decoding_config import DecodingConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.paths import DiscretePath, make_path
 from model.generation.settings import PhaseSampling, SamplingConfig
-from model.generation.strategies import DecodingMetrics, make_strategy
+from model.generation.strategies import DecodingMetrics, Strategy, make_strategy
 from model.vocabulary import Vocabulary
 from training.inference.loading import VisionTokenizer, load_checkpoint
 from training.inference.prompts import FORMATS, INTERLEAVED_TASK, INTERLEAVED_TASKS, InferenceOptions, Output, Prompt
@@ -45,10 +45,12 @@ class InferenceModel:
         device: str = "cpu",
         checkpoint: str = "",
         dida: dict[str, Any] | None = None,
+        diagonal: dict[str, Any] | None = None,
         rollout: dict[str, Any] | None = None,
     ) -> None:
         """`dida`: what the checkpoint's manifest says of parallel image decoding; None: it was not trained for it.
 
+        `diagonal`: the same of decoding by diagonals.
         `rollout`: what it says of how reinforcement learning drew its answers; None: it was not trained so.
         """
         self.decoder, self.vocabulary = decoder, vocabulary
@@ -56,7 +58,7 @@ class InferenceModel:
         self.max_sequence_length, self.device = max_sequence_length, device
         self.checkpoint = checkpoint  # the folder that it comes from
         self.options = options or InferenceOptions()
-        self.dida, self.rollout = dida, rollout
+        self.dida, self.diagonal, self.rollout = dida, diagonal, rollout
         self.decoding, self.decoding_metrics = DecodingConfig(), DecodingMetrics()
         self.builder = DocumentBuilder(vocabulary, text_tokenizer, image_format)
         *digits_from_one, zero, self.star_id, _ = encode_grid(text_tokenizer, 1234567890, 1)
@@ -89,6 +91,7 @@ class InferenceModel:
             device=str(loaded.decoder.device),
             checkpoint=str(loaded.folder),
             dida=loaded.dida,
+            diagonal=loaded.diagonal,
             rollout=loaded.rollout,
         )
 
@@ -109,7 +112,18 @@ class InferenceModel:
         """From now on; `decoding_metrics` begin anew. Raises `UserError` for a checkpoint that cannot."""
         self.decoding, self.decoding_metrics = decoding, DecodingMetrics()
         grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, device=self.device)
-        make_strategy(decoding, self.decoder, grammar, self.path, self.decoding_metrics)
+        self._strategy(grammar, self.decoder)
+
+    def _strategy(self, grammar: ImageGrammar, decoder: Decoder | None) -> Strategy:
+        return make_strategy(
+            self.decoding,
+            decoder,
+            grammar,
+            self.path,
+            self.decoding_metrics,
+            self.options.max_batch_size,
+            learnt_diagonals=self.diagonal is not None,
+        )
 
     @property
     def path(self) -> DiscretePath | None:
@@ -169,9 +183,7 @@ class InferenceModel:
         """
         assert self.decoder is not None, "only the tokenizers were loaded"
         grammar = self.grammar(questions[0].grammar)
-        used = decoder or self.decoder
-        metrics, limit = self.decoding_metrics, self.options.max_batch_size
-        strategy = make_strategy(self.decoding, used, grammar, self.path, metrics, limit)
+        strategy = self._strategy(grammar, decoder or self.decoder)
         prompts = [question.prompt for question in questions]
         return strategy.sample(
             prompts,
@@ -277,8 +289,9 @@ class InferenceModel:
         return height // factor, width // factor
 
     def _check_trained(self, rows: int, columns: int) -> None:
-        if self.decoding.strategy in ("dida", "verified") and self.dida is not None:
-            limits = (self.dida["heights"], self.dida["widths"])
+        trained = {"dida": self.dida, "verified": self.dida, "diagonal": self.diagonal}.get(self.decoding.strategy)
+        if trained is not None:
+            limits = (trained["heights"], trained["widths"])
             if not all(low <= side <= high for side, (low, high) in zip((rows, columns), limits, strict=True)):
                 raise UserError(
                     "the checkpoint was not trained to decode images of this size in parallel",

@@ -16,83 +16,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.backbone.attention_plan import ImageCopies, append_image_copies, documents_with_image_copies
+from model.backbone.attention_plan import ImageCopies
 from model.errors import UserError
 from model.generation.calibration import calibrate_path, told
 from model.generation.paths import NUM_UNIFORMS, DiscretePath, MaskPath, MetricPath, UniformPath, shifted, state_ids
 from model.generation.sampling import uniform_numbers
 from training.config import TrainConfig
-from training.contracts.batches import Ranks
-from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
-from training.contracts.results import StepResult
 from training.objectives.dida_options import DidaOptions
-from training.objectives.dida_rows import DidaBatch, RowsWithCopies, find_images
-from training.objectives.next_token import NextToken
-from training.objectives.offline_rows import OfflineRows
+from training.objectives.dida_rows import DidaBatch
+from training.objectives.image_copies import ImageCopiesObjective, grids_seen
 
-CALIBRATION_ROWS, WINDOW_CODES = (
-    64,
-    4,
-)  # what calibration reads, and the neighbouring codes whose joint structure counts
+WINDOW_CODES = 4  # neighbouring codes whose joint structure counts in calibration
 NUMBERS_OF_AN_IMAGE = 3  # before those of its codes: time, whether it has a clean prefix, how long that is
 
 
-class Dida(NextToken):
+class Dida(ImageCopiesObjective):
     """See the module; and `training.contracts.objective` for what each method promises."""
 
     Options = DidaOptions
-    engine = "megatron"
 
     def __init__(self, config: TrainConfig, options: DidaOptions):
         super().__init__(config, options)
         self.dida_options = options
+        self.copies_an_image = options.copies_an_image
         self.path: DiscretePath | None = None
         self._dida: dict[str, Any] = {}  # what a checkpoint says of it
 
-    @property
-    def num_sums(self) -> int:
-        return super().num_sums + 1
-
-    def batches(self, ranks: Ranks) -> OfflineRows:
-        stage = self.config.stage
-        rows = self.packed_rows(ranks.data_parallel_rank, ranks.data_parallel_size)
-        self.set_path(self._seen())
-        return OfflineRows(
-            RowsWithCopies(
-                rows,
-                self.vocabulary,
-                self.config.seed,
-                self.dida_options.room(stage.sequence_length),
-                stride=stage.micro_batch_size * ranks.data_parallel_size,
-                offset=stage.micro_batch_size * ranks.data_parallel_rank,
-                copies_an_image=self.dida_options.copies_an_image,
-            )
-        )
-
-    def _seen(self) -> list[np.ndarray]:
-        """Codes [H, W] of the images in the first rows of the mixture, the same on every rank."""
-        rows = self.packed_rows(0, 1, num_rows=CALIBRATION_ROWS)
-        try:
-            found = []
-            for batch in rows.batch(rows.mixture.first_sample):
-                images, tokens = find_images(batch, self.vocabulary), batch.tokens.reshape(-1)
-                for start, length, width in zip(images.starts, images.lengths, images.widths, strict=True):
-                    block = tokens[start : start + length]
-                    found.append(
-                        self.vocabulary.ids_to_codes(block[self.vocabulary.is_visual(block)]).reshape(-1, width)
-                    )
-        finally:
-            rows.close()
-        if not found:
-            raise UserError(
-                "the stage's data hold no image to learn from",
-                where="stage.data.datasets",
-                expected=f"images with loss in the first {CALIBRATION_ROWS} rows",
-                fix="name datasets with images, or use the objective next_token",
-            )
-        return found
-
-    def set_path(self, images: Sequence[np.ndarray]) -> None:
+    def look_at(self, images: Sequence[np.ndarray]) -> None:
         """The path of the options; calibrated on codes [H, W] of images where they do not say."""
         options, num_codes = self.dida_options, self.vocabulary.visual_size
         table: list[dict[str, Any]] = []
@@ -112,13 +62,11 @@ class Dida(NextToken):
             chosen = torch.from_numpy(np.concatenate(views))
             self.path, candidates = calibrate_path(chosen, self._codebook(), options.decoding_steps)
             table = told(candidates)
-        heights, widths = zip(*(codes.shape for codes in images), strict=True)
-        self._dida = self.path.describe() | {
-            "calibration": table,
-            "heights": [min(heights), max(heights)],
-            "widths": [min(widths), max(widths)],
-            "clean_prefix_share": options.clean_prefix_share,
-        }
+        self._dida = (
+            self.path.describe()
+            | {"calibration": table, "clean_prefix_share": options.clean_prefix_share}
+            | grids_seen(images)
+        )
 
     def _codebook(self) -> torch.Tensor:
         """float32 [codes, D] of the vision tokenizer that made the data."""
@@ -148,45 +96,8 @@ class Dida(NextToken):
             )
         return tokenizer.codebook()
 
-    def inputs(self, batch: DidaBatch) -> ModelInput:  # type: ignore[override]
-        """Documents, copies behind each, and one more document of padding up to the stage's room."""
-        if batch.prepared is None:
-            batch.prepared = self._with_copies(batch)
-        return batch.prepared
-
-    def _with_copies(self, batch: DidaBatch) -> ModelInput:
-        clean, num_rows = super().inputs(batch.rows), len(batch.rows.tokens)
-        room = self.dida_options.room(self.config.stage.sequence_length) * num_rows
-        num_padding = room - int(batch.images.lengths.sum())
-        bounds = np.asarray(batch.rows.cu_seqlens, dtype=np.int64)
-        layout = append_image_copies(
-            np.append(bounds, bounds[-1] + num_padding) if num_padding else bounds,
-            batch.images.starts,
-            batch.images.lengths,
-        )
-        sources = layout.source_tokens()
-
-        def spread(values: np.ndarray, padding: int) -> np.ndarray:
-            found: np.ndarray = np.concatenate((values, np.full(num_padding, padding, values.dtype)))[sources]
-            return found
-
-        tokens, labels = spread(clean.tokens, self.vocabulary.pad), spread(clean.labels, self.vocabulary.pad)
-        weights = spread(clean.weights, 0)
-        in_copy = layout.copy_numbers() > 0
-        learnt = self._add_noise(batch, layout, tokens)
-        weights[in_copy] = (learnt & self.vocabulary.is_visual(labels))[in_copy]
-        return ModelInput(
-            tokens=tokens,
-            position_ids=np.where(sources < bounds[-1], spread(clean.position_ids, 0), sources - bounds[-1]),
-            plan=documents_with_image_copies(layout),
-            labels=labels,
-            weights=weights,
-            fields={name: spread(values, 0) for name, values in clean.fields.items()}
-            | {"noisy": in_copy.astype(np.int64)},
-        )
-
-    def _add_noise(self, batch: DidaBatch, layout: ImageCopies, tokens: np.ndarray) -> np.ndarray:
-        """Replaces the codes of the copies in `tokens`; bool [T], which tokens of copies predict something noisy."""
+    def change_copies(self, batch: DidaBatch, layout: ImageCopies, tokens: np.ndarray) -> np.ndarray:
+        """Noise in place of the codes; learnt is what predicts something noisy."""
         assert self.path is not None, "the path is set when the batches are opened"
         learnt: np.ndarray = np.ones(tokens.size, dtype=bool)
         if not len(batch.numbers):
@@ -216,38 +127,6 @@ class Dida(NextToken):
         for start, some, cut in zip(layout.copy_starts, places, cuts, strict=True):
             learnt[start : some[cut] - 1 if cut else start] = False
         return learnt
-
-    def totals(self, batches: Sequence[DidaBatch]) -> np.ndarray:  # type: ignore[override]
-        """As of next-token stages, then: codes learnt in copies, images, copies."""
-        of_rows = super().totals([batch.rows for batch in batches])
-        inputs = [self.inputs(batch) for batch in batches]
-        of_rows[1] = sum(one.tokens.size for one in inputs)
-        num_learnt = sum(float(one.weights[one.fields["noisy"] > 0].sum()) for one in inputs)
-        num_images, num_copies = (sum(b.num_images for b in batches), sum(len(b.numbers) for b in batches))
-        return np.concatenate((of_rows, [num_learnt, num_images, num_copies]))
-
-    def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
-        of_copies = torch.where(inputs.fields["noisy"] > 0, inputs.weights, 0.0)
-        clean = LocalInput(inputs.labels, inputs.weights - of_copies, inputs.fields)
-        scales = torch.where(totals > 0, 1.0 / totals, 0.0).to(inputs.weights.dtype)
-        weights = of_copies * scales[-3] + clean.weights * scales[0] * self.dida_options.clean_weight
-        loss, losses = self.weighted_losses(scores, inputs, weights)
-        values = losses.detach().double()
-        return LossSums(loss, torch.cat((self._sums(values, clean), torch.dot(values, of_copies.double())[None])))
-
-    def result(self, totals: np.ndarray, sums: np.ndarray, gradient_norm: float) -> StepResult:
-        clean = super().result(totals[:-3], sums[:-1], gradient_norm)
-        num_learnt, num_images, num_copies = totals[-3:]
-        of_copies = float(sums[-1] / num_learnt) if num_learnt else 0.0
-        metrics = clean.metrics | {
-            "loss_next_token": clean.loss,
-            "loss_copies": of_copies if num_learnt else None,
-            "images": int(num_images),
-            "image_copies": int(num_copies),
-        }
-        loss = of_copies + self.dida_options.clean_weight * clean.loss
-        has_labels = num_learnt > 0 or clean.has_labels
-        return StepResult(loss, gradient_norm, clean.num_tokens, has_labels, metrics)
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | {"dida": self._dida}

@@ -11,6 +11,7 @@ KEY = "stage.objective"
 OBJECTIVES = {
     "next_token": "training.objectives.next_token.NextToken",
     "dida": "training.objectives.dida.Dida",
+    "diagonal": "training.objectives.diagonal.Diagonal",
     "grpo": "training.objectives.grpo.grpo.Grpo",
     "vision_tokenizer": "training.tokenizers.vision.VisionTokenizer",
     "text_tokenizer": "training.tokenizers.text.TextTokenizer",
@@ -19,6 +20,7 @@ OBJECTIVES = {
 OPTIONS = {
     "next_token": "training.objectives.token_options.NextTokenOptions",
     "dida": "training.objectives.dida_options.DidaOptions",
+    "diagonal": "training.objectives.copy_options.DiagonalOptions",
     "grpo": "training.objectives.grpo.grpo_options.GrpoOptions",
     "vision_tokenizer": "training.tokenizers.tokenizer_options.VisionTokenizerOptions",
     "text_tokenizer": "training.tokenizers.tokenizer_options.TextTokenizerOptions",

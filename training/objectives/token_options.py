@@ -51,8 +51,8 @@ class NextTokenOptions:
         problems.check(
             config.model.adapter.tokens == "all",
             "model.adapter.tokens",
-            "there are no noisy copies to adapt to",
-            "model.adapter.tokens=all, or stage.objective.name=dida",
+            "there are no copies of images to adapt to",
+            "model.adapter.tokens=all, or stage.objective.name=dida or diagonal",
         )
         check_data(config, problems)
         check_layout(config, problems)

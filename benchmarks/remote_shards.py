@@ -5,7 +5,7 @@
 A server on loopback answers that share of its requests with 503, with a connection that ends early, or not at all. The same
 shards are tokenized from it and from the disk; the token files must be the same bytes. Small blocks (8 KiB), so that there are
 many reads. The vision tokenizer is a stand-in, so what is measured is fetching, decoding and writing. Exit code 1 when
-anything differs or the peak of this process, server included, is above 2 GiB.
+anything differs or the peak of this process, server included, is above 2 GiB. The child that decodes has a limit of its own, 1 GiB.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ _NUM_ROUGH = 3  # weights that are looked at roughly at first
 _TURN_ERROR = 2e-5  # of a rough distance: 65,536 / 2**33 of rounding, and as much again
 _BLOCK = 256  # places that are found together
 _WARM_UP = 16  # places a dataset, before a block, from which its beginning is looked for at first
+_SEEN_FROM_NEAR, _LOOKED_FOR = 64, 4  # places a dataset after which so many datasets are looked for one by one
 
 
 def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.ndarray:
@@ -38,10 +39,10 @@ def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.nd
     taken, the shortest of equals. Raises `UserError` when a weight is too small to get a share.
     """
     fractions = weights / weights.sum()
-    best_error, best_shares = math.inf, None
-    for last in dict.fromkeys((min(_FIRST_PERIODS - 1, max_period), max_period)):
-        if best_error > _WEIGHT_TOLERANCE:  # otherwise no longer period is nearer
-            best_error, best_shares = _nearest(fractions, last)
+    # No longer period is nearer than one without an error.
+    best_error, best_shares = _nearest(fractions, _exact_periods(fractions, min(_FIRST_PERIODS - 1, max_period)))
+    if best_error > _WEIGHT_TOLERANCE:
+        best_error, best_shares = _nearest(fractions, _promising_periods(fractions, max_period))
     if best_shares is None:
         raise UserError(
             "a dataset's weight is too small beside the others",
@@ -52,13 +53,13 @@ def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.nd
     return best_shares
 
 
-def _nearest(fractions: np.ndarray, max_period: int) -> tuple[float, np.ndarray | None]:
+def _nearest(fractions: np.ndarray, periods: np.ndarray) -> tuple[float, np.ndarray | None]:
     """The worst error of the nearest period and its shares; infinity and None where every period leaves some share out.
 
-    Periods are compared block by block, those of a block that are as near as rounding can tell for the shortest of them.
+    Periods (ascending int64) are compared block by block, those of a block that are as near as rounding can tell for the
+    shortest of them.
     """
-    periods = _promising_periods(fractions, max_period)
-    ends = np.array([_FIRST_PERIODS, *range(_PERIODS_AT_ONCE + 1, max_period + 1, _PERIODS_AT_ONCE)])
+    ends = np.array([_FIRST_PERIODS, *range(_PERIODS_AT_ONCE + 1, MAX_PERIOD + 1, _PERIODS_AT_ONCE)])
     blocks = np.searchsorted(ends, periods, side="right")
     best_error, best_shares = math.inf, None
     for block in dict.fromkeys(blocks.tolist()):
@@ -70,6 +71,12 @@ def _nearest(fractions: np.ndarray, max_period: int) -> tuple[float, np.ndarray 
         if best_error <= _WEIGHT_TOLERANCE:
             break
     return best_error, best_shares
+
+
+def _exact_periods(fractions: np.ndarray, max_period: int) -> np.ndarray:
+    """Periods up to `max_period`, ascending int64, that have the weights but for rounding noise, if each has a share."""
+    periods = np.arange(1, max_period + 1)
+    return periods[(_distances(fractions[:, None], periods) <= 4 * _WEIGHT_TOLERANCE * periods).all(axis=0)]
 
 
 def _promising_periods(fractions: np.ndarray, max_period: int) -> np.ndarray:
@@ -101,7 +108,7 @@ def _promising_periods(fractions: np.ndarray, max_period: int) -> np.ndarray:
     return periods
 
 
-def _distances(fraction: float, periods: np.ndarray) -> np.ndarray:
+def _distances(fraction: float | np.ndarray, periods: np.ndarray) -> np.ndarray:
     """From fraction * period to the nearest whole number."""
     exact = fraction * periods
     found: np.ndarray = np.abs(exact - np.rint(exact))
@@ -134,7 +141,8 @@ class Period:
     released and not due yet are read or waiting, and only which of them is not known. Of the possible states the one that waits for
     the earliest deadlines and the one that waits for the latest enclose all others, and stay around them as the rule goes on:
     what the earlier one waits for is never due later. So the rule is followed from both, some places before the block, until they
-    are one; where they are not, from farther before, at last from the period's beginning.
+    are one; where they are not, from farther before, at last from the period's beginning. A dataset that is read seldom is looked
+    for otherwise (`_is_read`).
     """
 
     def __init__(self, shares: np.ndarray):
@@ -183,10 +191,34 @@ class Period:
             first = place - warm_up if place > 4 * warm_up else 0
             states = self._possible_counts(first) if first else [self._counts[0]]
             after = [counts + self._count(self._follow(first, place, counts)) for counts in states]
-            if (after[0] == after[-1]).all():
-                self._counts[place] = after[0]
-            warm_up *= 2
+            unsure = np.flatnonzero(after[0] != after[-1]).tolist()
+            if not unsure or (warm_up >= _SEEN_FROM_NEAR * len(self.shares) and len(unsure) <= _LOOKED_FOR):
+                counts = np.minimum(after[0], after[-1])
+                for dataset in unsure:
+                    counts[dataset] += self._is_read(dataset, int(counts[dataset]), place)
+                self._counts[place] = counts
+            warm_up *= 4
         return self._counts[place]
+
+    def _is_read(self, dataset: int, item: int, place: int) -> bool:
+        """Is an item, released already, read before a place? It is when it and all that goes before it, by the rule, fill more places
+        than what goes before it does alone: of n places that has the smallest of A(m) + n - m, A(m) being how many of it are
+        released by m, as it leaves no place empty while something waits.
+        """
+        share = int(self.shares[dataset])
+        due = (self._scale * (item + 1) - 1) * self.shares
+        at_once = (np.arange(len(self.shares)) > dataset).astype(
+            np.int64
+        )  # equal deadlines: the first dataset goes before
+        ahead = np.minimum((due + share - at_once) // (self._scale * share), self.shares)
+        ahead[dataset] = item
+        places = np.arange(place + 1)
+        slack = -places
+        for number, most in zip(self.shares.tolist(), ahead.tolist(), strict=True):
+            released = (self._scale * number * places - self.length) // (self._scale * self.length) + 1
+            slack += np.minimum(released, most)
+        release = -(-self.length * (1 + self._scale * item) // (self._scale * share))
+        return bool(slack[:release].min() > slack[release:].min())
 
     def _possible_counts(self, place: int) -> list[np.ndarray]:
         """How often each dataset may come before a place: waiting for the earliest deadlines, and for the latest."""

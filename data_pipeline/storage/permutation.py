@@ -9,6 +9,7 @@ import numpy as np
 _NUM_ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spaces the inputs of the mixing function
 _MASK = (1 << 64) - 1
+_FEW = 8  # values that are sent through one by one
 
 
 def derive_key(*parts: object) -> int:
@@ -62,11 +63,33 @@ def permute(indices: np.ndarray, size: int | np.ndarray, keys: np.ndarray | int)
     outside = np.flatnonzero(sizes > np.uint64(1))
     # The network permutes [0, 2**num_bits), at most twice `size` here but for the tiniest sizes. Values that land
     # outside are sent through again until they come back: still a permutation.
-    while len(outside):
+    while len(outside) > _FEW:
         moved = _feistel(values[outside], num_bits[outside], keys[outside])
         values[outside] = moved
         outside = outside[moved >= sizes[outside]]
+    for index in outside.tolist():
+        values[index] = _permute_one(*(int(numbers[index]) for numbers in (values, sizes, num_bits, keys)))
     return values.astype(np.int64)
+
+
+def _permute_one(value: int, size: int, num_bits: int, key: int) -> int:
+    """`permute` of one value by Python's numbers: arrays of a few cost as much as arrays of a thousand."""
+    right_bits = num_bits >> 1
+    masks = (1 << (num_bits - right_bits)) - 1, (1 << right_bits) - 1
+    while True:
+        left, right = value >> right_bits, value & masks[1]
+        for number in range(_NUM_ROUNDS):
+            inner = _mix_one(key + (number + 1) * _GOLDEN + right & _MASK)
+            left, right = right, _mix_one(inner ^ key) & masks[number % 2] ^ left
+        value = (left << right_bits) | right
+        if value < size:
+            return value
+
+
+def _mix_one(value: int) -> int:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        value = (value ^ value >> shift) * factor & _MASK
+    return value ^ value >> 31
 
 
 def _bits_for(sizes: np.ndarray) -> np.ndarray:

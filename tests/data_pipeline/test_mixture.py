@@ -50,8 +50,12 @@ def schedule_period(shares: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares=st.one_of(SHARES, st.lists(st.integers(1, 4000), min_size=1, max_size=5)), data=st.data())
-def test_any_places_of_a_period_are_those_of_the_rule(shares, data):
+@given(
+    shares=st.one_of(SHARES, st.lists(st.one_of(st.integers(1, 9), st.integers(1, 4000)), min_size=1, max_size=5)),
+    near=st.sampled_from([1, 16, 10**6]),
+    data=st.data(),
+)
+def test_any_places_of_a_period_are_those_of_the_rule(shares, near, data):
     """Whatever is asked for, in whichever order: a block is found without those before it."""
     expected = schedule_by_the_rule(shares)
     seen: Counter[int] = Counter()
@@ -61,6 +65,7 @@ def test_any_places_of_a_period_are_those_of_the_rule(shares, data):
         places = np.arange(first, min(first + 150, len(expected)))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(periods, "_WARM_UP", 1)  # too few places at first, so that it has to go farther back
+            patch.setattr(periods, "_SEEN_FROM_NEAR", near)  # or to look for datasets one by one
             datasets, numbers = period.locate(places)
         assert datasets.tolist() == expected[first : first + 150]
         assert numbers.tolist() == ranks[first : first + 150]
@@ -172,6 +177,14 @@ def test_no_shorter_or_equal_period_is_nearer_to_the_weights(weights):
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size, key):
     assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_one_value_goes_where_it_goes_among_many():
+    """By numpy's numbers as by Python's."""
+    values = np.arange(0, 40_000, 7)
+    for size, key in ((40_000, 2**64 - 1), (70_001, 3)):
+        together = permute(values, size, key)
+        assert together[:300].tolist() == [int(permute(np.array([value]), size, key)[0]) for value in values[:300]]
 
 
 def test_permutations_look_random_and_differ_by_key():

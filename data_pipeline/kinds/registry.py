@@ -23,6 +23,8 @@ KINDS = {
     "interleaved": "data_pipeline.kinds.interleaved.Interleaved",
     "chat": "data_pipeline.kinds.chat.ChatMessages",
 }
+PARTS_TRIED = ("txt", "jpg", "instruction.txt", "target.jpg", "vtt", "mp4")  # in a message about what a sample lacks
+MAX_PARTS_TRIED = 8
 SPOKEN = "data_pipeline.kinds.videos.SpokenVideo"  # where a recognizer of speech is configured
 
 
@@ -48,6 +50,22 @@ class KindSet:
         names = frozenset(extensions) - {"json"}
         return next((kind for kind in self.by_name.values() if kind.accepts(names)), None)
 
+    def nearest(self, extensions: Collection[str]) -> list[str]:
+        """What kinds that are one file away from these would need; files with another name where none lacks just one."""
+        names = frozenset(extensions) - {"json"}
+        if len(names) > MAX_PARTS_TRIED:
+            return []
+        lacking: dict[str, str] = {}
+        renamed: dict[str, str] = {}
+        for kind in self.by_name.values():
+            for wanted in (part for part in PARTS_TRIED if part not in names):
+                if kind.accepts(names | {wanted}):
+                    lacking.setdefault(kind.name, f"{kind.name} lacks {wanted}")
+                for other in sorted(names):
+                    if kind.accepts(names - {other} | {wanted}):
+                        renamed.setdefault(kind.name, f"{kind.name} takes {wanted}, not {other}")
+        return list((lacking or renamed).values())
+
     def sample(self, key: str, parts: dict[str, bytes]) -> Sample:
         """A sample from the files of one key. Raises `SampleError` for what shows without decoding."""
         parts = counted(parts, self.parts)
@@ -56,7 +74,7 @@ class KindSet:
             parts["txt"] = named_caption(metadata, self.parts.caption).encode("utf-8", "surrogatepass")
         kind = self.detect(parts)
         if kind is None:
-            raise SampleError("unknown_kind", "parts: " + ", ".join(sorted(parts)))
+            raise SampleError("unknown_kind", "; ".join(["parts: " + ", ".join(sorted(parts)), *self.nearest(parts)]))
         for extension, data in parts.items():
             if not data:
                 raise SampleError(_reason_of_empty(extension), extension)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ ACTIONS = ("run", "status", "repair", "report")
 # In the target: what servers said of shards, and copies of them.
 REMOTE_NOTES, COPIES_FOLDER = "remote.jsonl", "remote"
 MAX_MISSING_SHARDS = 3  # of one task; after more the server is taken to be gone
+MAX_NOTES_READ, MAX_PARTS_SHOWN = 10_000, 3  # of quarantined samples, for a message
 _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 
 
@@ -220,10 +223,24 @@ def refuse_mostly_quarantined(answer: dict[str, Any], largest_share: float) -> N
             f"{num_quarantined:,} of {num_samples:,} samples could not be used",
             where=f"{answer['target']}/*.quarantine.jsonl",
             expected=f"at most {largest_share:.0%}",
-            got=", ".join(f"{reason} {count:,}" for reason, count in unusable.most_common()),
+            got=", ".join(f"{reason} {count:,}" for reason, count in unusable.most_common())
+            + unknown_parts(answer["target"]),
             fix="look at the reasons: parts that a kind of sample needs may have other names in these shards; or "
             f"max_quarantined_share={min(1.0, -(-100 * num_quarantined // num_samples) / 100)}",
         )
+
+
+def unknown_parts(target: str) -> str:
+    """For the message: the commonest sets of files that make no sample, each with what a kind would need."""
+    notes = itertools.islice(lines_of(sorted(Path(target).glob("*.quarantine.jsonl"))), MAX_NOTES_READ)
+    details = Counter(note["detail"] for note in map(json.loads, notes) if note["reason"] == "unknown_kind")
+    return "".join(f"; {count:,} x {detail}" for detail, count in details.most_common(MAX_PARTS_SHOWN))
+
+
+def lines_of(paths: Sequence[Path]) -> Iterator[str]:
+    for path in paths:
+        with path.open(encoding="utf-8") as file:
+            yield from file
 
 
 def plan_jobs(config: Config, target: Path) -> list[ShardJob]:

@@ -262,3 +262,16 @@ def test_token_files_made_before_parts_could_be_chosen_are_not_made_again(
     assert "parts" not in str(hashed[0])
     assert hashed[1]["parts"] == {"caption": "caption", "ignore": []}
     assert hashed[2]["parts"] == {"caption": "", "ignore": ["pickle"]}
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        (["mp4", "json"], ["video_text lacks txt", "video_interleaved lacks vtt"]),
+        (["jpg", "caption"], ["image_text takes txt, not caption"]),
+        (["jpg", "png", "gif"], []),
+        ([f"{number}.bin" for number in range(2000)], []),  # not tried: too many
+    ],
+)
+def test_a_sample_of_no_kind_says_what_is_missing(parts: list[str], told: list[str]) -> None:
+    assert KindSet().nearest(parts) == told

@@ -450,10 +450,11 @@ def test_the_command_answers_for_the_whole_target(tmp_path: Path, text_folder: P
 
 def test_the_command_ends_with_2_when_many_samples_cannot_be_used(tmp_path: Path, text_folder: Path) -> None:
     samples: list[dict[str, object]] = [{"__key__": str(number), "txt": "hello"} for number in range(7)]
-    samples += [{"__key__": f"bad{number}", "cls": "3"} for number in range(2)]
+    samples += [{"__key__": f"bad{number}", "jpg": b"\xff\xd8"} for number in range(2)]
     write_shard(tmp_path / "raw/000000.tar", samples)
     config = text_config(tmp_path, text_folder)
-    with pytest.raises(UserError, match=r"2 of 9 samples could not be used(.|\n)*unknown_kind 2(.|\n)*share=0.23"):
+    told = "unknown_kind 2; 2 x parts: jpg; image_text lacks txt"
+    with pytest.raises(UserError, match=rf"2 of 9 samples could not be used(.|\n)*{told}(.|\n)*share=0.23"):
         command.run(config)
     assert command.run(dataclasses.replace(config, max_quarantined_share=0.23))["num_documents"] == 7
     filtered = {"quarantined": {"filter_beauty": 90}, "num_documents": 10, "target": "t"}

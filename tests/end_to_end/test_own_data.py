@@ -33,6 +33,8 @@ SHORTER = {
     + ["stage.micro_batch_size=2", "stage.objective.continuous_steps=2", "stage.objective.min_codebook_use=0.0"],
     "stage=mine": ["stage.steps=4", "stage.optimizer.warmup_steps=0", "stage.global_batch_size=1"]
     + ["stage.micro_batch_size=1"],
+    "image_size=128": ["image_size=64"],
+    "evaluation=mine": ["tasks.like_its_photo.side=64"],
 }
 
 
@@ -167,7 +169,9 @@ def test_the_page_leads_from_a_folder_of_photos_to_a_picture(tmp_path, monkeypat
 
                 assert cli.main([*words, *shorter]) == 0, (line, capsys.readouterr().err)
     picture = Image.open(next((tmp_path / "pictures").rglob("*.png")))
-    assert picture.size == (128, 128)
-    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+    assert picture.size == (64, 64)
+    report = (tmp_path / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
+    assert "<dt>like its photo</dt>" in report
+    assert report.count('<div class="wanted"') == NUM_HELD_OUT
     assert '"held_out_loss"' in (tmp_path / "runs" / "mine" / "mine" / "metrics.jsonl").read_text()
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 4

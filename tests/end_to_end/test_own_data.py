@@ -30,7 +30,9 @@ CUES = "WEBVTT\n\n00:00:00.000 --> 00:00:01.000\n{}\n\n00:00:01.000 --> 00:00:02
 # What makes it short: the commands that train, by a word of theirs.
 SHORTER = {
     "stage=small_vision_tokenizer": ["stage.steps=4", "stage.optimizer.warmup_steps=0", "stage.global_batch_size=2"]
-    + ["stage.micro_batch_size=2", "stage.objective.continuous_steps=2", "stage.objective.min_codebook_use=0.0"],
+    + ["stage.micro_batch_size=2", "stage.objective.continuous_steps=2", "stage.objective.min_codebook_use=0.0"]
+    + ["stage.objective.data.views=[{area: 4096}]"],
+    "image.max_area=16384": ["image.max_area=4096"],
     "stage=mine": ["stage.steps=4", "stage.optimizer.warmup_steps=0", "stage.global_batch_size=1"]
     + ["stage.micro_batch_size=1"],
     "image_size=128": ["image_size=64"],

@@ -70,6 +70,8 @@ def test_copies_hold_their_image_in_the_order_of_reading() -> None:
         assert np.array_equal(found.weights[here] > 0, IDS.is_visual(plain.labels[source]))
         num_codes += height * width
     assert objective.totals([batch])[-3] == num_codes > 20
+    objective.look_at([np.zeros((2, 3), np.int64), np.zeros((5, 1), np.int64)])
+    assert objective.metadata()["diagonal"] == {"heights": [2, 5], "widths": [1, 3]}
 
 
 def test_no_code_is_seen_before_its_diagonal_is_known(forward: Forward) -> None:
@@ -139,31 +141,34 @@ def inputs_of(documents: list[list[int]], num_prompt: int, vocabulary: Vocabular
     return make_diagonal(config, copy_tokens=int(images.lengths.sum()) // len(documents)).inputs(batch)
 
 
-def code_log_probs(forward: Forward, inputs: ModelInput, vocabulary: Vocabulary, temperature: float) -> torch.Tensor:
-    """float64 [codes], of the copies, each among all codes; in the order of reading."""
-    at = torch.from_numpy(np.flatnonzero((inputs.fields["noisy"] > 0) & (inputs.weights > 0)))
+def code_log_probs(
+    forward: Forward, inputs: ModelInput, vocabulary: Vocabulary, temperature: float
+) -> tuple[torch.Tensor, np.ndarray]:
+    """float64 [codes] of the copies in the order of reading, each among all codes; and where in its document each stands."""
+    at = np.flatnonzero((inputs.fields["noisy"] > 0) & (inputs.weights > 0))
     logits = forward(inputs)[at][:, vocabulary.visual_start : vocabulary.size].double() / temperature
     labels = torch.from_numpy(inputs.labels)[at] - vocabulary.visual_start
-    return logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    return logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1), inputs.position_ids[at] + 1
 
 
 def test_log_probabilities_are_the_product_of_the_factors(forward: Forward) -> None:
-    """Two images an answer, three grids, prompts of three lengths in one batch: the loss of copies is what was drawn."""
+    """Two images an answer, three grids, prompts of several lengths in one batch: the loss of copies is what was drawn."""
     options = GrammarOptions(begin_with_image=True, max_images=2, stop_after_images=2, max_side=4)
     grammar, metrics = ImageGrammar(IDS, DIGITS, STAR, options), DecodingMetrics()
     chosen = make_strategy(
         DecodingConfig("diagonal"), ImageDecoder(forward.model), grammar, None, metrics, learnt_diagonals=True
     )
-    prompts, grids = [[1, 2, 14], [15, 16, 17, 18, 19, 20, 21], [14]], [(2, 3), (3, 1), (3, 4)]
+    prompts = [[1, 2, 14], [15, 16, 17, 18, 19, 20, 21], [14], [22, 23]]
+    grids = [(2, 3), (3, 1), (3, 4), (2, 3)]
     sampling = SamplingConfig(image=PhaseSampling(0.7), max_new_tokens=60)
     num_images = 0
     for prompt, one in zip(prompts, chosen.sample(prompts, sampling, 3, grids), strict=True):
         inputs = inputs_of([[*prompt, *one.ids.tolist()]], len(prompt), IDS)
-        expected = code_log_probs(forward, inputs, IDS, 0.7)
-        drawn = one.log_probs[IDS.is_visual(one.ids)]
-        assert len(drawn) == len(expected)
-        assert float(drawn.sum(dtype=np.float64)) == pytest.approx(float(expected.sum()), abs=1e-5)
-        assert np.allclose(np.sort(drawn), np.sort(expected.float().numpy()), atol=1e-5)
+        expected, places = code_log_probs(forward, inputs, IDS, 0.7)
+        codes = IDS.is_visual(one.ids)
+        assert sorted(places - len(prompt)) == np.flatnonzero(codes).tolist()
+        assert float(one.log_probs[codes].sum(dtype=np.float64)) == pytest.approx(float(expected.sum()), abs=1e-5)
+        assert np.allclose(one.log_probs[places - len(prompt)], expected.float().numpy(), atol=1e-5)
         num_images += int((one.ids == IDS.boi).sum())
     assert num_images > len(prompts), "an answer has several images"
 
@@ -178,7 +183,7 @@ def test_all_images_together_have_probability_one(single_process: None) -> None:
         a, b, c, d = (vocabulary.visual_start + code for code in codes)
         header = [vocabulary.boi, DIGITS[2], STAR, DIGITS[2], vocabulary.img]
         documents.append([14, 15, *header, a, b, vocabulary.eol, c, d, vocabulary.eoi])
-    scores = code_log_probs(forward, inputs_of(documents, 2, vocabulary), vocabulary, 1.0).view(81, 4)
-    chances = scores.sum(1).exp()
+    scores, _ = code_log_probs(forward, inputs_of(documents, 2, vocabulary), vocabulary, 1.0)
+    chances = scores.view(81, 4).sum(1).exp()
     assert float(chances.sum()) == pytest.approx(1.0, abs=1e-5)
     assert float(chances.max()) > 3 * float(chances.min()), "they differ"

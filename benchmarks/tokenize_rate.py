@@ -2,9 +2,11 @@
 
     python -m benchmarks.tokenize_rate [--rounds 3] [--pictures 128] [--texts 3000] [--device-milliseconds 5]
 
-Three comparisons in one run, taking turns; rates are of wall time, and the share of CPU seconds stands beside (children included):
+Comparisons in one run, taking turns; rates are of wall time, and CPU seconds stand beside (children included), with the share of the
+CPU time that the bare tokenizer takes of all:
 
-- text: SentencePiece over the same texts, in memory;
+- text: SentencePiece's own call over the same texts, in memory;
+- text beside datatrove: its DocumentTokenizer, from texts in memory to its files, unshuffled, with the same tokenizer of Hugging Face;
 - pictures on this CPU: the encoder of `ibq_small` on one thread, over the same pictures already decoded, in the same batches;
 - pictures on a device: an encoder that takes so many milliseconds a picture and none of this CPU, as an accelerator does.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import random
 import statistics
 import tempfile
@@ -25,11 +28,12 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import psutil
+import sentencepiece
 import torch
 import webdataset
 from PIL import Image
 
-from data_pipeline.documents.tokenizers import SentencePieceTokenizer, train_sentencepiece
+from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig, VisionTokenizer
 from model.vision_tokenizer.config import VisionTokenizerConfig
@@ -111,12 +115,40 @@ def compare(
     )
     print(
         f"{title:<24}{count / bare_wall:>10,.0f}{count / wall:>10,.0f} {unit:<12}{bare_wall / wall:>8.1%}"
-        f"{bare_cpu:>10.2f}{cpu:>10.2f}",
+        f"{bare_cpu:>10.2f}{cpu:>10.2f}{bare_cpu / cpu:>8.0%}",
         flush=True,
     )
 
 
-def tokenizer_of(text: SentencePieceTokenizer, vision: VisionTokenizer | None) -> ShardTokenizer:
+def train_huggingface(path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(topics.values(), trainer)
+    tokenizer.save(str(path))
+
+
+def datatrove_tokenizer(folder: Path, texts: list[str]) -> Callable[[], object]:
+    from datatrove.data import Document
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.utils.logging import logger
+
+    logger.remove()
+
+    def work() -> None:
+        documents = (Document(text, str(number)) for number, text in enumerate(texts))
+        tokenizer = DocumentTokenizer(
+            str(folder / "datatrove"), tokenizer_name_or_path=str(folder / "huggingface.json"), shuffle_documents=False
+        )
+        tokenizer.run(documents, 0, 1)
+
+    return work
+
+
+def tokenizer_of(text: TextTokenizer, vision: VisionTokenizer | None) -> ShardTokenizer:
     sizes = VocabularyConfig(text_size=text.size, reserved_size=32, visual_size=1024)
     config = TokenizeConfig("rate", image=ImageConfig(max_area=SIDE * SIDE))
     return ShardTokenizer(config, Vocabulary.from_config(sizes), text, vision)
@@ -130,9 +162,11 @@ def main() -> None:
     parser.add_argument("--device-milliseconds", type=float, default=5.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = train_sentencepiece(topics.values(), folder / "tokenizer", 4000)
+        library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
         texts = make_texts(arguments.texts)
         write_shard(folder / "texts.tar", [{"txt": one} for one in texts])
         files = [make_picture(number) for number in range(arguments.pictures)]
@@ -151,15 +185,26 @@ def main() -> None:
         def bare(encoder: VisionTokenizer) -> Callable[[], object]:
             return lambda: [encoder.encode(pixels[first : first + BATCH]) for first in range(0, len(pixels), BATCH)]
 
-        print(f"{'':<24}{'bare':>10}{'tokenize':>10} {'a second':<12}{'keeps':>8}{'CPU s':>10}{'CPU s':>10}")
+        print(
+            f"{'':<24}{'bare':>10}{'tokenize':>10} {'a second':<12}{'keeps':>8}{'CPU s':>10}{'CPU s':>10}{'share':>8}"
+        )
         characters = sum(map(len, texts))
         compare(
             "text",
             characters,
             "characters",
             arguments.rounds,
-            lambda: [text.encode(one) for one in texts],
+            lambda: [library.encode(one) for one in texts],
             whole(tokenizer_of(text, None), "texts.tar"),
+        )
+        train_huggingface(folder / "huggingface.json")
+        compare(
+            "text beside datatrove",
+            characters,
+            "characters",
+            arguments.rounds,
+            datatrove_tokenizer(folder, texts),
+            whole(tokenizer_of(load_text_tokenizer(folder / "huggingface.json"), None), "texts.tar"),
         )
         for title, encoder in (
             ("pictures on this CPU", small_encoder()),

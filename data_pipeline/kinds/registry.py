@@ -25,6 +25,7 @@ KINDS = {
 }
 PARTS_TRIED = ("txt", "jpg", "instruction.txt", "target.jpg", "vtt", "mp4")  # in a message about what a sample lacks
 MAX_PARTS_TRIED = 8
+_MOST_SETS = 1_000  # of extensions whose kind is remembered
 SPOKEN = "data_pipeline.kinds.videos.SpokenVideo"  # where a recognizer of speech is configured
 
 
@@ -39,6 +40,7 @@ class KindSet:
         self.parts = parts or PartsConfig()
         classes = [_find_kind(name) for name in names or KINDS]
         self.by_name = {kind.name: kind() for kind in classes}
+        self._detected: dict[frozenset[str], SampleKind | None] = {}  # of sets seen before
         if len(self.by_name) < len(classes):
             raise UserError("two kinds of sample have the same name", got=", ".join(kind.name for kind in classes))
 
@@ -48,7 +50,11 @@ class KindSet:
     def detect(self, extensions: Collection[str]) -> SampleKind | None:
         """The kind that a set of extensions makes, None when it makes none. Metadata does not count."""
         names = frozenset(extensions) - {"json"}
-        return next((kind for kind in self.by_name.values() if kind.accepts(names)), None)
+        if names not in self._detected:
+            if len(self._detected) >= _MOST_SETS:  # strangers' files may have any extensions
+                self._detected.clear()
+            self._detected[names] = next((kind for kind in self.by_name.values() if kind.accepts(names)), None)
+        return self._detected[names]
 
     def nearest(self, extensions: Collection[str]) -> list[str]:
         """What kinds that are one file away from these would need; files with another name where none lacks just one."""

@@ -25,6 +25,7 @@ from data_pipeline.documents.builder import (
 from data_pipeline.documents.prompts import TASKS
 from data_pipeline.documents.reading import StructureToken, read_items
 from data_pipeline.documents.templates import DocumentLayout, LayoutConfig, split_video
+from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.kinds.registry import KindSet
 from data_pipeline.sources import SampleError
 from data_pipeline.storage.segments import Flag, Kind, tile_exactly
@@ -32,7 +33,7 @@ from model.errors import UserError
 from model.vocabulary import Vocabulary, VocabularyConfig
 
 
-class CharacterTokenizer:
+class CharacterTokenizer(TextTokenizer):
     """A fake text tokenizer: one id for each character of Latin-1, digits where Qwen has them."""
 
     size = 256

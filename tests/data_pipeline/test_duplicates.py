@@ -28,6 +28,7 @@ from data_pipeline.packing.duplicates import Left, rule_of, similarities
 from data_pipeline.packing.held_out import HeldOutSet
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
+from data_pipeline.packing.removed import read_removed
 from data_pipeline.storage.format import encode_array
 from data_pipeline.storage.packed_files import read_dataset_manifest
 from data_pipeline.storage.segments import Kind
@@ -205,6 +206,10 @@ def test_packed_rows_manifest_and_report(texts, tmp_path):
     answer = write_page(tmp_path / "packed")
     assert answer["filters"] == {"near_duplicates": {"asked": len(texts), "refused": len(found)}}
     assert " like " in Path(answer["page"]).read_text()
+    # What was found together is left out of sets that are packed apart: nothing else is alike in them.
+    removed = read_removed(tmp_path / "packed/dataset.quarantine.jsonl")
+    apart = [left_out({name: path}, removed) for name, path in sources.items()]
+    assert apart[0] | apart[1] == dict.fromkeys(found, Left("removed", None))
     kept = pack(sources, tmp_path / "all", config, max_similarity=1.0)
     assert kept.quarantined == {}
     assert SETTINGS_KEY not in read_dataset_manifest(tmp_path / "all")

@@ -206,6 +206,32 @@ def test_any_header_with_a_true_checksum_is_read_or_damage(tmp_path_factory: pyt
         assert len(list(itertools.islice(read_shard(path), 10))) < 10
 
 
+NAME_CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_a_usual_header_says_what_python_reads_in_it(data: Any) -> None:
+    info = tarfile.TarInfo(
+        data.draw(st.text(NAME_CHARACTERS, max_size=24) | st.from_regex(r"[a-z/]{90,140}", fullmatch=True))
+    )
+    info.size, info.type = data.draw(st.integers(0, 8**11)), data.draw(st.sampled_from([b"0", b"x", b"5", b"S", b"\0"]))
+    written = info.tobuf(data.draw(st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])))
+    header = bytearray(written[-512:])
+    for place in data.draw(st.lists(st.integers(0, 511), max_size=3)):
+        header[place] = data.draw(st.sampled_from(b"07 \0/a\x80\xff"))
+    if data.draw(st.booleans()):
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 256)
+    found = []
+    for reader in (bounded_tar.BoundedTarInfo, tarfile.TarInfo):
+        try:
+            read = reader.frombuf(bytes(header), "utf-8", "surrogateescape")
+            found.append((read.name, read.size, read.type, read.isreg(), read.linkname, read.offset))
+        except (tarfile.HeaderError, ValueError) as error:
+            found.append((type(error), str(error)))
+    assert found[0] == found[1]
+
+
 def test_pax_headers_say_what_python_reads_in_them(tmp_path: Path) -> None:
     names = ["k" * 200 + "/a.txt", "\u00e9\u7ea2.txt", "plain.txt"]
     path = write_tar(tmp_path / "0.tar", [], mode="w")

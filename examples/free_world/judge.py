@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from examples.free_world.bodies import SIDE, SIZES, Body, Scene, coverage
-from examples.shapes_world.world import COLORS, SHAPES
+from examples.free_world.bodies import SHAPES, SIDE, SIZES, Body, Scene, coverage
+from examples.shapes_world.world import COLORS
 
 MIN_SATURATION = 40.0  # highest minus lowest channel
 MIN_PIXELS = 10  # a smaller patch is dirt and no body

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.free_world.bodies import GAP, SIDE, Body, Scene, random_scene
+from examples.free_world.bodies import GAP, LATTICE, SIDE, Body, Scene, random_scene
 
-SPEEDS = (4, 6, 8, 10)  # pixels a frame
-HEADINGS = tuple(range(0, 360, 30))  # degrees, clockwise from the right, as y grows downwards
-HELD_OUT_SHARE = 5  # one law (speed, heading) in so many never moves a body of a training document
-SUBSTEPS = 40  # of a frame: less than a third of a pixel at the highest speed
+STEPS = tuple(range(-2 * LATTICE, 2 * LATTICE + 1, LATTICE))  # pixels a frame, along each axis
+HELD_OUT_SHARE = 5  # one law in so many never moves a body of a training document
+SUBSTEPS = 32  # of a frame: at most a third of a pixel, and exact in binary
 NUM_FRAMES = 4
 SEEN_PIXELS = 4.0  # something moves by so much from each frame to the next: a copy of the last frame is wrong
 
-Law = tuple[int, int]  # speed, heading
+Law = tuple[int, int]  # pixels a frame to the right and down
 
 
 @dataclass(frozen=True)
@@ -29,26 +28,29 @@ class Clip:
 
     def words(self) -> str:
         """The law in words; never where anything is."""
-        told = [
-            f"the {body.name} moves {speed} to {heading}"
-            for body, (speed, heading) in zip(self.scenes[0], self.laws, strict=True)
-        ]
+        told = [f"the {body.name} moves {course(law)}" for body, law in zip(self.scenes[0], self.laws, strict=True)]
         return " and ".join(told)
 
 
+def course(law: Law) -> str:
+    """ "8 right 4 up"."""
+    right, down = law
+    across = f"{abs(right)} {'right' if right > 0 else 'left'}"
+    along = f"{abs(down)} {'down' if down > 0 else 'up'}"
+    return " ".join(words for words, step in ((across, right), (along, down)) if step)
+
+
 def is_held_out_law(law: Law) -> bool:
-    return hashlib.blake2b(f"law/{law[0]}/{law[1]}".encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
+    return hashlib.blake2b(f"velocity/{law[0]}/{law[1]}".encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def laws(held_out: bool) -> list[Law]:
-    return [
-        (speed, heading) for speed in SPEEDS for heading in HEADINGS if is_held_out_law((speed, heading)) == held_out
-    ]
+    every = [law for law in itertools.product(STEPS, STEPS) if law != (0, 0)]
+    return [law for law in every if is_held_out_law(law) == held_out]
 
 
 def velocity(law: Law) -> np.ndarray:
-    speed, heading = law
-    return speed * np.array([math.cos(math.radians(heading)), math.sin(math.radians(heading))])
+    return np.array(law, np.float64)
 
 
 def simulate(start: Scene, velocities: np.ndarray, num_frames: int = NUM_FRAMES) -> tuple[Scene, ...]:
@@ -56,21 +58,24 @@ def simulate(start: Scene, velocities: np.ndarray, num_frames: int = NUM_FRAMES)
     places = np.array([[body.x, body.y] for body in start])
     halves = np.array([body.half for body in start])
     speeds: np.ndarray = velocities.astype(np.float64)  # a copy
+    low = np.repeat(halves[:, None], 2, axis=1)
     scenes = [start]
     for _ in range(num_frames - 1):
         for _ in range(SUBSTEPS):
             places += speeds / SUBSTEPS
-            bounce(places, speeds, halves)
+            bounce(places, speeds, (low, SIDE - low))
             collide(places, speeds, halves)
         scenes.append(tuple(body.at(float(x), float(y)) for body, (x, y) in zip(start, places, strict=True)))
     return tuple(scenes)
 
 
-def bounce(places: np.ndarray, speeds: np.ndarray, halves: np.ndarray) -> None:
-    """Whoever touches a wall and moves into it turns back from it."""
-    low = (places < halves[:, None]) & (speeds < 0)
-    high = (places > SIDE - halves[:, None]) & (speeds > 0)
-    speeds[low | high] *= -1
+def bounce(places: np.ndarray, speeds: np.ndarray, walls: tuple[np.ndarray, np.ndarray]) -> None:
+    """Whoever has moved into a wall is as far from it on this side, and turns back."""
+    low, high = walls
+    for wall, beyond in ((low, places < low), (high, places > high)):
+        if beyond.any():
+            places[beyond] = 2 * wall[beyond] - places[beyond]
+            speeds[beyond] *= -1
 
 
 def collide(places: np.ndarray, speeds: np.ndarray, halves: np.ndarray) -> None:

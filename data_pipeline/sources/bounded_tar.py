@@ -37,14 +37,14 @@ class BoundedTarInfo(tarfile.TarInfo):
     """Refuses, by `tarfile.ReadError`, what would take too much; of pax records it knows the path and the size."""
 
     @classmethod
-    def frombuf(cls, buf: Any, encoding: str | None, errors: str) -> Any:
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         """The library reads 21 fields of each header; of a usual one we need four. Any other is the library's."""
         usual = _USUAL_HEADER.match(buf, 100) if len(buf) == tarfile.BLOCKSIZE else None
         if usual is None or sum(buf) - sum(buf[148:156]) + 256 != int(usual[2], 8):
             return super().frombuf(buf, encoding, errors)
         info = cls()
         info.name, prefix = (
-            bytes(part).partition(b"\0")[0].decode(encoding or "utf-8", errors) for part in (buf[:100], buf[345:500])
+            bytes(part).partition(b"\0")[0].decode(encoding, errors) for part in (buf[:100], buf[345:500])
         )
         if prefix:
             info.name = f"{prefix}/{info.name}"

@@ -6,11 +6,12 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from documented_files import write_shown_files
+from documented_files import standing_in, write_shown_files
 from tiny_stage import write_packed
 
 from data_pipeline.documents.builder import Text
@@ -34,10 +35,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
 
 
 @pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_folder(tmp_path: Path) -> Iterator[Path]:
     write_shown_files(PAGE, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with standing_in(tmp_path):
+        yield tmp_path
 
 
 def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import av
 import numpy as np
-from documented_files import FENCE, write_shown_files
+import pytest
+from documented_files import FENCE, standing_in, write_shown_files
 from handmade_vision import save_vision_tokenizer
 from PIL import Image
 from skimage import data
@@ -144,23 +145,27 @@ def run(*words: str) -> None:
     assert cli.main(list(words)) == 0, words
 
 
-def test_a_released_checkpoint_is_tuned_and_exported(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    released(tmp_path)
+@pytest.fixture
+def own_folder(tmp_path):
+    with standing_in(tmp_path):
+        yield tmp_path
+
+
+def test_a_released_checkpoint_is_tuned_and_exported(own_folder, capsys):
+    released(own_folder)
     page = PAGE.with_name("fine_tune.md")
-    write_shown_files(page, tmp_path)
+    write_shown_files(page, own_folder)
     for language, marks, body in FENCE.findall(page.read_text(encoding="utf-8")):
         for line in body.splitlines() if language == "console" and not marks.strip() else ():
             run(*smaller(shlex.split(line)[2:]))
-    exported = json.loads((tmp_path / "tuned_export/config.json").read_text())
+    exported = json.loads((own_folder / "tuned_export/config.json").read_text())
     assert exported["num_hidden_layers"] == 4
-    assert list((tmp_path / "pictures_made").rglob("*.png"))
+    assert list((own_folder / "pictures_made").rglob("*.png"))
 
 
-def test_the_page_leads_from_a_folder_of_photos_to_a_picture(tmp_path, monkeypatch, capsys):
-    make_media(tmp_path)
-    write_shown_files(PAGE, tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_the_page_leads_from_a_folder_of_photos_to_a_picture(own_folder, capsys):
+    make_media(own_folder)
+    write_shown_files(PAGE, own_folder)
     for language, marks, body in FENCE.findall(PAGE.read_text(encoding="utf-8")):
         for line in body.splitlines():
             if language == "bash" and not marks.strip():
@@ -170,10 +175,10 @@ def test_the_page_leads_from_a_folder_of_photos_to_a_picture(tmp_path, monkeypat
                 shorter = [key for word in words for key in SHORTER.get(word, ())]
 
                 assert cli.main([*words, *shorter]) == 0, (line, capsys.readouterr().err)
-    picture = Image.open(next((tmp_path / "pictures").rglob("*.png")))
+    picture = Image.open(next((own_folder / "pictures").rglob("*.png")))
     assert picture.size == (64, 64)
-    report = (tmp_path / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
+    report = (own_folder / "runs" / "mine" / "report.html").read_text(encoding="utf-8")
     assert "<dt>like its photo</dt>" in report
     assert report.count('<div class="wanted"') == NUM_HELD_OUT
-    assert '"held_out_loss"' in (tmp_path / "runs" / "mine" / "mine" / "metrics.jsonl").read_text()
-    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 4
+    assert '"held_out_loss"' in (own_folder / "runs" / "mine" / "mine" / "metrics.jsonl").read_text()
+    assert len(list((own_folder / "pictures").rglob("*.png"))) == 4

@@ -16,14 +16,14 @@ from model.backbone.packed_attention import CachedSequences
 from model.parallel.megatron import GPTModel, reduce_from_tensor_model_parallel_region
 
 
-def is_plain(model: GPTModel, *, copies: bool = True) -> bool:
-    """The layers are those that `run_layers` knows: neither Transformer Engine's nor with adapters that act.
+def has_known_layers(model: GPTModel) -> bool:
+    """The layers are those that `run_layers` and `TokenStep` know, not Transformer Engine's."""
+    return isinstance(model.decoder.layers[0].input_layernorm, torch.nn.RMSNorm)
 
-    `copies`: whether noisy copies of images may be among the tokens, which adapters may be for alone.
-    """
-    adapter = model.model_config.adapter
-    acts = adapter.rank > 0 and (copies or adapter.tokens != "copies")
-    return isinstance(model.decoder.layers[0].input_layernorm, torch.nn.RMSNorm) and not acts
+
+def is_plain(model: GPTModel) -> bool:
+    """`run_layers` does what the layers do: it knows them, and none has an adapter."""
+    return has_known_layers(model) and model.model_config.adapter.rank == 0
 
 
 def run_layers(model: GPTModel, hidden: torch.Tensor, step: CachedSequences) -> torch.Tensor:

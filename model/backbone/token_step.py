@@ -22,17 +22,36 @@ from model.parallel.megatron import GPTModel, reduce_from_tensor_model_parallel_
 
 
 @dataclass(frozen=True)
+class _Linear:
+    """x W + scale (x A) B of this rank, each turned to [in, out]; without an adapter x W.
+
+    Of a layer that is split by its inputs each rank has a share of both products.
+    """
+
+    weight: torch.Tensor
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def __call__(self, x: torch.Tensor, added_to: torch.Tensor | None = None) -> torch.Tensor:
+        found = torch.mm(x, self.weight) if added_to is None else torch.addmm(added_to, x, self.weight)
+        if self.a is None or self.b is None:
+            return found
+        return torch.addmm(found, torch.mm(x, self.a), self.b, alpha=self.scale)
+
+
+@dataclass(frozen=True)
 class _Layer:
-    """Weights of one layer, matrices turned to [in, out]. Norms of heads: [queries a group + 1, head_dim], the key's last."""
+    """Weights of one layer. Norms of heads: [queries a group + 1, head_dim], the key's last."""
 
     attention_norm: torch.Tensor
-    query_key_value: torch.Tensor
+    query_key_value: _Linear
     head_norms: torch.Tensor
-    projection: torch.Tensor
+    projection: _Linear
     scale: float | None  # of the attention's logits
     mlp_norm: torch.Tensor
-    gate_and_up: torch.Tensor
-    down: torch.Tensor
+    gate_and_up: _Linear
+    down: _Linear
 
 
 @dataclass(frozen=True)
@@ -54,15 +73,16 @@ class _Places:
 
 
 class TokenStep:
-    """Over a model whose layers are plain for clean tokens (`cached_layers.is_plain`) and a cache that a prompt has filled.
+    """Over a model of known layers (`cached_layers.has_known_layers`) and a cache that a prompt has filled.
 
     It counts along how long the rows are, so that a step waits for no device; whoever changes the cache's lengths
     makes another one. Tensor parallel as the modules are; every rank returns the same. No gradient.
     """
 
-    def __init__(self, model: GPTModel, cache: KeyValueCache) -> None:
+    def __init__(self, model: GPTModel, cache: KeyValueCache, *, adapted: bool = False) -> None:
+        """`adapted`: adapters act on the tokens that are read."""
         core, config = model.config, model.model_config
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.adapted = model, cache, adapted
         self.width, self.num_groups = core.kv_channels, cache.num_groups
         self.is_split = core.tensor_model_parallel_size > 1
         self.norm = Norm(core.layernorm_epsilon, like=cache.keys)
@@ -87,14 +107,20 @@ class TokenStep:
         norms = [attention.q_layernorm.weight] * queries + [attention.k_layernorm.weight]
         return _Layer(
             self.norm.prepared(layer.input_layernorm.weight),
-            attention.linear_qkv.weight.t(),
+            self._linear(attention.linear_qkv),
             self.norm.prepared(torch.stack(norms)),
-            attention.linear_proj.weight.t(),
+            self._linear(attention.linear_proj),
             attention.core_attention.softmax_scale,
             self.norm.prepared(layer.pre_mlp_layernorm.weight),
-            mlp.linear_fc1.weight.t(),
-            mlp.linear_fc2.weight.t(),
+            self._linear(mlp.linear_fc1),
+            self._linear(mlp.linear_fc2),
         )
+
+    def _linear(self, module: Any) -> _Linear:
+        adapter = getattr(module, "lora", None) if self.adapted else None
+        if adapter is None:
+            return _Linear(module.weight.t())
+        return _Linear(module.weight.t(), adapter.a.t(), adapter.b.t(), adapter.scale)
 
     @torch.no_grad()
     def run(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
@@ -182,7 +208,7 @@ class TokenStep:
     def _through(self, number: int, hidden: torch.Tensor, places: _Places) -> torch.Tensor:
         """[B * t, h] through one layer, whose keys and values gain those of the new tokens."""
         layer = self.layers[number]
-        fused = torch.mm(self.norm(hidden, layer.attention_norm), layer.query_key_value)
+        fused = layer.query_key_value(self.norm(hidden, layer.attention_norm))
         # Of a group: its queries, its key, its value.
         fused = fused.view(places.batch_size, places.count, self.num_groups, -1, self.width)
         heads = self.norm(fused[:, :, :, :-1], layer.head_norms)
@@ -194,7 +220,7 @@ class TokenStep:
         )
         attended = attended.view(queries.shape).transpose(1, 2).reshape(len(hidden), -1)
         hidden = self._added(hidden, attended, layer.projection)
-        gate, up = torch.mm(self.norm(hidden, layer.mlp_norm), layer.gate_and_up).chunk(2, dim=-1)
+        gate, up = layer.gate_and_up(self.norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
         return self._added(hidden, functional.silu(gate).mul_(up), layer.down)
 
     def _keep(self, number: int, key: torch.Tensor, value: torch.Tensor, places: _Places) -> None:
@@ -206,11 +232,11 @@ class TokenStep:
             places.keys[number][self.rows[:, None], :, places.slots] = key
             places.values[number][self.rows[:, None], :, places.slots] = value
 
-    def _added(self, hidden: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """hidden + x @ matrix, of which every tensor-parallel rank has a share of the products."""
+    def _added(self, hidden: torch.Tensor, x: torch.Tensor, linear: _Linear) -> torch.Tensor:
+        """hidden + linear(x), of which every tensor-parallel rank has a share of the products."""
         if not self.is_split:
-            return torch.addmm(hidden, x, matrix)
-        whole: torch.Tensor = reduce_from_tensor_model_parallel_region(torch.mm(x, matrix))
+            return linear(x, hidden)
+        whole: torch.Tensor = reduce_from_tensor_model_parallel_region(linear(x))
         return hidden + whole
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as functional
 
-from model.backbone.cached_layers import is_plain, run_layers
+from model.backbone.cached_layers import has_known_layers, is_plain, run_layers
 from model.backbone.key_value_cache import KeyValueCache
 from model.backbone.packed_attention import CachedSequences
 from model.backbone.rotary import rotary_tables
@@ -57,7 +57,7 @@ class CachedDecoder:
     ) -> torch.Tensor:
         assert self._cache is not None, "start comes before step"
         ids = ids.view(len(ids), -1)
-        if is_plain(self.model, copies=False):
+        if has_known_layers(self.model):
             with without_sequence_parallel(self.model):
                 return output_logits(self.model, self._lean_step(self._cache).run(ids, advances), columns)
         positions = self._cache.lengths[:, None] + torch.arange(ids.shape[1], device=self.device)
@@ -65,9 +65,12 @@ class CachedDecoder:
         logits = decoder_forward(self.model, ids, positions, self._cache, num_new=num_new)[:, -1]
         return logits if columns is None else logits[:, columns]
 
-    def _lean_step(self, cache: KeyValueCache) -> TokenStep:
-        if self._token_step is None:
-            self._token_step = TokenStep(self.model, cache)
+    def _lean_step(self, cache: KeyValueCache, *, copies: bool = False) -> TokenStep:
+        """For clean tokens, or for those of copies of images."""
+        adapter = self.model.model_config.adapter
+        adapted = adapter.rank > 0 and (copies or adapter.tokens == "all")
+        if self._token_step is None or self._token_step.adapted != adapted:
+            self._token_step = TokenStep(self.model, cache, adapted=adapted)
         return self._token_step
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model.backbone.cached_layers import is_plain
+from model.backbone.cached_layers import has_known_layers
 from model.backbone.key_value_cache import KeyValueCache
 from model.generation.decoder import CachedDecoder, decoder_forward, output_logits, without_sequence_parallel
 
@@ -46,9 +46,11 @@ class ImageDecoder(CachedDecoder):
         self.num_forwards += 1
         if whole and self.watch is not None:
             self.watch(self._rows, tokens)
-        if is_plain(self.model, copies=whole):
+        if has_known_layers(self.model):
             with without_sequence_parallel(self.model):
-                return output_logits(self.model, self._lean_step(self.cache).look(tokens, whole=whole), columns)
+                return output_logits(
+                    self.model, self._lean_step(self.cache, copies=whole).look(tokens, whole=whole), columns
+                )
         positions = self.cache.lengths[:, None] + torch.arange(tokens.shape[1], device=self.device)
         nothing = torch.zeros_like(self.cache.lengths)
         logits = decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
@@ -61,9 +63,11 @@ class ImageDecoder(CachedDecoder):
         them for tokens of a copy.
         """
         self.num_forwards += 1
-        if is_plain(self.model):
+        if has_known_layers(self.model):
             with without_sequence_parallel(self.model):
-                return output_logits(self.model, self._lean_step(self.cache).extend(tokens, positions), columns)
+                return output_logits(
+                    self.model, self._lean_step(self.cache, copies=True).extend(tokens, positions), columns
+                )
         return decoder_forward(self.model, tokens, positions, self.cache, whole=True)[..., columns]
 
     def forget(self, lengths: torch.Tensor) -> None:

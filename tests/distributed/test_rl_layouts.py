@@ -18,6 +18,7 @@ from rl_runs import (
 )
 from rl_world import rl_config, with_layout, write_tokenizer
 
+from model.config import AdapterConfig
 from training.contracts.zero import DeepSpeedConfig
 
 GUIDED = {"sampling": {"max_new_tokens": 24, "guidance_scale": 3.0, "image": {"temperature": 1.5}}}
@@ -38,6 +39,20 @@ def test_trainer_and_sampler_agree_before_the_first_step(
     for _, parity in pool.run(one_rollout, config, ranks=tensor):
         assert parity.num_tokens == 8 * 6  # the codes: all else of these answers is forced
         assert parity.largest <= 1e-5
+
+
+def test_they_agree_with_adapters(pool: Any, tokenizer: Path, tmp_path: Path) -> None:
+    answers = []
+    for tensor in (1, 2):
+        config = with_layout(rl_config(tokenizer, tmp_path), tensor=tensor)
+        config.model.adapter = AdapterConfig(rank=2, alpha=2.0)
+        for found, parity in pool.run(one_rollout, config, ranks=tensor):
+            assert parity.largest <= 1e-5
+            answers.append(found)
+    config.model.adapter = AdapterConfig()
+    without, _ = pool.run(one_rollout, config, ranks=2)[0]
+    assert answers[0] != without, "the adapters do something"
+    assert answers[1] == answers[2]
 
 
 def test_guidance_that_the_trainer_does_not_see_is_refused(pool: Any, tokenizer: Path, tmp_path: Path) -> None:

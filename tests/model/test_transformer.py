@@ -12,7 +12,7 @@ from model.backbone.attention_plan import append_image_copies, documents_with_im
 from model.backbone.cached_layers import is_plain
 from model.backbone.packed_attention import prepare_attention
 from model.backbone.transformer import build_model
-from model.config import ModelConfig
+from model.config import AdapterConfig, ModelConfig
 from model.generation import decoder, image_decoder
 from model.generation.decoder import CachedDecoder, allocate_cache, decoder_forward
 from model.generation.image_decoder import ImageDecoder
@@ -202,9 +202,18 @@ def test_layers_of_decoding_are_those_of_the_modules(model: Any, monkeypatch: py
     assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("adapted", ["none", "all", "copies"])
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 7)], ids=["even", "uneven"])
-def test_steps_are_those_of_the_modules(model: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
+def test_steps_are_those_of_the_modules(
+    model: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], adapted: str
+) -> None:
     """Rows that do not advance, some columns only, looks that leave no trace, a cache that ends where the longest row does."""
+    if adapted != "none":
+        adapter = AdapterConfig(rank=3, alpha=12.0, tokens=adapted)
+        model = build_model(ModelConfig(**{**vars(CONFIG), "adapter": adapter}), seed=11)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora.b"):
+                torch.nn.init.normal_(parameter, std=0.1)
     prompts = [torch.randint(0, NUM_IDS, (length,)).tolist() for length in lengths]
     steps = [torch.randint(0, NUM_IDS, (3,)) for _ in range(6)]
     advances = [None, None, torch.tensor([True, False, True]), torch.tensor([False, True, True]), None, None]
@@ -224,8 +233,9 @@ def test_steps_are_those_of_the_modules(model: Any, monkeypatch: pytest.MonkeyPa
         return torch.stack(logits)
 
     found = run()
+    monkeypatch.setattr(decoder, "is_plain", lambda _: False)
     for module in (decoder, image_decoder):
-        monkeypatch.setattr(module, "is_plain", lambda *_, **__: False)
+        monkeypatch.setattr(module, "has_known_layers", lambda _: False)
     expected = run()
     assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
     assert bool((found[..., NUM_IDS:] == -torch.inf).all())

@@ -179,6 +179,15 @@ def forward(single_process: None) -> Forward:
     return Forward(dida_config().model)
 
 
+@pytest.fixture(scope="module")
+def exact_forward(single_process: None) -> Forward:
+    """In float64: in float32 one token of these rows is so ill-conditioned that kernels differ by over 1e-5."""
+    found = Forward(dida_config().model)
+    found.model.double()
+    found.adapted.double()
+    return found
+
+
 def most_copied() -> tuple[Dida, DidaBatch]:
     config = dida_config()
     batches = [batch for sample in range(0, 24, 4) for batch in batches_of(config, sample)]
@@ -232,12 +241,12 @@ def test_adapters_on_copies_leave_everything_else_bit_for_bit(forward: Forward) 
 
 
 @pytest.mark.parametrize("which", ["model", "adapted"])
-def test_logits_of_copies_are_those_of_decoding(forward: Forward, which: str) -> None:
+def test_logits_of_copies_are_those_of_decoding(exact_forward: Forward, which: str) -> None:
     """The block behind a cached prefix, as a sampler reads it."""
     objective, batch = most_copied()
     inputs = objective.inputs(batch)
-    model = getattr(forward, which)
-    trained, flat = forward(inputs, model), batch.rows.tokens.ravel()
+    model = getattr(exact_forward, which)
+    trained, flat = exact_forward(inputs, model), batch.rows.tokens.ravel()
     decoder = ImageDecoder(model)
     places = copy_places(inputs, batch)
     for start, length, here in zip(batch.images.starts, batch.images.lengths, places, strict=True):
@@ -246,7 +255,7 @@ def test_logits_of_copies_are_those_of_decoding(forward: Forward, which: str) ->
         block = torch.from_numpy(inputs.tokens[here])[None]
         for _ in range(2):  # a look leaves no trace
             found = decoder.look(block, whole=True)[0]
-            assert torch.allclose(found[:, : IDS.size], trained[here][:, : IDS.size], atol=1e-5)
+            assert torch.allclose(found[:, : IDS.size], trained[here][:, : IDS.size], rtol=0, atol=1e-6)
 
 
 def test_options_that_cannot_work_are_refused() -> None:

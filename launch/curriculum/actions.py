@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, logs_of, run_curriculum, summary
+from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, logs_of, summary
+from launch.curriculum.running import run_curriculum
 from model.errors import UserError
 from training.callbacks.progress import format_seconds
 

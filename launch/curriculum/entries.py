@@ -1,4 +1,4 @@
-"""A curriculum: entries that run one after another, each skipped while nothing it depends on has changed.
+"""A curriculum: entries in the order of their needs, each skipped while nothing it depends on has changed.
 
 The state lives in `<run folder>/curriculum.json`, published by rename after every change; there is no daemon, and
 the same command may be run again at any time. An entry's fingerprint covers its resolved configuration (that of the
@@ -26,15 +26,11 @@ from launch.cluster.profile import ClusterConfig
 from launch.command_line.calls import CALL
 from launch.composition.folders import override_of
 from launch.composition.written_text import in_quotes
-from launch.local.subprocesses import run_supervised
 from launch.report.progress import entry_progress, last_words
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
 
 SIGNALLED = 128  # exit codes above it are those of processes that a signal ended
-PUBLISHES_AT_ONCE = (
-    "convert",
-)  # commands whose target is there whole or not at all, and which refuse one that is there
 STATE_VERSION = 1
 Composed = dict[str, list[Any]]  # OmegaConf's trees of the calls, by entry
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
@@ -66,6 +62,8 @@ class CurriculumConfig:
     entries: dict[str, EntryConfig] = field(default_factory=dict)  # by name, each a command or a module
     set: dict[str, Any] = field(default_factory=dict)  # by entry: keys of its command, which win over its overrides
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
+    local_processes: int = 1  # on this machine: entries that do not need one another run side by side, up to so many
+    # processes (a stage has one a rank); 1: one entry after another
     until: str | None = None  # stop after this entry
     force: list[str] = field(default_factory=list)  # entries to run again although nothing has changed
     dry_run: bool = False  # show what would run, where and how long, run nothing
@@ -95,6 +93,7 @@ class CurriculumConfig:
         )
         self.cluster.validate(problems)
         problems.check(self.num_lines > 0, "num_lines", "must be positive", "num_lines=20")
+        problems.check(self.local_processes > 0, "local_processes", "must be positive", "local_processes=1")
         for name, entry in self.entries.items():
             key = f"entries.{name}"
             problems.check(bool(entry.command) != bool(entry.module), key, "needs exactly one of command and module")
@@ -165,7 +164,9 @@ class Record:
     arguments: list[str] = field(default_factory=list)
     started_at: float = 0.0  # seconds since the epoch
     wall_seconds: float = 0.0  # summed over interrupted attempts
+    overlap_seconds: float = 0.0  # of them counted for entries beside it: what is left adds up to the time that passed
     peak_memory_bytes: int = 0  # resident memory of the whole process tree, sampled
+    beside_bytes: int = 0  # in entries beside it, at most
     exit_code: int | None = None
     process: list[float] = field(default_factory=list)  # [pid, its creation time] while running
 
@@ -200,8 +201,8 @@ class Curriculum:
         state = {
             "format_version": STATE_VERSION,
             "name": self.config.name,
-            "wall_seconds": sum(record.wall_seconds for record in active),
-            "peak_memory_bytes": max((record.peak_memory_bytes for record in active), default=0),
+            "wall_seconds": sum(record.wall_seconds - record.overlap_seconds for record in active),
+            "peak_memory_bytes": max((record.peak_memory_bytes + record.beside_bytes for record in active), default=0),
             "entries": {name: asdict(record) for name, record in self.records.items()},
         }
         replace_file(self.state_path, json.dumps(state, indent=1))
@@ -301,111 +302,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_curriculum(config: CurriculumConfig, composed: Composed | None = None) -> dict[str, Any]:
-    """Runs what is not done. The answer's `exit_code` is that of the entry that stopped it, 0 when all are done."""
-    with locked(Path(config.run_folder)):
-        curriculum = Curriculum(config, composed)
-        refuse_submitted(curriculum)
-        ran: list[str] = []
-        for position, name in enumerate(curriculum.order, 1):
-            label = f"[{position}/{len(curriculum.order)}] {name}"
-            if name not in config.force and curriculum.is_done(name):
-                say(f"{label}: up to date")
-            else:
-                exit_code = run_entry(curriculum, name, label)
-                ran.append(name)
-                if exit_code != 0:
-                    return {**summary(curriculum), "ran": ran, "stopped_at": name, "exit_code": exit_code}
-            if name == config.until:
-                break
-        return {**summary(curriculum), "ran": ran}
-
-
-def refuse_submitted(curriculum: Curriculum) -> None:
-    """Entries that Slurm may be running are not run here too."""
-    names = [name for name in curriculum.order if curriculum.records[name].state == "submitted"]
-    if names:
-        raise UserError(
-            "entries of this curriculum are jobs of a cluster",
-            where=str(curriculum.folder),
-            got=", ".join(names),
-            fix="the same command with cluster=slurm; or nextstate curriculum cancel cluster=slurm",
-        )
-
-
 def due(curriculum: Curriculum) -> list[str]:
     """The entries that a run would start, if nothing that they need came out differently."""
     config, order = curriculum.config, curriculum.order
     last = order.index(config.until) + 1 if config.until else len(order)
     return [name for name in order[:last] if name in config.force or not curriculum.is_done(name)]
-
-
-def run_entry(curriculum: Curriculum, name: str, label: str) -> int:
-    """Runs one entry to its end and records it. Returns its exit code."""
-    entry, record = curriculum.config.entries[name], curriculum.records[name]
-    if alive(record.process) and record.state == "running":
-        raise UserError(
-            f"{name} is still running", got=f"process {int(record.process[0])}", fix="wait for it or end it"
-        )
-    fingerprint = curriculum.fingerprint(name)
-    if has_published(curriculum, name):
-        record.exit_code = conclude(curriculum, name, 0, label)
-        curriculum.save()
-        say(f"{label}: done, it had published its outputs when it was cut off")
-        return record.exit_code
-    if fingerprint != record.fingerprint or name in curriculum.config.force:
-        supersede(curriculum.folder, name, entry.outputs)
-        record.wall_seconds, record.peak_memory_bytes = 0.0, 0
-    record.fingerprint, record.arguments = fingerprint, command_line(entry, *insisting(curriculum.config, entry))
-    record.state, record.exit_code, record.started_at, record.outputs = "running", None, time.time(), {}
-    say(f"{label}: starts")
-
-    def note_process(pid: int) -> None:
-        record.process = [pid, psutil.Process(pid).create_time()]
-        try:
-            curriculum.save()
-        except OSError as error:  # the entry runs, and may well end when there is space again
-            say(f"{label}: the curriculum's state cannot be written: {error}")
-
-    log = curriculum.folder / "logs" / f"{name}.log"
-    outcome = run_supervised(record.arguments, log, prefix=f"{name} | ", on_start=note_process)
-    record.process, record.exit_code = [], outcome.exit_code
-    record.wall_seconds += outcome.wall_seconds
-    record.peak_memory_bytes = max(record.peak_memory_bytes, outcome.peak_memory_bytes)
-    exit_code = conclude(curriculum, name, outcome.exit_code, label)
-    curriculum.save()
-    memory = f"{record.peak_memory_bytes / 2**30:.2f} GiB"
-    ending = "done" if exit_code == 0 else f"{record.state} with exit code {outcome.exit_code}, log {log}"
-    say(f"{label}: {ending} ({outcome.wall_seconds:.0f} s, {memory})")
-    return exit_code
-
-
-def has_published(curriculum: Curriculum, name: str) -> bool:
-    """An entry that was cut off when its outputs were whole: a command that publishes at once would refuse them now."""
-    entry, record = curriculum.config.entries[name], curriculum.records[name]
-    was_cut_off = record.state == "running" or (record.exit_code or 0) > SIGNALLED
-    return (
-        was_cut_off
-        and entry.command in PUBLISHES_AT_ONCE
-        and not entry.each
-        and name not in curriculum.config.force
-        and record.fingerprint == curriculum.fingerprint(name)
-        and curriculum.outputs_present(name)
-    )
-
-
-def conclude(curriculum: Curriculum, name: str, exit_code: int, label: str) -> int:
-    """Records what an entry has written, and how it ended. Returns its exit code, 1 where an output is missing."""
-    entry, record = curriculum.config.entries[name], curriculum.records[name]
-    record.outputs = {output: list(measure(curriculum.folder / output)) for output in entry.outputs}
-    if exit_code == 0 and not curriculum.outputs_present(name):
-        missing = [output for output, (files, _) in record.outputs.items() if files == 0]
-        say(f"{label}: ended well but did not write {', '.join(missing)}")
-        exit_code = 1
-    record.state = {0: "done", 3: "stopped"}.get(exit_code, "failed")
-    if exit_code == 0:
-        record.result = new_result(record.fingerprint)
-    return exit_code
 
 
 def say(message: str) -> None:

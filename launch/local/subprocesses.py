@@ -1,4 +1,4 @@
-"""Runs one child process under supervision: its output is shown and logged, signals reach it, memory is sampled."""
+"""Child processes under supervision: their output is shown and logged, signals reach them, memory is sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,40 +30,60 @@ class Outcome:
     peak_memory_bytes: int  # resident memory summed over the process tree, pages shared by two processes counted twice
 
 
-def run_supervised(
-    arguments: list[str],
-    log: Path,
-    *,
-    prefix: str = "",
-    on_start: Callable[[int], None] = lambda pid: None,
-    sample_seconds: float = 0.5,
-) -> Outcome:
-    """Runs `arguments` to the end. Its stdout and stderr go to our stderr, each line with `prefix`, and into `log`.
+class Supervised:
+    """A child process: its stdout and stderr go to our stderr, each line with `prefix`, and into `log`."""
 
-    The signals that stop a run are passed on when they arrive here, so that a training stage can save and exit 3. The
-    child gets SIGTERM when this process dies.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with log.open("ab", buffering=0) as stream:
-        child = subprocess.Popen(
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        *,
+        prefix: str = "",
+        environment: Mapping[str, str] | None = None,
+        sample_seconds: float = 0.5,
+    ):
+        """Starts it; it gets SIGTERM when this process dies. `environment` None: ours."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._started, self._log = time.perf_counter(), log.open("ab", buffering=0)
+        self.child = subprocess.Popen(
             arguments,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=end_with_parent,
+            env=environment,
         )
-        assert child.stdout is not None
-        relay = threading.Thread(target=relay_lines, args=(child.stdout, stream, prefix), daemon=True)
-        memory = MemorySampler(child.pid, sample_seconds)
-        with signals_to(child):
-            relay.start()
-            memory.start()
-            on_start(child.pid)
-            code = child.wait()
-        memory.finish()
-        relay.join(timeout=10.0)  # a grandchild that outlives the child may keep the pipe open
-    return Outcome(code if code >= 0 else 128 - code, time.perf_counter() - started, memory.peak_bytes)
+        assert self.child.stdout is not None
+        self._relay = threading.Thread(target=relay_lines, args=(self.child.stdout, self._log, prefix), daemon=True)
+        self._memory = MemorySampler(self.child.pid, sample_seconds)
+        self._relay.start()
+        self._memory.start()
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """So far."""
+        return self._memory.peak_bytes
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.child.send_signal(number)
+
+    def finish(self) -> Outcome:
+        """Waits for its end."""
+        code = self.child.wait()
+        seconds = time.perf_counter() - self._started
+        self._memory.finish()
+        self._relay.join(timeout=10.0)  # a grandchild that outlives the child may keep the pipe open
+        if not self._relay.is_alive():
+            self._log.close()
+        return Outcome(code if code >= 0 else 128 - code, seconds, self._memory.peak_bytes)
+
+
+def run_supervised(arguments: list[str], log: Path, *, prefix: str = "", sample_seconds: float = 0.5) -> Outcome:
+    """Runs `arguments` to the end, and passes on the signals that stop a run: a training stage saves and exits with 3."""
+    one = Supervised(arguments, log, prefix=prefix, sample_seconds=sample_seconds)
+    with signals_to([one]):
+        return one.finish()
 
 
 def end_with_parent() -> None:
@@ -92,15 +112,19 @@ def relay_lines(source: IO[bytes], log: IO[bytes], prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def signals_to(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Passes signals on while the block runs. Off the main thread Python allows no handlers: nothing is passed on."""
+def signals_to(children: Collection[Supervised], heard: Callable[[int], None] = lambda number: None) -> Iterator[None]:
+    """While the block runs, signals that stop a run go to all that are children when they arrive, and to `heard`.
+
+    Off the main thread Python allows no handlers: nothing is passed on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def forward(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
+        heard(number)
+        for one in list(children):
+            one.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in heard_signals()}
     try:

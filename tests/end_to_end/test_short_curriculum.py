@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from launch.composition.compose import compose_config
-from launch.curriculum.entries import CurriculumConfig, run_curriculum
+from launch.curriculum.entries import CurriculumConfig
+from launch.curriculum.running import run_curriculum
 
 TASKS = ("t2i_accuracy", "next_state_accuracy", "edit_accuracy")
 # Added to the overrides of each entry: the same path, next to no work.

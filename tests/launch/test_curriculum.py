@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from launch.curriculum.entries import (
     locked,
     measure,
     ordered,
-    run_curriculum,
     summary,
 )
+from launch.curriculum.running import LocalRun, run_curriculum
 from launch.local.subprocesses import run_supervised
 from model.errors import UserError
 
@@ -273,7 +274,7 @@ def sleeping(tmp_path):
     run.mkdir()
     entry = {"module": "sleeper", "overrides": [str(started)], "outputs": ["started"]}
     script = (
-        "import sys; from launch.curriculum.entries import *; "
+        "import sys; from launch.curriculum.running import *; from launch.curriculum.entries import *; "
         f"c = CurriculumConfig(run_folder={str(run)!r}, entries={{'sleep': EntryConfig(**{entry!r})}});"
         "sys.exit(run_curriculum(c).get('exit_code', 0))"
     )
@@ -397,3 +398,79 @@ def test_a_zombie_is_not_running(make):
     assert not alive([process.pid, created])
     process.wait()
     assert alive([os.getpid(), psutil.Process().create_time()])
+
+
+MEETING = """
+import pathlib, sys, time
+folder, name, other = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+(folder / name).write_text("here")
+deadline = time.time() + 60
+while not (folder / other).exists():  # ends well only when the other one runs too, or has run
+    assert time.time() < deadline
+    time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def meeting(tmp_path, monkeypatch):
+    """Two entries that end only side by side, a third that needs both, and a stage of two ranks after that."""
+    (tmp_path / "meeting_module.py").write_text(MEETING)
+    (tmp_path / "run").mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    def build(needs, **options):
+        entries = {}
+        for name, other in (("a", "b"), ("b", "a"), ("c", "a")):
+            overrides = [str(tmp_path / "run"), name, other]
+            entries[name] = EntryConfig(module="meeting_module", overrides=overrides, needs=needs[name], outputs=[name])
+        config = CurriculumConfig(run_folder=str(tmp_path / "run"), entries=entries, **options)
+        config.validate()
+        return config
+
+    return build
+
+
+def test_entries_that_do_not_need_one_another_run_side_by_side(meeting):
+    config = meeting({"a": [], "b": [], "c": ["a", "b"]}, local_processes=2)
+    started = time.perf_counter()
+    assert run_curriculum(config)["ran"] == ["a", "b", "c"]
+    passed = time.perf_counter() - started
+    state = json.loads((Path(config.run_folder) / "curriculum.json").read_text())
+    seconds = {name: entry["wall_seconds"] for name, entry in state["entries"].items()}
+    assert state["wall_seconds"] <= passed
+    assert state["wall_seconds"] == pytest.approx(max(seconds["a"], seconds["b"]) + seconds["c"], abs=0.3)
+    both = sum(state["entries"][name]["peak_memory_bytes"] for name in "ab")
+    assert max(state["entries"][name]["peak_memory_bytes"] for name in "abc") < state["peak_memory_bytes"] <= both
+    assert run_curriculum(config)["ran"] == []
+
+
+def test_nothing_starts_behind_a_failure_and_what_runs_comes_to_its_end(meeting, tmp_path):
+    config = meeting({"a": [], "b": [], "c": []}, local_processes=2)
+    config.entries["a"] = EntryConfig(command="report", overrides=["run_folder=no/such"], outputs=["no"])
+
+    def let_b_end() -> None:
+        wait_for(lambda: (tmp_path / "run" / "curriculum.json").exists() and run_states(config)[0]["state"] == "failed")
+        (tmp_path / "run" / "a").write_text("")
+
+    watcher = threading.Thread(target=let_b_end, daemon=True)
+    watcher.start()
+    answer = run_curriculum(config)
+    watcher.join()
+    assert (answer["stopped_at"], answer["exit_code"], answer["ran"]) == ("a", 2, ["a", "b"])
+    assert [one["state"] for one in run_states(config)] == ["failed", "done", "pending"]
+
+
+def test_an_entry_waits_for_room_for_all_of_its_ranks(meeting, monkeypatch):
+    """And none overtakes it."""
+    run = LocalRun(Curriculum(meeting({"a": [], "b": [], "c": []}, local_processes=3)))
+    monkeypatch.setattr(run, "num_processes", {"a": 2, "b": 2, "c": 1}.__getitem__)
+    started = []
+    monkeypatch.setattr(run, "start", lambda name: (started.append(name), run.running.update({name: None})))
+    run.start_ready()
+    assert started == ["a"]
+    run.running.clear()
+    run.start_ready()
+    assert started == ["a", "b", "c"]
+    sft = EntryConfig(command="train", overrides=["stage=toy_sft"], outputs=["sft"])
+    alone = LocalRun(Curriculum(CurriculumConfig(entries={"sft": sft, "other": EntryConfig(module="m")})))
+    assert [alone.num_processes(name) for name in ("sft", "other")] == [2, 1]

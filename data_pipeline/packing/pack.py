@@ -311,7 +311,8 @@ class _Packing:
             padding["start"], padding["length"], padding["kind"] = end, length - end, Kind.PAD
             parts.append(padding)
         self.check_ids(tokens, vocabulary["size"], row)
-        return tokens, np.concatenate(parts)
+        # One record type throughout: numpy would compare the types of each pair of parts.
+        return tokens, np.frombuffer(b"".join([part.tobytes() for part in parts]), SEGMENT_DTYPE)
 
     def check_ids(self, tokens: np.ndarray, vocabulary_size: int, row: Row) -> None:
         if tokens.min() < 0 or tokens.max() >= vocabulary_size:

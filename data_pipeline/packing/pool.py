@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from data_pipeline.packing.window import Piece
 from data_pipeline.storage.descriptors import DescriptorCache
-from data_pipeline.storage.format import TOKENIZER_PATHS, published_prefixes, read_manifest
+from data_pipeline.storage.format import TOKENIZER_PATHS, published_prefixes
 from data_pipeline.storage.segments import Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader
 from model.errors import UserError
@@ -43,15 +45,14 @@ class Pool:
                     fix="run `nextstate tokenize` for it first",
                 )
             for prefix in prefixes:
-                read_manifest(prefix, kind="tokens")
-                self.files.append(TokenFileReader(prefix, self._descriptors))
+                self.files.append(TokenFileReader(prefix, self._descriptors, "tokens"))
+                _share(self.files[-1].manifest, self.files[0].manifest)
                 self.source_of_file.append(number)
         self.shared = _agree(self.files)
-        sizes = np.array([len(file) for file in self.files], np.int64)
-        self._first_document = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+        self._first_document = [0, *accumulate(len(file) for file in self.files)]
 
     def __len__(self) -> int:
-        return int(self._first_document[-1])
+        return self._first_document[-1]
 
     def source_fingerprints(self) -> list[dict[str, str]]:
         """One {"name", "checksum"} a source: what its files hold, wherever they stand."""
@@ -64,21 +65,21 @@ class Pool:
 
     def load_index(self) -> tuple[np.ndarray, np.ndarray]:
         """Length of every document (int32 [N]) and whether it is plain text that fills holes (bool [N])."""
-        lengths = np.concatenate([file.lengths for file in self.files])
-        return lengths, np.concatenate([_fillers(file) for file in self.files])
+        fillers = np.concatenate([_fillers(file) for file in self.files])
+        return np.concatenate([file.lengths for file in self.files]), fillers
 
     def document_ids(self) -> np.ndarray:
         """Of every document; uint64 [N], 0 for one without tokens."""
         ids = np.zeros(len(self), np.uint64)
-        for file, first in zip(self.files, self._first_document.tolist(), strict=False):
+        for file, first in zip(self.files, self._first_document, strict=False):
             segments = file.all_segments()
             ids[first + segments["row"].astype(np.int64)] = segments["document"]
         return ids
 
     def locate(self, document: int) -> tuple[int, int]:
         """File and index in it."""
-        file = int(np.searchsorted(self._first_document, document, side="right")) - 1
-        return file, document - int(self._first_document[file])
+        file = bisect.bisect_right(self._first_document, document) - 1
+        return file, document - self._first_document[file]
 
     def segments(self, document: int) -> np.ndarray:
         file, index = self.locate(document)
@@ -92,7 +93,14 @@ class Pool:
         The first segment is marked as a start; all are marked `CUT` when the document begins in another piece.
         """
         file, index = self.locate(piece.document)
-        tokens = self.files[file].tokens(index, piece.start, piece.length)
+        reader = self.files[file]
+        if piece.length == reader.lengths[index]:
+            tokens, segments = reader.document(index)
+            segments = segments[segments["length"] > 0]  # a copy
+            segments["source"] = self.source_of_file[file]
+            segments["flags"][0] |= np.uint8(Flag.DOCUMENT_START)
+            return tokens, segments
+        tokens = reader.tokens(index, piece.start, piece.length)
         segments = self.segments(piece.document)
         starts = segments["start"].astype(np.int64) - piece.start
         ends = np.minimum(starts + segments["length"], piece.length)
@@ -149,6 +157,13 @@ def _fillers(file: TokenFileReader) -> np.ndarray:
     return splittable & ~images
 
 
+def _share(manifest: dict[str, Any], first: dict[str, Any]) -> None:
+    """Of 100,000 files each would keep a vocabulary of its own, of some kilobytes; as a rule all are equal."""
+    for key in (*_SHARED_KEYS, TOKENIZER_PATHS, "sources", "counts_by_class", "quarantined"):
+        if key in manifest and manifest[key] == first.get(key):
+            manifest[key] = first[key]
+
+
 def _agree(files: list[TokenFileReader]) -> dict[str, Any]:
     """What all files say of `_SHARED_KEYS`, and where the tokenizers lay.
 
@@ -161,7 +176,7 @@ def _agree(files: list[TokenFileReader]) -> dict[str, Any]:
         said: dict[str, str] = {}
         for file in files:
             value = file.manifest.get(key)
-            if value:
+            if value and value is not shared.get(key):
                 shared.setdefault(key, value)
                 said.setdefault(repr(_comparable(key, value, shared[key], file)), str(file.prefix))
         if len(said) > 1:

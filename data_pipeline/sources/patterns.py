@@ -32,7 +32,7 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
     for path in shards:
         if not path.is_file():  # a pipe would be waited on for ever
             raise UserError("an input shard is no file", where=str(path), expected="a webdataset .tar file")
-    return sorted(shards)
+    return sorted(shards, key=lambda path: path.parts)  # their own order, which pathlib takes ten times as long for
 
 
 def expanded(pattern: str, key: str) -> list[str]:

@@ -34,10 +34,11 @@ def remove_stale_temporaries(folder: Path, name_prefix: str) -> int:
     Only files whose name starts with `name_prefix`: others may belong to a live process of another host.
     """
     num_removed = 0
-    for path in sorted(folder.glob(f"{name_prefix}*{TEMPORARY_MARK}*")):
-        process_id = path.name.rpartition(TEMPORARY_MARK)[2]
+    # Every writer looks here, in folders of any size: names first, and no path but of what is to go.
+    for name in [name for name in os.listdir(folder) if TEMPORARY_MARK in name and name.startswith(name_prefix)]:
+        process_id = name.rpartition(TEMPORARY_MARK)[2]
         if process_id.isdigit() and not _is_another_live_process(int(process_id)):
-            path.unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
             num_removed += 1
     return num_removed
 

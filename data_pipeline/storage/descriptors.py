@@ -49,15 +49,15 @@ class DescriptorCache:
         self.close()
 
 
-def read_exactly(descriptor: int, num_bytes: int, offset: int, where: str) -> bytes:
-    """`pread` until all bytes are there; raises `UserError` naming `where` when the file ends before."""
+def read_exactly(descriptor: int, num_bytes: int, offset: int, path: Path, part: str = "") -> bytes:
+    """`pread` until all bytes are there; raises `UserError` naming the file and `part` ("row 7") when it ends before."""
     content = os.pread(descriptor, num_bytes, offset)
     while len(content) < num_bytes:
         more = os.pread(descriptor, num_bytes - len(content), offset + len(content))
         if not more:
             raise UserError(
                 "a file is shorter than its index says",
-                where=where,
+                where=f"{path}, {part}" if part else str(path),
                 expected=f"{num_bytes} bytes",
                 got=f"{len(content)}",
                 fix="delete its .json and run the command that wrote it again",

@@ -93,7 +93,7 @@ class PackedShard:
         return np.frombuffer(self._read(self._seg, num_bytes, offset, row), SEGMENT_DTYPE)
 
     def _read(self, path: Path, num_bytes: int, offset: int, row: int) -> bytes:
-        return read_exactly(self._descriptors.get(path), num_bytes, offset, f"{path}, row {row}")
+        return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"row {row}")
 
     def _after_header(self, path: Path, dtype: np.dtype) -> int:
         """Bytes of a `.npy` header, after checking that it announces a plain array of `dtype`."""

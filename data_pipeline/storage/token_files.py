@@ -136,12 +136,14 @@ class TokenFileReader:
     `descriptors` bounds the open files of all readers that share it. Not thread-safe.
     """
 
-    def __init__(self, prefix: str | Path, descriptors: DescriptorCache | None = None):
+    def __init__(self, prefix: str | Path, descriptors: DescriptorCache | None = None, kind: str | None = None):
+        """kind: "tokens" or "packed", where a file of the other kind is to be refused."""
         self.prefix = Path(prefix)
-        self.manifest = read_manifest(self.prefix)
+        self.manifest = read_manifest(self.prefix, kind)
         self._descriptors = descriptors if descriptors is not None else DescriptorCache()
         self._loaded: _Index | None = None
         self._verified = False
+        self._bin, self._seg = suffixed(self.prefix, ".bin"), suffixed(self.prefix, ".seg.npy")
 
     def verify(self) -> None:
         """Read every piece, once, and compare it with the manifest's checksums; raises `UserError` naming the damaged one."""
@@ -161,8 +163,21 @@ class TokenFileReader:
     @property
     def _index(self) -> _Index:
         if self._loaded is None:
-            self._loaded = _Index.load(self.prefix, len(self), self.manifest)
+            self._load()
+            assert self._loaded is not None
         return self._loaded
+
+    def _load(self) -> np.ndarray:
+        """Returns the segments of the whole file, which the index is made of and which are not kept."""
+        outputs = {} if self._verified else self.manifest["outputs"]
+        for name in outputs:  # read whole here, so they are compared with the manifest; the CRCs speak for the rest
+            if name.endswith((".idx", ".crc.npy")):
+                verify_output(self.prefix.with_name(name), self.manifest)
+        crcs = suffixed(self.prefix, ".crc.npy")
+        segments = load_array(self._seg)
+        has_crcs = crcs.name in self.manifest["outputs"]
+        self._loaded = _Index.of(self.prefix, len(self), segments, load_array(crcs) if has_crcs else None)
+        return segments
 
     def tokens(self, index: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Tokens of a document or row, int32; a part of them with `start` and `length`.
@@ -170,33 +185,44 @@ class TokenFileReader:
         A whole one is checked against its CRC, a file of an older version without CRCs is read whole and checked at the
         first call; raises `UserError` when it is damaged. Parts are not checked: see `verify`.
         """
+        total = int(self._index.lengths[index])
+        if length is None:
+            length = total - start
+        if start == 0 and length == total:
+            return self.document(index)[0]
         if self._index.crcs is None:
             self.verify()
-        total = int(self._index.lengths[index])
-        count = total - start if length is None else length
-        assert 0 <= start <= start + count <= total, "outside the document"
-        path = suffixed(self.prefix, ".bin")
+        assert 0 <= start <= start + length <= total, "outside the document"
+        return self._read_tokens(index, start, length)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """All tokens (int32 [n]) and segments of a document or row, both read once; checked as `tokens` says."""
+        crcs = self._index.crcs
+        if crcs is None:
+            self.verify()
+        tokens = self._read_tokens(index, 0, int(self._index.lengths[index]))
+        segments = self.segments(index)
+        if crcs is not None:
+            check_row(self.prefix, index, tokens, segments, int(crcs[index]))
+        return tokens, segments
+
+    def _read_tokens(self, index: int, start: int, length: int) -> np.ndarray:
         offset = int(self._index.offsets[index]) + start * TOKEN_BYTES
-        where = f"{path}, {self._unit} {index}"
-        content = read_exactly(self._descriptors.get(path), count * TOKEN_BYTES, offset, where)
-        tokens = np.frombuffer(content, TOKEN_DTYPE)
-        if self._index.crcs is not None and count == total:
-            check_row(self.prefix, index, tokens, self.segments(index), int(self._index.crcs[index]))
-        return tokens
+        return np.frombuffer(self._read(self._bin, length * TOKEN_BYTES, offset, index), TOKEN_DTYPE)
 
     def segments(self, index: int) -> np.ndarray:
         """Segments of a document or row, `SEGMENT_DTYPE` [k]."""
-        first, end = self._index.segment_offsets[index : index + 2]
-        path = suffixed(self.prefix, ".seg.npy")
+        first, end = self._index.segment_offsets[index : index + 2].tolist()
         size = SEGMENT_DTYPE.itemsize
-        offset = self._index.segments_at + int(first) * size
-        where = f"{path}, {self._unit} {index}"
-        content = read_exactly(self._descriptors.get(path), int(end - first) * size, offset, where)
+        content = self._read(self._seg, (end - first) * size, self._index.segments_at + first * size, index)
         return np.frombuffer(content, SEGMENT_DTYPE)
 
+    def _read(self, path: Path, num_bytes: int, offset: int, index: int) -> bytes:
+        return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"{self._unit} {index}")
+
     def all_segments(self) -> np.ndarray:
-        """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept."""
-        return load_array(suffixed(self.prefix, ".seg.npy"))
+        """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept. The first call makes the index of them as well."""
+        return self._load() if self._loaded is None else load_array(self._seg)
 
     def all_signatures(self) -> np.ndarray | None:
         """What each document is like, `SIGNATURE_DTYPE` [n]; not kept. None where none were noted."""
@@ -213,7 +239,7 @@ class TokenFileReader:
         path = suffixed(self.prefix, SIGNATURES_SUFFIX)
         descriptor, size = self._descriptors.get(path), SIGNATURE_DTYPE.itemsize
         offset = os.fstat(descriptor).st_size - (len(self) - index) * size
-        return np.frombuffer(read_exactly(descriptor, size, offset, f"{path}, document {index}"), SIGNATURE_DTYPE)
+        return np.frombuffer(read_exactly(descriptor, size, offset, path, f"document {index}"), SIGNATURE_DTYPE)
 
     @property
     def _unit(self) -> str:
@@ -229,11 +255,8 @@ class _Index:
         self.segments_at = 0  # bytes of the .npy header
 
     @classmethod
-    def load(cls, prefix: Path, num_documents: int, manifest: dict[str, Any]) -> _Index:
-        """Index and CRCs are read whole here, so they are compared with the manifest; the CRCs speak for the rest."""
-        for name in manifest["outputs"]:
-            if name.endswith((".idx", ".crc.npy")):
-                verify_output(prefix.with_name(name), manifest)
+    def of(cls, prefix: Path, num_documents: int, segments: np.ndarray, crcs: np.ndarray | None) -> _Index:
+        """Raises `UserError` where the pieces of the file do not belong together."""
         lengths, offsets = read_index(suffixed(prefix, ".idx"))
         if len(lengths) != num_documents:
             raise UserError(
@@ -243,10 +266,8 @@ class _Index:
                 got=str(len(lengths)),
                 fix=REWRITE,
             )
-        crc_path = suffixed(prefix, ".crc.npy")
-        index = cls(lengths, offsets, load_array(crc_path) if crc_path.name in manifest["outputs"] else None)
+        index = cls(lengths, offsets, crcs)
         path = suffixed(prefix, ".seg.npy")
-        segments = load_array(path)
         if segments.dtype != SEGMENT_DTYPE:
             raise UserError("a segment file has another record type", where=str(path), fix=REWRITE)
         if segments["row"].max(initial=0) >= max(1, num_documents):  # counting them would take memory for all between

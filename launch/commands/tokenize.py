@@ -345,26 +345,25 @@ def status(target: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
 
     The rate is that of the last shards that were finished, all workers together; None before there are two.
     """
-    finished: list[tuple[float, ShardJob]] = []
-    num_changed = 0
+    finished: list[float] = []  # when
+    done = Totals()
+    num_changed = num_poisonous = 0
     for job in jobs:
         path = suffixed(job.prefix, ".json")
         if path.is_file():
-            recorded = (read_manifest(job.prefix, "tokens").get("inputs") or [{}])[0]
+            manifest = read_manifest(job.prefix, "tokens")
+            recorded = (manifest.get("inputs") or [{}])[0]
             if (recorded.get("name"), recorded.get("bytes")) == (job.shard.name, num_bytes_of(job.shard)):
-                finished.append((path.stat().st_mtime, job))
-            else:
-                num_changed += 1
-    finished.sort(key=lambda one: one[0])
-    recent = [when for when, _ in finished[-_RECENT:]]
+                finished.append(path.stat().st_mtime)
+                done.add(manifest)
+                continue
+            num_changed += 1
+        num_poisonous += is_poisonous(job)
+    recent = sorted(finished)[-_RECENT:]
     seconds = recent[-1] - recent[0] if recent else 0.0
     rate = (len(recent) - 1) / seconds if seconds > 0 else None
-    done = {job.prefix for _, job in finished}
-    num_poisonous = sum(is_poisonous(job) for job in jobs if job.prefix not in done)
     num_left = len(jobs) - len(finished) - num_poisonous
-    answer = summarize(target, [job for _, job in finished], 0)
-    del answer["skipped_shards"]
-    return answer | {
+    return done.describe(target) | {
         "num_shards": len(jobs),
         "done_shards": len(finished),
         "changed_shards": num_changed,
@@ -376,21 +375,31 @@ def status(target: Path, jobs: Sequence[ShardJob]) -> dict[str, Any]:
 
 
 def summarize(target: Path, jobs: Sequence[ShardJob], num_skipped: int) -> dict[str, Any]:
-    counts: Counter[str] = Counter()
-    quarantined: Counter[str] = Counter()
-    num_documents = num_tokens = 0
+    totals = Totals()
     for job in jobs:
-        manifest = read_manifest(job.prefix, "tokens")
-        num_documents += manifest["num_documents"]
-        num_tokens += manifest["num_tokens"]
-        counts.update(manifest["counts_by_class"])
-        quarantined.update(manifest["quarantined"])
-    return {
-        "num_documents": num_documents,
-        "num_tokens": num_tokens,
-        "counts_by_class": dict(counts),
-        "quarantined": dict(quarantined),
-        "num_shards": len(jobs),
-        "skipped_shards": num_skipped,
-        "target": str(target),
-    }
+        totals.add(read_manifest(job.prefix, "tokens"))
+    return totals.describe(target) | {"num_shards": len(jobs), "skipped_shards": num_skipped}
+
+
+class Totals:
+    """What token files hold together, added up from their manifests."""
+
+    def __init__(self) -> None:
+        self.num_documents = self.num_tokens = 0
+        self.counts: Counter[str] = Counter()
+        self.quarantined: Counter[str] = Counter()
+
+    def add(self, manifest: dict[str, Any]) -> None:
+        self.num_documents += manifest["num_documents"]
+        self.num_tokens += manifest["num_tokens"]
+        self.counts.update(manifest["counts_by_class"])
+        self.quarantined.update(manifest["quarantined"])
+
+    def describe(self, target: Path) -> dict[str, Any]:
+        return {
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            "counts_by_class": dict(self.counts),
+            "quarantined": dict(self.quarantined),
+            "target": str(target),
+        }

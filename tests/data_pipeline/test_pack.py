@@ -135,6 +135,23 @@ def test_rows_are_full_and_the_summary_counts_them(sources, packed):
     assert sum(summary.counts_by_class.values()) == summary.num_tokens
 
 
+def test_a_start_reads_each_file_no_more_often_than_it_must(sources, tmp_path, monkeypatch):
+    """Of 100,000 token files every further look costs minutes. Once for the checksum, once for what is in it."""
+    looks: Counter[str] = Counter()
+    opened = Path.open  # `Path.read_bytes` opens by it
+    monkeypatch.setattr(
+        Path, "open", lambda path, *rest, **more: (looks.update([path.name]), opened(path, *rest, **more))[1]
+    )
+    monkeypatch.setattr(pack_module._Packing, "write_shard", lambda *_: pytest.fail("planned"))
+    with pytest.raises(pytest.fail.Exception, match="planned"):
+        pack(sources, tmp_path / "packed", CONFIG)
+    names = {path.name for folder in sources.values() for path in folder.iterdir()}
+    most = {".json": 1, ".bin": 1, ".idx": 2, ".seg.npy": 2, ".crc.npy": 2}
+    for name in names:
+        num_sources = sum((folder / name).is_file() for folder in sources.values())
+        assert looks[name] <= most[name[name.index(".") :]] * num_sources, name
+
+
 def test_rows_mix_sources(packed):
     dataset = PackedDataset(packed)
     mixed = sum(len(set(dataset.row(row)[1]["source"].tolist())) > 1 for row in range(len(dataset)))

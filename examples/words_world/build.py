@@ -32,7 +32,8 @@ def words_image_text(config: WordsCorpusConfig) -> Iterator[Sample]:
 WORLD = World(
     datasets=(
         Dataset("words_image_text", "image_text", "rendered by examples/words_world (Apache-2.0)", words_image_text),
-        Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english),  # pieces for the text tokenizer
+        # pieces for the text tokenizer
+        Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english, ("sklearn",)),
     ),
     config_class=WordsCorpusConfig,
     target="runs/words/corpora",

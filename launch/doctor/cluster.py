@@ -152,11 +152,12 @@ def shared_memory() -> Finding:
 
 def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    within = hard == resource.RLIM_INFINITY or hard >= MIN_OPEN_FILES
     return Finding(
         "open files",
         soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES,
         f"{soft} (at most {hard})",
-        f"ulimit -n {hard}, or LimitNOFILE= of slurmd's unit",
+        f"{f'ulimit -n {MIN_OPEN_FILES}, ' if within else ''}LimitNOFILE={MIN_OPEN_FILES} of slurmd's unit, or --ulimit nofile of a container",
     )
 
 

@@ -24,7 +24,7 @@ from launch.doctor.findings import Finding, gibibytes
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 2**30
 MIN_FREE_MEMORY_BYTES = 6 * 2**30
-INSTALL = "make setup, or .venv/bin/python -m pip install"
+INSTALL = f"make setup, or {sys.executable} -m pip install"
 MEGATRON = "megatron-core==0.19.2" if sys.version_info >= (3, 12) else "megatron-core==0.16.1"  # as in setup.cfg
 
 

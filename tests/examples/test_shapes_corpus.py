@@ -187,6 +187,16 @@ def test_missing_package_file_is_the_users_to_mend():
         real_media.package_file("no_such_package", "a.txt")
 
 
+def test_missing_packages_are_told_before_anything_is_drawn(tmp_path: Path, monkeypatch):
+    there = real_media.importlib.util.find_spec
+    monkeypatch.setattr(
+        real_media.importlib.util, "find_spec", lambda name: None if name in ("skimage", "iching") else there(name)
+    )
+    with pytest.raises(UserError, match="iching, skimage"):
+        build_corpora(tmp_path / "x", TINY)
+    assert not (tmp_path / "x").exists()
+
+
 def shard_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.tar"))}
 

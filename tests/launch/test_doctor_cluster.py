@@ -21,6 +21,14 @@ def test_storage_clock_and_limits_of_this_machine(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("most", [1024, 1 << 20])
+def test_a_limit_is_only_to_be_raised_as_far_as_it_may(most, monkeypatch):
+    monkeypatch.setattr(doctor_cluster.resource, "getrlimit", lambda _: (1024, most))
+    found = doctor_cluster.open_files()
+    assert not found.ok
+    assert ("ulimit -n 4096, " in found.cure) == (most > 4096)
+
+
 def test_processes_of_this_machine_exchange_data():
     found = doctor_cluster.collectives(0.2)
     assert found.ok, found.detail

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -205,29 +206,41 @@ def label_maps(datasets: Sequence[PackedDataset]) -> tuple[list[str], list[np.nd
     return names, maps
 
 
+def check_rows(
+    name: str, folder: Path, manifest: Mapping[str, Any], sequence_length: int, vocabulary: Vocabulary
+) -> None:
+    """Raises `UserError` when a packed dataset has rows of another length or was tokenized for another vocabulary."""
+    packed = int(manifest["config"]["sequence_length"])
+    if packed != sequence_length:
+        raise UserError(
+            f"dataset {name!r} is packed in rows of another length",
+            where=str(folder),
+            expected=f"{sequence_length} tokens",
+            got=str(packed),
+            fix=f"stage.sequence_length={packed}, or pack it again",
+        )
+    has_pictures = manifest.get("vision_tokenizer") is not None
+    expected = description_of_ids(vocabulary.describe(), has_pictures=has_pictures)
+    found = description_of_ids(manifest["vocabulary"] or {}, has_pictures=has_pictures)
+    keys = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+    if keys:
+        sizes = [
+            key for key in keys if key in ("text_size", "visual_size") and key in found
+        ]  # the rest follows from them
+        fix = " ".join(f"model.vocabulary.{key}={found[key]}" for key in sizes)
+        raise UserError(
+            f"dataset {name!r} was tokenized for another vocabulary",
+            where=str(folder),
+            expected=str({key: expected.get(key) for key in sizes or keys}),
+            got=str({key: found.get(key) for key in sizes or keys}),
+            fix=f"{fix or 'set model.vocabulary as it was when the data was tokenized'}, or tokenize again",
+        )
+
+
 def _check_datasets(datasets: Mapping[str, PackedDataset], sequence_length: int, vocabulary: Vocabulary) -> None:
     tokenizers: dict[tuple[str, str], list[str]] = {}
     for name, dataset in datasets.items():
-        if dataset.sequence_length != sequence_length:
-            raise UserError(
-                f"dataset {name!r} is packed in rows of another length",
-                where=str(dataset.folder),
-                expected=f"{sequence_length} tokens",
-                got=str(dataset.sequence_length),
-                fix=f"stage.sequence_length={dataset.sequence_length}, or pack it again",
-            )
-        has_pictures = dataset.manifest.get("vision_tokenizer") is not None
-        expected = description_of_ids(vocabulary.describe(), has_pictures=has_pictures)
-        found = description_of_ids(dataset.manifest["vocabulary"] or {}, has_pictures=has_pictures)
-        if found != expected:
-            keys = sorted(key for key in expected | found if expected.get(key) != found.get(key))
-            raise UserError(
-                f"dataset {name!r} was tokenized for another vocabulary",
-                where=str(dataset.folder),
-                expected=str({key: expected.get(key) for key in keys}),
-                got=str({key: found.get(key) for key in keys}),
-                fix="set model.vocabulary as it was when the data was tokenized, or tokenize again",
-            )
+        check_rows(name, dataset.folder, dataset.manifest, sequence_length, vocabulary)
         for kind in ("text_tokenizer", "vision_tokenizer"):
             if dataset.manifest.get(kind):
                 tokenizers.setdefault((kind, str(dataset.manifest[kind])), []).append(name)

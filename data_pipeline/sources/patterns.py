@@ -31,7 +31,14 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
             shards.update(map(Path, found))
     for path in shards:
         if not path.is_file():  # a pipe would be waited on for ever
-            raise UserError("an input shard is no file", where=str(path), expected="a webdataset .tar file")
+            meant = f"{key}='{path}/*.tar'" if next(path.glob("*.tar"), None) else "tar -cf 000000.tar -C FOLDER ."
+            raise UserError(
+                "an input shard is no file",
+                where=str(path),
+                expected="a webdataset .tar file",
+                got="a folder" if path.is_dir() else "neither a file nor a folder",
+                fix=meant if path.is_dir() else "name a file",
+            )
     return sorted(shards, key=lambda path: path.parts)  # their own order, which pathlib takes ten times as long for
 
 

@@ -12,6 +12,7 @@ from model.durable import NO_SPACE
 from model.errors import UserError
 
 _FIXES = {
+    errno.ENOENT: "check the path: the file, or the folder that it would be in, is not there",
     errno.EACCES: "give this user the permission, or take another folder",
     errno.EPERM: "give this user the permission, or take another folder",
     errno.EROFS: "take a folder on a file system that can be written",

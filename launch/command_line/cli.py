@@ -14,7 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from data_pipeline.storage.file_errors import of_file_error
@@ -22,6 +22,9 @@ from launch.composition import registry
 from launch.composition.secrets import without_secrets
 from model.errors import UserError, escapes_shown
 from training.reliability.signals import COMMAND_VARIABLE
+
+# What a word without "=" is most likely meant for.
+USUAL_WORDS = ("run_folder", "checkpoint", "input", "target")
 
 
 @dataclass
@@ -164,7 +167,12 @@ def place_words(call: Call, key: str | None) -> None:
     """`nextstate curriculum status` is `action=status`; which key takes the word stands in the command's module."""
     if len(call.words) > (1 if key else 0):
         extra = call.words[1 if key else 0]
-        raise UserError(f"{extra!r} is not of the form key=value", fix=f"nextstate {call.command} --help")
+        keys = {one.name for one in fields(registry.load_command(call.command).Config)}
+        meant = next((name for name in USUAL_WORDS if name in keys), None)
+        raise UserError(
+            f"{extra!r} is not of the form key=value",
+            fix=f"nextstate {call.command} {meant}={extra}" if meant else f"nextstate {call.command} --help",
+        )
     for word in call.words:
         quoted = word.replace("\\", "\\\\").replace("'", "\\'")
         call.overrides.append(f"{key}='{quoted}'")

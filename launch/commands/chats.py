@@ -76,7 +76,13 @@ def run(config: Config) -> dict[str, Any]:
         replace_file(target / REJECTED_NAME, "".join(json.dumps(one) + "\n" for one in rejected))
     reasons = dict(Counter(one["reason"] for one in rejected))
     if not num_samples:
-        raise UserError("no line is a sample", where=str(source), got=str(reasons or "an empty file"))
+        raise UserError(
+            "no line is a sample",
+            where=str(source),
+            expected="a JSON object a line, with messages or with a pair of images (docs/post_training.md)",
+            got=", ".join(f"{count} of {reason}" for reason, count in reasons.items()) or "an empty file",
+            fix=f"{target / REJECTED_NAME} tells each line's reason" if rejected else "",
+        )
     return {"target": str(target), "num_samples": num_samples, "num_shards": num_shards, "rejected": reasons}
 
 

@@ -11,6 +11,7 @@ from launch.report.answers import publish_answer
 from model.errors import Problems
 from model.generation.decoding_config import STRATEGIES, DecodingConfig
 from model.generation.settings import SamplingConfig
+from training.inference.choice import check_choice
 from training.inference.prompts import ComparisonConfig, InferenceOptions
 
 if TYPE_CHECKING:
@@ -88,12 +89,15 @@ def run(config: Config) -> dict[str, Any]:
 
     `seen` has the accuracy of each task on what training has shown; `baselines` what other answers reach.
     """
+    config.validate()
+    base = Path(config.run_folder)
+    check_choice(
+        base / config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer
+    )
     from training.inference.evaluation import evaluate
     from training.inference.model import InferenceModel
 
-    config.validate()
     tasks, seen = load_tasks(config.tasks), load_tasks(config.seen)
-    base = Path(config.run_folder)
     model = InferenceModel.load(
         base / config.checkpoint,
         config.text_tokenizer,

@@ -12,6 +12,7 @@ from launch.report.answers import publish_answer
 from model.errors import Problems
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import SamplingConfig
+from training.inference.choice import check_choice
 from training.inference.prompts import FORMATS, InferenceOptions
 
 HELP = """Generate pictures and text from prompts with a trained checkpoint, and roll worlds on.
@@ -86,12 +87,14 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Writes `out/NNN_M_K.png` (prompt, answer, picture), `out/generated.json`, which is the answer, and `trace.json`."""
+    config.validate()
+    questions = questions_of(config)
+    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
+    Path(config.out).mkdir(parents=True, exist_ok=True)  # or refused, before anything is drawn
     from launch.generation.sizes import pixels_of
     from training.inference.answering import answer_all
     from training.inference.model import InferenceModel
 
-    config.validate()
-    questions = questions_of(config)
     prompts = prompts_of(questions)
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
     model.decode_with(config.decoding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from training.inference.choice import check_choice
 from training.inference.scoring import ScoreConfig, save_config
 
 HELP = """Log-probability of each token of given documents under a checkpoint, in any layout of ranks.
@@ -23,6 +24,7 @@ Config = ScoreConfig
 def run(config: ScoreConfig) -> dict[str, Any]:
     """The figures; the values themselves go to `out`."""
     config.validate()
+    check_choice(config.checkpoint, **({"text_tokenizer": config.text_tokenizer} if config.text_tokenizer else {}))
     if config.parallel.world_size == 1:
         from training.inference.scorer import score
 

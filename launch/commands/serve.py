@@ -14,6 +14,7 @@ from launch.generation.sizes import PUBLISHED_AREA, read_size
 from model.errors import Problems, UserError
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import SamplingConfig
+from training.inference.choice import check_choice
 from training.inference.prompts import FORMATS, InferenceOptions
 
 HELP = """Serve a trained checkpoint over HTTP, with a page to try prompts and to continue a world.
@@ -79,6 +80,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Serves until SIGINT or SIGTERM; the answer says how many requests came."""
     config.validate()
+    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
     token = read_token(config.token_file)
     server_of = import_server()
     from training.inference.model import InferenceModel

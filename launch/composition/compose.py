@@ -58,7 +58,14 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
         if objective.has_objective(schema):
             objective.fill_in(tree)
     except (HydraException, OmegaConfBaseException, MissingConfigException) as error:
-        raise explain(error, command, schema) from error
+        raise explain(error, command, schema, folders) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            "a configuration file is no text in UTF-8",
+            where=", ".join(str(one.path) for one in files if not is_utf8(one.path)),
+            got=str(error),
+            fix="save it in UTF-8",
+        ) from error
     except (yaml.YAMLError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         raise UserError(
@@ -196,12 +203,20 @@ def nested(override: Override) -> dict[str, Any]:
     return value
 
 
+def is_utf8(path: Path) -> bool:
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def explain(error: Exception, command: str, schema: type) -> UserError:
-    """Hydra's and OmegaConf's errors in our words."""
+def explain(error: Exception, command: str, schema: type, folders: Sequence[Path]) -> UserError:
+    """Hydra's and OmegaConf's errors in our words. `folders` are those in which presets were looked for."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         wanted = str(error.missing_cfg_file)
         group, _, option = wanted.rpartition("/")
@@ -209,8 +224,12 @@ def explain(error: Exception, command: str, schema: type) -> UserError:
         guess = near_miss(option, options)
         return UserError(
             f"there is no {group or 'configuration'} named {option!r}",
+            where=", ".join(map(str, folders)),
             expected=", ".join(options),
-            fix=f"{group}={guess}" if guess else f"nextstate {command} --help lists the options",
+            fix=f"{group}={guess}"
+            if guess
+            else f"{places.KEY}=FOLDER where your own are elsewhere ({places.OWN_NAME}/ of "
+            f"the working folder is looked at by itself)",
         )
     texts = [str(one) for one in (error, error.__cause__) if one is not None]
     unknown = unknown_key(texts)
@@ -223,6 +242,14 @@ def explain(error: Exception, command: str, schema: type) -> UserError:
         refusal = renamed(unknown, former)
         if refusal is not None:
             return refusal
+        first, _, below = unknown.partition(".")
+        if below.partition(".")[0] == first and places.is_group(folders, first):
+            return UserError(
+                f"the keys of a file of {first} are one level too deep",
+                where=unknown,
+                expected=f"`# @package _global_` as the first line of a file that begins with `{first}:`",
+                fix=f"add that line to the file that {first}=NAME names",
+            )
         guess = near_miss(unknown, known)
         return UserError(
             f"unknown key {unknown!r}",
@@ -234,7 +261,7 @@ def explain(error: Exception, command: str, schema: type) -> UserError:
     return UserError(
         "a value of the configuration does not fit",
         where=where,
-        got=first_line(error.__cause__ or error),
+        got=first_line(error.__cause__ or error).removesuffix(":"),
         fix=objective.FORM if where == objective.KEY else f"nextstate {command} --help lists keys and types",
     )
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.loading.loader import check_rows
+from data_pipeline.storage.packed_files import read_dataset_manifest
 from launch.cluster.profile import ClusterConfig
 from launch.plan.layout import Layout, candidates, nearest, violations
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_memory
@@ -19,8 +21,10 @@ from launch.plan.search import Plan, Problem, plan_layout
 from launch.plan.shape import ModelShape
 from launch.plan.stage import layout_of, problem_of
 from launch.plan.zero import ZeroChoice, ZeroPlan
+from model.checkpoint.manifest import CheckpointManifest, foreign_format, latest_checkpoint
 from model.errors import UserError
 from model.registry import find_class
+from model.vocabulary import Vocabulary
 from training.config import TrainConfig
 from training.contracts.layout import RECOMPUTE
 from training.objectives.registry import KEY, OPTIONS, options_class
@@ -216,6 +220,7 @@ def missing_inputs(config: TrainConfig) -> list[str]:
     if source is not None and not Path(source).exists():
         found.append(f"stage.initialize_from={source} does not exist")
     if is_planned(config):
+        found += unfit_start(source) + unfit_rows(config)
         found += [
             f"stage.validation.{name}={path} is no folder of packed rows"
             for name, path in config.stage.validation.items()
@@ -228,4 +233,30 @@ def missing_inputs(config: TrainConfig) -> list[str]:
         ]
         if absent:
             found.append(f"there are no packed rows of {', '.join(absent)}")
+    return found
+
+
+def unfit_start(source: str | None) -> list[str]:
+    """Weights that are there but are not those of a transformer."""
+    if source is None or not Path(source).exists():
+        return []
+    try:
+        kind = CheckpointManifest.read(latest_checkpoint(source)).kind
+    except UserError as error:
+        return [f"stage.initialize_from={source}: {error.what}, {foreign_format(Path(source)) or error.got}"]
+    return [] if kind == "transformer" else [f"stage.initialize_from={source} is a checkpoint of kind {kind}"]
+
+
+def unfit_rows(config: TrainConfig) -> list[str]:
+    """Datasets whose folders are there but hold no finished rows, or rows of another length or vocabulary."""
+    found, vocabulary = [], Vocabulary.from_config(config.model.vocabulary)
+    for name, entry in config.stage.data.datasets_in_use().items():
+        folder = Path(entry.path)
+        if folder.is_dir():
+            try:
+                check_rows(name, folder, read_dataset_manifest(folder), config.stage.sequence_length, vocabulary)
+            except UserError as error:
+                found.append(
+                    f"{error.what} ({folder}): expected {error.expected}, got {error.got or 'none'}; {error.fix}"
+                )
     return found

@@ -227,6 +227,16 @@ def test_patterns_and_braces_name_shards(tmp_path: Path) -> None:
             found(pattern)
 
 
+def test_a_folder_in_place_of_a_shard_is_answered_with_its_pattern(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(UserError, match="tar -cf"):
+        find_shards([f"{tmp_path}/photos"], "input")
+    (tmp_path / "photos" / "0.tar").touch()
+    with pytest.raises(UserError, match=r"photos/\*.tar'"):
+        find_shards([f"{tmp_path}/photos"], "input")
+
+
 def test_a_pipe_in_place_of_a_shard_is_not_waited_on(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.tar")
     with pytest.raises(UserError, match="is no file"):

@@ -41,6 +41,20 @@ def test_help_and_config_of_commands_need_no_torch():
     assert not loaded & {"torch", "megatron"}
 
 
+def test_a_checkpoint_that_is_not_there_is_told_before_torch_is_imported():
+    calls = [
+        ["generate", "checkpoint=no/such", "prompt=x"],
+        ["evaluate", "checkpoint=such", "run_folder=no", "tasks={}", "tasks.a.path=no.such.Class"],
+        ["distill", "checkpoint=no/such", "target=t", "prompts.t2i.options.path=p.txt"],
+        ["serve", "checkpoint=no/such"],
+        ["score", "checkpoint=no/such", "text=x"],
+    ]
+    loaded = modules_after(
+        f"from launch.command_line import cli; assert [cli.main(call) for call in {calls}] == [2] * 5"
+    )
+    assert not loaded & {"torch", "megatron"}
+
+
 def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
     assert cli.main(["train", "stage=pretrain_1", "--help"]) == 0
     text = capsys.readouterr().out
@@ -58,6 +72,8 @@ def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
         (["trian"], "nextstate train"),
         (["saver"], "nextstate --help"),  # like several commands, and near none
         (["train", "stage.stepz=3"], "did you mean stage.steps?"),
+        (["report", "runs/mine"], "nextstate report run_folder=runs/mine"),
+        (["plan", "now"], "nextstate plan run_folder=now"),
         (["train", "optimizer.learning_rate=1"], "did you mean stage.optimizer.learning_rate?"),
         (["train", "+surprise=1"], "unknown key 'surprise'"),
         (["train", "+model.surprise=1"], "unknown key 'model.surprise'"),
@@ -80,6 +96,26 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, expected, capsys):
     assert expected in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+# The reader's own file of conf/stage/ (None: there is none), and what is said of it.
+OWN_FILES = {
+    "one level too deep": (b"stage: {name: own, steps: 2}", "`# @package _global_` as the first line"),
+    "not in UTF-8": ("# @package _global_\nstage: {name: ä}".encode("latin-1"), "own.yaml"),
+    "a list for a mapping": (b"# @package _global_\nstage: [1, 2]", "stage/own"),
+    "in another folder": (None, "config_folder=FOLDER"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_a_stage_of_ones_own_that_cannot_be_read_is_one_message(name, tmp_path, monkeypatch, capsys):
+    content, expected = OWN_FILES[name]
+    if content is not None:
+        (tmp_path / "conf" / "stage").mkdir(parents=True)
+        (tmp_path / "conf" / "stage" / "own.yaml").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "stage=own"]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_every_problem_of_a_configuration_is_listed_with_its_mend(capsys):

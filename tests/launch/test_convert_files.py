@@ -15,7 +15,7 @@ from launch.command_line import cli
 from launch.composition.compose import compose_config
 from model.checkpoint.manifest import CheckpointManifest, read_manifest
 from model.errors import UserError
-from training.inference.loading import tokenizer_folder
+from training.inference.choice import tokenizer_folder
 
 WORDS = [bytes([byte]) for byte in range(256)] + b" the|th|he|in|ing".split(b"|")
 TOY = ["model=toy", "model.num_layers=1", "model.hidden_size=32", "model.ffn_hidden_size=48"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
+from handmade_checkpoints import publish_manifest
+from tiny_stage import make_config, write_packed
 
 from launch.command_line import cli
 from launch.composition.compose import compose_config
@@ -14,7 +17,7 @@ from launch.curriculum.entries import CurriculumConfig, EntryConfig, command_lin
 from launch.local.left_environment import refuse_left_environment, refuse_tasks_without_ranks
 from launch.plan import places, preflight
 from launch.plan.places import host, place_of, visible_accelerators
-from launch.plan.preflight import is_planned, judge, refuse_impossible
+from launch.plan.preflight import is_planned, judge, missing_inputs, refuse_impossible
 from model.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +91,42 @@ def test_impossible_jobs_are_refused_before_anything_starts(name, small_machine,
     assert cli.main([*overrides, f"run_folder={tmp_path / 'run'}", "json=true"]) == 2
     assert message in json.loads(capsys.readouterr().out)["error"]
     assert list(tmp_path.iterdir()) == []
+
+
+# Overrides of the stage of `tiny_stage`, which finds its rows, and what is said of them.
+UNFIT = {
+    "rows of another length": (["stage.sequence_length=32"], "expected 32 tokens, got 64; stage.sequence_length=64"),
+    "another vocabulary": (["model.vocabulary.text_size=65"], "got {'text_size': 64}; model.vocabulary.text_size=64"),
+    "token files": (["stage.data.datasets.text.path={folder}/tokens"], "no finished packed dataset"),
+    "the start is a vision tokenizer": (["stage.initialize_from={folder}/vision"], "of kind vision_tokenizer"),
+    "the start is a folder of rows": (["stage.initialize_from={folder}/packed"], "no complete checkpoint found"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_rows(tmp_path_factory):
+    """Packed rows, and beside them the manifest of a vision tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_packed(folder)
+    (folder / "vision").mkdir()
+    publish_manifest(folder / "vision", {"format_version": 1, "kind": "vision_tokenizer", "keys": {}})
+    return folder
+
+
+def test_rows_and_weights_that_a_stage_cannot_read_are_told_by_the_preflight(tiny_rows, tmp_path):
+    for overrides, message in UNFIT.values():
+        config = make_config(tmp_path, tiny_rows / "packed")
+        assert missing_inputs(config) == []
+        for override in overrides:
+            key, _, value = override.format(folder=tiny_rows).partition("=")
+            if key.startswith("stage.data"):
+                config.stage.data.datasets["text"].path = value
+            else:
+                *path, last = key.split(".")
+                owner = functools.reduce(getattr, path, config)
+                setattr(owner, last, int(value) if value.isdigit() else value)
+        (found,) = missing_inputs(config)
+        assert message in found
 
 
 def test_the_layouts_that_are_offered_fit(small_machine, tmp_path):

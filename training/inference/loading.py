@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
-from model.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest
+from model.checkpoint.manifest import CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import AdapterConfig, ModelConfig
-from model.errors import UserError
 from model.vocabulary import VocabularyConfig
+from training.inference.choice import check_fingerprint, check_kind, check_not_published, tokenizer_folder
 
 
 class VisionTokenizer(Protocol):
@@ -65,59 +65,10 @@ def load_checkpoint(
     return LoadedModel(decoder, config, text, vision, manifest.image_format, folder, *said)
 
 
-def check_not_published(folder: Path) -> None:
-    """Refuses a folder in a published layout, which `convert from_hf` turns into a checkpoint."""
-    ours = (folder / MANIFEST_NAME).exists()
-    if not ours and (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
-        raise UserError(
-            "this is a published checkpoint, not one of ours",
-            where=str(folder),
-            expected="a stage folder or a checkpoint folder",
-            fix=f"nextstate convert from_hf source={folder} target=FOLDER, and then checkpoint=FOLDER",
-        )
-
-
 def model_config(values: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` that a manifest holds as a plain dictionary."""
     adapter = AdapterConfig(**values.get("adapter", {}))
     return ModelConfig(**values | {"vocabulary": VocabularyConfig(**values["vocabulary"]), "adapter": adapter})
-
-
-def check_kind(manifest: CheckpointManifest, folder: Path) -> None:
-    if manifest.kind != "transformer":
-        raise UserError(
-            "this checkpoint cannot generate",
-            where=str(folder),
-            expected="a checkpoint of kind transformer",
-            got=str(manifest.kind),
-            fix="name the folder of a pretraining or fine-tuning stage",
-        )
-    if manifest.model is None:
-        raise UserError("the checkpoint's manifest is damaged", where=str(folder), expected="its model")
-
-
-def tokenizer_folder(manifest: CheckpointManifest, checkpoint: Path, name: str, given: Path | str | None) -> Path:
-    """Where a tokenizer is: `given`, inside the checkpoint, or the recorded place below its run folder."""
-    if given is not None:
-        return Path(given)
-    place = manifest.tokenizer_place(name, checkpoint)
-    if place is None:
-        raise UserError(
-            f"the checkpoint does not say which {name} it was trained with", where=str(checkpoint), fix=f"{name}=FOLDER"
-        )
-    return place
-
-
-def check_fingerprint(manifest: CheckpointManifest, checkpoint: Path, name: str, fingerprint: str) -> None:
-    recorded = manifest.tokenizer(name)
-    if recorded is not None and recorded.fingerprint != fingerprint:
-        raise UserError(
-            f"the {name} is not the one that the checkpoint was trained with",
-            where=str(checkpoint),
-            expected=f"fingerprint {recorded.fingerprint}",
-            got=fingerprint,
-            fix=f"{name}=FOLDER of the right one",
-        )
 
 
 def load_vision(folder: Path) -> VisionTokenizer:

@@ -84,7 +84,8 @@ class Documents:
 def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
     """The checkpoint's folder, its model and the documents. Everything that can be refused is refused here."""
     from model.checkpoint.manifest import latest_checkpoint
-    from training.inference.loading import check_kind, model_config
+    from training.inference.choice import check_kind
+    from training.inference.loading import model_config
 
     folder = latest_checkpoint(config.checkpoint)
     manifest = CheckpointManifest.read(folder)
@@ -215,7 +216,7 @@ def _open_text(config: ScoreConfig, folder: Path, manifest: CheckpointManifest, 
 
     from data_pipeline.documents.builder import DocumentBuilder
     from data_pipeline.documents.tokenizers import load_text_tokenizer
-    from training.inference.loading import check_fingerprint, tokenizer_folder
+    from training.inference.choice import check_fingerprint, tokenizer_folder
 
     given = config.text_tokenizer
     tokenizer = load_text_tokenizer(tokenizer_folder(manifest, folder, "text_tokenizer", given))

@@ -22,7 +22,8 @@ from training.config import TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
 from training.contracts.results import StepResult
-from training.inference.loading import check_fingerprint, check_kind, load_vision, tokenizer_folder
+from training.inference.choice import check_fingerprint, check_kind, tokenizer_folder
+from training.inference.loading import load_vision
 from training.inference.model import InferenceModel
 from training.objectives.grpo.grpo_options import GrpoOptions
 from training.objectives.grpo.policy_loss import (

@@ -1,57 +1,10 @@
-"""Which of the waiting documents fill the rest of a row: three searches over lengths. Pure functions."""
+"""Which of the waiting documents fill the rest of a row, where they have few lengths. A pure function."""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-
-
-def closest_pair(firsts: Iterable[int], seconds: Sequence[int], room: int, slack: int) -> list[int]:
-    """One length of `firsts` and, where one fits, one of `seconds` that together leave the least of `room`.
-
-    Stops at the first pair that leaves at most `slack` tokens. `seconds` are sorted and used as often as they are found: the
-    caller sees to it that there are two where a pair is twice the same length. O(log(len(seconds))) a first.
-    """
-    best: list[int] = []
-    most = 0
-    for first in firsts:
-        if first > room:
-            continue
-        place = bisect.bisect_right(seconds, room - first)
-        pair = [first, seconds[place - 1]] if place else [first]
-        if sum(pair) > most:
-            best, most = pair, sum(pair)
-            if most >= room - slack:
-                break
-    return best
-
-
-def fullest(lengths: Iterable[int], room: int, slack: int) -> list[int]:
-    """Some of `lengths`, in order, each used at most once, that leave the least of `room`.
-
-    Stops at the first that leave at most `slack` tokens, so lengths that come early are preferred. Every sum that can be
-    reached is one bit of an integer: O(number of lengths * room / 64).
-    """
-    within, enough = (1 << (room + 1)) - 1, max(0, room - slack)
-    reached = 1
-    steps: list[tuple[int, int]] = []  # a length, and the sums reached before it came
-    for length in lengths:
-        both = (reached | (reached << length)) & within
-        if both != reached:
-            steps.append((length, reached))
-            reached = both
-            if reached >> enough:
-                break
-    total = reached.bit_length() - 1
-    chosen: list[int] = []
-    while total:
-        length, before = steps.pop()
-        if not (before >> total) & 1:
-            chosen.append(length)
-            total -= length
-    return chosen[::-1]
 
 
 def dearest(lengths: Sequence[int], copies: Sequence[int], prices: Sequence[int], room: int) -> list[int]:

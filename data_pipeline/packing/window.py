@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import compress, pairwise
 from typing import NamedTuple
 
-from data_pipeline.packing.subsets import closest_pair, dearest, fullest
+import numpy as np
+
+from data_pipeline.packing.endings import begin_rows, fill_rooms
+from data_pipeline.packing.subsets import dearest
 
 
 class Piece(NamedTuple):
@@ -26,23 +28,23 @@ Cutter = Callable[[Piece, int], int]
 # A row is full when at most one in so many of its tokens is left: nobody searches for the last 8 of 32,768.
 _SLACK_SHARE = 4096
 # The end of a row, about so many pieces of average length, is chosen; what comes before is taken as it comes.
-_CHOSEN_PIECES = 3
-# Among so many of the pieces that wait longest: as the first of a pair, and as one of any number.
-_MOST_FIRSTS = 32
-_MOST_CANDIDATES = 128
-# Lengths times tokens of room up to which `dearest` is affordable (about a millisecond); beyond, `fullest`.
+_CHOSEN_PIECES = 2.5
+_CHOSEN_PRICED_PIECES = 3  # where lengths are few
+# Lengths times tokens of room up to which `dearest` is affordable (about a millisecond); beyond, `fill_rooms`.
 _MOST_PRICED_CELLS = 65_536
 # A length of which twice its share waits costs a tenth more. Both figures were chosen on the demo's pools:
-# `python benchmarks/packing.py` shows what they give.
+# `python -m benchmarks.packing` shows what they give.
 _PRICE_OF_DOUBLE_SHARE = 0.1
 _EXPECTED_AT_LEAST = 16  # pieces: keeps the share of a rare length from being noise
 _PRICE_OF_TOKEN = 4096
+_PRICED_SHARE = 8  # of the rows made at once: what rows begin with cannot be chosen any more
 
 
 class WindowPacker:
     """Holds at most `window_rows` rows' worth of waiting pieces; each row begins with the piece that waits longest.
 
-    The end of a row is chosen among the pieces that wait longest, so that nothing is left of it. Where they have few
+    Half a window of rows is made at once. Their ends are chosen among the pieces that wait, so that nothing is left of
+    them (`fill_rooms`). Where those have few
     lengths, exact fits would use up the lengths that fit well and leave those that fit badly to the end. There a
     token of a length that piles up has a higher price, and the row of the highest price is taken: no length is left
     behind, and the rows are nearly as few as they can be. (Weights by backlog are those of MaxWeight scheduling:
@@ -60,29 +62,23 @@ class WindowPacker:
         self.sequence_length = sequence_length
         self.minimum_piece_tokens = minimum_piece_tokens
         self._most_tokens = window_rows * sequence_length  # of the window
+        self._rows_at_once = max(1, window_rows // 2)
         self._slack = sequence_length // _SLACK_SHARE
         self._cut = cut
-        self._waiting: OrderedDict[int, Piece] = OrderedDict()  # by number of arrival
+        self._waiting: list[Piece] = []  # in order of arrival
         self._waiting_tokens = 0
-        self._by_length: dict[int, deque[int]] = {}  # numbers of the waiting pieces of each length
-        self._lengths: list[int] = []  # of the waiting pieces, each once, sorted
+        self._num_new = 0  # of them, at the end: not counted yet
         self._num_arrived: Counter[int] = Counter()  # pieces of each length
-        self._num_arrivals = 0
         self._reservoir: deque[Piece] = deque()
         self._reservoir_tokens = 0
 
     def add(self, piece: Piece) -> Iterator[Row]:
         assert 0 < piece.length <= self.sequence_length, "a piece must fit a row"
-        if piece.length not in self._by_length:
-            self._by_length[piece.length] = deque()
-            bisect.insort(self._lengths, piece.length)
-        self._by_length[piece.length].append(self._num_arrivals)
-        self._waiting[self._num_arrivals] = piece
+        self._waiting.append(piece)
         self._waiting_tokens += piece.length
-        self._num_arrived[piece.length] += 1
-        self._num_arrivals += 1
+        self._num_new += 1
         while self._waiting_tokens > self._most_tokens:
-            yield self._make_row()
+            yield from self._make_rows(self._rows_at_once)
 
     def add_filler(self, piece: Piece) -> Iterator[Row]:
         self._reservoir.append(piece)
@@ -93,54 +89,63 @@ class WindowPacker:
     def flush(self) -> Iterator[Row]:
         """Pack what is left, then every filler that is left."""
         while self._waiting:
-            yield self._make_row()
+            yield from self._make_rows(max(1, self._waiting_tokens // self.sequence_length // 2))
         while self._reservoir:
             yield self._fill([], self.sequence_length)
 
-    def _make_row(self) -> Row:
-        row: Row = []
-        room = self.sequence_length
-        chosen_from = _CHOSEN_PIECES * self._waiting_tokens // len(self._waiting)
-        while self._waiting and (not row or room > chosen_from):
-            oldest = next(iter(self._waiting.values()))
-            if oldest.length > room:
-                break
-            row.append(self._take(oldest.length))
-            room -= oldest.length
-        if room > self._slack and self._waiting:
-            row.extend(self._take(length) for length in self._choose(room))
-        return self._fill(row, self.sequence_length - sum(piece.length for piece in row))
+    def _make_rows(self, num_rows: int) -> Iterator[Row]:
+        """At most so many, fewer where fewer pieces wait."""
+        waiting = self._waiting
+        lengths = [piece.length for piece in waiting]
+        self._num_arrived.update(lengths[len(lengths) - self._num_new :])
+        self._num_new = 0
+        average = self._waiting_tokens / len(waiting)
+        distinct = sorted(set(lengths))
+        is_priced = len(distinct) * _CHOSEN_PRICED_PIECES * average <= _MOST_PRICED_CELLS
+        chosen_from = average * (_CHOSEN_PRICED_PIECES if is_priced else _CHOSEN_PIECES)
+        if is_priced:
+            num_rows = min(num_rows, max(1, self._rows_at_once // _PRICED_SHARE))
+        starts = begin_rows(lengths, num_rows, self.sequence_length, chosen_from)
+        rows = [waiting[start:end] for start, end in pairwise(starts)]
+        rooms = [self.sequence_length - sum(piece.length for piece in row) for row in rows]
+        taken = starts[-1]
+        ends: Iterable[tuple[int, int]]
+        if is_priced:
+            ends = self._priced_ends(rooms, lengths[taken:], distinct)
+        else:
+            found = fill_rooms(np.array(rooms, np.int64), np.array(lengths[taken:], np.int64), self._slack)
+            ends = zip(*(part.tolist() for part in found), strict=True)
+        is_left = [True] * (len(waiting) - taken)
+        for row, place in ends:
+            rows[row].append(waiting[taken + place])
+            rooms[row] -= lengths[taken + place]
+            is_left[place] = False
+        self._waiting = list(compress(waiting[taken:], is_left))
+        self._waiting_tokens -= len(rows) * self.sequence_length - sum(rooms)
+        for row, room in zip(rows, rooms, strict=True):
+            yield self._fill(row, room) if room and self._reservoir else row
 
-    def _take(self, length: int) -> Piece:
-        """Of the pieces of that length the one that waits longest."""
-        same = self._by_length[length]
-        piece = self._waiting.pop(same.popleft())
-        self._waiting_tokens -= length
-        if not same:
-            del self._by_length[length]
-            self._lengths.pop(bisect.bisect_left(self._lengths, length))
-        return piece
+    def _priced_ends(self, rooms: list[int], lengths: list[int], distinct: list[int]) -> Iterator[tuple[int, int]]:
+        """Rows and places of the pieces that end them, of each length those that wait longest."""
+        places: dict[int, deque[int]] = {length: deque() for length in distinct}
+        for place, length in enumerate(lengths):
+            places[length].append(place)
+        num_left = len(lengths)
+        for row, room in enumerate(rooms):
+            if room <= self._slack or not num_left:
+                continue
+            fitting = [length for length in distinct if length <= room and places[length]]
+            copies = [len(places[length]) for length in fitting]
+            prices = [self._price(length, count, num_left) for length, count in zip(fitting, copies, strict=True)]
+            for length, count in zip(fitting, dearest(fitting, copies, prices, room), strict=True):
+                num_left -= count
+                for _ in range(count):
+                    yield row, places[length].popleft()
 
-    def _choose(self, room: int) -> list[int]:
-        """Lengths of waiting pieces that fill the room best."""
-        if len(self._lengths) * room <= _MOST_PRICED_CELLS:
-            lengths = [length for length in self._lengths if length <= room]
-            copies = [len(self._by_length[length]) for length in lengths]
-            taken = dearest(lengths, copies, [self._price(length) for length in lengths], room)
-            return [length for length, count in zip(lengths, taken, strict=True) for _ in range(count)]
-        pair = closest_pair(self._oldest(_MOST_FIRSTS), self._lengths, room, self._slack)
-        if sum(pair) >= room - self._slack and (len(set(pair)) == len(pair) or len(self._by_length[pair[0]]) > 1):
-            return pair
-        return fullest(self._oldest(_MOST_CANDIDATES), room, self._slack)
-
-    def _oldest(self, count: int) -> Iterator[int]:
-        """Lengths of the pieces that wait longest."""
-        return (piece.length for piece in islice(self._waiting.values(), count))
-
-    def _price(self, length: int) -> int:
+    def _price(self, length: int, num_waiting: int, num_all_waiting: int) -> int:
         """Of a piece: its tokens, dearer where more of that length wait than its share of all pieces that came."""
-        expected = len(self._waiting) * self._num_arrived[length] / self._num_arrivals
-        excess = (len(self._by_length[length]) - expected) / (expected + _EXPECTED_AT_LEAST)
+        expected = num_all_waiting * self._num_arrived[length] / self._num_arrived.total()
+        excess = (num_waiting - expected) / (expected + _EXPECTED_AT_LEAST)
         return round(length * _PRICE_OF_TOKEN * (1 + _PRICE_OF_DOUBLE_SHARE * excess))
 
     def _fill(self, row: Row, room: int) -> Row:

@@ -20,12 +20,16 @@ import logging
 import os
 import re
 import tokenize
-import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:  # pip install 'nextstate[fast]': the same checksum, four times as fast
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
 
 from model.durable import fingerprint_of, read_json
 from model.errors import UserError
@@ -197,7 +201,7 @@ def load_array(path: Path) -> np.ndarray:
 
 def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
     """CRC32 of a row: its tokens' bytes (int32) followed by its segments' bytes."""
-    return zlib.crc32(segments.view(np.uint8).data, zlib.crc32(tokens.view(np.uint8).data))
+    return crc32(np.ascontiguousarray(segments), crc32(np.ascontiguousarray(tokens)))
 
 
 def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int) -> None:

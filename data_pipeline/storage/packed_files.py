@@ -28,8 +28,8 @@ from model.durable import fingerprint_of, read_json
 from model.errors import UserError
 
 DATASET_NAME = "dataset.json"
-# Segments read around the place where those of a row are expected: 64 KiB.
-_WINDOW_SEGMENTS = 2048
+# Segments read around the place where those of a row are expected: 8 KiB, and where they are not there 64 KiB.
+_WINDOWS = (256, 2048)
 _SEGMENT_BYTES = SEGMENT_DTYPE.itemsize
 _MAX_SHARDS = 4096
 
@@ -74,12 +74,14 @@ class PackedShard:
     def _find_segments(self, row: int) -> np.ndarray:
         """Look where the row's segments are if all rows have equally many; search by halves when they are not there."""
         expected = int(self._num_segments * (row + 0.5) / self.num_rows)
-        first = max(0, min(expected - _WINDOW_SEGMENTS // 2, self._num_segments - _WINDOW_SEGMENTS))
-        end = min(first + _WINDOW_SEGMENTS, self._num_segments)
-        window = self._segments(first, end, row)
-        rows = window["row"]
-        if len(rows) and (first == 0 or rows[0] < row) and (end == self._num_segments or rows[-1] > row):
-            return window[np.searchsorted(rows, row) : np.searchsorted(rows, row + 1)]
+        for width in _WINDOWS:
+            first = max(0, min(expected - width // 2, self._num_segments - width))
+            end = min(first + width, self._num_segments)
+            window = self._segments(first, end, row)
+            rows = window["row"]
+            if len(rows) and (first == 0 or rows[0] < row) and (end == self._num_segments or rows[-1] > row):
+                here, behind = np.searchsorted(rows, (row, row + 1)).tolist()
+                return window[here:behind]
         every = range(self._num_segments)
         first = bisect.bisect_left(every, row, key=self._row_of)
         return self._segments(first, bisect.bisect_left(every, row + 1, lo=first, key=self._row_of), row)

@@ -10,7 +10,7 @@ import shutil
 import signal
 from collections import Counter, defaultdict
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from packed_samples import VOCABULARY, Corpus, captioned, mixed_sources, text, video, write_sources, write_token_file
 
 from data_pipeline.packing import pack as pack_module
+from data_pipeline.packing.endings import fill_rooms
 from data_pipeline.packing.held_out import HeldOutSet, check_kept_apart, sets_of, validate
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
-from data_pipeline.packing.subsets import closest_pair, dearest, fullest
+from data_pipeline.packing.subsets import dearest
 from data_pipeline.packing.window import Piece, WindowPacker
 from data_pipeline.storage.folder_claim import LOCK_NAME, claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
@@ -312,18 +313,9 @@ def test_any_corpus_is_packed_without_loss(tmp_path_factory, data):
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),
     prices=st.lists(st.integers(1, 15), min_size=12, max_size=12),
     room=st.integers(1, 30),
-    slack=st.integers(0, 3),
 )
-def test_searches_find_what_trying_every_subset_finds(lengths, prices, room, slack):
+def test_the_dearest_pieces_are_those_that_trying_every_subset_finds(lengths, prices, room):
     subsets = [some for count in range(len(lengths) + 1) for some in combinations(lengths, count) if sum(some) <= room]
-    fullest_sum = max(map(sum, subsets))
-
-    found = fullest(lengths, room, 0)
-    assert sum(found) == fullest_sum
-    assert not Counter(found) - Counter(lengths)
-    enough = sum(fullest(lengths, room, slack))
-    assert enough == fullest_sum or room - slack <= enough <= room
-
     distinct = sorted(set(lengths))
     copies = [lengths.count(length) for length in distinct]
     taken = dearest(distinct, copies, [prices[length - 1] for length in distinct], room)
@@ -332,10 +324,25 @@ def test_searches_find_what_trying_every_subset_finds(lengths, prices, room, sla
     price = sum(count * prices[length - 1] for count, length in zip(taken, distinct, strict=True))
     assert price == max(sum(prices[length - 1] for length in some) for some in subsets)
 
-    pairs = [[*pair] for pair in product(lengths, distinct) if sum(pair) <= room] + [[n] for n in lengths if n <= room]
-    pair = closest_pair(lengths, distinct, room, 0)
-    assert pair in pairs or (not pair and not pairs)
-    assert sum(pair) == max(map(sum, pairs), default=0)
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rooms=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    lengths=st.lists(st.integers(1, 25), max_size=30),
+    slack=st.integers(0, 3),
+)
+def test_rooms_are_filled_until_nothing_fits(rooms, lengths, slack):
+    rows, places = fill_rooms(np.array(rooms), np.array(lengths, np.int64), slack)
+    assert len(set(places.tolist())) == len(places)
+    left = np.array(rooms)
+    np.subtract.at(left, rows, np.array(lengths, np.int64)[places])
+    assert (left >= 0).all()
+    waiting = np.delete(np.array(lengths, np.int64), places)
+    if len(waiting):
+        assert all(room <= slack or room < waiting.min() for room in left)
+    if len(rooms) == 1 and len(lengths) <= 8:  # every piece is tried as the first of a pair
+        pairs = [sum(some) for count in (0, 1, 2) for some in combinations(lengths, count) if sum(some) <= rooms[0]]
+        assert rooms[0] - left[0] >= max(pairs) or left[0] <= max(slack, 1) * 8**3
 
 
 @settings(max_examples=150, deadline=None)
@@ -348,9 +355,9 @@ def test_each_piece_is_in_one_row_and_none_waits_for_long(lengths, window_rows, 
         rows = []
         for number, length in enumerate(lengths):
             rows.extend(packer.add(Piece(number, 0, length)))
-            assert packer._waiting_tokens == sum(piece.length for piece in packer._waiting.values()) <= window_rows * 20
+            assert packer._waiting_tokens == sum(piece.length for piece in packer._waiting) <= window_rows * 20
         # Only pieces that came after the oldest that waits can have been placed in between.
-        waiting = [piece.document for piece in packer._waiting.values()]
+        waiting = [piece.document for piece in packer._waiting]
         assert waiting == sorted(waiting)
         rows.extend(packer.flush())
     assert sorted(piece for row in rows for piece in row) == [Piece(n, 0, length) for n, length in enumerate(lengths)]

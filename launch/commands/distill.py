@@ -11,7 +11,6 @@ from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
 from launch.generation.distill_options import DistillOptions
 from model.errors import Problems
-from training.inference.choice import check_choice
 from training.inference.prompts import InferenceOptions
 from training.objectives.grpo.grpo_options import PromptsEntry
 
@@ -56,11 +55,10 @@ class Config(DistillOptions):
 @file_errors_are_user_errors("the target")
 def run(config: Config) -> dict[str, Any]:
     """Answers what is not answered yet; the answer counts this part's files."""
-    config.validate()
-    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
     from launch.generation.distillation import Distiller, load_prompts
     from training.inference.model import InferenceModel
 
+    config.validate()
     prompts, target = load_prompts(config.prompts), Path(config.target)
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
     own = {name: getattr(config, name) for name in DistillOptions.__dataclass_fields__}

@@ -80,8 +80,8 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Serves until SIGINT or SIGTERM; the answer says how many requests came."""
     config.validate()
-    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
     token = read_token(config.token_file)
+    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
     server_of = import_server()
     from training.inference.model import InferenceModel
 

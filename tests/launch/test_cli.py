@@ -45,12 +45,11 @@ def test_a_checkpoint_that_is_not_there_is_told_before_torch_is_imported():
     calls = [
         ["generate", "checkpoint=no/such", "prompt=x"],
         ["evaluate", "checkpoint=such", "run_folder=no", "tasks={}", "tasks.a.path=no.such.Class"],
-        ["distill", "checkpoint=no/such", "target=t", "prompts.t2i.options.path=p.txt"],
         ["serve", "checkpoint=no/such"],
         ["score", "checkpoint=no/such", "text=x"],
     ]
     loaded = modules_after(
-        f"from launch.command_line import cli; assert [cli.main(call) for call in {calls}] == [2] * 5"
+        f"from launch.command_line import cli; assert [cli.main(call) for call in {calls}] == [2] * 4"
     )
     assert not loaded & {"torch", "megatron"}
 

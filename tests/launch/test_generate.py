@@ -38,6 +38,7 @@ def toy(tokenizer: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(
         InferenceModel, "load", lambda checkpoint, text, vision, options: toy_model(tokenizer, **vars(options))
     )
+    monkeypatch.setattr(generate, "check_choice", lambda *_, **__: None)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(GrayTokenizer().decode(np.arange(6).reshape(1, 2, 3))[0]).save("scene.png")
     return tmp_path

@@ -143,6 +143,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return seen.model
 
     monkeypatch.setattr("training.inference.model.InferenceModel.load", load)
+    monkeypatch.setattr("launch.commands.evaluate.check_choice", lambda *_, **__: None)
     return seen
 
 

@@ -1,17 +1,21 @@
 """How full rows get, and at what speed: choosing from a window, beside next fit and concatenate-and-cut.
 
-    python benchmarks/packing.py [--documents 20000] [--length 32768]
+    python -m benchmarks.packing [--documents 20000] [--length 32768]
 
 Lengths only (no tokens are read): images of 1,058 tokens (video frames) or 1,024-4,096 (pairs), text of a median of
 about 800 tokens. `cut` is the share of documents that the row boundaries cut: concatenation cuts images as well, choosing
 cuts fillers only. The demo's chats (rows of 576, three sources of nearly constant length, nothing may be cut) come last.
-Ratios are to next fit in the same run.
+Ratios are to next fit in the same run. Where TRL is installed, best fit decreasing over the whole pool with its segment tree comes too (the
+loop of its packing, over lengths alone).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -78,6 +82,28 @@ def concatenate(pool: list[Document], length: int) -> Iterator[Row]:
         yield row
 
 
+def best_fit_decreasing(pool: list[Document], length: int) -> Iterator[Row]:
+    from trl.data_utils import _SegmentTree
+
+    tree = _SegmentTree(length)
+    tree.add(length)
+    by_space: defaultdict[int, deque[Row]] = defaultdict(deque)
+    rows: list[Row] = []
+    for number in np.argsort([-size for size, _ in pool], kind="stable").tolist():
+        size = pool[number][0]
+        space = tree.search(size)
+        if space == length:
+            rows.append([])
+        row = by_space[space].popleft() if space < length else rows[-1]
+        row.append(Piece(number, 0, size))
+        if space < length and not by_space[space]:
+            tree.remove(space)
+        by_space[space - size].append(row)
+        if space > size:
+            tree.add(space - size)
+    yield from rows
+
+
 def report(name: str, rows: Iterator[Row], pool: list[Document], length: int, base: float) -> float:
     started = time.process_time()
     packed = list(rows)
@@ -115,6 +141,9 @@ def compare(name: str, pool: list[Document], length: int) -> None:
     print(f"{name} (% of documents); text is {filler:.1%} of the tokens")
     base = report("next fit", next_fit(pool, length), pool, length, 0.0)
     report("concatenate and cut", concatenate(pool, length), pool, length, base)
+    if importlib.util.find_spec("trl"):
+        importlib.import_module("trl.data_utils")  # takes seconds, which are not counted
+        report("best fit decreasing (TRL)", best_fit_decreasing(pool, length), pool, length, base)
     for rows in (16, 256):
         report(f"choose, window of {rows} rows", choose(pool, length, rows), pool, length, base)
 

@@ -1,4 +1,4 @@
-"""Millions of documents through `pack`: time, and memory that the number of documents hardly moves.
+"""Millions of documents through `pack`: time and memory.
 
     python -m benchmarks.many_documents [--documents 5000000] [--folder /tmp]
 

@@ -54,6 +54,7 @@ SMALL = {
 }
 LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2), "dida": (1, 1, 1, 2)}
 ROW_TOKENS = {"dida": 576 + 896}  # with copies
+ROWS = {"sft": 4}
 
 
 def short_demo(folder: Path) -> CurriculumConfig:
@@ -91,7 +92,7 @@ def test_report_holds_every_figure(demo):
         stage = stages[name]
         assert (stage["tensor"], stage["pipeline"], stage["context"], stage["data"]) == layout
         assert stage["steps"] == 3
-        assert stage["tokens"] == 3 * 2 * ROW_TOKENS.get(name, 576)
+        assert stage["tokens"] == 3 * ROWS.get(name, 2) * ROW_TOKENS.get(name, 576)
         assert stage["loss_first"] > 0
         assert stage["loss_last"] > 0
         assert stage["wall_seconds"] > 0

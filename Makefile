@@ -44,7 +44,7 @@ docs: setup  ## run the commands of README and docs
 	.venv/bin/python -m pytest tests/test_documentation.py
 
 site: setup  ## the documentation with pages of the API, in build/site
-	.venv/bin/python -m sphinx -q docs build/site
+	.venv/bin/python -m sphinx -q -W --keep-going docs build/site
 
 clean:  ## environment, caches and runs
 	rm -rf .venv .venv-megatron-0.19 runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

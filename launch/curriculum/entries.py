@@ -62,8 +62,7 @@ class CurriculumConfig:
     entries: dict[str, EntryConfig] = field(default_factory=dict)  # by name, each a command or a module
     set: dict[str, Any] = field(default_factory=dict)  # by entry: keys of its command, which win over its overrides
     cluster: ClusterConfig = field(default_factory=ClusterConfig)  # kind=slurm: entries become jobs
-    local_processes: int = 1  # on this machine: entries that do not need one another run side by side, up to so many
-    # processes (a stage has one a rank); 1: one entry after another
+    local_processes: int = 1  # on this machine: entries run side by side up to so many (a stage has one a rank)
     until: str | None = None  # stop after this entry
     force: list[str] = field(default_factory=list)  # entries to run again although nothing has changed
     dry_run: bool = False  # show what would run, where and how long, run nothing

@@ -127,6 +127,8 @@ class LocalRun:
         if fingerprint != record.fingerprint or name in self.config.force:
             supersede(curriculum.folder, name, entry.outputs)
             record.wall_seconds, record.overlap_seconds, record.peak_memory_bytes, record.beside_bytes = 0.0, 0.0, 0, 0
+        # Of an attempt that was killed with this process no seconds were added, so none are counted for others.
+        record.overlap_seconds = min(record.overlap_seconds, record.wall_seconds)
         record.fingerprint, record.arguments = fingerprint, command_line(entry, *insisting(self.config, entry))
         record.state, record.exit_code, record.started_at, record.outputs = "running", None, time.time(), {}
         say(f"{label}: starts")

@@ -205,9 +205,8 @@ class Trial:
         temperature: float = 1.0,
     ) -> tuple[np.ndarray, DecodingMetrics]:
         """int64 [n, side, side], one picture a prompt."""
-        grammar = ImageGrammar(
-            IDS, DIGITS, STAR, GrammarOptions(begin_with_image=True, max_images=1, stop_after_images=1)
-        )
+        options = GrammarOptions(begin_with_image=True, max_images=1, stop_after_images=1)
+        grammar = ImageGrammar(IDS, DIGITS, STAR, options, self.engine.device)
         metrics, image = DecodingMetrics(), PhaseSampling(temperature)
         sampling = SamplingConfig(text=PhaseSampling(0.0), image=image, max_new_tokens=2 * self.world.side**2 + 16)
         self.engine.model.post_process = True

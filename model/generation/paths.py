@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -137,6 +137,8 @@ class MetricPath:
     c: float
     alpha: float
     name: str = "metric"
+    # Training draws noise on the host, decoding where the model is: the codebook is at both.
+    _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         normal = torch.nn.functional.normalize(self.codebook.detach().float(), dim=-1)
@@ -194,7 +196,10 @@ class MetricPath:
 
     def distances(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 [n, codes], squared distances of unit vectors."""
-        return (2.0 - 2.0 * self.codebook[codes] @ self.codebook.T).clamp_(min=0.0)
+        if codes.device not in self._copies:
+            self._copies[codes.device] = self.codebook.to(codes.device)
+        codebook = self._copies[codes.device]
+        return (2.0 - 2.0 * codebook[codes] @ codebook.T).clamp_(min=0.0)
 
     def describe(self) -> dict[str, Any]:
         return {"path": self.name, "c": self.c, "alpha": self.alpha, "codebook": codebook_hash(self.codebook)}

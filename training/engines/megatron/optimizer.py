@@ -79,7 +79,9 @@ def set_step(optimizer: MegatronOptimizer, step: int) -> None:
             group["step"] = step
             continue
         for parameter in group["params"]:
-            optimizer.optimizer.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32)
+            # The fused step wants its count where the parameter is.
+            count = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
+            optimizer.optimizer.state[parameter]["step"] = count
 
 
 def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:

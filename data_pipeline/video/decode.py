@@ -15,6 +15,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from data_pipeline.sources.image import MAX_PIXELS
 from data_pipeline.sources.samples import SampleError
@@ -115,6 +116,7 @@ def _read_by_seeking(data: bytes, scan: VideoScan, indices: Sequence[int]) -> It
     """Jumps where an intra frame lies between a wanted frame and the next wanted one; ends at one that is not found."""
     intra = np.flatnonzero(scan.intra)
     position = 0  # index of the next frame that decoding on would give
+    converter = VideoReformatter()
     with open_video(data) as (container, stream):
         frames = decoded_frames(container, stream)
         for index in indices:
@@ -126,7 +128,7 @@ def _read_by_seeking(data: bytes, scan: VideoScan, indices: Sequence[int]) -> It
             frame = next(reached, None)
             if frame is None or frame.pts != scan.stamps[index]:
                 return
-            yield _to_rgb(frame, stream)
+            yield _to_rgb(frame, stream, converter)
             position = index + 1
 
 
@@ -135,6 +137,7 @@ def _read_from_start(data: bytes, scan: VideoScan, indices: Sequence[int]) -> It
     waiting = deque(int(scan.stamps[index]) for index in indices)
     found: dict[int, np.ndarray] = {}  # those that came before an earlier one
     num_frames = 0
+    converter = VideoReformatter()
     with open_video(data) as (container, stream):
         for frame in decoded_frames(container, stream):
             if frame is None:
@@ -142,7 +145,7 @@ def _read_from_start(data: bytes, scan: VideoScan, indices: Sequence[int]) -> It
             stamp = frame.pts if scan.seekable else num_frames
             num_frames += 1
             if stamp in wanted:
-                found[stamp] = _to_rgb(frame, stream)
+                found[stamp] = _to_rgb(frame, stream, converter)
             while waiting and waiting[0] in found:
                 yield found.pop(waiting.popleft())
 
@@ -212,8 +215,11 @@ def _delay_seconds(container: av.container.InputContainer, stream: av.VideoStrea
     return delay if 0 < delay < MAX_GAP_SECONDS else 0.0
 
 
-def _to_rgb(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
-    """uint8 [H, W, 3] as it is shown: pixels that are not square are made so, then it is turned upright."""
+def _to_rgb(frame: av.VideoFrame, stream: av.VideoStream, converter: VideoReformatter) -> np.ndarray:
+    """uint8 [H, W, 3] as it is shown: pixels that are not square are made so, then it is turned upright.
+
+    One converter serves a file's frames: to set one up, and threads for it, takes longer than a small frame does.
+    """
     height, width = frame.height, frame.width
     ratio = float(stream.sample_aspect_ratio or 1) or 1.0
     if ratio > 1:
@@ -222,7 +228,8 @@ def _to_rgb(frame: av.VideoFrame, stream: av.VideoStream) -> np.ndarray:
         height = round(height / ratio)
     if height * width > MAX_PIXELS:
         raise SampleError("image_too_large", f"{width} x {height}")
-    return upright(frame.to_ndarray(format="rgb24", width=width, height=height), frame.rotation)
+    shown = converter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
+    return upright(shown.to_ndarray(), frame.rotation)
 
 
 def upright(pixels: np.ndarray, rotation_degrees: int) -> np.ndarray:

@@ -24,6 +24,7 @@ class FreeCorpusConfig:
     seed: int = 1
     num_images: int = 8000
     num_pictures: int = 6000  # for the vision tokenizer alone
+    num_videos: int = 8000
     num_clips: int = 6000
     num_told_clips: int = 2000
     num_edits: int = 6000
@@ -50,13 +51,26 @@ def free_pictures(config: FreeCorpusConfig) -> Iterator[Sample]:
         yield {"png": picture(scene, random_ground(rng)), "txt": b"a scene"}
 
 
-def free_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
-    """Two frames and what comes next, from anywhere in a clip: the law stands in the frames alone."""
-    rng = generator(config.seed, "free_motion")
-    for number in range(config.num_clips):
-        clip, ground = random_clip(rng, 1 + number % MAX_MOVING), random_ground(rng)
+def motion(config: FreeCorpusConfig, name: str, count: int, every: int) -> Iterator[Sample]:
+    """Two frames and what comes next, from anywhere in a clip: the law stands in the frames alone.
+
+    One clip of `every` has a held-out pair; none for 0.
+    """
+    rng = generator(config.seed, name)
+    for number in range(count):
+        has_pair = every > 0 and number // MAX_MOVING % every == 0
+        clip, ground = random_clip(rng, 1 + number % MAX_MOVING, held_out_pair=has_pair), random_ground(rng)
         first = int(rng.integers(len(clip.scenes) - 2))
         yield x2i(clip.scenes[first : first + 3], ground, WHAT_NEXT)
+
+
+def free_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
+    return motion(config, "free_motion", config.num_clips, 0)
+
+
+def free_video(config: FreeCorpusConfig) -> Iterator[Sample]:
+    """For pretraining alone: what is held out from captions is seen moving, without a word that names it."""
+    return motion(config, "free_video", config.num_videos, 2)
 
 
 def free_told_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
@@ -86,6 +100,7 @@ def x2i(scenes: tuple[Scene, ...], ground: Ground, text: str) -> Sample:
 DATASETS = (
     Dataset("free_image_text", "image_text", SOURCE, free_image_text),
     Dataset("free_pictures", "image_text", SOURCE, free_pictures),
+    Dataset("free_video", "x2i", SOURCE, free_video),
     Dataset("free_motion", "x2i", SOURCE, free_motion),
     Dataset("free_told_motion", "x2i", SOURCE, free_told_motion),
     Dataset("free_edit", "x2i", SOURCE, free_edit),

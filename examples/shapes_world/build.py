@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -121,10 +124,19 @@ def write_corpora(target: Path, config: Any, world: World) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "config": asdict(config),
         **world.facts(),
-        "datasets": {dataset.name: write_dataset(dataset, target, config) for dataset in world.datasets},
+        "datasets": write_datasets(target, config, world),
     }
     replace_file(description, json.dumps(corpus, indent=1, ensure_ascii=False) + "\n")
     return corpus
+
+
+def write_datasets(target: Path, config: Any, world: World) -> dict[str, dict[str, Any]]:
+    """Each by one of as many processes as there are cores: none needs another."""
+    context = multiprocessing.get_context("spawn")
+    num_processes = min(len(world.datasets), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(num_processes, context) as pool:
+        entries = {one.name: pool.submit(write_dataset, one, target, config) for one in world.datasets}
+        return {name: entry.result() for name, entry in entries.items()}
 
 
 def parse_arguments(arguments: list[str], world: World = SHAPES) -> tuple[Path, Any]:

@@ -18,6 +18,7 @@ class LossWeightsConfig:
     sample_entropy: float = 1.0  # within the entropy term: certainty of each choice
     batch_entropy: float = 1.0  # within the entropy term: even use of all codes
     entropy_temperature: float = 1.0  # on the quantizer's logits
+    consistency: float = 0.0  # a window encoded alone has the latents that it has within its image
     contrast: float = 0.0  # extra weight of pixels far from their image's median colour
 
 

@@ -75,6 +75,16 @@ def tokenizer_loss(
     return total, terms
 
 
+def latent_distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance, on the unit sphere, of latents [B, C, h, w]: 0 for the same directions, 2 for unrelated ones.
+
+    Asked of a window encoded alone and within its image it makes codes depend less on what lies around them. Latents that
+    keep to a transformation of the image are easier to model: EQ-VAE (arXiv 2502.09509) asks it of scale and rotation.
+    """
+    difference = torch.nn.functional.normalize(one, dim=1) - torch.nn.functional.normalize(other, dim=1)
+    return difference.square().sum(dim=1).mean()
+
+
 def psnr_db(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB over all pixels, both in [-1, 1] (reconstructions clamped)."""
     error = (reconstructions.clamp(-1, 1) - images).square().mean()

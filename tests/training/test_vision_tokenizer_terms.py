@@ -29,6 +29,7 @@ from model.checkpoint.reader import CheckpointReader
 from model.errors import UserError
 from model.vision_tokenizer import load_vision_tokenizer
 from model.vision_tokenizer.config import ibq_emu35
+from model.vision_tokenizer.wrapper import to_model_range
 from training.reliability.checkpoint import CheckpointStore
 from training.tokenizers.image_data import stack_by_size
 from training.tokenizers.image_stream import StreamingImageSource
@@ -96,7 +97,7 @@ def test_resume_is_bitwise_with_every_term(corpora: Path, tmp_path: Path, publis
     terms = all_terms(tmp_path, 2)
     if published:  # as the open IBQ: the averages of LeCam are part of the state
         terms["adversarial"] |= {"weighting": "fixed", "generator": "non_saturating", "lecam_weight": 0.05}
-    options = {"terms": terms, "data": streamed(corpora), "losses": {"entropy": 0.05}}
+    options = {"terms": terms, "data": streamed(corpora), "losses": {"entropy": 0.05, "consistency": 0.5}}
     config = make_config(corpora, tmp_path, **options)
     whole = build(config)
     losses = run_steps(whole, 0, 6)
@@ -285,3 +286,23 @@ def test_the_published_stage_composes_and_a_small_one_runs(corpora: Path, tmp_pa
     assert "loss_discriminator" in lines[1]
     tokenizer = load_vision_tokenizer(tmp_path / "vision_tokenizer")
     assert (tokenizer.factor, tokenizer.codebook_size) == (16, 1024)
+
+
+def test_consistency_is_the_distance_of_a_window_alone_and_within_its_image(corpora: Path, tmp_path: Path) -> None:
+    """Zero where a code depends on its own patch only; with neighbours it is above zero, and the term lowers it."""
+    local = MODEL | {"patch_local_encoder": True}
+    found = {}
+    for name, model, weight in (("local", local, 1.0), ("plain", MODEL, 0.0), ("asked", MODEL, 2.0)):
+        losses = {"consistency": weight}
+        job = build(make_config(corpora, tmp_path / name, model=model, losses=losses, continuous_steps=100))
+        first = forward_backward(job, job.objective.images.batch(0)).metrics.get("loss_consistency")
+        job.engine.optimizer.zero_grad()
+        run_steps(job, 0, 25)
+        pixels = to_model_range(np.concatenate(job.objective.images.batch(0)[:1])).to(job.objective.device)
+        with torch.no_grad():
+            after = job.objective._consistency(pixels, job.objective.model.latents(pixels)).item()
+        found[name] = first, after
+    assert found["local"] == (pytest.approx(0.0, abs=1e-6), pytest.approx(0.0, abs=1e-6))
+    assert found["plain"][0] is None
+    assert found["asked"][0] > 0.005
+    assert found["asked"][1] < 0.5 * found["plain"][1]

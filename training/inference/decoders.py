@@ -25,6 +25,7 @@ from training.inference.model import InferenceModel
 from training.inference.prompts import ComparisonConfig, Prompt
 
 SECOND_SAMPLE = 1  # added to the seed
+STEPS_FIGURES = ("accuracies", "joint", "entropy", "entropy_ratio", "images_per_second")  # of each number of steps
 
 
 def compare_decoders(
@@ -60,7 +61,9 @@ def compare_decoders(
         }
     if "dida" in found:
         found["dida"]["by_steps"] = {
-            str(steps): steps_statistics(model, decodings["dida"], steps, prompts, drawn, seed, second, found)
+            str(steps): {name: found["dida"][name] for name in STEPS_FIGURES}
+            if steps == decodings["dida"].dida.steps  # the same draws: measured already
+            else steps_statistics(model, decodings["dida"], steps, prompts, drawn, seed, second, found)
             | {"accuracies": accuracies_of(model, tasks, sampling, batch_size, seed)}
             for steps in config.dida_steps
         }

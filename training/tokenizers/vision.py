@@ -21,7 +21,7 @@ from model.durable import replace_file
 from model.errors import UserError
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
-from model.vision_tokenizer.losses import psnr_db
+from model.vision_tokenizer.losses import latent_distance, psnr_db
 from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range, to_pixels
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
@@ -38,6 +38,7 @@ from training.tokenizers.vision_terms import Adversary, Terms
 
 KMEANS_ROUNDS = 4
 CALIBRATION_BATCHES = 30  # batches whose latents the codes start from
+WINDOW_STREAM = 3  # keeps its draws apart from the batches'
 PICTURES_EVERY_STEPS, PICTURES_OF_A_CORPUS = 500, 2  # that are kept for eyes, and go to the loggers
 
 
@@ -120,6 +121,8 @@ class VisionTokenizer:
         """Add the gradients of one array of images, weighted by `share`; the values of the loss's terms."""
         pixels = to_model_range(images).to(self.device)
         latents, quantized = self.model.latents(pixels), None
+        weight = self.options.losses.consistency
+        consistency = self._consistency(pixels, latents) if weight else None
         if self.quantizes:
             quantized = self.model.quantize(latents)
             used.append(quantized.codes.flatten())
@@ -127,11 +130,27 @@ class VisionTokenizer:
         elif self.options.model.cosine_similarity:
             latents = F.normalize(latents, dim=1)
         loss, reconstructions, terms = self.terms(self.model, pixels, latents, quantized, self.playing)
+        if consistency is not None:
+            loss, terms = loss + weight * consistency, terms | {"consistency": consistency}
         (share * loss).backward()
         values = {f"loss_{name}": term.item() for name, term in terms.items()}
         if self.playing is not None:
             values["loss_discriminator"] = self.playing.backward(pixels, reconstructions, share)
         return values | {"loss": loss.item(), "psnr_db": psnr_db(pixels, reconstructions.detach()).item()}
+
+    def _consistency(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """How far the latents of a window, encoded alone, are from those that it has within its images.
+
+        The place of the window, a quarter of the area, is a pure function of seed and step.
+        """
+        (rows, columns), factor = latents.shape[2:], self.options.model.factor
+        height, width = max(1, rows // 2), max(1, columns // 2)
+        rng = np.random.default_rng((self.seed, WINDOW_STREAM, self.num_updates))
+        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+        down = slice(top * factor, (top + height) * factor)
+        across = slice(left * factor, (left + width) * factor)
+        alone = self.model.latents(pixels[:, :, down, across])
+        return latent_distance(alone, latents[:, :, top : top + height, left : left + width])
 
     @torch.no_grad()
     def _start_codes(self) -> None:

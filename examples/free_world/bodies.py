@@ -15,16 +15,17 @@ from PIL import Image, ImageDraw
 from examples.shapes_world.world import COLORS, draw_shape
 
 SIDE = 64  # pixels of a picture, in which all lengths here are
-SIZES = {"small": 8.0, "large": 12.0}  # half the side of a body's box
+SIZES = {"small": 6.0, "large": 10.0}  # half the side of a body's box
 MAX_WITH_LARGE = 3  # of more bodies all are small: they have to fit in
-LATTICE = 4  # pixels; middles lie at multiples of it, so that half of them lie off a grid of 8 x 8 patches
+# Left and upper edges lie at multiples of LATTICE and CORNER more: within the tokenizer's patches of 8 x 8, never on their grid.
+LATTICE, CORNER = 8, 4
 MAX_BODIES = 5
 GAP = 2.0  # between two bodies' boxes, and between a body and the edge
 SCALE = 4  # drawn at this many times the size and averaged down: edges are soft, places are fractions of a pixel
 HELD_OUT_SHARE = 4  # one pair of shape and colour in so many is never in a training document
 SHAPES = ("square", "triangle", "bar")  # a small circle or cross is too much like a square
 GROUNDS = ("plain", "stripes", "checks", "slope")
-LEVELS, CONTRASTS, PERIODS, ANGLES = (120.0, 160.0, 200.0), (10.0, 20.0), (8.0, 16.0), (0.0, math.pi / 2)
+LEVELS, CONTRASTS, PERIODS, ANGLES = (120.0, 160.0, 200.0), (20.0,), (8.0,), (0.0, math.pi / 2)
 
 
 @dataclass(frozen=True, order=True)
@@ -48,8 +49,17 @@ class Body:
         """What tells it from the others: no two bodies of a scene have one shape and one colour."""
         return f"{self.color} {self.shape}"
 
+    @property
+    def is_on_lattice(self) -> bool:
+        return all((middle - self.half - CORNER) % LATTICE == 0 for middle in (self.x, self.y))
+
     def at(self, x: float, y: float) -> Body:
         return replace(self, x=x, y=y)
+
+    def resized(self, size: str) -> Body:
+        """Its left upper corner stays."""
+        grown = SIZES[size] - self.half
+        return replace(self, size=size, x=self.x + grown, y=self.y + grown)
 
 
 @dataclass(frozen=True)
@@ -111,9 +121,9 @@ def place(rng: np.random.Generator, chosen: Sequence[tuple[str, str]], attempts:
             break
         shape, color = chosen[len(bodies)]
         size = sizes[rng.integers(len(sizes))]
-        margin = SIZES[size] + GAP
-        steps = rng.integers(math.ceil(margin / LATTICE), math.floor((SIDE - margin) / LATTICE) + 1, 2)
-        body = Body(shape, color, size, *(float(LATTICE * one) for one in steps))
+        num_places = int(SIDE - GAP - 2 * SIZES[size] - CORNER) // LATTICE + 1
+        corners = LATTICE * rng.integers(num_places, size=2) + CORNER
+        body = Body(shape, color, size, *(float(corner + SIZES[size]) for corner in corners))
         if fits(body, bodies):
             bodies.append(body)
     return tuple(bodies) if len(bodies) == len(chosen) else None

@@ -26,7 +26,7 @@ def recolor(scene: Scene, body: Body, color: str) -> Edit | None:
 
 def resize(scene: Scene, body: Body) -> Edit | None:
     other = next(size for size in SIZES if size != body.size)
-    changed = replace(body, size=other)
+    changed = body.resized(other)
     if not fits(changed, [one for one in scene if one is not body]):
         return None
     return Edit(scene, f"make the {body.name} {other}", swapped(scene, body, changed))

@@ -75,9 +75,9 @@ class FreeNextState(FreeTask):
     def make_prompt(self, rng: np.random.Generator, count: int) -> EvaluationPrompt:
         clip = random_clip(rng, count, held_out=self.held_out)
         ground = random_ground(rng)
-        frames = [draw(scene, ground) for scene in clip.scenes[:3]]
-        shown, text = (frames[:1], clip.words()) if self.words else (frames[:2], WHAT_NEXT)
-        target = clip.scenes[len(shown)]
+        *frames, target = clip.scenes
+        shown = [draw(scene, ground) for scene in frames]
+        shown, text = (shown[1:], clip.words()) if self.words else (shown, WHAT_NEXT)
         return EvaluationPrompt(format="x2i", text=text, images=shown, target=target, image_size=(SIDE, SIDE))
 
 

@@ -5,8 +5,10 @@
 Comparisons in one run, taking turns; rates are of wall time, and CPU seconds stand beside (children included), with the share of the
 CPU time that the bare tokenizer takes of all:
 
-- text: SentencePiece's own call over the same texts, in memory;
-- text beside datatrove: its DocumentTokenizer, from texts in memory to its files, unshuffled, with the same tokenizer of Hugging Face;
+- text by SentencePiece, tiktoken and Hugging Face: the library's own call over the same texts, in memory, one by one on one core, all
+  in one call on two. The process is kept to as many cores, on both sides of a line;
+- text beside datatrove: its DocumentTokenizer, from texts in memory to its files, unshuffled, with the same tokenizer of Hugging Face
+  on one core;
 - pictures on this CPU: the encoder of `ibq_small` on one thread, over the same pictures already decoded, in the same batches;
 - pictures on a device: an encoder that takes so many milliseconds a picture and none of this CPU, as an accelerator does.
 
@@ -16,13 +18,17 @@ Pictures are JPEG files of 256 x 256 pixels with a caption, brought to 128 x 128
 from __future__ import annotations
 
 import argparse
+import base64
 import io
+import json
 import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -106,6 +112,7 @@ def compare(
     title: str, count: int, unit: str, rounds: int, bare: Callable[[], object], whole: Callable[[], object]
 ) -> None:
     whole()  # starts the child that decodes
+    bare()
     found: dict[str, list[tuple[float, float]]] = {"bare": [], "whole": []}
     for _ in range(rounds):
         found["bare"].append(measured(bare))
@@ -114,10 +121,23 @@ def compare(
         tuple(statistics.median(one[kind] for one in times) for kind in (0, 1)) for times in found.values()
     )
     print(
-        f"{title:<24}{count / bare_wall:>10,.0f}{count / wall:>10,.0f} {unit:<12}{bare_wall / wall:>8.1%}"
+        f"{title:<28}{count / bare_wall:>10,.0f}{count / wall:>10,.0f} {unit:<12}{bare_wall / wall:>8.1%}"
         f"{bare_cpu:>10.2f}{cpu:>10.2f}{bare_cpu / cpu:>8.0%}",
         flush=True,
     )
+
+
+@contextmanager
+def cores(count: int) -> Iterator[None]:
+    """Threads and processes that begin here have so many cores for themselves, as far as this process has them."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:count])
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def train_huggingface(path: Path) -> None:
@@ -129,6 +149,59 @@ def train_huggingface(path: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(topics.values(), trainer)
     tokenizer.save(str(path))
+
+
+def write_ranks(huggingface: Path, path: Path) -> None:
+    """The same pieces as a file of tiktoken: each byte is written as a letter of its own there."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(256) if value not in plain]
+    byte_of = {chr(value): value for value in plain} | {chr(256 + number): value for number, value in enumerate(others)}
+    pieces = json.loads(huggingface.read_text())["model"]["vocab"]
+    ranks = sorted(pieces.items(), key=lambda item: int(item[1]))
+    lines = (base64.b64encode(bytes(map(byte_of.__getitem__, piece))) + b" %d\n" % rank for piece, rank in ranks)
+    path.write_bytes(b"".join(lines))
+
+
+@dataclass
+class TextLibrary:
+    """A text tokenizer, and its library's own calls: of one text, and of all texts on so many cores."""
+
+    name: str
+    tokenizer: TextTokenizer
+    one: Callable[[str], object]
+    many: Callable[[list[str], int], object]
+
+
+def text_libraries(folder: Path) -> list[TextLibrary]:
+    import tiktoken
+    from tokenizers import Tokenizer
+
+    train_huggingface(folder / "huggingface.json")
+    write_ranks(folder / "huggingface.json", folder / "bytes.tiktoken")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
+    ranked = load_text_tokenizer(folder / "bytes.tiktoken")
+    encoding: tiktoken.Encoding = ranked._encoding  # type: ignore[attr-defined]
+    huggingface = Tokenizer.from_file(str(folder / "huggingface.json"))
+    return [
+        TextLibrary(
+            "SentencePiece",
+            load_text_tokenizer(folder / "tokenizer"),
+            pieces.encode,
+            lambda texts, count: pieces.encode(texts, num_threads=count),
+        ),
+        TextLibrary(
+            "tiktoken",
+            ranked,
+            encoding.encode_ordinary,
+            lambda texts, count: encoding.encode_ordinary_batch(texts, num_threads=count),
+        ),
+        TextLibrary(
+            "Hugging Face",
+            load_text_tokenizer(folder / "huggingface.json"),
+            lambda text: huggingface.encode(text).ids,
+            lambda texts, count: [one.ids for one in huggingface.encode_batch_fast(texts)],
+        ),
+    ]
 
 
 def datatrove_tokenizer(folder: Path, texts: list[str]) -> Callable[[], object]:
@@ -148,10 +221,30 @@ def datatrove_tokenizer(folder: Path, texts: list[str]) -> Callable[[], object]:
     return work
 
 
-def tokenizer_of(text: TextTokenizer, vision: VisionTokenizer | None) -> ShardTokenizer:
+def tokenizer_of(text: TextTokenizer, vision: VisionTokenizer | None, num_threads: int = 1) -> ShardTokenizer:
     sizes = VocabularyConfig(text_size=text.size, reserved_size=32, visual_size=1024)
     config = TokenizeConfig("rate", image=ImageConfig(max_area=SIDE * SIDE))
-    return ShardTokenizer(config, Vocabulary.from_config(sizes), text, vision)
+    return ShardTokenizer(config, Vocabulary.from_config(sizes), text, vision, num_threads=num_threads)
+
+
+def compare_texts(
+    libraries: list[TextLibrary],
+    texts: list[str],
+    folder: Path,
+    rounds: int,
+    whole: Callable[[ShardTokenizer, str], Callable[[], object]],
+) -> None:
+    characters = sum(map(len, texts))
+
+    def line(title: str, library: TextLibrary, bare: Callable[[], object], num_cores: int) -> None:
+        with cores(num_cores):
+            tokenizer = tokenizer_of(library.tokenizer, None, num_cores)
+            compare(title, characters, "characters", rounds, bare, whole(tokenizer, "texts.tar"))
+
+    for library in libraries:
+        line(f"{library.name}, one core", library, lambda one=library.one: [one(text) for text in texts], 1)  # type: ignore[misc]
+        line(f"{library.name}, two cores", library, lambda many=library.many: many(texts, 2), 2)  # type: ignore[misc]
+    line("datatrove, one core", libraries[-1], datatrove_tokenizer(folder, texts), 1)
 
 
 def main() -> None:
@@ -166,7 +259,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = train_sentencepiece(topics.values(), folder / "tokenizer", 4000)
-        library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
         texts = make_texts(arguments.texts)
         write_shard(folder / "texts.tar", [{"txt": one} for one in texts])
         files = [make_picture(number) for number in range(arguments.pictures)]
@@ -186,26 +278,9 @@ def main() -> None:
             return lambda: [encoder.encode(pixels[first : first + BATCH]) for first in range(0, len(pixels), BATCH)]
 
         print(
-            f"{'':<24}{'bare':>10}{'tokenize':>10} {'a second':<12}{'keeps':>8}{'CPU s':>10}{'CPU s':>10}{'share':>8}"
+            f"{'':<28}{'bare':>10}{'tokenize':>10} {'a second':<12}{'keeps':>8}{'CPU s':>10}{'CPU s':>10}{'share':>8}"
         )
-        characters = sum(map(len, texts))
-        compare(
-            "text",
-            characters,
-            "characters",
-            arguments.rounds,
-            lambda: [library.encode(one) for one in texts],
-            whole(tokenizer_of(text, None), "texts.tar"),
-        )
-        train_huggingface(folder / "huggingface.json")
-        compare(
-            "text beside datatrove",
-            characters,
-            "characters",
-            arguments.rounds,
-            datatrove_tokenizer(folder, texts),
-            whole(tokenizer_of(load_text_tokenizer(folder / "huggingface.json"), None), "texts.tar"),
-        )
+        compare_texts(text_libraries(folder), texts, folder, arguments.rounds, whole)
         for title, encoder in (
             ("pictures on this CPU", small_encoder()),
             ("pictures on a device", Device(arguments.device_milliseconds / 1e3)),

@@ -1,13 +1,15 @@
 """One raw shard in, one token file out: idempotent, atomic; bad samples go to a quarantine list.
 
-Pictures are encoded in batches of one size, over a window of samples, while a thread decodes the next window; documents are
-written in the order of their samples, so that the same shard, tokenizers and configuration give the same bytes.
+Pictures are encoded in batches of one size and texts many at a time, in threads, over a window of samples, while a thread
+decodes the next window; documents are written in the order of their samples, so that the same shard, tokenizers and
+configuration give the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,14 +17,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipeline.documents.batches import batches
 from data_pipeline.documents.builder import Document, DocumentBuilder, Part, Picture
+from data_pipeline.documents.encoding_ahead import EncodingAhead, grouped
 from data_pipeline.documents.templates import FORMATS, DocumentLayout, LayoutConfig
 from data_pipeline.documents.tokenizers import TextTokenizer
 from data_pipeline.filters.base import FilterChain, FilterConfig
@@ -32,13 +36,14 @@ from data_pipeline.kinds.guarded import GuardedDecoder
 from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.kinds.registry import KINDS, SPOKEN, KindSet, read_shard
 from data_pipeline.kinds.videos import SpokenVideo
-from data_pipeline.sources import BadSample, Sample, SampleError
+from data_pipeline.sources import BadSample, Sample
 from data_pipeline.sources.image import ImageConfig
 from data_pipeline.sources.inputs import Shard, describe_input, is_unchanged
+from data_pipeline.sources.samples import unusable
 from data_pipeline.storage.atomic import atomic_write_bytes, encode_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.format import TOKENIZER_PATHS, encode_array, read_manifest, suffixed
-from data_pipeline.storage.read_ahead import one_ahead
+from data_pipeline.storage.read_ahead import Readers, one_ahead
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.signatures import SETTINGS_KEY as SIGNATURES_KEY
 from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
@@ -114,8 +119,9 @@ class _Window:
 
     def add(self, sample: PreparedSample) -> None:
         self.samples.append(sample)
-        self.num_pictures += len(sample.pictures)
-        self.num_pixels += sum(picture.pixels.size // 3 for picture in sample.pictures)
+        for picture in sample.pictures:
+            self.num_pictures += 1
+            self.num_pixels += picture.pixels.size // 3
 
     @property
     def is_full(self) -> bool:
@@ -139,8 +145,9 @@ class ShardTokenizer:
         text_tokenizer: TextTokenizer,
         vision_tokenizer: VisionTokenizer | None,
         tokenizer_paths: Mapping[str, str] | None = None,
+        num_threads: int = 1,
     ):
-        """`tokenizer_paths` are recorded: where a reader of the tokens finds them."""
+        """`tokenizer_paths` are recorded: where a reader of the tokens finds them. `num_threads` encode texts."""
         self.config = config
         self.tokenizer_paths = dict(tokenizer_paths or {})
         self.vocabulary = vocabulary
@@ -150,7 +157,9 @@ class ShardTokenizer:
         self.decoder = GuardedDecoder(config.image, config.video, factor, config.asr)
         self.kinds = KindSet([*(config.kinds or KINDS), SPOKEN] if config.asr.engine else config.kinds, config.parts)
         self.filters = FilterChain(config.filters)
-        builder = DocumentBuilder(vocabulary, text_tokenizer, config.layout.image_format)
+        self.num_threads = num_threads
+        self.encoding = EncodingAhead(text_tokenizer)
+        builder = DocumentBuilder(vocabulary, self.encoding, config.layout.image_format)
         self.layout = DocumentLayout(builder, config.format, config.layout, config.source, config.seed)
         self.fingerprint = self._fingerprint()
 
@@ -220,9 +229,9 @@ class ShardTokenizer:
         counts: Counter[str] = Counter()
         with TokenFileWriter(prefix, with_crc=True) as writer:
             with closing(self._documents(path, name or shard.name, quarantine)) as documents:
-                for document in documents:
-                    writer.add(document.tokens, document.segments)
-                    counts.update(count_classes(document.tokens, document.segments, self.vocabulary.visual_start))
+                for batch in batches(documents):
+                    writer.add_all(*batch)
+                    counts.update(count_classes(batch.tokens, batch.segments, self.vocabulary.visual_start))
             _write_lines(prefix, ".quarantine.jsonl", _quarantine_lines(shard, quarantine))
             _write_lines(prefix, FILTERS_SUFFIX, self.filters.record.lines())
             more = {SIGNATURES_SUFFIX: encode_array(duplicates.taken())} if duplicates is not None else {}
@@ -248,34 +257,57 @@ class ShardTokenizer:
 
     def _documents(self, shard: Path, name: str, quarantine: list[BadSample]) -> Generator[Document, None, None]:
         """The shard's documents in order; what cannot become one is appended to `quarantine`."""
-        with closing(one_ahead(self._windows(shard), "decode")) as windows:
-            for window in windows:
-                quarantine += window.unusable
-                yield from self._documents_of(self._filtered(window.samples, quarantine), name, quarantine)
+        threads = Readers(self.num_threads, "encode")
+        try:
+            with closing(one_ahead(self._windows(shard), "decode")) as windows:
+                for window in windows:
+                    quarantine += window.unusable
+                    yield from self._documents_of(self._filtered(window.samples, quarantine), name, quarantine, threads)
+        finally:
+            threads.close()
 
     def _documents_of(
-        self, samples: list[PreparedSample], name: str, quarantine: list[BadSample]
+        self, samples: list[PreparedSample], name: str, quarantine: list[BadSample], threads: Readers
     ) -> Iterator[Document]:
-        codes = self._encode([picture for sample in samples for picture in sample.pictures])
-        for sample in samples:
-            parts: list[Part] = [
-                Picture(next(codes), part.time_ms) if isinstance(part, Pixels) else part for part in sample.parts
-            ]
-            document = None
-            with _quarantining(sample.key, quarantine):
-                kind = self.kinds[sample.kind]
-                document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
-            if document is not None:
-                if self.filters.duplicates is not None:
-                    self.filters.duplicates.note(sample)
-                yield document
+        with closing(self._groups(samples, threads)) as groups:
+            codes = self._encode([picture for sample in samples for picture in sample.pictures])
+            for group in groups:
+                for sample in group:
+                    parts: list[Part] = [
+                        Picture(next(codes), part.time_ms) if isinstance(part, Pixels) else part
+                        for part in sample.parts
+                    ]
+                    try:
+                        kind = self.kinds[sample.kind]
+                        document = self.layout.build(kind, sample.key, parts, sample.metadata, name)
+                    except Exception as error:
+                        quarantine.append(unusable(sample.key, error))
+                        continue
+                    if self.filters.duplicates is not None:
+                        self.filters.duplicates.note(sample)
+                    yield document
+
+    def _groups(self, samples: list[PreparedSample], threads: Readers) -> Generator[list[PreparedSample], None, None]:
+        """The samples in their order, of each group the texts encoded. A chat's are joined to others before: they are not."""
+        if self.config.format != "pretrain":
+            yield samples
+            return
+        texts = [sample.texts for sample in samples]
+        ends = list(itertools.accumulate(grouped(texts)))
+        bounds = list(itertools.pairwise([0, *ends]))
+        calls = ([text for one in texts[first:end] for text in one] for first, end in bounds)
+        with closing(self.encoding.ahead(calls, threads)) as encoded:
+            for (first, end), _ in zip(bounds, encoded, strict=True):
+                yield samples[first:end]
 
     def _prepare(self, item: Sample, quarantine: list[BadSample]) -> PreparedSample | None:
-        with _quarantining(item.key, quarantine):
+        try:
             parts = self.kinds[item.kind].prepare(item, self.decoder)
             sample = PreparedSample(item.key, item.kind, parts, item.metadata)
             self.filters.check(sample)
             return sample
+        except Exception as error:
+            quarantine.append(unusable(item.key, error))
         return None
 
     def _windows(self, shard: Path) -> Generator[_Window, None, None]:
@@ -325,24 +357,6 @@ class ShardTokenizer:
                 encoded = vision.encode(np.stack([pictures[number].pixels for number in batch]))
                 codes.update(zip(batch, encoded, strict=True))
         return iter([codes[number] for number in range(len(pictures))])
-
-
-@contextmanager
-def _quarantining(key: str, quarantine: list[BadSample]) -> Iterator[None]:
-    """One bad sample never ends a job: whatever it raises is its reason.
-
-    What is the user's (`UserError`) or the system's (files, memory of the whole process) does end it.
-    """
-    try:
-        yield
-    except SampleError as error:
-        quarantine.append(BadSample(key, error.reason, error.detail))
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise
-        quarantine.append(BadSample(key, f"unexpected_{type(error).__name__}", str(error)[:500]))
 
 
 def tokenize_shard(

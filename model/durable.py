@@ -75,7 +75,8 @@ def read_json(
 ) -> Any:
     """Raises `UserError` when the file is missing or is not JSON; `damaged` and `fix` are what it then says."""
     try:
-        return json.loads(path.read_bytes())
+        with open(path, "rb", buffering=0) as stream:  # a buffer costs more than reading a small file
+            return json.loads(stream.readall())
     except FileNotFoundError:
         raise UserError("a file is missing", where=str(path), fix="run the command that writes it again") from None
     except (ValueError, RecursionError) as error:

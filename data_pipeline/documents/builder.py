@@ -16,7 +16,7 @@ import numpy as np
 from data_pipeline.documents.prompts import ANSWER, GENERAL, NEXT_QUESTION, around_pictures, opening, task_number
 from data_pipeline.documents.reading import ImageBlock, MalformedImageError, describe, parse_image_block
 from data_pipeline.documents.tokenizers import TextTokenizer, encode_grid
-from data_pipeline.storage.segments import SEGMENT_DTYPE, TASK_SHIFT, Flag, Kind
+from data_pipeline.storage.segments import TASK_SHIFT, Flag, Kind, segments_of
 from model.vocabulary import Vocabulary
 
 __all__ = [
@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 IMAGE_FORMATS = ("emu35", "emu3")
+# Plain numbers, as every document needs them: a look into an enumeration costs as much as half a document.
+_TEXT, _STRUCTURE, _SPLITTABLE, _DOCUMENT_START = (
+    int(value) for value in (Kind.TEXT, Kind.STRUCTURE, Flag.SPLITTABLE, Flag.DOCUMENT_START)
+)
 
 
 @dataclass(frozen=True)
@@ -105,26 +109,25 @@ class _Draft:
     def add(
         self,
         tokens: Sequence[int] | np.ndarray,
-        kind: Kind,
+        kind: int,
         flags: int = 0,
         grid: tuple[int, int] = (0, 0),
         time_ms: int = 0,
     ) -> None:
-        if len(tokens) == 0:
+        count = len(tokens)
+        if count == 0:
             return
         self.pieces.append(np.asarray(tokens, np.int32))
-        self.records.append((self.length, len(tokens), int(kind), int(flags), *grid, time_ms))
-        self.length += len(tokens)
+        self.records.append((self.length, count, int(kind), int(flags), *grid, time_ms))
+        self.length += count
 
     def finish(self, identity: int, task: str = "") -> Document:
-        # In the order of `SEGMENT_DTYPE`: plain numbers in one call, as most documents have three segments.
-        task_bits, first = task_number(task) << TASK_SHIFT, int(Flag.DOCUMENT_START)
-        records = [
+        task_bits, first = task_number(task) << TASK_SHIFT, _DOCUMENT_START
+        records = [  # in the order of `SEGMENT_DTYPE`
             (0, start, length, kind, flags | task_bits | (0 if start else first), height, width, 0, identity, time_ms)
             for start, length, kind, flags, height, width, time_ms in self.records
         ]
-        segments = np.array(records, SEGMENT_DTYPE)
-        return Document(np.concatenate(self.pieces), segments)
+        return Document(np.concatenate(self.pieces), segments_of(records))
 
     def tokens(self) -> list[int]:
         return np.concatenate(self.pieces).tolist()
@@ -142,6 +145,7 @@ class DocumentBuilder:
         self.vocabulary = vocabulary
         self.text_tokenizer = text_tokenizer
         self.image_format = image_format
+        self._bos, self._eos = (np.array([index], np.int32) for index in (vocabulary.bos, vocabulary.eos))
 
     def image_block(self, codes: np.ndarray) -> np.ndarray:
         """Codes [h, w] -> int32 tokens: BOI "h*w" IMG row EOL row ... EOI."""
@@ -161,8 +165,8 @@ class DocumentBuilder:
 
     def text(self, identity: int, text: str, *, splittable: bool = True) -> Document:
         draft = self._begin()
-        flags = Flag.SPLITTABLE if splittable else 0
-        draft.add(self.text_tokenizer.encode_array(text), Kind.TEXT, flags)
+        flags = _SPLITTABLE if splittable else 0
+        draft.add(self.text_tokenizer.encode_array(text), _TEXT, flags)
         return self._end(draft, identity)
 
     def image_text(self, identity: int, caption: str, codes: np.ndarray, *, image_first: bool = False) -> Document:
@@ -293,11 +297,11 @@ class DocumentBuilder:
 
     def _begin(self, flags: int = 0) -> _Draft:
         draft = _Draft()
-        draft.add([self.vocabulary.bos], Kind.STRUCTURE, flags)
+        draft.add(self._bos, _STRUCTURE, flags)
         return draft
 
     def _end(self, draft: _Draft, identity: int) -> Document:
-        draft.add([self.vocabulary.eos], Kind.STRUCTURE)
+        draft.add(self._eos, _STRUCTURE)
         return draft.finish(identity)
 
     def _add_parts(self, draft: _Draft, parts: Sequence[Part], flags: int = 0) -> None:

@@ -15,7 +15,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,12 @@ class TextTokenizer(Protocol):
 
     def encode_array(self, text: str) -> np.ndarray:
         """The same ids as int32 [n]."""
-        return np.array(self.encode(text), np.int32)
+        ids = self.encode(text)
+        return np.fromiter(ids, np.int32, len(ids))  # several times as fast as `np.array` of a list
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_array` of each; in one call where the library has one. May be called in several threads at a time."""
+        return [self.encode_array(text) for text in texts]
 
 
 class SentencePieceTokenizer(TextTokenizer):
@@ -80,6 +85,11 @@ class SentencePieceTokenizer(TextTokenizer):
         ids: np.ndarray = self._processor.encode(text, out_type="numpy")
         return ids
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        plain = [text for text in texts if "\u2581" not in text]
+        encoded = iter(self._processor.encode(plain, out_type="numpy", num_threads=1))
+        return [self.encode_array(text) if "\u2581" in text else next(encoded) for text in texts]
+
     def _with_blocks(self, text: str) -> list[int]:
         ids: list[int] = []
         for number, piece in enumerate(text.split("\u2581")):
@@ -103,8 +113,8 @@ class TiktokenTokenizer(TextTokenizer):
         self.fingerprint = _fingerprint("tiktoken", ranks_file)
 
     def encode(self, text: str) -> list[int]:
-        normal = unicodedata.normalize("NFC", text)
-        return [index for part in _split_long(normal) for index in self._encoding.encode_ordinary(part)]
+        normal = text if text.isascii() else unicodedata.normalize("NFC", text)
+        return _joined([self._encoding.encode_ordinary(part) for part in _split_long(normal)])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(index) for index in ids])
@@ -134,7 +144,7 @@ class HuggingFaceTokenizer(TextTokenizer):
     def encode(self, text: str) -> list[int]:
         # The fast one gives no offsets, which nobody asks for.
         encoded = self._tokenizer.encode_batch_fast(list(_split_long(text)), add_special_tokens=False)
-        return [index for part in encoded for index in part.ids]
+        return _joined([part.ids for part in encoded])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
@@ -366,12 +376,20 @@ def _split_long(text: str) -> Iterator[str]:
     them. Any other cut could change the ids around it, and none is needed: time grows with the length.
     """
     start = 0
+    if len(text) < _MAX_BLANKS:
+        if text:
+            yield text
+        return
     for run in _ENDLESS_BLANKS.finditer(text):
         for end in range(run.start() + _MAX_BLANKS, run.end(), _MAX_BLANKS):
             yield text[start:end]
             start = end
     if text[start:]:
         yield text[start:]
+
+
+def _joined(parts: list[list[int]]) -> list[int]:
+    return parts[0] if len(parts) == 1 else list(itertools.chain.from_iterable(parts))
 
 
 def _fingerprint(kind: str, data: bytes) -> str:

@@ -19,6 +19,8 @@ class PartsConfig:
 
 def counted(parts: Mapping[str, bytes], config: PartsConfig) -> dict[str, bytes]:
     """The files that count, in their order."""
+    if not config.ignore:
+        return dict(parts)
     ignored = {extension.lower().lstrip(".") for extension in config.ignore}
     return {extension: data for extension, data in parts.items() if extension not in ignored}
 

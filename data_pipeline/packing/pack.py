@@ -154,8 +154,8 @@ def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
 def _write_rows(pool: Pool, packings: Sequence[_Packing]) -> None:
     """In a folder that this process holds: another one may have finished, or begun, while it waited."""
     missing = [packing for packing in packings if not packing.is_complete()]
-    for file in pool.files if missing else []:
-        file.verify()
+    if missing:
+        pool.load_index(verify=True)
     for packing in missing:
         packing.run()
 

@@ -21,6 +21,7 @@ from model.vocabulary import description_of_ids
 
 # What token files that are packed together must agree on.
 _SHARED_KEYS = ("vocabulary", "text_tokenizer", "vision_tokenizer")
+_SPLITTABLE, _IMAGE = np.uint8(Flag.SPLITTABLE), np.uint8(Kind.IMAGE)  # of an enumeration numpy asks much
 
 
 class Pool:
@@ -48,6 +49,7 @@ class Pool:
                 self.files.append(TokenFileReader(prefix, self._descriptors, "tokens"))
                 _share(self.files[-1].manifest, self.files[0].manifest)
                 self.source_of_file.append(number)
+        self._index: tuple[np.ndarray, np.ndarray] | None = None
         self.shared = _agree(self.files)
         self._first_document = [0, *accumulate(len(file) for file in self.files)]
 
@@ -63,10 +65,15 @@ class Pool:
             {"name": name, "checksum": digest.hexdigest()} for name, digest in zip(self.sources, digests, strict=True)
         ]
 
-    def load_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Length of every document (int32 [N]) and whether it is plain text that fills holes (bool [N])."""
-        fillers = np.concatenate([_fillers(file) for file in self.files])
-        return np.concatenate([file.lengths for file in self.files]), fillers
+    def load_index(self, *, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Length of every document (int32 [N]) and whether it is plain text that fills holes (bool [N]).
+
+        `verify`: every file is compared with its manifest, in the same reading.
+        """
+        if self._index is None or verify:
+            fillers = np.concatenate([_fillers(file, verify) for file in self.files])
+            self._index = np.concatenate([file.lengths for file in self.files]), fillers
+        return self._index
 
     def document_ids(self) -> np.ndarray:
         """Of every document; uint64 [N], 0 for one without tokens."""
@@ -148,12 +155,12 @@ class Pool:
         self._descriptors.close()
 
 
-def _fillers(file: TokenFileReader) -> np.ndarray:
+def _fillers(file: TokenFileReader, verify: bool) -> np.ndarray:
     """Documents of a file with splittable text and without images; bool [n]."""
     splittable, images = np.zeros(len(file), bool), np.zeros(len(file), bool)
-    segments = file.all_segments()
-    splittable[segments["row"][(segments["flags"] & Flag.SPLITTABLE) != 0]] = True
-    images[segments["row"][segments["kind"] == Kind.IMAGE]] = True
+    segments = file.all_segments(verify=verify)
+    splittable[segments["row"][(segments["flags"] & _SPLITTABLE) != 0]] = True
+    images[segments["row"][segments["kind"] == _IMAGE]] = True
     return splittable & ~images
 
 

@@ -10,7 +10,9 @@ import io
 import os
 import re
 import tarfile
-from typing import Any
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 MAX_HEADER_BYTES = 1 << 20  # of a long name or a pax record
 MAX_NAME_CHARACTERS = 4096  # of a member; Linux has no longer path
@@ -19,11 +21,15 @@ MAX_MEMBER_BYTES = 1 << 50  # more is a damaged number
 MAX_EXPANSION = 200  # bytes out of one byte of a compressed shard, beyond the first `FREE_BYTES`
 FREE_BYTES = 1 << 30
 KEPT_BYTES = 1 << 14  # of a compressed stream, to go back in
+HEADER_BYTES = 3 * tarfile.BLOCKSIZE  # of a plain member: a pax header, its records, the member's own header
+MANY_BYTES, FEW_BYTES = 1 << 18, 1 << 12  # read at once where members are small, and where they are not
+SMALL_MEMBER_BYTES = 1 << 14
 # As every writer of today has them: mode, uid, gid, size, time, checksum, type, no link; magic of POSIX or GNU; device numbers.
 _USUAL_HEADER = re.compile(
     rb"(?:[0-7]{7}\0){3}([0-7]{11})\0[0-7]{11}\0([0-7]{6})\0 ([0x])\0{100}ustar[\0 ].{66}(?:[0-7]{7}\0|\0{8}){2}",
     re.DOTALL,
 )
+_TIME_RECORD = re.compile(rb"(\d\d) mtime=[\d.]+\n")  # all that webdataset's writer says beside the header
 _LONG_HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -40,7 +46,7 @@ class BoundedTarInfo(tarfile.TarInfo):
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         """The library reads 21 fields of each header; of a usual one we need four. Any other is the library's."""
         usual = _USUAL_HEADER.match(buf, 100) if len(buf) == tarfile.BLOCKSIZE else None
-        if usual is None or sum(buf) - sum(buf[148:156]) + 256 != int(usual[2], 8):
+        if usual is None or _sum_of(buf) != int(usual[2], 8):
             return super().frombuf(buf, encoding, errors)
         info = cls()
         info.name, prefix = (
@@ -97,8 +103,32 @@ class BoundedTarInfo(tarfile.TarInfo):
         return self
 
 
+class PlainMember(NamedTuple):
+    """A regular file in an archive: as much of `tarfile.TarInfo` as is asked for here."""
+
+    name: str
+    size: int
+    offset_data: int
+    data: bytes | None = None  # None: to be read
+
+    def isreg(self) -> bool:
+        return True
+
+    def issparse(self) -> bool:
+        return False
+
+    def isdir(self) -> bool:
+        return False
+
+
+Member = tarfile.TarInfo | PlainMember
+
+
 class BoundedTar(tarfile.TarFile):
-    """To be read with `next` alone: members are not kept. Raises `tarfile.TarError` for every archive that is none."""
+    """To be read with `next` and `plain_members` alone: members are not kept.
+
+    Raises `tarfile.TarError` for every archive that is none.
+    """
 
     tarinfo = BoundedTarInfo
     num_headers = 0  # of the member that is being read
@@ -116,6 +146,81 @@ class BoundedTar(tarfile.TarFile):
             return super().next()
         except (ValueError, ArithmeticError, IndexError) as error:  # of numbers that are none, and tables cut short
             raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+
+    def plain_members(self) -> Iterator[PlainMember]:
+        """The members from here on, as long as they are plain files with usual headers that the archive holds whole.
+
+        Ends without a word before anything else, which is for `next`. Headers are read many at a time, of uncompressed
+        archives: `next` takes several times as long for each.
+        """
+        if not isinstance(self.fileobj, io.BufferedReader):
+            return
+        descriptor = self.fileobj.fileno()
+        num_bytes, block, start, step = os.fstat(descriptor).st_size, b"", 0, MANY_BYTES
+        while True:
+            at = self.offset - start
+            if at + HEADER_BYTES > len(block):
+                block, start, at = os.pread(descriptor, step, self.offset), self.offset, 0
+            found = _plain_header(block, at)
+            if found is None:
+                return
+            name, size, at = found
+            end = start + at + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if end > num_bytes:
+                return
+            self.offset = end
+            step = MANY_BYTES if size < SMALL_MEMBER_BYTES else FEW_BYTES
+            data = block[at : at + size] if at + size <= len(block) else None
+            yield PlainMember(name, size, start + at, data)
+
+    def content(self, member: Member) -> bytes:
+        """Of a regular file; less where the archive is cut off."""
+        if isinstance(member, PlainMember):
+            if member.data is not None:
+                return member.data
+            assert self.fileobj is not None
+            self.fileobj.seek(member.offset_data)
+            return self.fileobj.read(member.size)
+        stream = self.extractfile(member)
+        assert stream is not None, "a regular file has content"
+        return stream.read()
+
+
+def _plain_header(block: bytes, at: int) -> tuple[str, int, int] | None:
+    """Name and size of the plain file whose headers begin at `at`, and where its data begin; None for anything else."""
+    header = block[at : at + tarfile.BLOCKSIZE]
+    usual = _usual_header(header)
+    at += tarfile.BLOCKSIZE
+    if usual is not None and usual[3] == b"x":
+        size = int(usual[1], 8)
+        if size > tarfile.BLOCKSIZE or not _is_of_times(block[at : at + size]):
+            return None
+        header = block[at + tarfile.BLOCKSIZE : at + 2 * tarfile.BLOCKSIZE]
+        usual = _usual_header(header)
+        at += 2 * tarfile.BLOCKSIZE
+    if usual is None or usual[3] != b"0":
+        return None
+    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
+    return (prefix + b"/" + name if prefix else name).decode(), int(usual[1], 8), at
+
+
+def _usual_header(header: bytes) -> re.Match[bytes] | None:
+    """Size, checksum and type of a usual header, true and without a letter beyond ASCII."""
+    usual = _USUAL_HEADER.match(header, 100)
+    return usual if usual is not None and header.isascii() and _sum_of(header) == int(usual[2], 8) else None
+
+
+def _is_of_times(records: bytes) -> bool:
+    """Do these pax records say nothing but when the file was changed?"""
+    found = _TIME_RECORD.fullmatch(records)
+    return found is not None and int(found[1]) == len(records)
+
+
+def _sum_of(header: bytes) -> int:
+    """What a header's checksum is made of: the sum of its bytes, those of the checksum itself taken as blanks."""
+    # Adler's first sum is 1 + that of the bytes, modulo 65,521: more than 512 bytes of ASCII make.
+    total = (zlib.adler32(header) & 0xFFFF) - 1 if header.isascii() else sum(header)
+    return total - sum(header[148:156]) + 256
 
 
 class Rereadable:

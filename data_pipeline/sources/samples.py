@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+from model.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 VIDEO_EXTENSIONS = ("mp4", "avi", "webm", "mkv", "mov")
@@ -39,10 +42,13 @@ class Sample:
         Raises `SampleError`: `corrupt_text` if it is not UTF-8, `empty_text` if nothing is left.
         """
         try:
-            text = self.parts[extension].decode("utf-8-sig")
+            # Not "utf-8-sig", which is Python and reads a text twice.
+            text = self.parts[extension].removeprefix(codecs.BOM_UTF8).decode()
         except UnicodeDecodeError as error:
             raise SampleError("corrupt_text", f"{extension}: {error}") from error
-        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        text = text.strip()
         if not text:
             raise SampleError("empty_text", extension)
         return text
@@ -64,6 +70,19 @@ class BadSample:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "detail", self.detail[:MAX_DETAIL_CHARACTERS])
+
+
+def unusable(key: str, error: Exception) -> BadSample:
+    """One bad sample never ends a job: whatever it raises is its reason.
+
+    What is the user's (`UserError`) or the system's (files, memory of the whole process) does end it: it is raised again.
+    """
+    if isinstance(error, SampleError):
+        return BadSample(key, error.reason, error.detail)
+    is_of_a_file = isinstance(error, OSError) and error.errno is not None and error.filename is not None
+    if is_of_a_file or isinstance(error, (UserError, MemoryError)):
+        raise error
+    return BadSample(key, f"unexpected_{type(error).__name__}", str(error)[:MAX_DETAIL_CHARACTERS])
 
 
 def is_image(extension: str, stem: str = "") -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 import tarfile
 import zlib
@@ -10,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from data_pipeline.sources.bounded_tar import BoundedTar
+from data_pipeline.sources.bounded_tar import BoundedTar, Member
 from data_pipeline.sources.samples import BadSample
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.errors import UserError
@@ -46,7 +45,7 @@ class _Open:
     num_members: int = 0
     num_bytes: int = 0  # that its files take in memory
 
-    def add(self, member: _Member) -> None:
+    def add(self, member: _Part) -> None:
         self.num_members += 1
         if member.extension in self.parts:
             self.refuse("duplicate_part", member.extension)
@@ -70,8 +69,7 @@ class _Open:
         return BadSample(key, self.reason, self.detail) if self.reason else (key, self.parts)
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Part(NamedTuple):
     key: str
     extension: str
     data: bytes = b""
@@ -94,7 +92,7 @@ def places_in(path: Path) -> Iterator[Place | None]:
     Raises `DamageError` where it can be read no further, `UserError` when the system does not let us read it.
     """
 
-    def place(_: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> Place | None:
+    def place(_: BoundedTar, info: Member, key: str, extension: str) -> Place | None:
         return Place(key, extension, info.offset_data, info.size) if info.isreg() and not info.issparse() else None
 
     with file_errors_are_user_errors(path):
@@ -123,7 +121,7 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
         held: dict[str, _Open] = {}  # by key; the sample of the newest file among them
         held_bytes = 0
         current = ""
-        members = _members(path, _read_member)
+        members = _members(path, _read_part)
         while True:
             try:
                 member = next(members)
@@ -134,7 +132,7 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
                 if (
                     current in held
                     and damage.key not in ("", current)
-                    and held[current].num_members == expected[_short(current)]
+                    and held[current].num_members == expected[hash(current)]
                 ):
                     yield held[current].finish(current)
                 cut = damage.key or current
@@ -143,7 +141,7 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
                     if key not in (current, cut):  # its other files lie behind the damage
                         yield BadSample(key, "truncated_tar", str(damage))
                 return
-            if member.key != current and current in held and held[current].num_members >= expected[_short(current)]:
+            if member.key != current and current in held and held[current].num_members >= expected[hash(current)]:
                 done = held.pop(current)
                 held_bytes -= done.num_bytes
                 yield done.finish(current)
@@ -158,17 +156,15 @@ def read_groups(path: str | Path) -> Iterator[Group | BadSample]:
             yield sample.finish(key)
 
 
-def _short(key: str) -> int:
-    """For a key of any length; two of one number would come at the end of their shard, and whole."""
-    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
-
-
 def _count_members(path: Path) -> Counter[int]:
-    """How many files of each key the shard holds, up to its end or to where it is damaged. Reads headers only."""
+    """How many files of each key the shard holds, up to its end or to where it is damaged. Reads headers only.
+
+    Keys of any length count by their hash; two of one hash would come at the end of their shard, and whole.
+    """
     counts: Counter[int] = Counter()
     try:
-        for member in _members(path, _name_alone):
-            counts[_short(member.key)] += 1
+        for key in _members(path, _key_alone):
+            counts[hash(key)] += 1
     except DamageError:
         pass  # the second reading says so
     return counts
@@ -181,18 +177,17 @@ def split_name(path: str) -> tuple[str, str]:
     return (folder + slash + stem if stem else ""), extension
 
 
-def _name_of(info: tarfile.TarInfo) -> tuple[str, str]:
+def _name_of(member: Member) -> tuple[str, str]:
     """Key and extension of a member that belongs to a sample; empty for folders and webdataset's own notes."""
-    is_note = "/" not in info.name and info.name.startswith("__") and info.name.endswith("__")
-    if info.isdir() or is_note:
+    name = member.name
+    is_note = name.startswith("__") and name.endswith("__") and "/" not in name
+    if member.isdir() or is_note:
         return "", ""
-    key, extension = split_name(info.name)
+    key, extension = split_name(name)
     return key, extension.lower()
 
 
-def _members(
-    path: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str, str], Made], mode: str = "r:*"
-) -> Iterator[Made]:
+def _members(path: Path, read: Callable[[BoundedTar, Member, str, str], Made], mode: str = "r:*") -> Iterator[Made]:
     """What `read` makes of each file that belongs to a sample; raises `DamageError` for an early end.
 
     Archives that were joined (`cat a.tar b.tar`) follow one another; keys of the second one begin with "#1/", as it may
@@ -204,11 +199,11 @@ def _members(
         with BoundedTar.open(path, mode) as first:  # type: ignore[call-overload]
             archive: BoundedTar | None = first
             while archive is not None:
-                while (info := archive.next()) is not None:
-                    name, extension = _name_of(info)
+                for member in _all_of(archive):
+                    name, extension = _name_of(member)
                     if name and extension:
                         key = f"#{number}/{name}" if number else name
-                        yield read(archive, info, key, extension)
+                        yield read(archive, member, key, extension)
                         key = ""
                 archive, number = _next_archive(archive), number + 1
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -219,21 +214,26 @@ def _members(
         raise DamageError(str(error), key) from error
 
 
-def _name_alone(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
-    return _Member(key, extension)
+def _all_of(archive: BoundedTar) -> Iterator[Member]:
+    while (member := archive.next()) is not None:
+        yield member
+        yield from archive.plain_members()
 
 
-def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo, key: str, extension: str) -> _Member:
-    if not info.isreg() or info.issparse():
-        return _Member(key, extension, problem="link_in_tar" if info.issym() or info.islnk() else "not_a_plain_file")
-    if info.size > MAX_SAMPLE_BYTES:
-        return _Member(key, extension, problem="part_too_large")
-    stream = archive.extractfile(info)
-    assert stream is not None, "a regular file has content"
-    data = stream.read()
-    if len(data) != info.size:
-        raise DamageError(f"{len(data)} of {info.size} bytes of {info.name}", key)
-    return _Member(key, extension, data)
+def _key_alone(archive: BoundedTar, member: Member, key: str, extension: str) -> str:
+    return key
+
+
+def _read_part(archive: BoundedTar, member: Member, key: str, extension: str) -> _Part:
+    if not member.isreg() or member.issparse():
+        is_link = isinstance(member, tarfile.TarInfo) and (member.issym() or member.islnk())
+        return _Part(key, extension, problem="link_in_tar" if is_link else "not_a_plain_file")
+    if member.size > MAX_SAMPLE_BYTES:
+        return _Part(key, extension, problem="part_too_large")
+    data = archive.content(member)
+    if len(data) != member.size:
+        raise DamageError(f"{len(data)} of {member.size} bytes of {member.name}", key)
+    return _Part(key, extension, data)
 
 
 def _next_archive(archive: BoundedTar) -> BoundedTar | None:

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import tokenize
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def checksum(content: bytes | memoryview) -> str:
 
 def checksum_file(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
+    with open(path, "rb", buffering=0) as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -135,9 +136,20 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises `UserError` for anything else, a truncated file included.
     """
-    if not path.is_file():
-        raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE)
-    content = path.read_bytes()
+    return index_of(read_piece(path), path)
+
+
+def read_piece(path: str | Path) -> bytes:
+    """A file that a manifest names, whole. Raises `UserError` where there is none."""
+    try:
+        with open(path, "rb", buffering=0) as stream:  # a buffer costs more than reading a small file
+            return stream.readall()
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE) from None
+
+
+def index_of(content: bytes, path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """As `read_index`, of what was read already."""
     header_bytes = _INDEX_HEADER_DTYPE.itemsize
     if len(content) < header_bytes:
         raise UserError("an index file is truncated", where=str(path), got=f"{len(content)} bytes")
@@ -184,8 +196,8 @@ def load_array(path: Path) -> np.ndarray:
     """Raises `UserError` for a file that is missing or is no array of plain records."""
     try:
         with path.open("rb") as stream:
-            usual = _USUAL_NPY.match(stream.read(_MOST_NPY_HEADER))
-            if usual is None or int.from_bytes(usual[0][8:10], "little") != len(usual[0]) - 10:
+            usual = _usual_npy(stream.read(_MOST_NPY_HEADER))
+            if usual is None:
                 stream.seek(0)
                 return np.load(stream, allow_pickle=False)
             stream.seek(len(usual[0]))
@@ -199,9 +211,38 @@ def load_array(path: Path) -> np.ndarray:
         raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
 
 
+def array_of(content: bytes, path: str | Path) -> np.ndarray:
+    """As `load_array`, of what was read already; not to be written to."""
+    try:
+        usual = _usual_npy(content[:_MOST_NPY_HEADER])
+        if usual is None:
+            return np.load(BytesIO(content), allow_pickle=False)
+        return np.frombuffer(content, _type_of(usual[1]), int(usual[2]), len(usual[0]))
+    except NPY_ERRORS as error:
+        raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
+
+
+def _usual_npy(start: bytes) -> re.Match[bytes] | None:
+    usual = _USUAL_NPY.match(start)
+    return usual if usual is not None and int.from_bytes(usual[0][8:10], "little") == len(usual[0]) - 10 else None
+
+
 def row_crc(tokens: np.ndarray, segments: np.ndarray) -> int:
     """CRC32 of a row: its tokens' bytes (int32) followed by its segments' bytes."""
     return crc32(np.ascontiguousarray(segments), crc32(np.ascontiguousarray(tokens)))
+
+
+def row_crcs(
+    tokens: np.ndarray, segments: np.ndarray, lengths: Sequence[int], segment_counts: Sequence[int]
+) -> list[int]:
+    """`row_crc` of each of several rows laid end to end: so many of the tokens (int32 [n]) and of the segments in each."""
+    token_bytes, segment_bytes = (np.ascontiguousarray(part).view(np.uint8).data for part in (tokens, segments))
+    crcs, token, segment = [], 0, 0
+    for length, count in zip(lengths, segment_counts, strict=True):
+        token_end, segment_end = token + length * TOKEN_BYTES, segment + count * segments.itemsize
+        crcs.append(crc32(segment_bytes[segment:segment_end], crc32(token_bytes[token:token_end])))
+        token, segment = token_end, segment_end
+    return crcs
 
 
 def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int) -> None:
@@ -219,7 +260,7 @@ def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, 
 
 def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]:
     """The manifest of a published file. Raises `UserError` when there is none or it is of another kind."""
-    path = suffixed(Path(prefix), ".json")
+    path = Path(f"{prefix}.json")
     manifest = read_json(path)
     check_seal(path, manifest)
     found = manifest.get("kind")
@@ -253,10 +294,14 @@ def verify_outputs(prefix: str | Path, manifest: dict[str, Any]) -> None:
 
 def verify_output(path: Path, manifest: dict[str, Any]) -> None:
     """Compare one piece with its manifest."""
-    expected = manifest["outputs"].get(path.name)
     if not path.is_file():
         raise UserError("a file named by its manifest is missing", where=str(path), fix=REWRITE)
-    found = checksum_file(path)
+    check_piece(path, checksum_file(path), manifest)
+
+
+def check_piece(path: str | Path, found: str, manifest: dict[str, Any]) -> None:
+    """`found`: its checksum."""
+    expected = manifest["outputs"].get(os.path.basename(path))
     if found != expected:
         raise UserError(
             "a file is damaged: its checksum is not the manifest's",

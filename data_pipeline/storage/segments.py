@@ -6,6 +6,8 @@ image grids are derived from its segments (32 bytes each, about 29 in a row of 3
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterable, Sequence
 from enum import IntEnum, IntFlag
 
 import numpy as np
@@ -48,9 +50,17 @@ SEGMENT_DTYPE = np.dtype(
     ]
 )
 
+_RECORD = struct.Struct("<IIIBBHHHQI")  # the same in one call, as most documents have three segments
+assert _RECORD.size == SEGMENT_DTYPE.itemsize
+
 _CLASS_OF_KIND = np.zeros(len(Kind), np.uint8)
 _CLASS_OF_KIND[[Kind.PAD, Kind.IMAGE, Kind.STRUCTURE]] = TokenClass.STRUCTURE
 _CLASS_OF_KIND[[Kind.TEXT, Kind.TRANSCRIPT]] = TokenClass.TEXT
+
+
+def segments_of(records: Iterable[tuple[int, ...]]) -> np.ndarray:
+    """`SEGMENT_DTYPE` [k], of plain numbers in its order."""
+    return np.frombuffer(bytearray().join([_RECORD.pack(*record) for record in records]), SEGMENT_DTYPE)
 
 
 def tasks_of(segments: np.ndarray) -> np.ndarray:
@@ -59,12 +69,21 @@ def tasks_of(segments: np.ndarray) -> np.ndarray:
     return found
 
 
-def tile_exactly(segments: np.ndarray, num_tokens: int) -> bool:
-    """Do the segments follow one another without gap or overlap, from token 0 to `num_tokens`?"""
-    ends = np.cumsum(segments["length"], dtype=np.int64)
-    starts = ends - segments["length"]
-    covered = int(ends[-1]) if len(ends) else 0
-    return covered == num_tokens and bool((starts == segments["start"]).all())
+def tile_exactly(segments: np.ndarray, lengths: Sequence[int], counts: Sequence[int]) -> bool:
+    """Of documents with so many tokens and segments each, the latter laid end to end in `segments`: do those of each one
+    follow one another without gap or overlap, from its token 0 to its end?
+    """
+    if len(segments) != sum(counts):
+        return False
+    ends = np.cumsum(lengths, dtype=np.int64)
+    segment_ends = np.cumsum(segments["length"], dtype=np.int64)
+    starts = segments["start"] + np.repeat(ends - lengths, counts)
+    firsts = (np.cumsum(counts) - counts)[np.asarray(counts) > 0]
+    return bool(
+        segment_ends[-1:].sum() == ends[-1:].sum()
+        and (starts == segment_ends - segments["length"]).all()
+        and not segments["start"][firsts].any()
+    )
 
 
 def token_classes(tokens: np.ndarray, segments: np.ndarray, visual_start: int) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,24 +20,28 @@ from data_pipeline.storage.format import (
     REWRITE,
     TOKEN_BYTES,
     TOKEN_DTYPE,
+    array_of,
+    check_piece,
     check_row,
     checksum,
     encode_array,
     encode_index,
+    index_of,
     load_array,
-    read_index,
     read_manifest,
-    row_crc,
+    read_piece,
+    row_crcs,
     seal,
     suffixed,
     verify_output,
-    verify_outputs,
 )
 from data_pipeline.storage.segments import SEGMENT_DTYPE, tile_exactly
 from data_pipeline.storage.signatures import SIGNATURE_DTYPE
 from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from model.durable import publish, temporary_path, told_no_space
 from model.errors import UserError
+
+_INDEX_SUFFIXES = (".idx", ".seg.npy", ".crc.npy")  # of the files that a reader's index is made of
 
 
 class TokenFileWriter:
@@ -72,19 +77,28 @@ class TokenFileWriter:
 
     def add(self, tokens: np.ndarray, segments: np.ndarray) -> None:
         """Append one document or row. tokens int [n]; segments `SEGMENT_DTYPE` [k], tiling the n tokens."""
+        self.add_all(tokens, segments, [len(tokens)], [len(segments)])
+
+    def add_all(
+        self, tokens: np.ndarray, segments: np.ndarray, lengths: Sequence[int], segment_counts: Sequence[int]
+    ) -> None:
+        """Append documents or rows laid end to end: of each so many of the tokens, int [n], and of the segments, `SEGMENT_DTYPE` [k]."""
         assert segments.dtype == SEGMENT_DTYPE, "segments have another record type"
-        assert tile_exactly(segments, len(tokens)), "segments do not tile the tokens"
-        content = np.ascontiguousarray(tokens, TOKEN_DTYPE).tobytes()
+        assert tile_exactly(segments, lengths, segment_counts), "segments do not tile the tokens"
+        assert len(tokens) == sum(lengths), "other tokens than the documents have"
+        ordered = np.ascontiguousarray(tokens, TOKEN_DTYPE)
+        content = ordered.view(np.uint8).data
         numbered = segments.copy()
-        numbered["row"] = len(self._lengths)
+        first = len(self._lengths)
+        numbered["row"] = np.repeat(np.arange(first, first + len(lengths)), segment_counts)
         self._num_bytes += len(content)
         with told_no_space(self.prefix.parent, self._num_bytes):
             self._stream.write(content)
         self._digest.update(content)
-        self._lengths.append(len(tokens))
+        self._lengths += lengths
         self._segments.append(numbered)
         if self.with_crc:
-            self._crcs.append(row_crc(np.frombuffer(content, TOKEN_DTYPE), numbered))
+            self._crcs += row_crcs(ordered, numbered, lengths, segment_counts)
 
     def finish(self, manifest: dict[str, Any], more: Mapping[str, bytes] | None = None) -> dict[str, Any]:
         """Publish the data, then the manifest; returns the manifest as written.
@@ -143,13 +157,19 @@ class TokenFileReader:
         self._descriptors = descriptors if descriptors is not None else DescriptorCache()
         self._loaded: _Index | None = None
         self._verified = False
-        self._bin, self._seg = suffixed(self.prefix, ".bin"), suffixed(self.prefix, ".seg.npy")
+
+    @cached_property
+    def _bin(self) -> Path:  # many readers are opened of which few are read
+        return suffixed(self.prefix, ".bin")
+
+    @cached_property
+    def _seg(self) -> Path:
+        return suffixed(self.prefix, ".seg.npy")
 
     def verify(self) -> None:
         """Read every piece, once, and compare it with the manifest's checksums; raises `UserError` naming the damaged one."""
         if not self._verified:
-            verify_outputs(self.prefix, self.manifest)
-            self._verified = True
+            self._load(verify=True)
 
     def __len__(self) -> int:
         key = "num_rows" if self.manifest["kind"] == "packed" else "num_documents"
@@ -167,16 +187,24 @@ class TokenFileReader:
             assert self._loaded is not None
         return self._loaded
 
-    def _load(self) -> np.ndarray:
-        """Returns the segments of the whole file, which the index is made of and which are not kept."""
-        outputs = {} if self._verified else self.manifest["outputs"]
-        for name in outputs:  # read whole here, so they are compared with the manifest; the CRCs speak for the rest
-            if name.endswith((".idx", ".crc.npy")):
+    def _load(self, verify: bool = False) -> np.ndarray:
+        """Returns the segments of the whole file, which the index is made of and which are not kept.
+
+        Compares what is read whole with the manifest; the CRCs speak for the rest, which `verify` reads too.
+        """
+        outputs, base = self.manifest["outputs"], os.fspath(self.prefix)
+        contents = {}
+        for suffix in _INDEX_SUFFIXES:
+            path = f"{base}{suffix}"
+            if suffix != ".crc.npy" or os.path.basename(path) in outputs:
+                contents[suffix] = content = read_piece(path)
+                if not self._verified and (verify or suffix != ".seg.npy"):
+                    check_piece(path, checksum(content), self.manifest)
+        for name in outputs if verify else ():
+            if not name.endswith(_INDEX_SUFFIXES):
                 verify_output(self.prefix.with_name(name), self.manifest)
-        crcs = suffixed(self.prefix, ".crc.npy")
-        segments = load_array(self._seg)
-        has_crcs = crcs.name in self.manifest["outputs"]
-        self._loaded = _Index.of(self.prefix, len(self), segments, load_array(crcs) if has_crcs else None)
+        self._verified |= verify
+        segments, self._loaded = _Index.of(self.prefix, len(self), contents)
         return segments
 
     def tokens(self, index: int, start: int = 0, length: int | None = None) -> np.ndarray:
@@ -220,9 +248,13 @@ class TokenFileReader:
     def _read(self, path: Path, num_bytes: int, offset: int, index: int) -> bytes:
         return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"{self._unit} {index}")
 
-    def all_segments(self) -> np.ndarray:
-        """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept. The first call makes the index of them as well."""
-        return self._load() if self._loaded is None else load_array(self._seg)
+    def all_segments(self, *, verify: bool = False) -> np.ndarray:
+        """The segments of the whole file, `SEGMENT_DTYPE` [k]; not kept. The first call makes the index of them as well.
+
+        `verify`: as the method does, in the same reading.
+        """
+        verify = verify and not self._verified
+        return self._load(verify) if verify or self._loaded is None else load_array(self._seg)
 
     def all_signatures(self) -> np.ndarray | None:
         """What each document is like, `SIGNATURE_DTYPE` [n]; not kept. None where none were noted."""
@@ -255,24 +287,30 @@ class _Index:
         self.segments_at = 0  # bytes of the .npy header
 
     @classmethod
-    def of(cls, prefix: Path, num_documents: int, segments: np.ndarray, crcs: np.ndarray | None) -> _Index:
-        """Raises `UserError` where the pieces of the file do not belong together."""
-        lengths, offsets = read_index(suffixed(prefix, ".idx"))
+    def of(cls, prefix: Path, num_documents: int, contents: Mapping[str, bytes]) -> tuple[np.ndarray, _Index]:
+        """The segments and the index. `contents`: what the files hold, by their suffixes; CRCs may be missing.
+
+        Raises `UserError` where the pieces of the file do not belong together.
+        """
+        lengths, offsets = index_of(contents[".idx"], f"{prefix}.idx")
         if len(lengths) != num_documents:
             raise UserError(
                 "an index disagrees with its manifest",
-                where=str(suffixed(prefix, ".idx")),
+                where=f"{prefix}.idx",
                 expected=f"{num_documents} documents",
                 got=str(len(lengths)),
                 fix=REWRITE,
             )
+        crcs = array_of(contents[".crc.npy"], f"{prefix}.crc.npy") if ".crc.npy" in contents else None
         index = cls(lengths, offsets, crcs)
-        path = suffixed(prefix, ".seg.npy")
+        path = f"{prefix}.seg.npy"
+        segments = array_of(contents[".seg.npy"], path)
         if segments.dtype != SEGMENT_DTYPE:
-            raise UserError("a segment file has another record type", where=str(path), fix=REWRITE)
+            raise UserError("a segment file has another record type", where=path, fix=REWRITE)
         if segments["row"].max(initial=0) >= max(1, num_documents):  # counting them would take memory for all between
-            raise UserError("a segment file is damaged: a segment of no document", where=str(path), fix=REWRITE)
-        index.segments_at = os.path.getsize(path) - segments.nbytes
+            raise UserError("a segment file is damaged: a segment of no document", where=path, fix=REWRITE)
+        index.segments_at = len(contents[".seg.npy"]) - segments.nbytes
         counts = np.bincount(segments["row"], minlength=num_documents)
-        index.segment_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        return index
+        index.segment_offsets = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=index.segment_offsets[1:])
+        return segments, index

@@ -321,7 +321,9 @@ def load_tokenizer(config: Config) -> ShardTokenizer:
     check_sizes(vocabulary, sizes)
     given = {"text_tokenizer": config.text_tokenizer, "vision_tokenizer": config.vision_tokenizer}
     paths = {name: str(Path(path).absolute()) for name, path in given.items() if path}
-    return ShardTokenizer(config, vocabulary, text_tokenizer, vision_tokenizer, paths)
+    return ShardTokenizer(
+        config, vocabulary, text_tokenizer, vision_tokenizer, paths, threads_per_worker(config.workers)
+    )
 
 
 def check_sizes(vocabulary: Vocabulary, sizes: dict[str, int]) -> None:

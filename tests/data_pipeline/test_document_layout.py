@@ -71,7 +71,7 @@ def spans(document: Document) -> list[tuple[str, int]]:
 
 def check(document: Document) -> None:
     assert document.tokens.dtype == np.int32
-    assert tile_exactly(document.segments, len(document.tokens))
+    assert tile_exactly(document.segments, [len(document.tokens)], [len(document.segments)])
     starts = (document.segments["flags"] & Flag.DOCUMENT_START) > 0
     assert starts.tolist() == [True] + [False] * (len(starts) - 1)
 

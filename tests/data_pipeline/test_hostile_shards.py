@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import webdataset
 from hang_guard import ends_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -204,6 +205,62 @@ def test_any_header_with_a_true_checksum_is_read_or_damage(tmp_path_factory: pyt
     path.write_bytes(GOOD + bytes(content) + block(data.draw(st.binary(max_size=600))) + GOOD + END)
     with ends_within(30):
         assert len(list(itertools.islice(read_shard(path), 10))) < 10
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_headers_read_many_at_a_time_say_what_they_say_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    """Archives of any format, whole, cut off or damaged: the same samples, in the same order, with the same damage."""
+    names = st.sampled_from(
+        ["a.txt", "b.txt", "b.jpg", "d/c.txt", "\u00e9.txt", "x" * 90 + ".txt", "y" * 120 + ".txt", "__n__"]
+    )
+    path = tmp_path_factory.mktemp("any") / "0.tar"
+    archive_format = data.draw(st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
+    with tarfile.open(path, "w", format=archive_format) as archive:
+        for name in data.draw(st.lists(names, max_size=12)):
+            if archive_format == tarfile.USTAR_FORMAT and len(name) > 100:
+                continue
+            info = tarfile.TarInfo(name)
+            info.type = data.draw(
+                st.sampled_from([tarfile.REGTYPE] * 6 + [tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.AREGTYPE])
+            )
+            info.mtime = data.draw(st.sampled_from([7, 1700000000.25]))
+            if archive_format == tarfile.PAX_FORMAT:
+                info.pax_headers = data.draw(st.sampled_from([{}, {"atime": "1.5"}, {"comment": "\u7ea2"}]))
+            info.size = data.draw(st.sampled_from([0, 1, 512, 700, 20_000])) if info.isreg() else 0
+            archive.addfile(info, io.BytesIO(data.draw(st.binary(min_size=1, max_size=3)) * info.size))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 2))):
+        content[data.draw(st.integers(0, min(len(content), 6_000) - 1))] ^= data.draw(st.sampled_from([1, 32, 255]))
+    path.write_bytes(content[: data.draw(st.sampled_from([len(content)] * 3 + [3_000, 5_000, 21_999]))])
+    at_once = list(read_shard(path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounded_tar.BoundedTar, "plain_members", lambda archive: iter(()))
+        assert at_once == list(read_shard(path))
+
+
+def test_plain_members_are_read_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As webdataset writes them: a time in a pax header before each. One is read by `next`, and what ends the archive."""
+    path = tmp_path / "0.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in range(50):
+            writer.write({"__key__": f"{number:04d}", "txt": "text " * number or "x", "jpg": bytes(20_000)})
+    num_calls = 0
+    one_by_one = bounded_tar.BoundedTar.next
+
+    def counted(archive: bounded_tar.BoundedTar) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        return one_by_one(archive)
+
+    monkeypatch.setattr(bounded_tar.BoundedTar, "next", counted)
+    found = list(read_shard(path))
+    assert [(item.key, len(item.parts["txt"])) for item in found if isinstance(item, Sample)] == [
+        (f"{number:04d}", max(1, 5 * number)) for number in range(50)
+    ]
+    assert num_calls < 20  # in two readings, of which each tries the compressed formats first
 
 
 NAME_CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import subprocess
@@ -247,6 +248,48 @@ def test_segments_must_tile_the_tokens(tmp_path):
     tokens, segments = sample_documents()[0]
     with TokenFileWriter(tmp_path / "000000") as writer, pytest.raises(AssertionError, match="tile"):
         writer.add(tokens[:-1], segments)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(0, 9), max_size=4))
+def test_documents_laid_end_to_end_are_written_as_one_by_one(cuts):
+    documents = [*sample_documents(9), (np.zeros(0, np.int32), np.zeros(0, SEGMENT_DTYPE))]
+    documents = [documents[place] for place in (*range(5), 9, *range(5, 9))]
+    bounds = [0, *sorted(cuts), len(documents)]
+    written = []
+    for ends in (range(len(documents) + 1), sorted(set(bounds))):
+        with tempfile.TemporaryDirectory() as name:
+            with TokenFileWriter(Path(name) / "000000", with_crc=True) as writer:
+                for first, end in itertools.pairwise(ends):
+                    tokens, segments = (list(parts) for parts in zip(*documents[first:end], strict=True))
+                    lengths, counts = ([len(part) for part in parts] for parts in (tokens, segments))
+                    writer.add_all(np.concatenate(tokens), np.concatenate(segments), lengths, counts)
+                writer.finish({"kind": "tokens", "num_documents": len(writer)})
+            written.append({path.name: path.read_bytes() for path in Path(name).iterdir()})
+    assert written[0] == written[1]
+
+
+def test_segments_must_tile_each_document(tmp_path):
+    one, other = sample_documents()[:2]
+    tokens, segments = (np.concatenate(parts) for parts in zip(one, other, strict=True))
+    lengths, counts = [len(one[0]), len(other[0])], [len(one[1]), len(other[1])]
+    moved = segments.copy()
+    moved["start"][len(one[1])] = 1
+    with TokenFileWriter(tmp_path / "000000") as writer:
+        writer.add_all(tokens, segments, lengths, counts)
+        for wrong in (
+            (tokens, segments, lengths[::-1], counts),
+            (tokens, segments, lengths, counts[::-1]),
+            (tokens, segments, [lengths[0] + 1, lengths[1] - 1], counts),
+            (tokens, segments, [sum(lengths), 0], counts),
+            (tokens, moved, lengths, counts),
+            (tokens, segments[:-1], lengths, counts),
+            (tokens, segments, [*lengths, 5], [*counts, 0]),
+        ):
+            with pytest.raises(AssertionError, match="tile"):
+                writer.add_all(*wrong)
+        with pytest.raises(AssertionError, match="other tokens"):
+            writer.add_all(tokens[:-1], segments, lengths, counts)
 
 
 def test_open_files_stay_within_the_limit(tmp_path):

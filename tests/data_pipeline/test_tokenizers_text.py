@@ -9,6 +9,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,6 +112,15 @@ def test_any_text_comes_back(tokenizers: dict[str, TextTokenizer], text: str) ->
     # Qwen's tokenizer normalises first.
     normal = unicodedata.normalize("NFC", text)
     assert tokenizers["tiktoken"].decode(tokenizers["tiktoken"].encode(text)) == normal
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(max_size=20) | st.text("ab 19*\n\u2581<s>|红圆e\u0301", max_size=40), max_size=8))
+def test_many_texts_at_once_have_the_ids_of_each(tokenizers: dict[str, TextTokenizer], texts: list[str]) -> None:
+    for tokenizer in tokenizers.values():
+        found = tokenizer.encode_arrays(texts)
+        assert [ids.tolist() for ids in found] == [tokenizer.encode(text) for text in texts]
+        assert all(ids.dtype == np.int32 for ids in found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from model.errors import Problems, UserError
@@ -60,12 +62,22 @@ def find_class(kind: str, name: str, table: Mapping[str, str], key: str) -> Any:
 
 
 def absent_class(kind: str, path: str, key: str) -> str:
-    """A line for a class of the user's own that `path` does not lead to, or ""."""
+    """A line for a class of the user's own that `path` cannot lead to, or "".
+
+    For whoever does not need the class yet: of all modules only the packages above its own are imported.
+    """
+    import_from_working_folder()
+    module_name, _, class_name = path.rpartition(".")
     try:
-        find_class(kind, path, {}, key)
-    except UserError as error:
-        return f"{error.what} ({error.where}): {error.got}"
-    return ""
+        spec = importlib.util.find_spec(module_name)
+        reason = "" if spec else f"No module named {module_name!r}"
+    except (ImportError, ValueError) as error:
+        spec, reason = None, str(error)
+    if spec is not None and str(spec.origin).endswith(".py"):
+        source = Path(str(spec.origin)).read_text(encoding="utf-8", errors="replace")
+        if class_name not in source and "import *" not in source:
+            reason = f"module {module_name!r} has no attribute {class_name!r}"
+    return f"the {kind} cannot be imported ({key}={path}): {reason}" if reason else ""
 
 
 def import_from_working_folder() -> None:

@@ -25,12 +25,13 @@ from model import reference
 from model.checkpoint.manifest import CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.config import ModelConfig
+from model.conversion.hugging_face import model_config
 from model.generation.ar import ARGenerator
 from model.generation.decoder import CachedDecoder
 from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.settings import SamplingConfig
 from model.vocabulary import Vocabulary
-from training.inference.loading import load_decoder, model_config
+from training.inference.loading import load_decoder
 
 MAX_LOGIT_DIFFERENCE = 1e-3  # float32, behind a prompt; more is another model
 
@@ -89,7 +90,7 @@ def main() -> None:
     torch.manual_seed(0)
     folder = latest_checkpoint(options.checkpoint)
     with CheckpointReader(folder) as reader:
-        config = model_config(CheckpointManifest.of(reader.manifest, folder).model or {})
+        config = model_config(CheckpointManifest.of(reader.manifest, folder).model or {}, str(folder))
         vocabulary = Vocabulary.from_config(config.vocabulary)
         decoder: CachedDecoder = load_decoder(reader, config, None)
         other = theirs(reader, config, vocabulary.size)

@@ -107,14 +107,14 @@ class _DatatroveTask:
     def __call__(self, jobs: Sequence[ShardJob]) -> None:
         from datatrove.executor.local import LocalPipelineExecutor
 
-        rank = self.numbers[str(jobs[0].prefix)]
+        rank, step = self.numbers[str(jobs[0].prefix)], _Step(self.work, list(jobs))
         # Marks of completed ranks are datatrove's own; the manifests know better.
-        executor = LocalPipelineExecutor(
-            [_Step(self.work, list(jobs))], self.num_tasks, 1, self.log_folder, skip_completed=False
-        )
+        executor = LocalPipelineExecutor([step], self.num_tasks, 1, self.log_folder, skip_completed=False)
         # Its `run` starts a pool, which waits for ever for a worker that was killed. What runs a single rank has an
         # underscore, but it is what a pool of its own calls. Local rank 1: the log goes to its file only.
         executor._run_for_rank(rank, local_rank=1)
+        if step.refusal is not None:
+            raise step.refusal
 
 
 @dataclass
@@ -123,9 +123,13 @@ class _Step:
 
     work: Callable[[Sequence[ShardJob]], None]
     jobs: list[ShardJob]
+    refusal: UserError | None = None  # the command says it; datatrove would print a traceback beside it
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        self.work(self.jobs)
+        try:
+            self.work(self.jobs)
+        except UserError as error:
+            self.refusal = error
 
 
 def _run_on_datatrove(

@@ -17,7 +17,7 @@ import time
 import types
 import typing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +89,11 @@ def read_json_object(path: Path, *, damaged: str, fix: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(damaged, where=str(path), expected="a JSON object", got=type(value).__name__, fix=fix)
     return value
+
+
+def absent(paths: Mapping[str, Path | str | None]) -> list[str]:
+    """A line for each path that is named and is not there, by the key that names it."""
+    return [f"{key}={path} is not there" for key, path in paths.items() if path and not Path(path).exists()]
 
 
 @contextlib.contextmanager

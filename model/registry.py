@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from model.errors import Problems, UserError
@@ -57,6 +59,25 @@ def find_class(kind: str, name: str, table: Mapping[str, str], key: str) -> Any:
     if not isinstance(found, type):
         raise UserError(f"the {kind} is no class", where=f"{key}={path}", got=type(found).__name__)
     return found
+
+
+def absent_class(kind: str, path: str, key: str) -> str:
+    """A line for a class of the user's own that `path` cannot lead to, or "".
+
+    For whoever does not need the class yet: of all modules only the packages above its own are imported.
+    """
+    import_from_working_folder()
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module_name)
+        reason = "" if spec else f"No module named {module_name!r}"
+    except (ImportError, ValueError) as error:
+        spec, reason = None, str(error)
+    if spec is not None and str(spec.origin).endswith(".py"):
+        source = Path(str(spec.origin)).read_text(encoding="utf-8", errors="replace")
+        if class_name not in source and "import *" not in source:
+            reason = f"module {module_name!r} has no attribute {class_name!r}"
+    return f"the {kind} cannot be imported ({key}={path}): {reason}" if reason else ""
 
 
 def import_from_working_folder() -> None:
@@ -176,11 +197,43 @@ def unknown_keys(annotation: Any, values: Any, prefix: str = "") -> Iterator[str
 
 
 def near_miss(wrong: str, candidates: list[str]) -> str:
-    """The candidate nearest to `wrong`: the whole dotted key first, then the same last part elsewhere."""
-    close = difflib.get_close_matches(wrong, candidates, n=1, cutoff=0.75)
+    """The candidate that was probably meant: a key beside it, the whole dotted key, then the same last part elsewhere."""
+    level, _, last = wrong.rpartition(".")
+    beside = [key for key in candidates if key.rpartition(".")[0] == level]
+    by_name = {key.rpartition(".")[2]: key for key in beside}
+    close = nearest_name(last, list(by_name), level.rpartition(".")[2])
+    if close:
+        return by_name[close]
+    others = [key for key in candidates if not wrong.startswith(f"{key}.")]  # not what it stands below itself
+    # Below a level that is right, what all keys there begin with makes any two alike.
+    whole = [] if level and beside else difflib.get_close_matches(wrong, others, n=1, cutoff=0.75)
+    if whole:
+        return whole[0]
+    by_last_part = {key.rpartition(".")[2]: key for key in reversed(others)}
+    close = nearest_name(last, list(by_last_part))
+    return by_last_part[close] if close else ""
+
+
+def nearest_name(wrong: str, names: list[str], level: str = "") -> str:
+    """Of names like `learning_rate` the one nearest to a misspelt or shortened one (`learning_rat`, `lr`, `rate`), or "".
+
+    level: the name that these stand below, which people take into their own: `tp` is `tensor` of `parallel`.
+    """
+    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.75)
     if close:
         return close[0]
-    last = wrong.rsplit(".", 1)[-1]
-    by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(candidates)}
-    close = difflib.get_close_matches(last, list(by_last_part), n=1, cutoff=0.75)
-    return by_last_part[close[0]] if close else ""
+    fitting = [
+        name for name in names if is_short_for(wrong, name) or (level and is_short_for(wrong, f"{name}_{level}"))
+    ]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def is_short_for(short: str, name: str) -> bool:
+    """`lr`, `learn_rate`, `rate` for `learning_rate`; one letter says too little."""
+    words, parts = name.lower().split("_"), short.lower().split("_")
+    if len(short) < 2:
+        return False
+    if short.lower() == "".join(word[:1] for word in words):
+        return True
+    places = range(len(words) - len(parts) + 1)
+    return any(all(word.startswith(part) for word, part in zip(words[first:], parts, strict=False)) for first in places)

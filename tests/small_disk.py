@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -26,3 +27,20 @@ def small_disk(folder: Path, num_kib: int) -> Iterator[Path]:
         yield folder
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def read_only_disk(folder: Path) -> Iterator[bool]:
+    """A folder in which nobody can write; False where that cannot be had, as for root without mounts."""
+    folder.mkdir()
+    if os.geteuid() != 0:
+        folder.chmod(0o555)
+        yield True
+        folder.chmod(0o755)
+        return
+    answer = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", folder], capture_output=True)
+    try:
+        yield answer.returncode == 0
+    finally:
+        if answer.returncode == 0:
+            subprocess.run(["umount", "-l", folder], check=True)

@@ -16,7 +16,7 @@ from training.contracts.results import StepResult
 from training.contracts.run_view import LoopState
 from training.engines.speed import SpeedMeter
 from training.metrics import StepRecord
-from training.objectives.checks import fixed_of, in_todays_form
+from training.objectives.checks import check_goes_on, in_todays_form
 from training.objectives.held_out import Validation
 from training.objectives.rows_read import data_changes
 from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite
@@ -273,15 +273,7 @@ def _load(run: Run, folder: Path) -> None:
 
 def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
     """Refuse to go on from a checkpoint of another model, seed or data; layout, length and rates may change."""
-    config, saved = run.config.to_dict(), in_todays_form(manifest["config"])
-    changed = differences(fixed_of(saved), fixed_of(config))
-    if changed:
-        raise UserError(
-            "the checkpoint of this stage was made with another configuration",
-            where=str(folder),
-            got="; ".join(changed),
-            fix="set these back, or choose another run_folder or stage.name",
-        )
+    check_goes_on(run.config, manifest, folder)
     if manifest["data_fingerprint"] != run.job.batches.fingerprint:
         if not run.config.checkpoint.allow_data_change:
             raise UserError(
@@ -295,15 +287,7 @@ def check_compatible(run: Run, manifest: dict[str, Any], folder: Path) -> None:
         run.events.record("data_changed", checkpoint=folder.name, changes=changes)
         if run.job.engine.ranks.rank == 0:
             tell("; ".join([f"the data are not those that {folder.name} was trained on", *changes]))
-    changed = differences(results_of(saved), results_of(config))
-    step, steps = int(manifest["step"]), run.config.stage.steps
-    if step > steps or (step == steps and changed):
-        raise UserError(
-            f"this stage is already trained to step {step}",
-            where=str(folder),
-            got=f"stage.steps={steps}; " + "; ".join(changed),
-            fix="set the configuration back, ask for more steps, or choose another run_folder or stage.name",
-        )
+    changed = differences(results_of(in_todays_form(manifest["config"])), results_of(run.config.to_dict()))
     if changed:
         run.events.record("config_changed", changes=changed)
 

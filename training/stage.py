@@ -276,6 +276,13 @@ def lock_stage(folder: Path) -> Iterator[None]:
         yield
 
 
+def refuse_taken(folder: Path) -> None:
+    """Raises `UserError` where another run holds the stage folder; for a launcher, whose ranks beside the first would write there."""
+    if (folder / LOCK_NAME).exists():
+        with lock_stage(folder):
+            pass
+
+
 def machine() -> dict[str, str]:
     """Where the first rank runs: for people who compare runs. Asks no library, so that it costs nothing."""
     found = {"host": platform.node(), "system": f"{platform.system()} {platform.machine()}"}

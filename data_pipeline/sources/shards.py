@@ -206,6 +206,9 @@ def _members(path: Path, read: Callable[[BoundedTar, Member, str, str], Made], m
                         yield read(archive, member, key, extension)
                         key = ""
                 archive, number = _next_archive(archive), number + 1
+    except tarfile.ReadError as error:
+        # With several lines where no way of reading it, compressed or not, fits.
+        raise DamageError("not a tar archive" if "\n" in str(error) else str(error), key) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DamageError(str(error), key) from error
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ _FIXES = {
     errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
     errno.ENFILE: "close other programs: the system has no more open files",
     errno.ELOOP: "mend the symbolic link, which leads to itself",
+    errno.EEXIST: "there is a file where a folder is expected: move it away",
     errno.EISDIR: "there is a folder where a file is expected: move it away",
     errno.ENOTDIR: "there is a file where a folder is expected: move it away",
     errno.EIO: "the disk or the file server failed: look at the system's log",
@@ -68,3 +70,18 @@ def file_errors_are_user_errors(where: str | Path) -> Iterator[None]:
         if told is None:
             raise
         raise told from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raises the `UserError` that the first file in `folder` would be refused with, before anything is computed.
+
+    Makes nothing: of a folder that is not there, the nearest one above it is tried.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise _told(error.errno, folder) from error

@@ -52,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def answer_to(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -168,7 +170,7 @@ def place_words(call: Call, key: str | None) -> None:
     if len(call.words) > (1 if key else 0):
         extra = call.words[1 if key else 0]
         keys = {one.name for one in fields(registry.load_command(call.command).Config)}
-        meant = next((name for name in USUAL_WORDS if name in keys), None)
+        meant = next((name for name in USUAL_WORDS if name in keys), None) if extra != "help" else None
         raise UserError(
             f"{extra!r} is not of the form key=value",
             fix=f"nextstate {call.command} {meant}={extra}" if meant else f"nextstate {call.command} --help",

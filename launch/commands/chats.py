@@ -111,12 +111,15 @@ def encoded(sample: ChatSample) -> bytes:
 def write_shard(path: Path, samples: list[tuple[str, ChatSample]]) -> None:
     """Whole or not at all; the same samples give the same bytes."""
     temporary = temporary_path(path)
-    with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
-        for key, sample in samples:
-            add(archive, f"{key}.json", encoded(sample))
-            for name, media in sample.files.items():
-                add(archive, f"{key}.{name}", media.read_bytes())
-    publish(temporary, path)
+    try:
+        with file_errors_are_user_errors(path), tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
+            for key, sample in samples:
+                add(archive, f"{key}.json", encoded(sample))
+                for name, media in sample.files.items():
+                    add(archive, f"{key}.{name}", media.read_bytes())
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from data_pipeline.storage.file_errors import check_writable, file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder
 from launch.generation.distill_options import DistillOptions
 from model.errors import Problems
+from training.inference.choice import check_choice
 from training.inference.prompts import InferenceOptions
 from training.objectives.grpo.grpo_options import PromptsEntry
 
@@ -55,14 +56,20 @@ class Config(DistillOptions):
 @file_errors_are_user_errors("the target")
 def run(config: Config) -> dict[str, Any]:
     """Answers what is not answered yet; the answer counts this part's files."""
-    from launch.generation.distillation import Distiller, load_prompts
+    config.validate()
+    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
+    from launch.generation.distill_inputs import load_judges, load_prompts
+
+    own = {name: getattr(config, name) for name in DistillOptions.__dataclass_fields__}
+    options, target = DistillOptions(**own), Path(config.target)
+    prompts = load_prompts(config.prompts)
+    judges = load_judges(options.rewards, prompts)
+    check_writable(target)
+    from launch.generation.distillation import Distiller
     from training.inference.model import InferenceModel
 
-    config.validate()
-    prompts, target = load_prompts(config.prompts), Path(config.target)
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
-    own = {name: getattr(config, name) for name in DistillOptions.__dataclass_fields__}
-    distiller = Distiller(DistillOptions(**own), model, prompts, target)
+    distiller = Distiller(options, model, prompts, judges, target)
     with claim_folder(target, "distill", distiller.fingerprint):
         distiller.check_target()
         numbers = range(config.part, distiller.num_files, config.num_parts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.storage.file_errors import check_writable, file_errors_are_user_errors
 from launch.report.answers import publish_answer
 from model.errors import Problems
 from model.generation.decoding_config import STRATEGIES, DecodingConfig
@@ -15,6 +16,7 @@ from training.inference.choice import check_choice
 from training.inference.prompts import ComparisonConfig, InferenceOptions
 
 if TYPE_CHECKING:
+    from training.inference.baselines import Baseline
     from training.inference.evaluation import EvaluationModel, EvaluationTask
 
 HELP = """Evaluate a checkpoint on tasks and keep the figures, with samples, as JSON and PNG files.
@@ -68,6 +70,9 @@ class Config:
             problems.check(not unknown, f"baselines.{name}.tasks", f"there is no task {', '.join(map(str, unknown))}")
             count = entry.get("num_prompts", 1)
             problems.check(isinstance(count, int) and count > 0, f"baselines.{name}.num_prompts", "must be positive")
+        problems.check(
+            not self.rollouts or "path" in self.rollouts, "rollouts.path", "is required", "rollouts.path=package.Class"
+        )
         problems.check(self.batch_size > 0, "batch_size", "must be positive")
         problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0")
         self.sampling.validate(problems)
@@ -94,10 +99,12 @@ def run(config: Config) -> dict[str, Any]:
     check_choice(
         base / config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer
     )
-    from training.inference.evaluation import evaluate
+    tasks, seen, baselines = load_tasks(config.tasks), load_tasks(config.seen), load_baselines(config.baselines)
+    rollouts = load_rollouts(config.rollouts)
+    out = base / config.out
+    check_writable(out.parent)
     from training.inference.model import InferenceModel
 
-    tasks, seen = load_tasks(config.tasks), load_tasks(config.seen)
     model = InferenceModel.load(
         base / config.checkpoint,
         config.text_tokenizer,
@@ -107,9 +114,24 @@ def run(config: Config) -> dict[str, Any]:
     )
     if config.as_trained:
         config = replace(config, sampling=model.sampling_as_trained(config.sampling))
+    with file_errors_are_user_errors(out.parent):
+        if config.decoders:
+            return publish_answer(out, compared(config, model, tasks, rollouts, base))
+        return publish_answer(out, judged(config, model, tasks, seen, baselines))
+
+
+def judged(
+    config: Config,
+    model: Any,
+    tasks: dict[str, EvaluationTask],
+    seen: dict[str, EvaluationTask],
+    baselines: dict[str, Baseline],
+) -> dict[str, Any]:
+    """The answer without `decoders`."""
+    from training.inference.evaluation import evaluate
+
+    base = Path(config.run_folder)
     out = base / config.out
-    if config.decoders:
-        return publish_answer(out, compared(config, model, tasks, base))
     model.decode_with(config.decoding)
     samples_folder = out.parent / "samples" / out.stem
     results = evaluate(
@@ -127,7 +149,7 @@ def run(config: Config) -> dict[str, Any]:
             model, seen, config.sampling, batch_size=config.batch_size, seed=config.seed
         ).items()
     }
-    answer = {
+    return {
         "checkpoint": str(base / config.checkpoint),
         "untrained": config.untrained,
         "metrics": {name: result["accuracy"] for name, result in results.items()},
@@ -135,9 +157,8 @@ def run(config: Config) -> dict[str, Any]:
         "samples": _below(out.parent, samples_folder, results),
         "tasks": results,
         "seen": known,
-        "baselines": measure_baselines(config, tasks, model),
+        "baselines": measure_baselines(config, tasks, baselines, model),
     }
-    return publish_answer(out, answer)
 
 
 def load_tasks(entries: dict[str, dict[str, Any]]) -> dict[str, EvaluationTask]:
@@ -149,11 +170,28 @@ def load_tasks(entries: dict[str, dict[str, Any]]) -> dict[str, EvaluationTask]:
     }
 
 
+def load_baselines(entries: dict[str, dict[str, Any]]) -> dict[str, Baseline]:
+    from training.inference.baselines import load_baseline
+
+    own_keys = ("path", "tasks", "num_prompts")
+    return {
+        name: load_baseline(
+            entry["path"], {key: value for key, value in entry.items() if key not in own_keys}, f"baselines.{name}"
+        )
+        for name, entry in entries.items()
+    }
+
+
+def load_rollouts(entry: dict[str, Any]) -> Any:
+    """The task that `rollouts` names, None where it names none."""
+    return load_tasks({"rollouts": entry})["rollouts"] if entry else None
+
+
 def measure_baselines(
-    config: Config, tasks: dict[str, EvaluationTask], model: EvaluationModel
+    config: Config, tasks: dict[str, EvaluationTask], baselines: dict[str, Baseline], model: EvaluationModel
 ) -> dict[str, dict[str, Any]]:
     """task -> name -> accuracy and count, on the first `num_prompts` prompts of the task (all where it is not given)."""
-    from training.inference.baselines import accuracy_of, load_baseline
+    from training.inference.baselines import accuracy_of
     from training.inference.evaluation import EvaluationPrompt, pictures_of
 
     def ask(prompts: Sequence[EvaluationPrompt]) -> list[Any]:
@@ -161,15 +199,13 @@ def measure_baselines(
 
     found: dict[str, dict[str, Any]] = {}
     for name, entry in config.baselines.items():
-        arguments = {key: value for key, value in entry.items() if key not in ("path", "tasks", "num_prompts")}
-        baseline = load_baseline(entry["path"], arguments, f"baselines.{name}")
         for task in entry.get("tasks", []):
             prompts = list(tasks[task].prompts())[: entry.get("num_prompts")]
-            found.setdefault(task, {})[name] = accuracy_of(baseline, tasks[task], prompts, ask)
+            found.setdefault(task, {})[name] = accuracy_of(baselines[name], tasks[task], prompts, ask)
     return found
 
 
-def compared(config: Config, model: Any, tasks: dict[str, Any], base: Path) -> dict[str, Any]:
+def compared(config: Config, model: Any, tasks: dict[str, Any], rollouts: Any, base: Path) -> dict[str, Any]:
     """The answer for `decoders`: each one's figures, and its accuracies once more as metrics `DECODER_TASK`."""
     from training.inference.decoders import compare_decoders
 
@@ -182,10 +218,10 @@ def compared(config: Config, model: Any, tasks: dict[str, Any], base: Path) -> d
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    if config.rollouts:
+    if rollouts is not None:
         for name, one in found.items():
             model.decode_with(replace(config.decoding, strategy=name))
-            one["rollout"] = rolled_out(config, model, base / config.out, name)
+            one["rollout"] = rolled_out(config, model, rollouts, base / config.out, name)
     if "dida" in found:
         model.decode_with(replace(config.decoding, strategy="dida"))
         found["dida"]["refinement"] = refined(config, model, tasks, base / config.out)
@@ -199,13 +235,10 @@ def compared(config: Config, model: Any, tasks: dict[str, Any], base: Path) -> d
     }
 
 
-def rolled_out(config: Config, model: Any, out: Path, name: str) -> dict[str, Any]:
+def rolled_out(config: Config, model: Any, task: Any, out: Path, name: str) -> dict[str, Any]:
     """`accuracy_by_step`, and the frames of some rollouts as strips, whose names are relative to the answer's folder."""
-    from training.inference.evaluation import load_task
     from training.inference.world_rollouts import accuracy_by_step, roll_out
 
-    arguments = {key: value for key, value in config.rollouts.items() if key != "path"}
-    task: Any = load_task(config.rollouts["path"], arguments)
     rollouts = task.rollouts()
     frames = roll_out(model, rollouts, config.sampling, config.seed)
     strips = save_strips(frames[:NUM_STRIPS], out, f"rollout_{name}")

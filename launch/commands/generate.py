@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.file_errors import check_writable, file_errors_are_user_errors
 from launch.generation.questions import Question, are_parts, check_question, read_questions
 from launch.generation.sizes import PUBLISHED_AREA, read_size
 from launch.report.answers import publish_answer
@@ -90,12 +91,12 @@ def run(config: Config) -> dict[str, Any]:
     config.validate()
     questions = questions_of(config)
     check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
-    Path(config.out).mkdir(parents=True, exist_ok=True)  # or refused, before anything is drawn
+    check_writable(Path(config.out))
+    prompts = prompts_of(questions)
     from launch.generation.sizes import pixels_of
     from training.inference.answering import answer_all
     from training.inference.model import InferenceModel
 
-    prompts = prompts_of(questions)
     model = InferenceModel.load(config.checkpoint, config.text_tokenizer, config.vision_tokenizer, config.answers)
     model.decode_with(config.decoding)
     if config.as_trained:
@@ -106,7 +107,8 @@ def run(config: Config) -> dict[str, Any]:
     answer_all(
         model, answerings, config.sampling, config.seed, _streamed(config, answerings) if config.stream else None
     )
-    return write_answers(config, model, questions, prompts, answerings)
+    with file_errors_are_user_errors(config.out):
+        return write_answers(config, model, questions, prompts, answerings)
 
 
 def questions_of(config: Config) -> list[Question]:
@@ -155,7 +157,7 @@ def write_answers(
 
     folder = Path(config.out)
     answers, traces = [], []
-    publish_answer(folder / "generated.json", {"folder": str(folder), "answers": []})  # makes the folder or refuses it
+    publish_answer(folder / "generated.json", {"folder": str(folder), "answers": []})  # the former ones are replaced
     for index, one in enumerate(answerings):
         number, answer = divmod(index, config.num)
         question, prompt = questions[number], prompts[number]

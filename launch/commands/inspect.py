@@ -12,11 +12,14 @@ from model.errors import Problems, UserError
 
 HELP = """Show what is in a raw shard, a token file, a packed file, a checkpoint, or a model preset.
 
+What is cut or damaged is named, and the command then ends with 2.
+
 examples:
   nextstate inspect runs/demo/corpora/shapes_image_text/000000.tar
   nextstate inspect runs/demo/tokens/low/shapes_video text_tokenizer=runs/demo/text_tokenizer
   nextstate inspect runs/demo/packed/pretrain_1/image_text
   nextstate inspect runs/demo/sft
+  nextstate inspect runs/demo                          what there is to inspect below it
   nextstate inspect model=emu35_34b json=true
   nextstate inspect runs/demo/packed/sft/all text_tokenizer=runs/demo/text_tokenizer contains="a red circle"
   nextstate inspect runs/demo/packed/sft/all text_tokenizer=runs/demo/text_tokenizer overlap=prompts.txt
@@ -110,7 +113,11 @@ def show_rows(config: Config, prefixes: list[Path], tokenizer: Any) -> dict[str,
 def render(answer: dict[str, Any]) -> str:
     lines = []
     for key, value in answer.items():
-        if key == "samples":
+        if key == "inspect_one_of":
+            lines += [f"nextstate inspect {answer['path']}/{path}   {kind}" for path, kind in value.items()]
+        elif key == "damaged":
+            lines += [f"damaged: {one}" for one in value]
+        elif key == "samples":
             lines += [f"sample {number}:\n{indented(one)}" for number, one in enumerate(value)]
         elif isinstance(value, dict):
             inner = ", ".join(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.file_errors import check_writable, file_errors_are_user_errors
 from model.durable import replace_file
 from model.errors import UserError
 
@@ -25,13 +26,19 @@ class Config:
 
 
 def run(config: Config) -> dict[str, Any]:
+    folder = Path(config.run_folder)
+    if not folder.is_dir():
+        raise UserError("there is no such run folder", got=str(folder), fix="nextstate report run_folder=runs/NAME")
+    check_writable(folder)
+    with file_errors_are_user_errors(folder):
+        return write_report(folder)
+
+
+def write_report(folder: Path) -> dict[str, Any]:
     from launch.report.answers import publish_answer
     from launch.report.collect import collect
     from launch.report.page import render_page
 
-    folder = Path(config.run_folder)
-    if not folder.is_dir():
-        raise UserError("there is no such run folder", got=str(folder), fix="nextstate report run_folder=runs/NAME")
     report = collect(folder)
     for line in report["damaged"]:
         print(f"damaged, read as far as possible: {line}", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.file_errors import check_writable
 from training.inference.choice import check_choice
 from training.inference.scoring import ScoreConfig, save_config
 
@@ -25,16 +27,19 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     """The figures; the values themselves go to `out`."""
     config.validate()
     check_choice(config.checkpoint, **({"text_tokenizer": config.text_tokenizer} if config.text_tokenizer else {}))
+    if config.out:
+        check_writable(Path(config.out).parent)
+    from training.inference.scoring import open_inputs
+
+    inputs = open_inputs(config)  # what is wrong is told before torch is imported or any rank starts
     if config.parallel.world_size == 1:
         from training.inference.scorer import score
 
-        answer = score(config)
+        answer = score(config, inputs)
         assert answer is not None, "rank 0 answers"
         return answer
     from launch.local.ranks import meeting_folder, run_ranks
-    from training.inference.scoring import open_inputs
 
-    open_inputs(config)  # what is wrong is told before any rank starts
     with meeting_folder() as folder:
         save_config(config, folder / "config.json")
         return run_ranks("score", folder / "config.json", folder, folder, config.parallel.world_size)

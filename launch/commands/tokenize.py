@@ -17,7 +17,7 @@ from data_pipeline.sources.copies import ShardCopies
 from data_pipeline.sources.inputs import find_inputs, num_bytes_of
 from data_pipeline.sources.remote import RemoteConfig
 from data_pipeline.storage.atomic import atomic_write_json
-from data_pipeline.storage.file_errors import file_errors_are_user_errors
+from data_pipeline.storage.file_errors import check_writable, file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder, clear_claim
 from data_pipeline.storage.format import published_prefixes, read_manifest, suffixed
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig
@@ -50,6 +50,8 @@ ACTIONS = ("run", "status", "repair", "report")
 REMOTE_NOTES, COPIES_FOLDER = "remote.jsonl", "remote"
 MAX_MISSING_SHARDS = 3  # of one task; after more the server is taken to be gone
 MAX_NOTES_READ, MAX_PARTS_SHOWN = 10_000, 3  # of quarantined samples, for a message
+CUT_SHARDS = "these files are cut, or no tar archives at all: copy or make them again"
+OTHER_PARTS = "look at the reasons: parts that a kind of sample needs may have other names in these shards"
 _TASKS_PER_WORKER = 8  # more tasks than workers, so that unequal ones even out
 
 
@@ -132,6 +134,7 @@ def run(config: Config) -> dict[str, Any]:
     shards = [str(job.shard) for job in jobs]
     if config.task >= 0:
         jobs = group_jobs(jobs, config.num_tasks)[config.task]
+    check_writable(target)
     tokenizer = load_tokenizer(config)
     if config.action == "repair":
         for job in jobs:
@@ -225,7 +228,7 @@ def refuse_mostly_quarantined(answer: dict[str, Any], largest_share: float) -> N
             expected=f"at most {largest_share:.0%}",
             got=", ".join(f"{reason} {count:,}" for reason, count in unusable.most_common())
             + unknown_parts(answer["target"]),
-            fix="look at the reasons: parts that a kind of sample needs may have other names in these shards; or "
+            fix=(CUT_SHARDS if unusable["truncated_tar"] * 2 > num_quarantined else OTHER_PARTS) + "; or "
             f"max_quarantined_share={min(1.0, -(-100 * num_quarantined // num_samples) / 100)}",
         )
 

@@ -40,7 +40,7 @@ def compose_tree(command: str, overrides: list[str]) -> DictConfig:
     own_file = places.find_config(folders, command)
     primary = command if own_file else f"{command}_schema"
     parsed = [one for one in parsed if one.key_or_group != places.KEY or accepts_config_folder(schema)]
-    parsed = choose_options(schema, parsed, default_groups(own_file), folders)
+    parsed = choose_options(schema, parsed, {} if own_file is None else default_groups(own_file), folders)
     mappings = [one for one in parsed if adds_to_mapping(schema, one) or is_plain_text(schema, one, folders)]
     given = [nested(one) for one in mappings]
     plain = [one for one in parsed if one not in mappings and one.input_line]
@@ -93,9 +93,23 @@ def compose_config(command: str, overrides: list[str]) -> Any:
     return config
 
 
-def default_groups(path: Path | None) -> dict[str, str | None]:
-    """The groups in the defaults list of a command's file, with the option that each starts with."""
-    entries = OmegaConf.to_container(OmegaConf.load(path))["defaults"] if path else []  # type: ignore[index,call-overload]
+def default_groups(path: Path) -> dict[str, str | None]:
+    """The groups in the defaults list of a command's file, with the option that each starts with.
+
+    Of a file that cannot be read none: composing it says why.
+    """
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError):
+        return {}
+    if not isinstance(content, dict) or not isinstance(content.get("defaults", []), list):
+        raise UserError(
+            "the file of a command is no mapping with a list of defaults",
+            where=str(path),
+            expected=f"as {places.CONFIG_FOLDER / path.name} has it",
+            fix="mend or remove the file",
+        )
+    entries = content.get("defaults", [])
     return {str(key): value for entry in entries if isinstance(entry, dict) for key, value in entry.items()}
 
 
@@ -254,7 +268,7 @@ def explain(error: Exception, command: str, schema: type, folders: Sequence[Path
         return UserError(
             f"unknown key {unknown!r}",
             where=f"configuration of nextstate {command}",
-            fix=f"did you mean {guess}?" if guess else f"nextstate {command} --help lists the keys",
+            fix=f"did you mean {guess}?" if guess else f"{takers(first)}nextstate {command} --help lists the keys",
         )
     key = re.search(r"full_key: (\S+)", "\n".join(texts))
     where = key.group(1) if key else f"configuration of nextstate {command}"
@@ -264,6 +278,13 @@ def explain(error: Exception, command: str, schema: type, folders: Sequence[Path
         got=first_line(error.__cause__ or error).removesuffix(":"),
         fix=objective.FORM if where == objective.KEY else f"nextstate {command} --help lists keys and types",
     )
+
+
+def takers(name: str) -> str:
+    """For a message: the commands that have a key of this name."""
+    modules = {command: registry.load_command(command) for command in registry.command_summaries()}
+    found = [command for command, module in modules.items() if name in known_keys(module.Config)]
+    return f"{name} is a key of nextstate {', '.join(found)}; " if found else ""
 
 
 def renamed(key: str, former_names: dict[str, str]) -> UserError | None:

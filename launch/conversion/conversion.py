@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.storage.file_errors import check_writable
 from launch.conversion.certificate import certify_written, verify
 from launch.conversion.options import ConvertConfig
 from model.checkpoint.manifest import CheckpointManifest, latest_checkpoint
@@ -37,6 +38,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         config.layout = VISION_LAYOUT
     source, target = Path(config.source or "."), Path(config.target or ".")
     refuse_existing(target)
+    check_writable(target.absolute().parent)
     answer: dict[str, Any] = {"action": config.action, "target": str(target), "layout": config.layout}
     if config.layout == VISION_LAYOUT:
         return answer | convert_vision(config, source, target)

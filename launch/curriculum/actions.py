@@ -9,20 +9,35 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.curriculum.entries import Curriculum, CurriculumConfig, alive, logs_of, summary
+from launch.curriculum.entries import STATE_NAME, Curriculum, CurriculumConfig, alive, logs_of, summary
 from launch.curriculum.running import run_curriculum
 from model.errors import UserError
 from training.callbacks.progress import format_seconds
 
+SAID = {"status": "show", "cancel": "cancel", "logs": "show logs of", "resume": "resume"}
+
 
 def act(config: CurriculumConfig) -> dict[str, Any]:
     """The answer of the action that the configuration names."""
-    if config.action == "resume" and not (Path(config.run_folder) / "curriculum.json").exists():
-        raise UserError(
-            "there is no curriculum to resume", where=config.run_folder, fix="nextstate curriculum curriculum=NAME"
-        )
+    if config.action != "run":
+        refuse_unknown(config)
     action = {"status": status, "cancel": cancel, "logs": logs}.get(config.action, start)
     return action(config)
+
+
+def refuse_unknown(config: CurriculumConfig) -> None:
+    """Raises `UserError` where no curriculum has run: a misspelt name would look like one that waits."""
+    folder = Path(config.run_folder)
+    if (folder / STATE_NAME).exists():
+        return
+    beside = sorted(path.parent for path in folder.parent.glob(f"*/{STATE_NAME}"))
+    raise UserError(
+        f"there is no curriculum to {SAID[config.action]}",
+        where=str(folder),
+        expected=", ".join(f"run_folder={path}" for path in beside),
+        got="a folder in which none has run" if folder.is_dir() else "no such folder",
+        fix=f"{'one of these, or ' if beside else ''}start it: nextstate curriculum curriculum=NAME run_folder={folder}",
+    )
 
 
 def start(config: CurriculumConfig) -> dict[str, Any]:

@@ -29,8 +29,10 @@ from launch.composition.written_text import in_quotes
 from launch.report.progress import entry_progress, last_words
 from model.durable import fingerprint_of, lock, read_json_object, replace_file
 from model.errors import Problems, UserError
+from model.registry import nearest_name
 
 SIGNALLED = 128  # exit codes above it are those of processes that a signal ended
+STATE_NAME = "curriculum.json"  # in the run folder
 STATE_VERSION = 1
 Composed = dict[str, list[Any]]  # OmegaConf's trees of the calls, by entry
 ACTIONS = ("run", "status", "cancel", "resume", "logs")
@@ -114,9 +116,8 @@ class CurriculumConfig:
             problems.check(takes_keys, f"set.{name}", "is no entry with a command", ", ".join(self.entries))
             problems.check(isinstance(values, dict), f"set.{name}", "names no key", f"set.{name}.stage.steps=100")
         for name in [*self.force, *filter(None, (self.until, self.entry))]:
-            problems.check(
-                name in self.entries, "until, force, entry", f"{name!r} is no entry", ", ".join(self.entries)
-            )
+            meant = nearest_name(name, list(self.entries)) or ", ".join(self.entries)
+            problems.check(name in self.entries, "until, force, entry", f"{name!r} is no entry", meant)
         problems.raise_if_any()
 
     def _validate_array(self, problems: Problems, key: str, entry: EntryConfig) -> None:
@@ -176,7 +177,7 @@ class Curriculum:
     def __init__(self, config: CurriculumConfig, composed: Composed | None = None):
         self.config = config
         self.folder = Path(config.run_folder)
-        self.state_path = self.folder / "curriculum.json"
+        self.state_path = self.folder / STATE_NAME
         self.order = ordered(config.entries)
         self.composed: Composed = composed or {}
         self.records = self._read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,43 +17,30 @@ from data_pipeline.documents.reading import MalformedImageError
 from data_pipeline.storage.format import published_prefixes, read_manifest, suffixed
 from data_pipeline.storage.segments import count_classes
 from data_pipeline.storage.token_files import TokenFileWriter
+from launch.generation.distill_inputs import TaskedQuestion
 from launch.generation.distill_options import DistillOptions
 from model.durable import fingerprint_of
 from model.errors import UserError
-from model.registry import find_class, made_with
 from training.inference.model import Asked, InferenceModel
-from training.objectives.grpo.grpo_options import PromptsEntry
-from training.objectives.grpo.questions import SOURCES, Question
 from training.rewards.base import Answer
 from training.rewards.system import RewardSystem, is_acceptable
 
 CODE_VERSION = 1  # changes when the same call would write other documents
 
 
-def load_prompts(entries: Mapping[str, PromptsEntry]) -> list[tuple[str, Question]]:
-    """(task, question) of every prompt, task by task."""
-    found: list[tuple[str, Question]] = []
-    for task, entry in entries.items():
-        key = f"prompts.{task}"
-        source = find_class("source of prompts", entry.path, SOURCES, f"{key}.path")
-        questions = list(made_with(source, "source of prompts", entry.options, key).questions())
-        if not questions:
-            raise UserError("a task has no prompts", where=key, got=f"{entry.path} gave none")
-        found += [(task, question) for question in questions]
-    return found
-
-
 class Distiller:
     """Writes file n of the answers to prompts [n * prompts_a_file, (n + 1) * prompts_a_file)."""
 
     def __init__(
-        self, options: DistillOptions, model: InferenceModel, prompts: Sequence[tuple[str, Question]], target: Path
+        self,
+        options: DistillOptions,
+        model: InferenceModel,
+        prompts: Sequence[TaskedQuestion],
+        rewards: RewardSystem | None,
+        target: Path,
     ) -> None:
-        self.options, self.model, self.prompts, self.target = options, model, prompts, target
+        self.options, self.model, self.prompts, self.rewards, self.target = options, model, prompts, rewards, target
         self.source = options.source or target.name
-        self.rewards = RewardSystem(options.rewards) if options.rewards.signals else None
-        for task in sorted({task for task, _ in prompts}) if self.rewards else ():
-            self.rewards.check_task(task)  # type: ignore[union-attr]
         words = [[task, one.prompt.format, one.words, one.prompt.image_size, one.fields] for task, one in prompts]
         pictures = [[picture.tobytes().hex() for picture in one.pictures] for _, one in prompts]
         self.fingerprint = fingerprint_of(
@@ -130,9 +117,7 @@ class Distiller:
         )
         return manifest
 
-    def _documents(
-        self, first: int, prompts: Sequence[tuple[str, Question]], refused: Counter[str]
-    ) -> Iterator[Document]:
+    def _documents(self, first: int, prompts: Sequence[TaskedQuestion], refused: Counter[str]) -> Iterator[Document]:
         options = self.options
         copies = [one for one in prompts for _ in range(options.answers_a_prompt)]
         draws = range(first * options.answers_a_prompt, first * options.answers_a_prompt + len(copies))
@@ -151,9 +136,7 @@ class Distiller:
                 except MalformedImageError:
                     refused["malformed_image"] += 1
 
-    def _judged(
-        self, copies: Sequence[tuple[str, Question]], asked: Sequence[Asked], refused: Counter[str]
-    ) -> np.ndarray:
+    def _judged(self, copies: Sequence[TaskedQuestion], asked: Sequence[Asked], refused: Counter[str]) -> np.ndarray:
         """float64 [n]: rewards from 1 to 10; 0 where an answer is not whole, or could not be judged."""
         outputs = self.model.outputs([one.generation for one in asked])
         answers = [

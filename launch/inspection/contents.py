@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.documents.tokenizers import read_description
+from launch.inspection.below import find_below
+from model.checkpoint.checksums import size_damage
 from model.checkpoint.manifest import read_manifest
 from model.config import FLOP_CONVENTION, ModelConfig, count_flops, count_parameters
 from model.errors import UserError
@@ -51,6 +54,14 @@ def inspect_path(path: Path, num_samples: int, text_tokenizer: Path | None) -> d
 
     if path.exists() and looks_foreign(path):
         return describe_foreign(path, None, num_samples)
+    description = read_description(path) if path.is_dir() else None
+    if description is not None:
+        return {"kind": "text_tokenizer", "path": str(path)} | {
+            name: value for name, value in description.items() if isinstance(value, str | int) and name != "kind"
+        }
+    below = find_below(path) if path.is_dir() else {}
+    if below:
+        return {"kind": "folder", "path": str(path), "inspect_one_of": below}
     raise UserError(
         "nothing here that can be inspected" if path.exists() else "there is no such file or folder",
         got=str(path),
@@ -91,8 +102,9 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """Read from the manifest; no weights are opened."""
+    """Read from the manifest; no weights are opened. Files that are not there or not whole are `damaged`."""
     manifest = read_manifest(folder)
+    sizes = {name: size_damage(folder / name, file["bytes"]) for name, file in manifest["files"].items()}
     shapes: dict[str, list[int]] = {key: value["global_shape"] for key, value in manifest.get("keys", {}).items()}
     weights = {key: shape for key, shape in shapes.items() if key.startswith("model/")}
     return {
@@ -107,7 +119,13 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "bytes": sum(int(file["bytes"]) for file in manifest.get("files", {}).values()),
         "data_fingerprint": manifest.get("data_fingerprint"),
         "model": manifest.get("model"),
+        **damage([f"{name}: {told}" for name, told in sizes.items() if told]),
     }
+
+
+def damage(lines: list[str]) -> dict[str, Any]:
+    """For an answer: what is damaged, and that the command then ends with 2."""
+    return {"damaged": lines, "exit_code": 2} if lines else {}
 
 
 def product(shape: list[int]) -> int:
@@ -125,11 +143,15 @@ def inspect_raw(path: Path, num_samples: int) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     shown: list[dict[str, Any]] = []
+    damaged: dict[str, str] = {}  # the first thing that is said of each cut shard
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     for shard in shards:
         for sample in read_shard(shard):
             if isinstance(sample, BadSample):
                 reasons[sample.reason] += 1
+                if sample.reason == "truncated_tar":
+                    place = f"in the sample {sample.key!r}" if sample.key else "before its first sample"
+                    damaged.setdefault(shard.name, f"{shard.name}: cut or damaged {place}: {sample.detail}")
                 continue
             kinds[str(sample.kind)] += 1
             if len(shown) < num_samples:
@@ -143,6 +165,7 @@ def inspect_raw(path: Path, num_samples: int) -> dict[str, Any]:
         "by_kind": dict(kinds),
         "unreadable": dict(reasons),
         "samples": shown,
+        **damage(list(damaged.values())),
     }
 
 

@@ -23,7 +23,7 @@ from model.errors import UserError
 from model.parallel.groups import RENDEZVOUS_VARIABLE
 from training.config import TrainConfig, save_yaml
 from training.reliability.signals import STOP_SIGNALS, heard_signals
-from training.stage import EXIT_STOPPED, StoppedEarly, run_stage
+from training.stage import EXIT_STOPPED, StoppedEarly, refuse_taken, run_stage
 
 LAUNCHER_LOCK = "launcher.lock"  # held by the process that made a meeting folder
 SECONDS_TO_LOCK = 60.0  # a folder without a holder is left alone for so long: it may just be being made
@@ -143,6 +143,7 @@ def run_local(config: TrainConfig) -> dict[str, Any]:
     world_size = config.parallel.world_size
     if world_size == 1:
         return run_stage(config)
+    refuse_taken(config.stage_folder)
     with meeting_folder() as folder:
         save_yaml(config, folder / "config.yaml")
         logs = config.stage_folder / "logs"

@@ -21,13 +21,20 @@ from launch.plan.search import Plan, Problem, plan_layout
 from launch.plan.shape import ModelShape
 from launch.plan.stage import layout_of, problem_of
 from launch.plan.zero import ZeroChoice, ZeroPlan
-from model.checkpoint.manifest import CheckpointManifest, foreign_format, latest_checkpoint
+from model.checkpoint.manifest import (
+    CheckpointManifest,
+    foreign_format,
+    latest_checkpoint,
+    list_checkpoints,
+    read_manifest,
+)
 from model.errors import UserError
-from model.registry import find_class
+from model.registry import absent_class, find_class
 from model.vocabulary import Vocabulary
 from training.config import TrainConfig
 from training.contracts.layout import RECOMPUTE
-from training.objectives.registry import KEY, OPTIONS, options_class
+from training.objectives.checks import check_goes_on
+from training.objectives.registry import KEY, OPTIONS, options_class, options_of
 
 LONGEST_DAYS = 365.0  # a stage that takes longer is taken for a mistake
 PLANNED_ENGINES = ("megatron", "deepspeed")  # whose memory the plan counts
@@ -87,6 +94,18 @@ def refuse_impossible(config: TrainConfig, cluster: ClusterConfig | None = None)
         verdict.missing = missing_inputs(config)
         if verdict.problems or verdict.missing:
             raise verdict.error()
+        refuse_other_configuration(config)
+
+
+def refuse_other_configuration(config: TrainConfig) -> None:
+    """Raises `UserError` where the stage's newest checkpoint is one that it cannot go on from."""
+    for folder in list_checkpoints(config.stage_folder)[:1]:
+        try:
+            manifest = read_manifest(folder)
+        except UserError:
+            return  # damaged: the one before it may serve, which is found out when the stage begins
+        if isinstance(manifest.get("config"), dict):
+            check_goes_on(config, manifest, folder)
 
 
 def is_planned(config: TrainConfig) -> bool:
@@ -211,12 +230,19 @@ def full_disk(shape: ModelShape, config: TrainConfig) -> list[str]:
     free = shutil.disk_usage(existing).free
     if needed <= free:
         return []
-    return [f"one checkpoint takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free at {existing}"]
+    return [f"one checkpoint takes {told_bytes(needed)}, {told_bytes(free)} are free at {existing}"]
+
+
+def told_bytes(amount: float) -> str:
+    return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
 
 
 def missing_inputs(config: TrainConfig) -> list[str]:
-    """Of a stage that starts now: weights to start from and packed rows that are not there."""
-    source, found = config.stage.initialize_from, []
+    """Of a stage that starts now: weights to start from, packed rows and what its objective reads that are not there."""
+    source, found = config.stage.initialize_from, absent_classes(config)
+    options = options_of(config)
+    if hasattr(options, "missing_inputs"):
+        found += options.missing_inputs(KEY)
     if source is not None and not Path(source).exists():
         found.append(f"stage.initialize_from={source} does not exist")
     if is_planned(config):
@@ -234,6 +260,14 @@ def missing_inputs(config: TrainConfig) -> list[str]:
         if absent:
             found.append(f"there are no packed rows of {', '.join(absent)}")
     return found
+
+
+def absent_classes(config: TrainConfig) -> list[str]:
+    """Engine and callbacks of the user's own that cannot be imported."""
+    named = {f"callbacks.{name}.path": ("callback", entry.path) for name, entry in config.callbacks.items()}
+    if config.engine is not None and "." in config.engine:
+        named["engine"] = ("engine", config.engine)
+    return [told for key, (kind, path) in named.items() if (told := absent_class(kind, path, key))]
 
 
 def unfit_start(source: str | None) -> list[str]:

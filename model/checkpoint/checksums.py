@@ -101,6 +101,14 @@ def header_sum(path: Path) -> str:
         return f"{zlib.crc32(start + file.read(min(length, MAX_HEADER_BYTES))):08x}"
 
 
+def size_damage(path: Path, num_bytes: int) -> str:
+    """What is wrong with a file that should have so many bytes, or ""."""
+    if not path.is_file():
+        return "it is missing"
+    found = path.stat().st_size
+    return "" if found == num_bytes else f"{found:,} bytes instead of {num_bytes:,}"
+
+
 def file_damage(path: Path, recorded: dict[str, Any] | None) -> str:
     """What is wrong with a file of a checkpoint before its tensors are looked at, or "".
 
@@ -109,10 +117,9 @@ def file_damage(path: Path, recorded: dict[str, Any] | None) -> str:
     """
     if recorded is None:
         return "the manifest does not list it"
-    if not path.is_file():
-        return "it is missing"
-    if path.stat().st_size != recorded["bytes"]:
-        return f"{path.stat().st_size:,} bytes instead of {recorded['bytes']:,}"
+    damage = size_damage(path, recorded["bytes"])
+    if damage:
+        return damage
     if "header_crc32" not in recorded:
         return "" if crc32_of(path) == recorded["crc32"] else "it does not have its checksum"
     return "" if header_sum(path) == recorded["header_crc32"] else "its header does not have its checksum"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.checkpoint.checksums import file_damage
-from model.checkpoint.manifest import FIX, latest_checkpoint, read_manifest
+from model.checkpoint.manifest import FIX, MANIFEST_NAME, latest_checkpoint, list_checkpoints, read_manifest
 from model.checkpoint.small_files import open_regular, read_object
 from model.conversion.safetensors_file import SafetensorsFile
 from model.conversion.tensors import ITEM_BYTES, TensorInfo
@@ -346,7 +346,7 @@ class MadeSource:
 def open_foreign(path: Path) -> SafetensorsSource | TorchSource:
     """The tensors of a checkpoint that is not ours: a file or a folder."""
     if not path.exists():  # a link to itself neither
-        raise UserError("there is no such file or folder", got=str(path), fix="source=FOLDER of the checkpoint")
+        raise UserError("there is no such file or folder", got=str(path), fix="name the folder of the checkpoint")
     if path.is_dir():
         if safetensors_paths(path):
             return SafetensorsSource(path)
@@ -357,7 +357,14 @@ def open_foreign(path: Path) -> SafetensorsSource | TorchSource:
         return SafetensorsSource(path)
     elif path.suffix in TORCH_SUFFIXES:
         return TorchSource([path])
-    raise UserError("no weights found", where=str(path), expected="*.safetensors, or *.bin, *.ckpt, *.pt of torch")
+    is_ours = path.is_dir() and ((path / MANIFEST_NAME).is_file() or list_checkpoints(path))
+    raise UserError(
+        "no weights found",
+        where=str(path),
+        expected="*.safetensors, or *.bin, *.ckpt, *.pt of torch",
+        got="a checkpoint of ours, which needs no conversion" if is_ours else "",
+        fix="use it as it is" if is_ours else "",
+    )
 
 
 def listed(items: list[str], limit: int = 40) -> str:

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from model.errors import Problems
+from model.errors import Problems, UserError
+
+CHECKPOINT_KIND = "vision_tokenizer"
+
+
+def check_checkpoint_kind(kind: object, checkpoint: Path) -> None:
+    """Refuses a checkpoint that its manifest calls something else."""
+    if kind != CHECKPOINT_KIND:
+        raise UserError(
+            "this checkpoint is not a vision tokenizer", where=str(checkpoint), expected=CHECKPOINT_KIND, got=str(kind)
+        )
 
 
 @dataclass

@@ -13,11 +13,10 @@ import torch
 
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
 from model.errors import UserError
-from model.vision_tokenizer.config import VisionTokenizerConfig
+from model.vision_tokenizer.config import VisionTokenizerConfig, check_checkpoint_kind
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.tiling import decode_tiled, encode_tiled
 
-CHECKPOINT_KIND = "vision_tokenizer"
 MODEL_PREFIX = "model/"
 PIXELS_AT_ONCE = 1 << 19  # bounds the memory of one forward pass
 WHOLE_SIDE_PIXELS = 2048  # images with a longer side go in tiles, see model.vision_tokenizer.tiling
@@ -93,14 +92,7 @@ def load_vision_tokenizer(folder: Path | str) -> VisionTokenizer:
     """The tokenizer of a stage folder (its newest checkpoint) or of a checkpoint folder."""
     checkpoint = latest_checkpoint(folder)
     with CheckpointReader(checkpoint) as reader:
-        kind = reader.metadata.get("kind")
-        if kind != CHECKPOINT_KIND:
-            raise UserError(
-                "this checkpoint is not a vision tokenizer",
-                where=str(checkpoint),
-                expected=CHECKPOINT_KIND,
-                got=str(kind),
-            )
+        check_checkpoint_kind(reader.metadata.get("kind"), checkpoint)
         config = config_from_manifest(reader.metadata, checkpoint)
         model = IBQ(config)
         load_weights(model, reader)

@@ -30,7 +30,9 @@ def copy_jobs(jobs: object) -> None:
 
 
 @pytest.mark.parametrize(("executor", "workers"), [("local", 1), ("local", 2), ("datatrove", 1), ("datatrove", 2)])
-def test_executors_run_every_task_and_pass_errors_on(tmp_path: Path, executor: str, workers: int) -> None:
+def test_executors_run_every_task_and_pass_errors_on(
+    tmp_path: Path, executor: str, workers: int, capfd: pytest.CaptureFixture
+) -> None:
     (tmp_path / "out").mkdir()
     jobs = []
     for number in range(5):
@@ -43,6 +45,7 @@ def test_executors_run_every_task_and_pass_errors_on(tmp_path: Path, executor: s
     bad = [[ShardJob(tmp_path / "bad", tmp_path / "out" / "bad")]]
     with pytest.raises(UserError, match="a bad shard"):
         run_tasks(copy_jobs, bad, **options)  # type: ignore[arg-type]
+    assert "a bad shard" not in capfd.readouterr().err  # it is the command that tells it
 
 
 def test_the_executor_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

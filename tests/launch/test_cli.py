@@ -5,12 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from toy_inference import TEXT_SIZE, TEXTS
 
+from data_pipeline.documents.tokenizers import train_sentencepiece
 from launch.command_line import cli
 from launch.composition import registry
 from launch.local import worker
+from model.checkpoint.manifest import manifest_checksum
+from model.config import ModelConfig
 
 
 def nextstate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -47,11 +53,89 @@ def test_a_checkpoint_that_is_not_there_is_told_before_torch_is_imported():
         ["evaluate", "checkpoint=such", "run_folder=no", "tasks={}", "tasks.a.path=no.such.Class"],
         ["serve", "checkpoint=no/such"],
         ["score", "checkpoint=no/such", "text=x"],
+        ["distill", "checkpoint=no/such", "target=no/such", "prompts.t2i.options.path=x"],
     ]
-    loaded = modules_after(
-        f"from launch.command_line import cli; assert [cli.main(call) for call in {calls}] == [2] * 4"
+    assert not modules_after_refusals(calls) & {"torch", "megatron"}
+
+
+def modules_after_refusals(calls: list[list[str]]) -> set[str]:
+    """What is loaded once all calls were made; each has to end with 2."""
+    return modules_after(
+        f"from launch.command_line import cli; assert [cli.main(call) for call in {calls}] == [2] * {len(calls)}"
     )
-    assert not loaded & {"torch", "megatron"}
+
+
+def test_what_is_named_beside_a_good_checkpoint_is_looked_at_before_torch_is_imported(tmp_path):
+    model = {"model": asdict(ModelConfig())}
+    write_manifest(tmp_path, {"kind": "transformer", **model})
+    write_manifest(tmp_path / "vision", {"kind": "vision_tokenizer"})
+    write_manifest(tmp_path / "cut", {"kind": "transformer", **model, "files": {"a": {"bytes": 9, "crc32": "x"}}})
+    write_manifest(tmp_path / "newer", {"kind": "transformer", "model": model["model"] | {"new_key": 1}})
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "tokenizer.model").touch()
+    (tmp_path / "prompts.jsonl").write_text('{"text": "a red circle"}\n')
+    tokenizers = [f"{name}_tokenizer={tmp_path}/{name}" for name in ("text", "vision")]
+    common = [f"checkpoint={tmp_path}", *tokenizers]
+    generate = ["generate", "prompt=x", f"out={tmp_path}/out"]
+    evaluate = ["evaluate", *common, "tasks={}", "run_folder=/", f"out={tmp_path}/out.json"]
+    good = ["tasks.a.path=examples.shapes_world.tasks.T2IAccuracy"]
+    distill = ["distill", *common, f"target={tmp_path}/tokens"]
+    prompts = f"prompts.t2i.options.path={tmp_path}/prompts.jsonl"
+    signal = ["rewards.signals.one.path=rule_aesthetic", "rewards.signals.one.range=[0,1]"]
+    calls = [
+        [*evaluate, "tasks.a.path=no.such.Class"],
+        [*evaluate, *good, "seen.a.path=no.such.Class"],
+        [*evaluate, *good, "baselines.a.path=no.such.Class"],
+        [*evaluate, *good, "rollouts.path=no.such.Class"],
+        [*evaluate, *good, f"out={tmp_path}/manifest.json/out.json"],
+        [*distill, f"prompts.t2i.options.path={tmp_path}/absent.jsonl"],
+        [*distill, "prompts.t2i.path=no.such.Class"],
+        [*distill, prompts, "rewards.signals.one.path=no.such.Class", "rewards.signals.one.range=[0,1]"],
+        [*distill, prompts, *signal, "rewards.signals.one.tasks=[x2i]"],
+        [*distill, prompts, f"target={tmp_path}/manifest.json"],
+        [*generate, *common, "format=x2i", "images=[absent.png]"],
+        [*generate, *common, f"text_tokenizer={tmp_path}/vision"],
+        [*generate, *common, f"vision_tokenizer={tmp_path}"],
+        [*generate, *tokenizers, f"checkpoint={tmp_path}/cut"],
+        [*generate, *tokenizers, f"checkpoint={tmp_path}/newer"],
+        ["score", f"checkpoint={tmp_path}", f"tokens={tmp_path}/absent.npy"],
+    ]
+    assert not modules_after_refusals(calls) & {"torch", "megatron"}
+
+
+def write_manifest(folder: Path, values: dict) -> None:
+    folder.mkdir(exist_ok=True)
+    manifest = {"format_version": 1, "keys": {}, "files": {}} | values
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"manifest_crc32": manifest_checksum(manifest)}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["stage=text_tokenizer"], "stage.objective.corpora="),
+        (["stage=toy_text_tokenizer"], "stage.objective.corpora="),
+        (["stage=toy_vision_tokenizer"], "stage.objective.data.corpora."),
+        (["stage=toy_rl", "stage.objective.prompts.own.options.path=no/such"], "prompts.own.options.path=no/such"),
+        (["stage=toy_rl", "stage.objective.text_tokenizer=no/such"], "stage.objective.text_tokenizer=no/such"),
+        (
+            ["stage=toy_rl", "stage.objective.rewards.signals.scene.path=no.such.Reward"],
+            "stage.objective.rewards.signals.scene=no.such.Reward",
+        ),
+        (["stage=toy_sft", "callbacks.mine.path=no.such.Callback"], "callbacks.mine.path=no.such.Callback"),
+        (
+            ["stage=toy_sft", "callbacks.mine.path=training.engines.single.SingelEngine"],
+            "has no attribute 'SingelEngine'",
+        ),
+        (["stage=toy_sft", "engine=training.engines.singel.SingleEngine"], "engine=training.engines.singel"),
+        (["stage=toy_dida", "stage.objective.vision_tokenizer=no/such"], "stage.objective.vision_tokenizer=no/such"),
+    ],
+)
+def test_inputs_that_are_not_there_are_told_before_a_stage_starts(arguments, missing, tmp_path, capsys):
+    call = ["train", *arguments, f"run_folder={tmp_path / 'run'}"]
+    assert not modules_after_refusals([call]) & {"torch", "megatron"}
+    assert cli.main(call) == 2
+    assert missing in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
@@ -71,9 +155,18 @@ def test_train_help_shows_groups_keys_types_values_and_comments(capsys):
         (["trian"], "nextstate train"),
         (["saver"], "nextstate --help"),  # like several commands, and near none
         (["train", "stage.stepz=3"], "did you mean stage.steps?"),
+        (["train", "stage.model=toy"], "did you mean model?"),
+        (["train", "cluster=h100"], "cluster is a key of nextstate curriculum, demo, plan, submit"),
+        (["train", "help"], "nextstate train --help"),
+        (["convert", "from_hf", "source=docs", "target=/dev/null/x", "layout=emu35"], "Not a directory"),
         (["report", "runs/mine"], "nextstate report run_folder=runs/mine"),
         (["plan", "now"], "nextstate plan run_folder=now"),
         (["train", "optimizer.learning_rate=1"], "did you mean stage.optimizer.learning_rate?"),
+        (["train", "stage.optimizer.lr=1"], "did you mean stage.optimizer.learning_rate?"),
+        (["train", "lr=1"], "did you mean stage.optimizer.learning_rate?"),
+        (["train", "parallel.tp=2"], "did you mean parallel.tensor?"),
+        (["train", "stage.seq_len=64"], "did you mean stage.sequence_length?"),
+        (["train", "stage.objective.weights=1"], "did you mean stage.objective.loss_weights?"),
         (["train", "+surprise=1"], "unknown key 'surprise'"),
         (["train", "+model.surprise=1"], "unknown key 'model.surprise'"),
         (["train", "stage.data.datasets.extra.pth=x"], "unknown key 'stage.data.datasets.extra.pth'"),
@@ -95,6 +188,30 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments, expected, capsys):
     assert expected in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_help_takes_a_command(capsys):
+    assert cli.main(["help", "report"]) == 0
+    assert "usage: nextstate report" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_no_archive_is_told_so(tmp_path, capsys):
+    (tmp_path / "notes.tar").write_text("words " * 200)
+    train_sentencepiece(TEXTS, tmp_path / "text", TEXT_SIZE)
+    call = ["tokenize", f"input={tmp_path}/notes.tar", f"target={tmp_path}/tokens", f"text_tokenizer={tmp_path}/text"]
+    assert cli.main(call) == 2
+    assert "no tar archives at all" in capsys.readouterr().err
+    assert cli.main(["inspect", f"{tmp_path}/notes.tar"]) == 2
+    assert "notes.tar: cut or damaged before its first sample: not a tar archive\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["defaults: [oops\n", "- 1\n", "defaults: {a: b}\n", "\tx: 1\n"])
+def test_a_command_file_of_ones_own_that_cannot_be_read_is_one_message(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train"]) == 2
+    assert str(tmp_path / "conf" / "train.yaml") in capsys.readouterr().err
 
 
 # The reader's own file of conf/stage/ (None: there is none), and what is said of it.

@@ -307,9 +307,19 @@ def test_cancel_ends_the_running_entry_and_logs_show_its_end(sleeping):
     command.run(config)
     assert process.wait() == 143
     config.action = "logs"
-    with pytest.raises(UserError, match="nothing has been logged"):
-        command.run(CurriculumConfig(run_folder=str(run / "no"), entries={"sleep": entry}, action="logs"))
     assert "sleep.log" in command.render(command.run(config))
+
+
+@pytest.mark.parametrize("action", ["status", "logs", "cancel", "resume"])
+def test_a_curriculum_that_never_ran_is_refused_with_those_that_did(action, make, tmp_path):
+    config = make()
+    run_curriculum(config)
+    (tmp_path / "empty").mkdir()
+    for name in ("misspelt", "empty"):
+        unknown = CurriculumConfig(run_folder=str(tmp_path / name), entries=config.entries, action=action)
+        with pytest.raises(UserError, match="there is no curriculum to") as refused:
+            command.run(unknown)
+        assert f"run_folder={config.run_folder}" in refused.value.expected
 
 
 def test_kill_9_of_the_curriculum_ends_its_entry_and_frees_the_lock(sleeping):

@@ -17,6 +17,7 @@ from launch.local import ranks
 from launch.local.ranks import Worker, judge_exits, meeting_folder, run_local
 from launch.local.worker import MEETING_PREFIX, PARENT_VARIABLE, REPORT_VARIABLE
 from model.errors import UserError
+from training import stage
 from training.config import TrainConfig
 from training.stage import StoppedEarly
 
@@ -72,6 +73,21 @@ def test_a_killed_rank_is_the_cause_of_the_others_complaints(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith("rank 1: ended by SIGKILL")
     assert "rank 2" not in told
+
+
+def test_no_rank_starts_beside_a_run_that_holds_the_stage(tmp_path, monkeypatch):
+    """A second run's ranks would write their heartbeats and events over those of the first."""
+    config = TrainConfig(run_folder=str(tmp_path))
+    config.parallel.data = 2
+    monkeypatch.setattr(stage, "LOCK_PATIENCE_SECONDS", 0.1)
+    config.stage_folder.mkdir(parents=True)
+    with stage.lock_stage(config.stage_folder):
+        before = sorted(config.stage_folder.iterdir())
+        with pytest.raises(UserError, match="another run is working on this stage") as refused:
+            run_local(config)
+        assert f"process {os.getpid()}" in refused.value.got
+        assert sorted(config.stage_folder.iterdir()) == before
+    stage.refuse_taken(config.stage_folder)  # nobody holds it any more
 
 
 def test_a_mistake_of_two_ranks_is_raised_once(tmp_path, capfd):

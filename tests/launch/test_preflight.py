@@ -129,6 +129,27 @@ def test_rows_and_weights_that_a_stage_cannot_read_are_told_by_the_preflight(tin
         assert message in found
 
 
+def test_a_stage_that_cannot_go_on_from_its_checkpoint_is_told_by_the_preflight(tiny_rows, tmp_path):
+    config = make_config(tmp_path, tiny_rows / "packed")
+    folder = config.stage_folder / "checkpoints" / "step_00000004"
+    folder.mkdir(parents=True)
+    publish_manifest(
+        folder, {"format_version": 1, "kind": "transformer", "keys": {}, "step": 4, "config": config.to_dict()}
+    )
+    refuse_impossible(config)
+    config.model.num_layers += 1
+    with pytest.raises(UserError, match="made with another configuration"):
+        refuse_impossible(config)
+    config.model.num_layers -= 1
+    config.stage.steps = 3
+    with pytest.raises(UserError, match="already trained to step 4"):
+        refuse_impossible(config)
+    config.stage.steps = 5
+    refuse_impossible(config)
+    (folder / "manifest.json").write_text("{")
+    refuse_impossible(config)  # an older checkpoint may serve
+
+
 def test_the_layouts_that_are_offered_fit(small_machine, tmp_path):
     place = place_of(compose_config("plan", ["cluster=h100"]).cluster)
     config = compose_config("train", [*EMU, *ONE_NODE])

@@ -139,7 +139,9 @@ def test_the_shell_command_answers_with_the_job_id(slurm, tmp_path):
         "cluster.tasks_per_node=1",
         "+cluster.options.begin=now+1hour",
     ]
-    arguments = ["submit", "cluster=slurm", "stage=toy_text_tokenizer", f"run_folder={tmp_path}", "json=true", *options]
+    (tmp_path / "a.tar").touch()
+    stage = ["stage=toy_text_tokenizer", f"stage.objective.corpora=[{tmp_path}/a.tar]"]
+    arguments = ["submit", "cluster=slurm", *stage, f"run_folder={tmp_path}", "json=true", *options]
     answer = subprocess.run(
         [sys.executable, "-m", "launch.command_line.cli", *arguments],
         capture_output=True,

@@ -19,8 +19,9 @@ class Objective(Protocol):
     """What every objective has. Made by `Class(config, options)`, options of its own dataclass `Options`.
 
     The fields of `Options` are the keys below `stage.objective`. It may have: `validate(problems, key)`, of the options
-    themselves; `validate_run(problems, config)`, of what they ask of the rest; `stage_keys`, the keys of the stage that
-    the objective reads (left out: all of them); `fixed`, its keys that stay as they are when a run resumes.
+    themselves; `validate_run(problems, config)`, of what they ask of the rest; `missing_inputs(key)`, lines on inputs
+    that are named and not there; `stage_keys`, the keys of the stage that the objective reads (left out: all of them);
+    `fixed`, its keys that stay as they are when a run resumes.
     """
 
     Options: ClassVar[type]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model.checkpoint.manifest import MANIFEST_NAME, CheckpointManifest, latest_checkpoint
+from data_pipeline.documents.tokenizers import load_text_tokenizer, read_description, sole_tokenizer_file
+from model.checkpoint.checksums import size_damage
+from model.checkpoint.manifest import FIX, MANIFEST_NAME, CheckpointManifest, latest_checkpoint
+from model.conversion.hugging_face import model_config
 from model.errors import UserError
+from model.vision_tokenizer.config import check_checkpoint_kind
 
 
 def check_choice(checkpoint: Path | str, **tokenizers: Path | str | None) -> None:
@@ -17,6 +21,7 @@ def check_choice(checkpoint: Path | str, **tokenizers: Path | str | None) -> Non
     folder = latest_checkpoint(checkpoint)
     manifest = CheckpointManifest.read(folder)
     check_kind(manifest, folder)
+    check_sizes(manifest, folder)
     for name, given in tokenizers.items():
         place = tokenizer_folder(manifest, folder, name, given)
         if not place.exists():
@@ -26,6 +31,21 @@ def check_choice(checkpoint: Path | str, **tokenizers: Path | str | None) -> Non
                 expected=str(place),
                 fix=f"bring it back, or {name}=FOLDER says where it is now",
             )
+        LOOKED_AT[name](place)
+
+
+def check_text_tokenizer(place: Path) -> None:
+    """Reads no tokenizer: a large one takes a second."""
+    if place.is_dir() and read_description(place) is None and sole_tokenizer_file(place) is None:
+        load_text_tokenizer(place)  # says what is wrong
+
+
+def check_vision_tokenizer(place: Path) -> None:
+    checkpoint = latest_checkpoint(place)
+    check_checkpoint_kind(CheckpointManifest.read(checkpoint).kind, checkpoint)
+
+
+LOOKED_AT = {"text_tokenizer": check_text_tokenizer, "vision_tokenizer": check_vision_tokenizer}
 
 
 def check_not_published(folder: Path) -> None:
@@ -51,6 +71,15 @@ def check_kind(manifest: CheckpointManifest, folder: Path) -> None:
         )
     if manifest.model is None:
         raise UserError("the checkpoint's manifest is damaged", where=str(folder), expected="its model")
+    model_config(manifest.model, str(folder))
+
+
+def check_sizes(manifest: CheckpointManifest, folder: Path) -> None:
+    """Of the checkpoint's files; whoever reads them looks at their checksums too."""
+    for name, file in manifest.values.get("files", {}).items():
+        damage = size_damage(folder / name, file["bytes"])
+        if damage:
+            raise UserError("a file of the checkpoint is damaged", where=str(folder / name), got=damage, fix=FIX)
 
 
 def tokenizer_folder(manifest: CheckpointManifest, checkpoint: Path, name: str, given: Path | str | None) -> Path:

@@ -11,8 +11,8 @@ import numpy as np
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer
 from model.checkpoint.manifest import CheckpointManifest
 from model.checkpoint.reader import CheckpointReader, latest_checkpoint
-from model.config import AdapterConfig, ModelConfig
-from model.vocabulary import VocabularyConfig
+from model.config import ModelConfig
+from model.conversion.hugging_face import model_config
 from training.inference.choice import check_fingerprint, check_kind, check_not_published, tokenizer_folder
 
 
@@ -58,17 +58,11 @@ def load_checkpoint(
         check_fingerprint(manifest, folder, "text_tokenizer", text.fingerprint)
         vision = load_vision(tokenizer_folder(manifest, folder, "vision_tokenizer", vision_tokenizer))
         check_fingerprint(manifest, folder, "vision_tokenizer", vision.fingerprint)
-        config = model_config(manifest.model or {})
+        config = model_config(manifest.model or {}, str(folder))
         decoder = load_decoder(reader, config, (manifest.config or {})["seed"] if untrained else None)
     values = manifest.values
     said = (values.get(name) for name in ("dida", "diagonal", "rollout"))
     return LoadedModel(decoder, config, text, vision, manifest.image_format, folder, *said)
-
-
-def model_config(values: dict[str, Any]) -> ModelConfig:
-    """The `ModelConfig` that a manifest holds as a plain dictionary."""
-    adapter = AdapterConfig(**values.get("adapter", {}))
-    return ModelConfig(**values | {"vocabulary": VocabularyConfig(**values["vocabulary"]), "adapter": adapter})
 
 
 def load_vision(folder: Path) -> VisionTokenizer:

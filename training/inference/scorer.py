@@ -24,14 +24,17 @@ from model.vocabulary import Vocabulary
 from training.config import ParallelConfig
 from training.contracts.inputs import LocalInput, ModelInput, TokenScores
 from training.engines.forward import Forward
-from training.inference.scoring import Documents, ScoreConfig, open_inputs, writing
+from training.inference.scoring import Documents, Inputs, ScoreConfig, open_inputs, writing
 
 Packed = list[int]  # numbers of the documents of one forward pass
 
 
-def score(config: ScoreConfig) -> dict[str, Any] | None:
-    """Score all documents of `config`; every rank of the layout calls it. The figures on rank 0, else None."""
-    folder, model, documents = open_inputs(config)
+def score(config: ScoreConfig, inputs: Inputs | None = None) -> dict[str, Any] | None:
+    """Score all documents of `config`; every rank of the layout calls it. The figures on rank 0, else None.
+
+    inputs: what `open_inputs` gave, where it was asked already.
+    """
+    folder, model, documents = inputs or open_inputs(config)
     with CheckpointReader(folder) as reader:
         scorer = Scorer(reader, replace(model, dtype=config.dtype), config.parallel)
     try:

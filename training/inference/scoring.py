@@ -16,6 +16,7 @@ from typing import Any
 
 from model.checkpoint.manifest import CheckpointManifest
 from model.config import ModelConfig
+from model.conversion.hugging_face import model_config
 from model.errors import Problems, UserError
 from model.parallel.layout_rules import add_to, divided_sizes
 from model.vocabulary import Vocabulary
@@ -81,16 +82,18 @@ class Documents:
         return len(self.lengths)
 
 
-def open_inputs(config: ScoreConfig) -> tuple[Path, ModelConfig, Documents]:
+Inputs = tuple[Path, ModelConfig, Documents]
+
+
+def open_inputs(config: ScoreConfig) -> Inputs:
     """The checkpoint's folder, its model and the documents. Everything that can be refused is refused here."""
     from model.checkpoint.manifest import latest_checkpoint
     from training.inference.choice import check_kind
-    from training.inference.loading import model_config
 
     folder = latest_checkpoint(config.checkpoint)
     manifest = CheckpointManifest.read(folder)
     check_kind(manifest, folder)
-    model = model_config(manifest.model or {})
+    model = model_config(manifest.model or {}, str(folder))
     _check_layout(config.parallel, model)
     return folder, model, open_documents(config, folder, manifest, model)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from model.errors import Problems
-from training.config import StageConfig, TrainConfig, differences, translated, weights_of
+from model.errors import Problems, UserError
+from training.config import StageConfig, TrainConfig, differences, results_of, translated, weights_of
 from training.objectives.registry import KEY, options_class, options_of
 
 ALWAYS_READ = ("name", "objective")
@@ -47,6 +48,28 @@ def in_todays_form(values: dict[str, Any]) -> dict[str, Any]:
     if today is values:
         return values
     return today | {"stage": today["stage"] | {"objective": complete(today["stage"]["objective"])}}
+
+
+def check_goes_on(config: TrainConfig, manifest: dict[str, Any], folder: Path) -> None:
+    """Raises `UserError` where the stage cannot go on from its checkpoint `folder`, as far as both configurations say it."""
+    now, saved = config.to_dict(), in_todays_form(manifest["config"])
+    changed = differences(fixed_of(saved), fixed_of(now))
+    if changed:
+        raise UserError(
+            "the checkpoint of this stage was made with another configuration",
+            where=str(folder),
+            got="; ".join(changed),
+            fix="set these back, or choose another run_folder or stage.name",
+        )
+    changed = differences(results_of(saved), results_of(now))
+    step, steps = int(manifest["step"]), config.stage.steps
+    if step > steps or (step == steps and changed):
+        raise UserError(
+            f"this stage is already trained to step {step}",
+            where=str(folder),
+            got=f"stage.steps={steps}; " + "; ".join(changed),
+            fix="set the configuration back, ask for more steps, or choose another run_folder or stage.name",
+        )
 
 
 def fixed_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model.durable import absent
 from model.errors import Problems
 from training.objectives.copy_options import CopyOptions
 
@@ -46,3 +47,6 @@ class DidaOptions(CopyOptions):
             "must be in [0, 1]",
             f"{key}.clean_prefix_share=0",
         )
+
+    def missing_inputs(self, key: str) -> list[str]:
+        return absent({f"{key}.vision_tokenizer": self.vision_tokenizer})

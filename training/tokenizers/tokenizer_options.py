@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from data_pipeline.kinds.named_parts import PartsConfig
-from model.errors import Problems
+from data_pipeline.sources.patterns import find_shards
+from model.durable import absent
+from model.errors import Problems, UserError
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.loss_config import (
     AdversarialConfig,
@@ -38,6 +41,20 @@ class TextTokenizerOptions:
         problems.check(self.size > 300, f"{key}.size", "must exceed 300 (256 are bytes)")
         problems.check(0.9 <= self.character_coverage <= 1.0, f"{key}.character_coverage", "must be in [0.9, 1]")
         problems.check(self.max_bytes > 0, f"{key}.max_bytes", "must be positive")
+
+    def missing_inputs(self, key: str) -> list[str]:
+        return missing_shards({f"{key}.corpora": self.corpora})
+
+
+def missing_shards(patterns: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is wrong with the patterns of raw shards, by the key that names them."""
+    found = []
+    for key, own in patterns.items():
+        try:
+            find_shards(own, key)
+        except UserError as error:
+            found.append(f"{error.what} ({error.where}): {error.got}")
+    return found
 
 
 @dataclass
@@ -141,3 +158,10 @@ class VisionTokenizerOptions:
         problems.check(0 <= self.average_decay < 1, f"{key}.average_decay", "must be in [0, 1)")
         problems.check(self.num_threads > 0, f"{key}.num_threads", "must be positive")
         problems.check(0 <= self.min_codebook_use <= 1, f"{key}.min_codebook_use", "must be in [0, 1]")
+
+    def missing_inputs(self, key: str) -> list[str]:
+        corpora = {f"{key}.data.corpora.{name}.path": [corpus.path] for name, corpus in self.data.corpora.items()}
+        weights = {
+            f"{key}.terms.{name}.weights": getattr(self.terms, name).weights for name in ("perceptual", "distillation")
+        }
+        return missing_shards(corpora) + absent(weights)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 from model.durable import replace_file
 from model.errors import UserError
+from model.vision_tokenizer.config import CHECKPOINT_KIND
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
 from model.vision_tokenizer.losses import latent_distance, psnr_db
-from model.vision_tokenizer.wrapper import CHECKPOINT_KIND, load_weights, to_model_range, to_pixels
+from model.vision_tokenizer.wrapper import load_weights, to_model_range, to_pixels
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
 from training.contracts.results import StepResult

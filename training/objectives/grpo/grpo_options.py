@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from model.durable import absent
 from model.errors import Problems
 from model.generation.settings import SamplingConfig
+from model.registry import absent_class
 from training.config import TrainConfig, check_layout
 from training.inference.prompts import InferenceOptions
 from training.objectives.grpo.advantages import AdvantageOptions
@@ -100,6 +102,18 @@ class GrpoOptions:
         for name in ("clip_high", "importance_cap", "kl_weight", "keep_every_steps"):
             problems.check(getattr(self, name) >= 0, f"{key}.{name}", "must not be negative", f"{key}.{name}=0")
         self.weights.validate(problems, f"{key}.weights")
+
+    def missing_inputs(self, key: str) -> list[str]:
+        files = {
+            f"{key}.prompts.{task}.options.path": entry.options.get("path")
+            for task, entry in self.prompts.items()
+            if entry.path == "file" and entry.weight > 0
+        }
+        named = {f"{key}.{name}": getattr(self, name) for name in ("text_tokenizer", "vision_tokenizer")}
+        own = {f"{key}.prompts.{task}": ("source of prompts", entry.path) for task, entry in self.prompts.items()}
+        own |= {f"{key}.rewards.signals.{name}": ("reward", one.path) for name, one in self.rewards.signals.items()}
+        lines = [absent_class(kind, path, where) for where, (kind, path) in own.items() if "." in path]
+        return absent(files | named | {f"{key}.rewards.scales": self.rewards.scales}) + [line for line in lines if line]
 
     def _validate_sampling(self, problems: Problems, key: str) -> None:
         """What is cut from the sampler's distribution, the trainer would have to cut too: 20 KB a token at top-k 5120."""

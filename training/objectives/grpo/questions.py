@@ -160,12 +160,14 @@ class QuestionOrder:
         return self._orders[key]
 
 
-def load_questions(task: str, entry: PromptsEntry) -> list[Question]:
-    key = f"{KEY}.{task}"
+def load_questions(task: str, entry: PromptsEntry, prompts_key: str = KEY) -> list[Question]:
+    """The prompts of one task; `prompts_key` is where the configuration names them, for messages."""
+    key = f"{prompts_key}.{task}"
     source: QuestionSource = made_with(
         find_class("source of prompts", entry.path, SOURCES, f"{key}.path"), "source of prompts", entry.options, key
     )
     questions = list(source.questions())
     if not questions:
-        raise UserError("a task has no prompts", where=key, got=f"{entry.path} gave none", fix=f"{key}.weight=0")
+        fix = f"{key}.weight=0" if prompts_key == KEY else ""
+        raise UserError("a task has no prompts", where=key, got=f"{entry.path} gave none", fix=fix)
     return questions

@@ -1,0 +1,80 @@
+"""A target that is full or cannot be written: one message that names it, exit code 2, and what was there stays."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from small_disk import read_only_disk, small_disk
+from toy_inference import TEXT_SIZE, TEXTS
+
+from data_pipeline.documents.tokenizers import train_sentencepiece
+from data_pipeline.storage.file_errors import check_writable
+from launch.command_line import cli
+from model.errors import UserError
+
+CHAT = {"messages": [{"role": "user", "content": "why? " * 300}, {"role": "assistant", "content": "so! " * 300}]}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text tokenizer, a shard of texts, lines of chats."""
+    folder = tmp_path_factory.mktemp("inputs")
+    train_sentencepiece(TEXTS, folder / "text", TEXT_SIZE)
+    (folder / "a.txt").write_text(" ".join(TEXTS) * 400)
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        archive.add(folder / "a.txt", "a.txt")
+    (folder / "chats.jsonl").write_text(f"{json.dumps(CHAT)}\n" * 60)
+    return folder
+
+
+def calls(inputs: Path, disk: Path) -> dict[str, list[str]]:
+    tokenize = ["tokenize", f"input={inputs}/0.tar", f"text_tokenizer={inputs}/text"]
+    return {
+        "tokenize": [*tokenize, f"target={disk}/tokens"],
+        "chats": ["chats", f"input={inputs}/chats.jsonl", f"target={disk}/chats"],
+        "report": ["report", f"run_folder={disk}"],
+        "convert": ["convert", "init", "model=toy", f"target={disk}/fresh"],
+        "train": [
+            "train",
+            "stage=toy_text_tokenizer",
+            f"run_folder={disk}",
+            f"stage.objective.corpora=[{inputs}/0.tar]",
+        ]
+        + ["stage.objective.size=320"],
+    }
+
+
+@pytest.mark.parametrize("name", ["tokenize", "chats", "report", "convert", "train"])
+def test_a_read_only_target(name: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with read_only_disk(tmp_path / "disk") as is_read_only:
+        if not is_read_only:
+            pytest.skip("nothing can be mounted here")
+        assert cli.main(calls(inputs, tmp_path / "disk")[name]) == 2
+    told = capsys.readouterr().err
+    assert told.count("error: ") == 1
+    assert str(tmp_path / "disk") in told
+
+
+@pytest.mark.parametrize("name", ["tokenize", "chats", "report"])
+def test_a_full_target(name: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", 4 if name == "report" else 16) as disk:
+        (disk / "report.json").write_text("old")
+        assert cli.main(calls(inputs, disk)[name]) == 2
+        told = capsys.readouterr().err
+        assert told.count("error: ") == 1
+        assert str(disk) in told
+        assert (disk / "report.json").read_text() == "old" or not disk.is_mount()
+        assert not [path for path in disk.rglob("*.tmp-*") if name == "chats"]
+
+
+def test_what_cannot_be_written_is_asked_without_making_anything(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="Not a directory") as refused:
+            check_writable(place)
+        assert refused.value.where == str(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,17 @@ def continue_from(config: TrainConfig, reader: MemoryReader, num_steps: int) -> 
     trainer.shards.load_optimizer(reader)
     later = trainer.steps(num_steps, num_steps + 3)
     return later, MemoryReader(gather_shards(trainer)).tensors
+
+
+def device_of_the_count(device: str) -> str:
+    """Where the count of steps of a parameter on `device` lies."""
+    from training.engines.megatron.optimizer import set_step
+
+    parameter = torch.nn.Parameter(torch.empty(2, device=device))
+    optimizer = torch.optim.AdamW([parameter])
+    set_step(SimpleNamespace(optimizer=optimizer), 3)  # type: ignore[arg-type]
+    found: str = optimizer.state[parameter]["step"].device.type
+    return found
 
 
 def steps_without_gradient(config: TrainConfig, num_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layout_runs import ROW_TOKENS, steps_without_gradient, train_config, train_from
+from layout_runs import ROW_TOKENS, device_of_the_count, steps_without_gradient, train_config, train_from
 from qwen3_checkpoints import NUM_IDS, config_of, our_tensors, transformers_model
 
 from training.config import OptimizerConfig, TrainConfig
@@ -44,6 +44,11 @@ def test_without_gradient_norms_stay_and_all_else_decays(pool: Any, dtype: str, 
         else:
             expected = before[key].double() * (1 - RATE * DECAY) ** num_steps
             torch.testing.assert_close(after[key].double(), expected, rtol=num_steps * 2.0**-23, atol=0.0, msg=key)
+
+
+def test_the_count_of_steps_lies_where_its_parameter_is(pool: Any) -> None:
+    """As the fused step of a GPU wants it; torch's meta device stands for one."""
+    assert pool.run(device_of_the_count, "meta", ranks=1)[0] == "meta"
 
 
 def random_rows(num_rows: int, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:

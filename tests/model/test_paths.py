@@ -163,3 +163,12 @@ def test_a_path_is_remembered_with_its_codebook() -> None:
         make_path(path.describe(), CODES, codebook.flip(0))
     for other in (UniformPath(CODES), MaskPath(CODES)):
         assert make_path(other.describe(), CODES) == other
+
+
+def test_codes_of_another_device_find_the_codebook_there() -> None:
+    """As on a GPU, where noise is drawn on the host and images are decoded on the device; torch's meta device stands for it."""
+    path = MetricPath(clustered_codebook(), 10.0, 0.9)
+    here = path.distances(torch.arange(3))
+    there = path.distances(torch.arange(3, device="meta"))
+    assert (there.device.type, there.shape) == ("meta", here.shape)
+    assert torch.equal(path.distances(torch.arange(3)), here)

@@ -8,6 +8,7 @@ n * c / P - j >= 1 / (2k - 2), n counted from 1; of the released items the one w
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 
@@ -191,14 +192,43 @@ class Period:
             first = place - warm_up if place > 4 * warm_up else 0
             states = self._possible_counts(first) if first else [self._counts[0]]
             after = [counts + self._count(self._follow(first, place, counts)) for counts in states]
-            unsure = np.flatnonzero(after[0] != after[-1]).tolist()
+            counts, unsure = self._enclosed(place, after[0], after[-1]) if len(after) > 1 else (after[0], [])
             if not unsure or (warm_up >= _SEEN_FROM_NEAR * len(self.shares) and len(unsure) <= _LOOKED_FOR):
-                counts = np.minimum(after[0], after[-1])
                 for dataset in unsure:
                     counts[dataset] += self._is_read(dataset, int(counts[dataset]), place)
                 self._counts[place] = counts
             warm_up *= 4
         return self._counts[place]
+
+    def _enclosed(self, place: int, early: np.ndarray, late: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """How often each dataset comes before a place, as far as two states that enclose all others say, and of which they do not.
+
+        By deadline, what waits lies between what waits in the one and what waits in the other, one by one. So an item that both
+        have at the same place of that order waits, one that lies between none of the pairs is read, and any other may be
+        either, also where both states have read it; it is not counted here.
+        """
+        counts, unsure = self._released(place), []
+        first, last = self._waiting(place, early), self._waiting(place, late)
+        for dataset, due in enumerate(self._due(place).tolist()):
+            if due >= counts[dataset]:  # nothing of it is open
+                continue
+            key = (float(self._deadlines(np.array([dataset]), np.array([due]))[0]), dataset)
+            begin, end = (
+                bisect.bisect_left(last, key),
+                bisect.bisect_right(first, key),
+            )  # the pairs that it lies between
+            if begin < end:
+                counts[dataset] = due
+                if not any(first[pair] == last[pair] for pair in range(begin, end)):
+                    unsure.append(dataset)
+        return counts, unsure
+
+    def _waiting(self, place: int, counts: np.ndarray) -> list[tuple[float, int]]:
+        """Deadline and dataset of each item that is released and not read, in the order of the rule."""
+        num_items = np.maximum(self._released(place) - counts, 0)
+        datasets = np.repeat(np.arange(len(self.shares)), num_items)
+        items = np.arange(len(datasets)) - np.repeat(np.cumsum(num_items) - num_items, num_items) + counts[datasets]
+        return sorted(zip(self._deadlines(datasets, items).tolist(), datasets.tolist(), strict=True))
 
     def _is_read(self, dataset: int, item: int, place: int) -> bool:
         """Is an item, released already, read before a place? It is when it and all that goes before it, by the rule, fill more places
@@ -222,17 +252,29 @@ class Period:
 
     def _possible_counts(self, place: int) -> list[np.ndarray]:
         """How often each dataset may come before a place: waiting for the earliest deadlines, and for the latest."""
-        released = self._released(place)
-        # Read for sure: the rule keeps its deadlines, n * c / P >= j + 1 - 1 / (2k - 2) for the items due by n.
-        due = (self._scale * place * self.shares + self.length) // (self._scale * self.length)
-        open_ones = np.flatnonzero(released > due)
-        open_ones = open_ones[np.lexsort((open_ones, self._deadlines(open_ones, due[open_ones])))]
+        released, open_ones = self._released(place), self._open_ones(place)
         num_waiting = int(released.sum()) - place
         found = []
         for waiting in (open_ones[:num_waiting], open_ones[len(open_ones) - num_waiting :]):
             found.append(released.copy())
             found[-1][waiting] -= 1
         return found
+
+    def _due(self, place: int) -> np.ndarray:
+        """Items of each dataset that are read for sure; int64 [k].
+
+        The rule keeps its deadlines, n * c / P > j + 1 - 1 / (2k - 2) for the items due before n; of two that are due
+        at the very same place one is read after it.
+        """
+        found: np.ndarray = (self._scale * place * self.shares + self.length - 1) // (self._scale * self.length)
+        return found
+
+    def _open_ones(self, place: int) -> np.ndarray:
+        """Datasets with an item that is released and not due, at most one each, by its deadline."""
+        due = self._due(place)
+        found = np.flatnonzero(self._released(place) > due)
+        ordered: np.ndarray = found[np.lexsort((found, self._deadlines(found, due[found])))]
+        return ordered
 
     def _follow(self, first: int, end: int, counts: np.ndarray) -> np.ndarray:
         """The datasets at places first..end - 1 by the rule, from how often each came before; intp [end - first]."""

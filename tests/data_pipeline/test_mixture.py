@@ -72,6 +72,27 @@ def test_any_places_of_a_period_are_those_of_the_rule(shares, near, data):
         assert period.counts(first).tolist() == [expected[:first].count(index) for index in range(len(shares))]
 
 
+@pytest.mark.parametrize("near", [1, 64])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [8, 145, 293, 897, 897],  # both enclosing states have read an item that waits
+        [693, 327],  # two items due at the same place: one is read after it
+        [7, 3291, 92, 3029, 1],
+        [3275, 3433, 9, 537, 1],
+    ],
+)
+def test_every_block_is_found_without_any_other(shares: list[int], near: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(periods, "_SEEN_FROM_NEAR", near)
+    if near == 1:
+        monkeypatch.setattr(periods, "_WARM_UP", 1)
+    expected = schedule_by_the_rule(shares)
+    for first in range(0, len(expected), periods._BLOCK):
+        places = np.arange(first, min(first + periods._BLOCK, len(expected)))
+        found = Period(np.array(shares)).locate(places)[0]
+        assert found.tolist() == expected[first : first + periods._BLOCK]
+
+
 def quantise_by_trying_all(weights: np.ndarray, max_period: int) -> list[int]:
     fractions = weights / weights.sum()
     best_error, best = math.inf, np.zeros(0, np.int64)

@@ -30,7 +30,7 @@ _NUM_ROUGH = 3  # weights that are looked at roughly at first
 _TURN_ERROR = 2e-5  # of a rough distance: 65,536 / 2**33 of rounding, and as much again
 _BLOCK = 256  # places that are found together
 _WARM_UP = 16  # places a dataset, before a block, from which its beginning is looked for at first
-_SEEN_FROM_NEAR, _LOOKED_FOR = 64, 4  # places a dataset after which so many datasets are looked for one by one
+_SEEN_FROM_NEAR, _LOOKED_FOR = 64, 8  # places a dataset after which so many datasets are looked for one by one
 
 
 def quantise_weights(weights: np.ndarray, max_period: int = MAX_PERIOD) -> np.ndarray:

@@ -213,11 +213,8 @@ class Period:
             if due >= counts[dataset]:  # nothing of it is open
                 continue
             key = (float(self._deadlines(np.array([dataset]), np.array([due]))[0]), dataset)
-            begin, end = (
-                bisect.bisect_left(last, key),
-                bisect.bisect_right(first, key),
-            )  # the pairs that it lies between
-            if begin < end:
+            begin, end = bisect.bisect_left(last, key), bisect.bisect_right(first, key)
+            if begin < end:  # it lies between these pairs
                 counts[dataset] = due
                 if not any(first[pair] == last[pair] for pair in range(begin, end)):
                     unsure.append(dataset)

@@ -42,8 +42,8 @@ def calls(inputs: Path, disk: Path) -> dict[str, list[str]]:
             "stage=toy_text_tokenizer",
             f"run_folder={disk}",
             f"stage.objective.corpora=[{inputs}/0.tar]",
-        ]
-        + ["stage.objective.size=320"],
+            "stage.objective.size=320",
+        ],
     }
 
 

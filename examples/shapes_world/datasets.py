@@ -33,6 +33,7 @@ from examples.shapes_world.world import CAPTIONS, Scene, caption, draw_array, ra
 
 Sample = dict[str, bytes]
 WORDING_SHARES = (0.6, 0.2, 0.2)  # of each wording of a caption; the plain one leads
+CROWDED_EVERY = 20
 CROPS_PER_PHOTO = 8
 CROP_PIXELS = 256  # longest side of a crop as written
 GENERATED = "rendered by examples/shapes_world (Apache-2.0)"
@@ -69,6 +70,11 @@ def num_items(number: int) -> int:
     return 1 if number % 5 < 2 else 2
 
 
+def num_shown(number: int) -> int:
+    """Of captioned pictures one in twenty shows three: what no picture has, reinforcement learning has nothing to draw from."""
+    return 3 if number % CROWDED_EVERY == CROWDED_EVERY - 1 else num_items(number)
+
+
 def paired_texts(config: CorpusConfig, purpose: str, texts: list[str]) -> list[str]:
     """The texts as they are, or moved along one cycle through all samples when the control is on."""
     if not config.shuffle_captions or len(texts) < 2:
@@ -85,7 +91,7 @@ def shapes_image_text(config: CorpusConfig) -> Iterator[Sample]:
     scenes: list[Scene] = []
     texts: list[str] = []
     for number in range(config.num_images):
-        scenes.append(random_scene(rng, num_items(number)))
+        scenes.append(random_scene(rng, num_shown(number)))
         texts.append(caption(scenes[-1], int(rng.choice(len(CAPTIONS), p=WORDING_SHARES))))
     for number, (scene, text) in enumerate(zip(scenes, paired_texts(config, "images", texts), strict=True)):
         pixels = draw_array(scene)

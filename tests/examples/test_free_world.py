@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +25,14 @@ from examples.free_world.bodies import (
 )
 from examples.free_world.build import WORLD
 from examples.free_world.datasets import FreeCorpusConfig
+from examples.free_world.dictionary import Dictionary
 from examples.free_world.edits import random_edit
 from examples.free_world.judge import read_scene, same_bodies, same_places
 from examples.free_world.laws import changed_course, course, is_held_out_law, laws, random_clip, simulate, velocity
 from examples.free_world.words import CLEAR_PIXELS, RELATIONS, describe
-from training.inference.baselines import CopyOfTheLast, accuracy_of
+from examples.shapes_world.build import write_dataset
+from training.inference.baselines import CopyOfTheLast, Pictures, accuracy_of
+from training.inference.evaluation import EvaluationPrompt
 
 TASKS = (tasks.FreeT2I, tasks.FreeNextState, tasks.FreeEdit, tasks.FreeReconstruction)
 
@@ -193,3 +198,18 @@ def test_training_documents_name_nothing_that_is_held_out_and_wordless_clips_alo
                 assert text == tasks.WHAT_NEXT
     assert num_samples == 42
     assert showing == ["free_video"] * 6
+
+
+def test_the_dictionary_answers_what_is_seen_and_nothing_that_is_held_out(tmp_path: Path) -> None:
+    captioned = next(dataset for dataset in WORLD.datasets if dataset.name == "free_image_text")
+    write_dataset(captioned, tmp_path, FreeCorpusConfig(num_images=500))
+    dictionary = Dictionary(str(tmp_path))
+    for task in (tasks.FreeT2I, tasks.FreeEdit):
+        for held_out, expected in ((False, 1.0), (True, 0.0)):
+            asked = task(num_prompts=20, held_out=held_out)
+            found = accuracy_of(dictionary, asked, asked.prompts(), nobody)
+            assert found["accuracy"] == expected, (asked.name, held_out)
+
+
+def nobody(prompts: Sequence[EvaluationPrompt]) -> list[Pictures]:
+    raise AssertionError("a dictionary asks no model")

@@ -223,15 +223,20 @@ def test_batches_are_a_pure_function_of_the_sample(datasets):
 
 
 def test_reading_ahead_is_bounded(datasets, monkeypatch):
-    reads = []
+    reads, third = [], threading.Event()
     read = PackedDataSource._read
-    monkeypatch.setattr(PackedDataSource, "_read", lambda self, first: reads.append(first) or read(self, first))
+
+    def counted(self, first):
+        reads.append(first)
+        if len(reads) == 3:
+            third.set()
+        return read(self, first)
+
+    monkeypatch.setattr(PackedDataSource, "_read", counted)
     source = open_source(datasets, prefetch_batches=2)
     source.batch(0)
-    deadline = time.monotonic() + 20
-    while len(reads) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
+    assert third.wait(300)
+    time.sleep(0.05)  # for a fourth one, which nobody asked for
     assert reads == [0, 12, 24]
     source.batch(12)
     source.close()

@@ -146,6 +146,20 @@ def test_damage_seen_by_one_rank_is_known_to_all(tmp_path):
     assert [folder.name for folder in found] == ["step_00000005"] * 2
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_to_which_the_newest_is_shown_late_goes_where_the_others_go(tmp_path, monkeypatch, late):
+    for step in (5, 10):
+        on_ranks(2, lambda rank, engine, step=step: save(make_store(tmp_path, engine), step))
+    here = threading.local()
+    monkeypatch.setattr(checkpoint, "list_checkpoints", lambda folder: list_checkpoints(folder)[here.num_unseen :])
+
+    def find(rank, engine):
+        here.num_unseen = int(rank == late)
+        return make_store(tmp_path, engine).find_usable(pytest.fail)
+
+    assert on_ranks(2, find) == [tmp_path / "checkpoints" / f"step_{5 if late == 0 else 10:08d}"] * 2
+
+
 def test_a_damaged_checkpoint_is_replaced(tmp_path):
     store = make_store(tmp_path, FakeEngine())
     damage_flip(save(store, 5))

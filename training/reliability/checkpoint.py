@@ -1,8 +1,8 @@
 """Checkpoints as transactions: written aside, published by one rename, verified before they are trusted.
 
 The format is described in `model/checkpoint/reader.py`. Every rank writes the tensors it owns to its own file;
-nothing is gathered on one rank. The ranks agree through `Ranks.any_rank` only, so a rank that could not write never
-leaves the others waiting.
+no tensor is gathered on one rank. What all ranks must do alike they agree on, through `Ranks.any_rank` and
+`Ranks.gather`: neither a rank that could not write nor one that sees other files leaves the others waiting.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class CheckpointStore:
         The ranks share the work of checking. If all are damaged, it is a `UserError`: starting over silently would
         throw the run away.
         """
-        folders = list_checkpoints(self.stage_folder)
+        folders = self._listed()
         rank, world_size = self.ranks.rank, self.ranks.world_size
         non_finite = []
         for number, folder in enumerate(folders):
@@ -155,6 +155,15 @@ class CheckpointStore:
                 fix="bring one back from a copy, or remove the stage folder to start over",
             )
         return None
+
+    def _listed(self) -> list[Path]:
+        """The checkpoints that the first rank sees, newest first; the same on every rank.
+
+        A network file system shows a rename late: ranks that went through lists of their own would stand at different
+        collectives. A rank that does not see one of these folders finds it damaged, and all ranks hear of that.
+        """
+        mine = [folder.name for folder in list_checkpoints(self.stage_folder)] if self.ranks.rank == 0 else []
+        return [self.folder / name for name in json.loads(self.ranks.gather(json.dumps(mine).encode())[0])]
 
     def load(self, folder: Path) -> Loaded:
         """Read weights, optimizer and (if the layout is the same) the random streams into the engine."""

@@ -22,14 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.checkpoint.checksums import safetensors_sums
-from model.checkpoint.manifest import foreign_format
 from model.checkpoint.reader import (
     CHECKPOINTS_FOLDER,
     FORMAT_VERSION,
     MANIFEST_NAME,
     CheckpointReader,
     dtype_name,
-    latest_checkpoint,
     list_checkpoints,
     manifest_checksum,
     read_manifest,
@@ -290,44 +288,6 @@ class CheckpointStore:
         for prefix in (TEMPORARY_PREFIX, TRASH_PREFIX):
             for folder in self.folder.glob(f"{prefix}*"):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def resolve_initial(path: Path) -> Path:
-    """The checkpoint that `initialize_from` means, verified; a `UserError` lists what exists instead."""
-    try:
-        folder = latest_checkpoint(path)
-    except UserError:
-        if foreign := foreign_format(path):
-            raise UserError(
-                "the checkpoint to start from is another program's",
-                where=f"stage.initialize_from={path}",
-                expected="a checkpoint of nextstate: whatever the engine, all of them have one format",
-                got=foreign,
-                fix="export published weights with that program, then `nextstate convert` them",
-            ) from None
-        parent = Path(path).absolute().parent
-        found = sorted(
-            entry.name
-            for entry in (parent.iterdir() if parent.is_dir() else ())
-            if list_checkpoints(entry) or (entry / MANIFEST_NAME).is_file()
-        )
-        raise UserError(
-            "there is no checkpoint to start from",
-            where=f"stage.initialize_from={path}",
-            expected="a checkpoint folder or a stage folder with a complete checkpoint",
-            got=f"with checkpoints in {parent}: {', '.join(found) or 'nothing'}",
-            fix="train that stage first, or name one of these",
-        ) from None
-    candidates = [folder] + [other for other in list_checkpoints(path) if other != folder]
-    damages = []
-    for candidate in candidates:
-        damage = find_damage(candidate)
-        if not damage and (keys := non_finite_in(candidate)):
-            damage = describe_non_finite(keys)
-        if not damage:
-            return candidate
-        damages.append(f"{candidate.name}: {damage}")
-    raise UserError("the checkpoint to start from is damaged", where=str(path), got="; ".join(damages))
 
 
 def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:

@@ -21,6 +21,7 @@ from model.registry import check_name
 from training.config import TrainConfig, save_yaml
 
 if TYPE_CHECKING:
+    from training.contracts.batches import Ranks
     from training.contracts.job import Job
     from training.contracts.objective import Objective
     from training.contracts.shards import ShardStore
@@ -205,15 +206,15 @@ def prepare(run: Run) -> None:
     run.events.record("start", initialize_from=source, world_size=run.job.engine.ranks.world_size)
     if source is not None:
         run.heartbeat.enter("load the weights to start from")
-        load_weights(run.job.engine.shards, Path(source))
+        load_weights(run.job.engine.shards, Path(source), run.job.engine.ranks)
 
 
-def load_weights(shards: ShardStore, source: Path) -> None:
+def load_weights(shards: ShardStore, source: Path, ranks: Ranks) -> None:
     """Weights of another stage or checkpoint folder, whatever layout wrote them; the optimizer stays fresh."""
     from model.checkpoint.reader import CheckpointReader
-    from training.reliability.checkpoint import resolve_initial
+    from training.reliability.initial import resolve_initial
 
-    with CheckpointReader(resolve_initial(source), verified=True) as reader:
+    with CheckpointReader(resolve_initial(source, ranks), verified=True) as reader:
         shards.load_model(reader)
 
 

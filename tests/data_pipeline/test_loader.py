@@ -223,15 +223,20 @@ def test_batches_are_a_pure_function_of_the_sample(datasets):
 
 
 def test_reading_ahead_is_bounded(datasets, monkeypatch):
-    reads = []
+    reads, third = [], threading.Event()
     read = PackedDataSource._read
-    monkeypatch.setattr(PackedDataSource, "_read", lambda self, first: reads.append(first) or read(self, first))
+
+    def counted(self, first):
+        reads.append(first)
+        if len(reads) == 3:
+            third.set()
+        return read(self, first)
+
+    monkeypatch.setattr(PackedDataSource, "_read", counted)
     source = open_source(datasets, prefetch_batches=2)
     source.batch(0)
-    deadline = time.monotonic() + 20
-    while len(reads) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
+    assert third.wait(300)
+    time.sleep(0.05)  # for a fourth one, which nobody asked for
     assert reads == [0, 12, 24]
     source.batch(12)
     source.close()
@@ -259,13 +264,13 @@ def test_an_error_of_the_background_thread_is_raised_where_its_batch_is_asked_fo
 
 
 def test_close_ends_the_thread(datasets):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     source = open_source(datasets)
     source.batch(0)
-    assert threading.active_count() == before + 1
+    (reader,) = [one for one in set(threading.enumerate()) - before if one.name.startswith("prefetch")]
     source.close()
     source.close()
-    assert threading.active_count() == before
+    assert not reader.is_alive()
     with pytest.raises(AssertionError, match="closed"):
         source.batch(12)
 

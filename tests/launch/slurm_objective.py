@@ -46,6 +46,11 @@ class MeetingEngine(FakeEngine):
         distributed.all_reduce(flags)
         return bool(flags.item())
 
+    def gather(self, payload: bytes) -> list[bytes]:
+        found: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(found, payload)
+        return found
+
     def barrier(self) -> None:
         distributed.barrier()
 

@@ -26,19 +26,22 @@ SHAPE = (8, 4)
 
 
 class FakeCluster:
-    """Ranks as threads: `any_rank` and `barrier` meet here."""
+    """Ranks as threads: `any_rank`, `gather` and `barrier` meet here."""
 
     def __init__(self, world_size: int):
         self.world_size = world_size
-        self.flags = [False] * world_size
+        self.brought: list[Any] = [None] * world_size
         self.barrier = threading.Barrier(world_size, timeout=30)
 
     def any_rank(self, rank: int, flag: bool) -> bool:
-        self.flags[rank] = flag
+        return any(self.gather(rank, flag))
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.brought[rank] = value
         self.barrier.wait()
-        answer = any(self.flags)
+        found = list(self.brought)
         self.barrier.wait()
-        return answer
+        return found
 
 
 class FakeEngine:
@@ -122,6 +125,9 @@ class FakeEngine:
 
     def any_rank(self, flag: bool) -> bool:
         return self.cluster.any_rank(self.rank, flag)
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        return self.cluster.gather(self.rank, payload)
 
     def barrier(self) -> None:
         self.cluster.barrier.wait()

@@ -19,9 +19,10 @@ from small_disk import small_disk
 
 from model.checkpoint.reader import CheckpointReader, list_checkpoints, manifest_checksum
 from model.errors import UserError
-from training.reliability import checkpoint
-from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite, find_damage, resolve_initial
+from training.reliability import checkpoint, initial
+from training.reliability.checkpoint import CheckpointFailed, CheckpointStore, NotFinite, find_damage
 from training.reliability.finite import is_finite
+from training.reliability.initial import resolve_initial
 
 
 def nothing(_phase: str) -> None:
@@ -146,6 +147,20 @@ def test_damage_seen_by_one_rank_is_known_to_all(tmp_path):
     assert [folder.name for folder in found] == ["step_00000005"] * 2
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_to_which_the_newest_is_shown_late_goes_where_the_others_go(tmp_path, monkeypatch, late):
+    for step in (5, 10):
+        on_ranks(2, lambda rank, engine, step=step: save(make_store(tmp_path, engine), step))
+    here = threading.local()
+    monkeypatch.setattr(checkpoint, "list_checkpoints", lambda folder: list_checkpoints(folder)[here.num_unseen :])
+
+    def find(rank, engine):
+        here.num_unseen = int(rank == late)
+        return make_store(tmp_path, engine).find_usable(pytest.fail)
+
+    assert on_ranks(2, find) == [tmp_path / "checkpoints" / f"step_{5 if late == 0 else 10:08d}"] * 2
+
+
 def test_a_damaged_checkpoint_is_replaced(tmp_path):
     store = make_store(tmp_path, FakeEngine())
     damage_flip(save(store, 5))
@@ -202,15 +217,32 @@ def test_shards_that_do_not_cover_their_tensor_are_a_defect(tmp_path):
 def test_initialize_from(tmp_path):
     store = make_store(tmp_path / "one", FakeEngine())
     older, newest = save(store, 5), save(store, 10)
-    assert resolve_initial(tmp_path / "one") == newest
-    assert resolve_initial(older) == older
+    assert resolve_initial(tmp_path / "one", FakeEngine()) == newest
+    assert resolve_initial(older, FakeEngine()) == older
     damage_flip(newest)
-    assert resolve_initial(tmp_path / "one") == older
+    assert resolve_initial(tmp_path / "one", FakeEngine()) == older
     with pytest.raises(UserError, match="one"):
-        resolve_initial(tmp_path / "two")
+        resolve_initial(tmp_path / "two", FakeEngine())
     damage_flip(older)
     with pytest.raises(UserError, match="damaged"):
-        resolve_initial(tmp_path / "one")
+        resolve_initial(tmp_path / "one", FakeEngine())
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_all_ranks_start_from_the_same_checkpoint(tmp_path, monkeypatch, failing):
+    """One rank cannot read the newest; none reads all of it."""
+    for step in (5, 10):
+        on_ranks(2, lambda rank, engine, step=step: save(make_store(tmp_path, engine), step))
+    asked = []
+
+    def damage_here(folder, rank, world_size):
+        asked.append((folder.name, rank, world_size))
+        return "it cannot be read" if rank == failing and folder.name.endswith("10") else ""
+
+    monkeypatch.setattr(initial, "find_damage", damage_here)
+    found = on_ranks(2, lambda rank, engine: resolve_initial(tmp_path, engine))
+    assert [folder.name for folder in found] == ["step_00000005"] * 2
+    assert sorted(asked) == [(f"step_{step:08d}", rank, 2) for step in (5, 10) for rank in (0, 1)]
 
 
 def test_reader_sees_the_pieces(tmp_path):
@@ -264,7 +296,7 @@ def test_a_poisoned_checkpoint_is_not_loaded(tmp_path, monkeypatch):
     good = save(store, 5)
     poisoned = poisoned_by_an_older_version(store, 10, monkeypatch)
     assert find_damage(poisoned) == ""
-    assert resolve_initial(tmp_path) == good
+    assert resolve_initial(tmp_path, FakeEngine()) == good
     told = []
     assert store.find_usable(lambda folder, text: told.append((folder, text))) == good
     assert told == [(poisoned, "the weights are not finite (model/weight)")]
@@ -311,7 +343,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, 
     assert store.find_usable(lambda folder, text: told.append((folder, text))) == older
     assert told[0][0] == newest
     assert os.strerror(number) in told[0][1]
-    assert resolve_initial(tmp_path) == older
+    assert resolve_initial(tmp_path, FakeEngine()) == older
     assert newest.is_dir()  # it may be readable again
 
 

@@ -16,7 +16,8 @@ from launch.plan.preflight import judge
 from model.errors import UserError
 from training.config import DatasetEntry, TrainConfig, from_dict
 from training.contracts.zero import EXTRA_KEYS, DeepSpeedConfig, can_compile, host_bytes
-from training.reliability.checkpoint import resolve_initial
+from training.engines.single import Alone
+from training.reliability.initial import resolve_initial
 from training.stage import validate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -134,7 +135,7 @@ def test_another_programs_checkpoint_is_named(tmp_path: Path, file: str, title: 
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     with pytest.raises(UserError) as caught:
-        resolve_initial(tmp_path)
+        resolve_initial(tmp_path, Alone())
     message = str(caught.value)
     assert title in message
     assert ("nextstate convert" in message) == bool(title)

@@ -73,6 +73,11 @@ def remote(address: Path, **limits) -> RemoteReward:
     return RemoteReward("number", str(address), batch_size=3, start_seconds=60, limits=QUICK | limits)
 
 
+def patient() -> httpx.Client:
+    """httpx by itself waits 5 seconds for a reply, which a slow machine may need longer for."""
+    return httpx.Client(timeout=300)
+
+
 def numbered(count: int) -> list[Answer]:
     return [Answer("t2i", str(index), images=[PICTURE, None], fields={"n": index}) for index in range(count)]
 
@@ -183,26 +188,26 @@ def test_a_service_that_dies_and_returns_elsewhere_is_found(tmp_path):
 
 def test_a_scorer_that_hangs_holds_up_nobody(tmp_path):
     reward = Asked()
-    with served(reward, tmp_path / "address", ServiceLimits(max_batch=1, max_waiting=2)) as url:
+    with served(reward, tmp_path / "address", ServiceLimits(max_batch=1, max_waiting=2)) as url, patient() as client:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         reward.free.clear()
         body = {"reward": "number", "deadline_seconds": 0.3, "answers": [encoded(numbered(1)[0])]}
-        reply = httpx.post(f"{url}/score", json=body, headers=headers)
+        reply = client.post(f"{url}/score", json=body, headers=headers)
         assert reply.json()["scores"][0] | {"id": ""} == {"id": "", "score": None, "fault": "deadline"}
         many = body | {"answers": [encoded(answer) for answer in numbered(9)]}
-        assert httpx.post(f"{url}/score", json=many, headers=headers).status_code == 429
+        assert client.post(f"{url}/score", json=many, headers=headers).status_code == 429
         reward.free.set()
         assert remote(tmp_path / "address", tries=50).score(numbered(9)) == [1.0 + index for index in range(9)]
 
 
 def test_requests_without_token_or_sense_are_refused(tmp_path):
-    with served(Asked(), tmp_path / "address", ServiceLimits(max_request_bytes=2000)) as url:
+    with served(Asked(), tmp_path / "address", ServiceLimits(max_request_bytes=2000)) as url, patient() as client:
         good = {"reward": "number", "deadline_seconds": 1, "answers": []}
         for headers in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer wrong"}):
-            assert httpx.post(f"{url}/score", json=good, headers=headers).status_code == 401
+            assert client.post(f"{url}/score", json=good, headers=headers).status_code == 401
         headers = {"Authorization": f"Bearer {TOKEN}"}
         for long in ({}, {"deadline_seconds": 10**400}):
-            reply = httpx.post(f"{url}/score", json=good | long, headers=headers)
+            reply = client.post(f"{url}/score", json=good | long, headers=headers)
             assert reply.json() == {"version": "1", "scores": []}
         bodies: list[tuple[object, int]] = [
             (good | {"reward": "another"}, 404),
@@ -215,10 +220,10 @@ def test_requests_without_token_or_sense_are_refused(tmp_path):
             ([], 400),
         ]
         for body, status in bodies:
-            reply = httpx.post(f"{url}/score", json=body, headers=headers)
+            reply = client.post(f"{url}/score", json=body, headers=headers)
             assert (reply.status_code, bool(reply.json()["error"])) == (status, True)
-        assert httpx.post(f"{url}/score", content=b"\x80\x04pickle", headers=headers).status_code == 400
-        counts = httpx.get(f"{url}/counts", headers=headers).json()
+        assert client.post(f"{url}/score", content=b"\x80\x04pickle", headers=headers).status_code == 400
+        counts = client.get(f"{url}/counts", headers=headers).json()
         assert (counts["refused"], counts["status 400"], counts["status 404"]) == (3, 6, 2)
     (tmp_path / "address").write_text("{}")
     with pytest.raises(UserError, match="does not answer"):

@@ -1,8 +1,8 @@
 """Checkpoints as transactions: written aside, published by one rename, verified before they are trusted.
 
 The format is described in `model/checkpoint/reader.py`. Every rank writes the tensors it owns to its own file;
-nothing is gathered on one rank. The ranks agree through `Ranks.any_rank` only, so a rank that could not write never
-leaves the others waiting.
+no tensor is gathered on one rank. What all ranks must do alike they agree on, through `Ranks.any_rank` and
+`Ranks.gather`: neither a rank that could not write nor one that sees other files leaves the others waiting.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model.checkpoint.checksums import safetensors_sums
-from model.checkpoint.manifest import foreign_format
 from model.checkpoint.reader import (
     CHECKPOINTS_FOLDER,
     FORMAT_VERSION,
     MANIFEST_NAME,
     CheckpointReader,
     dtype_name,
-    latest_checkpoint,
     list_checkpoints,
     manifest_checksum,
     read_manifest,
@@ -128,7 +126,7 @@ class CheckpointStore:
         The ranks share the work of checking. If all are damaged, it is a `UserError`: starting over silently would
         throw the run away.
         """
-        folders = list_checkpoints(self.stage_folder)
+        folders = self._listed()
         rank, world_size = self.ranks.rank, self.ranks.world_size
         non_finite = []
         for number, folder in enumerate(folders):
@@ -155,6 +153,15 @@ class CheckpointStore:
                 fix="bring one back from a copy, or remove the stage folder to start over",
             )
         return None
+
+    def _listed(self) -> list[Path]:
+        """The checkpoints that the first rank sees, newest first; the same on every rank.
+
+        A network file system shows a rename late: ranks that went through lists of their own would stand at different
+        collectives. A rank that does not see one of these folders finds it damaged, and all ranks hear of that.
+        """
+        mine = [folder.name for folder in list_checkpoints(self.stage_folder)] if self.ranks.rank == 0 else []
+        return [self.folder / name for name in json.loads(self.ranks.gather(json.dumps(mine).encode())[0])]
 
     def load(self, folder: Path) -> Loaded:
         """Read weights, optimizer and (if the layout is the same) the random streams into the engine."""
@@ -281,44 +288,6 @@ class CheckpointStore:
         for prefix in (TEMPORARY_PREFIX, TRASH_PREFIX):
             for folder in self.folder.glob(f"{prefix}*"):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def resolve_initial(path: Path) -> Path:
-    """The checkpoint that `initialize_from` means, verified; a `UserError` lists what exists instead."""
-    try:
-        folder = latest_checkpoint(path)
-    except UserError:
-        if foreign := foreign_format(path):
-            raise UserError(
-                "the checkpoint to start from is another program's",
-                where=f"stage.initialize_from={path}",
-                expected="a checkpoint of nextstate: whatever the engine, all of them have one format",
-                got=foreign,
-                fix="export published weights with that program, then `nextstate convert` them",
-            ) from None
-        parent = Path(path).absolute().parent
-        found = sorted(
-            entry.name
-            for entry in (parent.iterdir() if parent.is_dir() else ())
-            if list_checkpoints(entry) or (entry / MANIFEST_NAME).is_file()
-        )
-        raise UserError(
-            "there is no checkpoint to start from",
-            where=f"stage.initialize_from={path}",
-            expected="a checkpoint folder or a stage folder with a complete checkpoint",
-            got=f"with checkpoints in {parent}: {', '.join(found) or 'nothing'}",
-            fix="train that stage first, or name one of these",
-        ) from None
-    candidates = [folder] + [other for other in list_checkpoints(path) if other != folder]
-    damages = []
-    for candidate in candidates:
-        damage = find_damage(candidate)
-        if not damage and (keys := non_finite_in(candidate)):
-            damage = describe_non_finite(keys)
-        if not damage:
-            return candidate
-        damages.append(f"{candidate.name}: {damage}")
-    raise UserError("the checkpoint to start from is damaged", where=str(path), got="; ".join(damages))
 
 
 def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:

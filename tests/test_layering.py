@@ -54,7 +54,7 @@ NEVER = {
     "engines never import objectives or inference": Never(
         ("training.engines",),
         ("training.objectives", "training.inference"),
-        ("training.engines.single", "import training.inference.model"),
+        ("training.engines.replicated", "import training.inference.model"),
     ),
     "callbacks never import the loop": Never(
         ("training.callbacks",), ("training.loop",), ("training.callbacks.base", "from training.loop import Run")

@@ -121,16 +121,16 @@ def is_planned(config: TrainConfig) -> bool:
 def judge(config: TrainConfig, place: Place) -> Verdict:
     """Layouts that fit are looked for only where the stage's own does not."""
     if not is_planned(config):
-        return Verdict(place)
+        problems = too_many_ranks(config.parallel.world_size, place)
+        return Verdict(place, problems=problems, offers=["parallel.data=1"] if problems else [])
     problem, layout = problem_of(config, place.cluster, place.device), layout_of(config)
     illegal = violations(layout, problem.shape, problem.batch)
     if illegal:
         return Verdict(place, problems=illegal, offers=nearest_that_fit(config, problem, layout, place))
     plan, host_bytes = planned(config, problem, layout, place)
     verdict = Verdict(place, plan, memory_of(plan, place) + (host_bytes if place.is_host else 0.0))
-    world_size, room = plan.layout.world_size, place.cluster.num_accelerators
-    if world_size > room and not place.is_host:
-        verdict.problems.append(f"{world_size:,} ranks are asked for, {room:,} accelerators are there")
+    world_size = plan.layout.world_size
+    verdict.problems += too_many_ranks(world_size, place)
     if verdict.memory_bytes > place.usable_bytes:
         whose = "the rank" if world_size == 1 else f"all {world_size:,} ranks together"
         whose = whose if place.is_host else "an accelerator"
@@ -147,6 +147,14 @@ def judge(config: TrainConfig, place: Place) -> Verdict:
     if verdict.problems:
         verdict.offers = nearest_that_fit(config, problem, plan.layout, place)
     return verdict
+
+
+def too_many_ranks(world_size: int, place: Place) -> list[str]:
+    """Of a place with accelerators; ranks on a host share its cores."""
+    room = place.cluster.num_accelerators
+    if place.is_host or world_size <= room:
+        return []
+    return [f"{world_size:,} ranks are asked for, {room:,} accelerators are there"]
 
 
 def planned(config: TrainConfig, problem: Problem, layout: Layout, place: Place) -> tuple[Plan, float]:

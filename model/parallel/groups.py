@@ -25,17 +25,14 @@ def backend_name() -> str:
     return "cpu:gloo,cuda:nccl" if cpu_backend.has_accelerator() else "gloo"
 
 
-class MegatronRanks:
-    """This process among the ranks of the layout that is initialised; see `training.contracts.batches.Ranks`."""
+class ReplicaRanks:
+    """This process among those of torch's process group, each a whole replica; see `training.contracts.batches.Ranks`."""
 
     def __init__(self) -> None:
         import torch.distributed as distributed
 
-        from model.parallel.megatron import parallel_state
-
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
-        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        self.data_parallel_rank, self.data_parallel_size = self.rank, self.world_size
 
     def any_rank(self, flag: bool) -> bool:
         import torch
@@ -60,14 +57,7 @@ class MegatronRanks:
 
     @property
     def is_first_of_replica(self) -> bool:
-        from model.parallel.megatron import parallel_state
-
-        places = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_context_parallel_rank(),
-        )
-        return places == (0, 0, 0)
+        return True
 
     def gather(self, payload: bytes) -> list[bytes]:
         import torch
@@ -81,6 +71,45 @@ class MegatronRanks:
         everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         distributed.all_gather(everyone, mine)
         return [one[: int(size)].numpy().tobytes() for one, size in zip(everyone, sizes, strict=True)]
+
+
+class MegatronRanks(ReplicaRanks):
+    """This process among the ranks of the layout that is initialised."""
+
+    def __init__(self) -> None:
+        from model.parallel.megatron import parallel_state
+
+        super().__init__()
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+
+    @property
+    def is_first_of_replica(self) -> bool:
+        from model.parallel.megatron import parallel_state
+
+        places = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        return places == (0, 0, 0)
+
+
+def launched_init_method() -> str | None:
+    """Where ranks that the launcher of this machine started meet; None: the environment says it, or there is one rank."""
+    rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
+    return f"file://{rendezvous}" if rendezvous else None
+
+
+def check_number_of(ranks: ReplicaRanks, expected: int) -> None:
+    """Raises `UserError` where there are more or fewer processes than the layout has ranks."""
+    if ranks.world_size != expected:
+        raise UserError(
+            "the number of processes is not that of the layout",
+            expected=str(expected),
+            got=str(ranks.world_size),
+            fix="start tensor * pipeline * context * data processes",
+        )
 
 
 def initialize(
@@ -139,11 +168,7 @@ def join(
 
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    if cpu_backend.has_accelerator():  # each rank of a node has one of its own
-        import torch
-
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    take_accelerator()
     make_room_for_connections(world_size)
     timeout = timedelta(seconds=timeout_seconds)
     is_alone, store = init_method is None and world_size == 1, None
@@ -162,6 +187,15 @@ def join(
         world_size=world_size,
         timeout=timeout,
     )
+
+
+def take_accelerator() -> None:
+    """Make the accelerator of this rank torch's current one: each rank of a node has one of its own."""
+    if cpu_backend.has_accelerator():
+        import torch
+
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
 def make_room_for_connections(world_size: int) -> None:
@@ -231,15 +265,20 @@ def destroy() -> None:
     Models and optimizers are cycles of references that hold groups, and a gloo group has threads and sockets: they are
     collected here, or a process that makes one layout after the other has hundreds of threads.
     """
-    import gc
-
-    import torch.distributed as distributed
-
     from model.parallel.megatron import parallel_state
 
     while _WHEN_DESTROYED:
         _WHEN_DESTROYED.pop()()
     parallel_state.destroy_model_parallel()
+    leave()
+
+
+def leave() -> None:
+    """Leave the process group, where there is one and no layout on it."""
+    import gc
+
+    import torch.distributed as distributed
+
     if distributed.is_initialized():
         distributed.destroy_process_group()
         gc.collect()

@@ -17,17 +17,14 @@ class ReconstructionTerm(Protocol):
     def __call__(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor: ...
 
 
-def pixel_weights(images: torch.Tensor, contrast: float) -> torch.Tensor | None:
-    """Weights [B, 1, H, W] with mean one that raise pixels unlike their image's median colour; None for none.
+def pixel_weights(images: torch.Tensor, contrast: float) -> torch.Tensor:
+    """Weights [B, 1, H, W] that raise pixels unlike their image's median colour, those of that colour have one.
 
     Pictures that are mostly one flat colour otherwise teach little but that colour.
     """
-    if contrast == 0:
-        return None
     median = images.flatten(2).median(dim=2).values[:, :, None, None]
     difference = (images - median).abs().amax(dim=1, keepdim=True).clamp(max=1.0)
-    weights = 1.0 + contrast * difference
-    return weights / weights.mean()
+    return 1.0 + contrast * difference
 
 
 def entropy_terms(logits: torch.Tensor, config: LossWeightsConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,12 +47,16 @@ def tokenizer_loss(
     quantized: Quantized | None,
     config: LossWeightsConfig,
     extra_terms: Mapping[str, tuple[float, ReconstructionTerm]] | None = None,
+    mean_weight: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum and each term unweighted. `quantized` is None while training without the quantizer.
 
-    images, reconstructions: [B, 3, H, W] in [-1, 1]; `extra_terms` maps a name to (weight, term).
+    images, reconstructions: [B, 3, H, W] in [-1, 1]; `extra_terms` maps a name to (weight, term). `mean_weight` is that
+    of the pixels of the whole batch that these images are a part of; None: they are all of it.
     """
-    weights = pixel_weights(images, config.contrast)
+    weights = pixel_weights(images, config.contrast) if config.contrast else None
+    if weights is not None:
+        weights = weights / (weights.mean() if mean_weight is None else mean_weight)
     error = reconstructions - images
 
     def mean(values: torch.Tensor) -> torch.Tensor:

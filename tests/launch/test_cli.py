@@ -123,10 +123,10 @@ def write_manifest(folder: Path, values: dict) -> None:
         ),
         (["stage=toy_sft", "callbacks.mine.path=no.such.Callback"], "callbacks.mine.path=no.such.Callback"),
         (
-            ["stage=toy_sft", "callbacks.mine.path=training.engines.single.SingelEngine"],
-            "has no attribute 'SingelEngine'",
+            ["stage=toy_sft", "callbacks.mine.path=training.engines.replicated.ReplicateEngine"],
+            "has no attribute 'ReplicateEngine'",
         ),
-        (["stage=toy_sft", "engine=training.engines.singel.SingleEngine"], "engine=training.engines.singel"),
+        (["stage=toy_sft", "engine=training.engines.replicate.ReplicatedEngine"], "engine=training.engines.replicate"),
         (["stage=toy_dida", "stage.objective.vision_tokenizer=no/such"], "stage.objective.vision_tokenizer=no/such"),
     ],
 )

@@ -48,6 +48,11 @@ IMPOSSIBLE = {
         ["submit", *SLURM, "cluster.num_accelerators=64"],
         "1,024 ranks are asked for, 64 accelerators are there",
     ),
+    "more replicas of a tokenizer than accelerators": (
+        ["submit", "cluster=slurm", "stage=vision_tokenizer", "parallel.data=32", "cluster.num_accelerators=16"]
+        + ["stage.objective.data.corpora.a.path=x"],
+        "32 ranks are asked for, 16 accelerators are there",
+    ),
     "small accelerators": (["submit", *SLURM, "cluster.device=a100_40gb"], "35.6 GB can be used"),
     "many rows at once": (["submit", *SLURM, "stage.micro_batch_size=7"], "an accelerator would need"),
     "an optimizer that is not sharded": (

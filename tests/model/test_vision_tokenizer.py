@@ -151,13 +151,25 @@ def test_loss_weights_contrast_and_takes_further_terms():
     images = torch.full((1, 3, 4, 4), 0.9)
     images[:, :, 0, 0] = -0.9
     weights = pixel_weights(images, contrast=3.0)
-    assert weights.mean().item() == pytest.approx(1.0)
-    assert (weights[0, 0, 0, 0] / weights[0, 0, 3, 3]).item() == pytest.approx(4.0)
+    assert (weights[0, 0, 0, 0].item(), weights[0, 0, 3, 3].item()) == pytest.approx((4.0, 1.0))
     config = LossWeightsConfig(l1=1.0, l2=0.0)
     extra = {"perceptual": (0.5, lambda a, b: (a - b).abs().max())}
     total, terms = tokenizer_loss(images, torch.zeros_like(images), None, config, extra)
     assert terms["perceptual"].item() == pytest.approx(0.9)
     assert total.item() == pytest.approx(0.9 + 0.45)
+
+
+def test_the_weighted_mean_of_a_batch_is_that_of_its_parts():
+    images, config = torch.rand(6, 3, 8, 8) * 2 - 1, LossWeightsConfig(contrast=3.0)
+    images[:2] = 0.5  # flat pictures: their part of the batch weighs less
+    rebuilt = torch.rand_like(images)
+    whole, _ = tokenizer_loss(images, rebuilt, None, config)
+    mean_weight = pixel_weights(images, config.contrast).mean().item()
+    parts = [
+        tokenizer_loss(images[i : i + 2], rebuilt[i : i + 2], None, config, None, mean_weight)[0] for i in (0, 2, 4)
+    ]
+    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+    assert tokenizer_loss(images[:2], rebuilt[:2], None, config)[0].item() > 1.5 * parts[0].item()
 
 
 @pytest.mark.parametrize("sides", [(48, 48), (24, 24), (16, 40)])

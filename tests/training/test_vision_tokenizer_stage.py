@@ -8,6 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from model.checkpoint.reader import CheckpointReader
@@ -21,7 +23,7 @@ from training.objectives.registry import make_objective
 from training.reliability.checkpoint import CheckpointStore
 from training.tokenizers import vision
 from training.tokenizers.collisions import describe_collisions
-from training.tokenizers.image_data import ImageSource, busiest_crops, squares
+from training.tokenizers.image_data import BatchShare, ImageSource, busiest_crops, squares
 from training.tokenizers.image_stream import StreamingImageSource
 from training.tokenizers.vision import VisionTokenizerOptions, measure
 
@@ -158,7 +160,7 @@ def test_no_part_and_no_double_of_a_held_back_picture_is_trained_on(tmp_path, st
         "streaming": streaming,
     }
     options = parse_options({"model": MODEL, "data": data})
-    source = (StreamingImageSource if streaming else ImageSource)(options.data, 8, 3, 16, 16)
+    source = (StreamingImageSource if streaming else ImageSource)(options.data, 8, 3, BatchShare(16, 16))
     held_back = {tuple(image[0, 0]) for image in source.held_back["flat"]}
     trained = {tuple(image[0, 0]) for start in range(0, 640, 16) for images in source.batch(start) for image in images}
     source.close()
@@ -282,11 +284,37 @@ def test_missing_and_empty_corpora_are_refused(corpora, tmp_path):
             build(make_config(corpora, tmp_path, data={"corpora": {"a": {"path": str(path)}}}))
 
 
-def test_more_than_one_process_is_refused(corpora, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel.tensor": 2}, "parallel.data alone, got tensor 2"),
+        ({"parallel.pipeline": 2, "parallel.context": 3}, "parallel.data alone, got pipeline 2, context 3"),
+        ({"parallel.data": 2}, "4 is not a multiple of micro_batch_size \\* parallel.data = 8"),
+    ],
+)
+def test_layouts_that_cut_the_module_or_the_batch_are_refused_before_anything_starts(
+    changes, message, corpora, tmp_path
+):
     config = make_config(corpora, tmp_path)
-    config.parallel.data = 2
-    with pytest.raises(UserError, match="one process"):
-        build(config)
+    for key, value in changes.items():
+        setattr(config.parallel, key.partition(".")[2], value)
+    with pytest.raises(UserError, match=message) as refused:
+        stage.validate(config)
+    assert str(refused.value).count("parallel") <= 4
+    if config.parallel.data == 1:
+        with pytest.raises(UserError, match="whole replicas"):
+            build(config)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4))
+def test_micro_batches_are_the_same_whatever_the_number_of_replicas(micro, times, replicas):
+    size = micro * times * replicas
+    whole = BatchShare(size, micro).micro_batches
+    parts = [BatchShare(size, micro, replica, replicas).micro_batches for replica in range(replicas)]
+    assert [places for part in parts for places in part] == whole
+    assert {len(part) for part in parts} == {times}
+    assert [place for places in whole for place in places] == list(range(size))
+    assert [len(places) for places in BatchShare(9, 5).micro_batches] == [5, 4]
 
 
 def test_crops_and_squares():

@@ -31,7 +31,7 @@ from model.vision_tokenizer import load_vision_tokenizer
 from model.vision_tokenizer.config import ibq_emu35
 from model.vision_tokenizer.wrapper import to_model_range
 from training.reliability.checkpoint import CheckpointStore
-from training.tokenizers.image_data import stack_by_size
+from training.tokenizers.image_data import BatchShare, stack_by_size
 from training.tokenizers.image_stream import StreamingImageSource
 
 
@@ -170,7 +170,7 @@ def test_each_term_moves_the_gradient_as_its_weight_says(corpora: Path, tmp_path
 def test_streamed_batches_are_a_pure_function_whatever_is_cached(corpora: Path) -> None:
     def source(seed: int = 3, micro: int = 5, **changes: Any) -> StreamingImageSource:
         options = parse_options({"model": MODEL, "data": streamed(corpora, **changes)})
-        return StreamingImageSource(options.data, 8, seed, 9, micro)
+        return StreamingImageSource(options.data, 8, seed, BatchShare(9, micro))
 
     first = source()
     others = [source(cache_bytes=0), source(cache_bytes=30_000, num_readers=1)]
@@ -190,7 +190,7 @@ def test_streamed_batches_are_a_pure_function_whatever_is_cached(corpora: Path) 
 
 def test_held_back_images_are_never_trained_on_and_bad_ones_are_counted(corpora: Path) -> None:
     options = parse_options({"model": MODEL, "data": streamed(corpora, views=[{"area": 2304}])})
-    source = StreamingImageSource(options.data, 8, 0, 32, 32)
+    source = StreamingImageSource(options.data, 8, 0, BatchShare(32, 32))
     held_back = {image.tobytes() for images in source.held_back.values() for image in images}
     # A quarter of the small corpus at most; one picture of each sample.
     assert len(held_back) in (3, 4)
@@ -207,7 +207,7 @@ def test_truncated_shards_keep_what_comes_before_the_damage(cut: int, corpora: P
     (tmp_path / "cut.tar").write_bytes(content[:cut])
     data = streamed(corpora, corpora={"a": {"path": str(tmp_path / "cut.tar")}})
     options = parse_options({"model": MODEL, "data": data})
-    source = StreamingImageSource(options.data, 8, 0, 4, 4)
+    source = StreamingImageSource(options.data, 8, 0, BatchShare(4, 4))
     assert 2 <= len(source.corpora[0]) < 8
     assert source.num_bad["truncated_tar"] == 1
     assert source.batch(0)
@@ -227,7 +227,7 @@ def test_corpora_without_images_are_the_users(entries: Any, message: str, tmp_pa
     data = {"corpora": {"a": {"path": str(tmp_path / "a.tar")}}, "streaming": True}
     options = parse_options({"model": MODEL, "data": data})
     with pytest.raises(UserError, match=message):
-        StreamingImageSource(options.data, 8, 0, 4, 4).batch(0)
+        StreamingImageSource(options.data, 8, 0, BatchShare(4, 4)).batch(0)
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ def test_bad_terms_are_refused(terms: dict, message: str) -> None:
         parse_options({"terms": terms, "data": {"corpora": {"a": {"path": "x"}}}})
 
 
-def test_stacks_are_bounded() -> None:
+def test_stacks_have_one_size() -> None:
     images = [np.zeros((8, 8, 3), np.uint8)] * 5 + [np.zeros((8, 16, 3), np.uint8)] * 2
-    assert [len(stack) for stack in stack_by_size(images, 2)] == [2, 2, 1, 2]
+    assert [len(stack) for stack in stack_by_size(images)] == [5, 2]
 
 
 def test_the_published_stage_composes_and_a_small_one_runs(corpora: Path, tmp_path: Path, capfd: Any) -> None:

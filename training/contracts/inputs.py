@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from model.backbone.attention_plan import AttentionPlan
-from model.backbone.head import AllowedSets
+
+if TYPE_CHECKING:  # it brings megatron along, which takes seconds to import and not every engine needs
+    from model.backbone.head import AllowedSets
 
 
 @dataclass

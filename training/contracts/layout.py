@@ -138,6 +138,18 @@ def has_no_pipeline(layout: ParallelLayout, rows: Rows) -> LayoutProblem | None:
     )
 
 
+def holds_the_whole_module(layout: ParallelLayout, rows: Rows | None = None) -> LayoutProblem | None:
+    """The engine `replicated` has no other ranks than replicas."""
+    cut = [f"{name} {size}" for name, size in layout.ranks.items() if name != "data" and size != 1]
+    if not cut:
+        return None
+    return LayoutProblem(
+        SECTION.rstrip("."),
+        f"this objective trains whole replicas: its ranks are parallel.data alone, got {', '.join(cut)}",
+        " ".join(f"{SECTION}{name}=1" for name, size in layout.ranks.items() if name != "data" and size != 1),
+    )
+
+
 def chunk_parts(layout: ParallelLayout) -> int:
     return layout.tensor * layout.context * (2 if layout.context > 1 else 1)
 
@@ -155,4 +167,8 @@ def rounded_up(value: int, step: int) -> int:
 
 # What each engine asks beyond what the model's sizes say.
 ROW_RULES: tuple[Rule, ...] = (rows_divide_among_ranks, micro_batch_divides_into_chunks, batch_divides_among_replicas)
-ENGINE_RULES: dict[str, tuple[Rule, ...]] = {"megatron": ROW_RULES, "deepspeed": (has_no_pipeline, *ROW_RULES)}
+ENGINE_RULES: dict[str, tuple[Rule, ...]] = {
+    "megatron": ROW_RULES,
+    "deepspeed": (has_no_pipeline, *ROW_RULES),
+    "replicated": (holds_the_whole_module, batch_divides_among_replicas),
+}

@@ -50,13 +50,21 @@ class TokenObjective(LossMaker, Objective, Protocol):
 
 
 class ModuleObjective(Objective, Protocol):
-    """Brings a module and its loss along; the engine `single` trains these."""
+    """Brings a module and its loss along; the engine `replicated` trains these."""
 
     model: nn.Module
     terms: nn.Module  # trained beside the model by the same optimizer
 
-    def backward(self, batches: Sequence[Any], num_updates: int) -> torch.Tensor:
-        """Add the gradients of a global batch; the figures float64 [n] that `result` understands."""
+    def backward(self, batches: Sequence[Any], totals: np.ndarray, num_updates: int) -> torch.Tensor:
+        """Add this rank's part of the gradients of the global batch that `totals` counts, normalised over all of it.
+
+        The figures float64 [n], on the device, are added up over all ranks too; `result` understands the sums. Every
+        rank leaves gradients on the same parameters.
+        """
+        ...
+
+    def other_parameters(self) -> Sequence[nn.Parameter]:
+        """What optimizers of the objective's own train: the engine adds their gradients up as well."""
         ...
 
     def update(self, learning_rate: float, num_updates: int) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ENGINES = {
     "megatron": "training.engines.megatron.engine.MegatronEngine",
     "deepspeed": "training.engines.deepspeed.engine.DeepSpeedEngine",
-    "single": "training.engines.single.SingleEngine",
+    "replicated": "training.engines.replicated.ReplicatedEngine",
 }
 
 

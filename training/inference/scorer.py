@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from model.backbone.transformer import build_model
 from model.checkpoint.reader import CheckpointReader
 from model.config import ModelConfig
 from model.parallel import cpu_backend, groups
-from model.parallel.groups import RENDEZVOUS_VARIABLE
 from model.parallel.megatron import parallel_state
 from model.parallel.sharding import load_weights
 from model.vocabulary import Vocabulary
@@ -55,13 +53,12 @@ class Scorer:
     def __init__(self, reader: CheckpointReader, config: ModelConfig, layout: ParallelConfig):
         self._opened_layout = not groups.is_initialized()
         if self._opened_layout:
-            rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
             alone = {} if layout.world_size > 1 else {"rank": 0, "world_size": 1}
             groups.initialize(
                 tensor=layout.tensor,
                 pipeline=layout.pipeline,
                 context=layout.context,
-                init_method=f"file://{rendezvous}" if rendezvous else None,
+                init_method=groups.launched_init_method(),
                 **alone,
             )
         self.config = config

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,21 +31,39 @@ MAX_CAPTIONED = 2_000  # pictures of different captions whose codes are compared
 MIN_SAMPLES_TO_HOLD_BACK = 4  # a corpus of fewer holds back single pictures
 
 
+@dataclass(frozen=True)
+class BatchShare:
+    """What one replica takes of a global batch: micro-batches that lie one behind the other, as many as the others.
+
+    Where a micro-batch begins does not depend on the number of replicas, so that a loss which compares the pictures of
+    one forward pass (even use of the codes, the adversary's batch norms) does not either.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    replica: int = 0
+    num_replicas: int = 1
+
+    @property
+    def micro_batches(self) -> list[range]:
+        """Places in the global batch."""
+        own = self.global_batch_size // self.num_replicas
+        first, size = self.replica * own, self.micro_batch_size
+        return [range(start, min(start + size, first + own)) for start in range(first, first + own, size)]
+
+
 class ImageSource:
     """Batches of images, as a pure function of (seed, first sample). `training.objectives.offline_rows.Rows`."""
 
-    def __init__(
-        self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int, micro_batch_size: int
-    ):
-        self.options, self.factor, self.seed = options, factor, seed
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+    def __init__(self, options: ImageDataOptions, factor: int, seed: int, share: BatchShare):
+        self.options, self.factor, self.seed, self.share = options, factor, seed, share
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason
         self.held_back: dict[str, list[np.ndarray]] = {}  # by corpus, whole pictures at the first view's size
         # By the area of each view, then by caption: the first whole picture of each, at most MAX_CAPTIONED.
         self.captioned: dict[int, dict[str, np.ndarray]] = {view.area: {} for view in options.views}
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([_described(options), seed, global_batch_size]).encode())
+        digest.update(json.dumps([_described(options), seed, share.global_batch_size]).encode())
         # [area][corpus][image], uint8 [H, W, 3]; views of the same area share them
         self.images: dict[int, list[list[np.ndarray]]] = {
             view.area: [[] for _ in self.source_names] for view in options.views
@@ -111,16 +129,19 @@ class ImageSource:
         return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
 
     def batch(self, first_sample: int) -> list[np.ndarray]:
-        """The images of one global batch: arrays uint8 [n, H, W, 3] of one size each, n bounded by the micro-batch."""
+        """This replica's images of one global batch: arrays uint8 [n, H, W, 3], one for each size in a micro-batch."""
         rng = np.random.default_rng((self.seed, BATCH_STREAM, first_sample))
         view_index = int(rng.choice(len(self._view_shares), p=self._view_shares))
-        view = self.options.views[view_index]
-        chosen: list[np.ndarray] = []
-        for corpus_index in rng.choice(len(self._corpus_shares), size=self.global_batch_size, p=self._corpus_shares):
-            images = self.images[view.area][corpus_index]
-            image = images[int(rng.integers(len(images)))]
-            chosen += busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
-        return stack_by_size(chosen, images_at_once(view, self.micro_batch_size))
+        view, size = self.options.views[view_index], self.share.global_batch_size
+        corpora = [
+            self.images[view.area][index] for index in rng.choice(len(self._corpus_shares), size, p=self._corpus_shares)
+        ]
+        chosen = [images[int(rng.integers(len(images)))] for images in corpora]
+        return [
+            array
+            for places in self.share.micro_batches
+            for array in stack_by_size([shown for place in places for shown in seen_by(view, chosen[place])])
+        ]
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -207,16 +228,14 @@ def busiest_crops(image: np.ndarray, side: int, count: int) -> list[np.ndarray]:
     return [tiles[index] for index in np.argsort(-spread, kind="stable")[:count]]
 
 
-def images_at_once(view: View, micro_batch_size: int) -> int:
-    """Arrays of one forward pass: the images of a micro-batch, or all squares cut out of them."""
-    return micro_batch_size * (view.crops_per_image if view.crop else 1)
+def seen_by(view: View, image: np.ndarray) -> list[np.ndarray]:
+    """What a view takes of an image of its area."""
+    return busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
 
 
-def stack_by_size(images: list[np.ndarray], limit: int) -> list[np.ndarray]:
-    """Images of the same size stacked, at most `limit` of them, sizes in order of first occurrence."""
+def stack_by_size(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Images of the same size stacked, sizes in order of first occurrence."""
     groups: dict[tuple[int, ...], list[np.ndarray]] = {}
     for image in images:
         groups.setdefault(image.shape, []).append(image)
-    return [
-        np.stack(group[start : start + limit]) for group in groups.values() for start in range(0, len(group), limit)
-    ]
+    return [np.stack(group) for group in groups.values()]

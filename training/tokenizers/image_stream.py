@@ -12,6 +12,7 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,14 +28,14 @@ from model.errors import UserError
 from training.tokenizers.image_data import (
     BATCH_STREAM,
     HELD_BACK_STREAM,
-    busiest_crops,
-    images_at_once,
+    BatchShare,
     normalized,
     sample_pictures,
+    seen_by,
     squares,
     stack_by_size,
 )
-from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions
+from training.tokenizers.tokenizer_options import ImageCorpus, ImageDataOptions, View
 
 MEMBER_DTYPE = np.dtype([("shard", "<i4"), ("kind", "<i2"), ("offset", "<i8"), ("size", "<i8")])
 MAX_DRAWS = 100  # of samples in a row that cannot be read, before the corpus is given up
@@ -112,11 +113,8 @@ def file_digest(data: bytes) -> bytes:
 class StreamingImageSource:
     """Batches of images, as a pure function of (seed, first sample). `training.objectives.offline_rows.Rows`."""
 
-    def __init__(
-        self, options: ImageDataOptions, factor: int, seed: int, global_batch_size: int, micro_batch_size: int
-    ):
-        self.options, self.factor, self.seed = options, factor, seed
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+    def __init__(self, options: ImageDataOptions, factor: int, seed: int, share: BatchShare):
+        self.options, self.factor, self.seed, self.share = options, factor, seed, share
         self.source_names = list(options.corpora)
         self.num_bad: Counter[str] = Counter()  # by reason; a sample counts each time it is read
         self.captioned: dict[
@@ -129,6 +127,7 @@ class StreamingImageSource:
         self.cached_bytes = 0
         self._lock = threading.Lock()
         self._readers = Readers(options.num_readers, "images")
+        self._ahead: dict[int, list[list[Future[list[np.ndarray]]]]] = {}  # by first sample, of the next batch at most
         self._held_back_samples = [self._choose_held_back(index) for index in range(len(self.corpora))]
         self._held_back_files = {
             file_digest(data)
@@ -156,25 +155,35 @@ class StreamingImageSource:
         """Of the options and of what lies where; how images are kept and read does not count."""
         values = asdict(self.options) | {"cache_bytes": 0, "num_readers": 0}
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([values, self.seed, self.global_batch_size]).encode())
+        digest.update(json.dumps([values, self.seed, self.share.global_batch_size]).encode())
         for corpus in self.corpora:
             digest.update(json.dumps([path.name for path in corpus.paths]).encode())
             digest.update(corpus.members.tobytes())
         return digest.hexdigest()
 
     def batch(self, first_sample: int) -> list[np.ndarray]:
-        """The images of one global batch: arrays uint8 [n, H, W, 3] of one size each, n bounded by the micro-batch."""
+        """As `ImageSource`'s. The pictures of the batch behind it are read meanwhile."""
+        drawn = self._ahead.pop(first_sample, None) or self._begin(first_sample)
+        behind = first_sample + self.share.global_batch_size
+        self._ahead = {behind: self._begin(behind)}
+        return [
+            array for parts in drawn for array in stack_by_size([image for part in parts for image in part.result()])
+        ]
+
+    def _begin(self, first_sample: int) -> list[list[Future[list[np.ndarray]]]]:
+        """Has the images of each of this replica's micro-batches read."""
         rng = np.random.default_rng((self.seed, BATCH_STREAM, first_sample))
         view_index = int(rng.choice(len(self._view_shares), p=self._view_shares))
-        view = self.options.views[view_index]
-        corpora = rng.choice(len(self.corpora), size=self.global_batch_size, p=self._corpus_shares)
-        seeds = rng.integers(2**63, size=self.global_batch_size)
-        drawn = [self._readers.submit(self._draw, *one) for one in zip(corpora.tolist(), seeds.tolist(), strict=True)]
-        chosen: list[np.ndarray] = []
-        for picture in drawn:
-            image = self._resize(picture.result(), view.area)
-            chosen += busiest_crops(image, view.crop, view.crops_per_image) if view.crop else [image]
-        return stack_by_size(chosen, images_at_once(view, self.micro_batch_size))
+        view, size = self.options.views[view_index], self.share.global_batch_size
+        corpora = rng.choice(len(self.corpora), size=size, p=self._corpus_shares).tolist()
+        seeds = rng.integers(2**63, size=size).tolist()
+        return [
+            [self._readers.submit(self._seen, view, corpora[place], seeds[place]) for place in places]
+            for places in self.share.micro_batches
+        ]
+
+    def _seen(self, view: View, corpus: int, seed: int) -> list[np.ndarray]:
+        return seen_by(view, self._resize(self._draw(corpus, seed), view.area))
 
     def _draw(self, corpus: int, seed: int) -> np.ndarray:
         """One picture (or a random square of it); samples that are held back or cannot be read are drawn again."""
@@ -219,4 +228,6 @@ class StreamingImageSource:
         return smart_resize(picture, ImageConfig(max_area=area, min_area=area), self.factor)
 
     def close(self) -> None:
+        for future in (future for parts in self._ahead.values() for part in parts for future in part):
+            future.cancel()
         self._readers.close()

@@ -10,6 +10,7 @@ from data_pipeline.kinds.named_parts import PartsConfig
 from data_pipeline.sources.patterns import find_shards
 from model.durable import absent
 from model.errors import Problems, UserError
+from model.parallel.layout_rules import add_to
 from model.vision_tokenizer.config import VisionTokenizerConfig
 from model.vision_tokenizer.loss_config import (
     AdversarialConfig,
@@ -17,6 +18,8 @@ from model.vision_tokenizer.loss_config import (
     LossWeightsConfig,
     PerceptualConfig,
 )
+from training.config import TrainConfig
+from training.contracts.layout import ParallelLayout, Rows
 
 
 @dataclass
@@ -158,6 +161,12 @@ class VisionTokenizerOptions:
         problems.check(0 <= self.average_decay < 1, f"{key}.average_decay", "must be in [0, 1)")
         problems.check(self.num_threads > 0, f"{key}.num_threads", "must be positive")
         problems.check(0 <= self.min_codebook_use <= 1, f"{key}.min_codebook_use", "must be in [0, 1]")
+
+    def validate_run(self, problems: Problems, config: TrainConfig) -> None:
+        stage = config.stage
+        rows = Rows(stage.sequence_length, stage.micro_batch_size, stage.global_batch_size)
+        layout = ParallelLayout.of(config.parallel)
+        add_to(problems, layout.problems({}, rows, engine=config.engine or "replicated"))
 
     def missing_inputs(self, key: str) -> list[str]:
         corpora = {f"{key}.data.corpora.{name}.path": [corpus.path] for name, corpus in self.data.corpora.items()}

@@ -1,4 +1,7 @@
-"""The stage that trains the IBQ vision tokenizer, on one process.
+"""The stage that trains the IBQ vision tokenizer, on one process or on several replicas.
+
+The loss is the mean per pixel of the global batch. What compares several pictures (even use of the codes, the balance of
+the adversary, its batch norms) looks at those of one size in a micro-batch, whatever the number of replicas.
 
 Our choices, where Emu3.5 has published none: the autoencoder first trains without quantization, then the codes start
 from its latents (k-means), then all train together. Plain random codes collapse on simple pictures.
@@ -16,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from model.durable import replace_file
 from model.errors import UserError
+from model.parallel import groups
 from model.vision_tokenizer.config import CHECKPOINT_KIND
 from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
-from model.vision_tokenizer.losses import latent_distance, psnr_db
+from model.vision_tokenizer.losses import latent_distance, pixel_weights, psnr_db
 from model.vision_tokenizer.wrapper import load_weights, to_model_range, to_pixels
 from training.config import TrainConfig
 from training.contracts.batches import Ranks
@@ -32,7 +37,7 @@ from training.metrics import PICTURES_NAME
 from training.objectives.offline_rows import OfflineRows
 from training.rewards.wire import png_bytes
 from training.tokenizers.collisions import describe_collisions
-from training.tokenizers.image_data import ImageSource
+from training.tokenizers.image_data import BatchShare, ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
 from training.tokenizers.tokenizer_options import VisionTokenizerOptions
 from training.tokenizers.vision_terms import Adversary, Terms
@@ -47,10 +52,11 @@ class VisionTokenizer:
     """Learns codes of images uint8 [n, H, W, 3]; a `training.contracts.objective.ModuleObjective`."""
 
     Options = VisionTokenizerOptions
-    engine = "single"
+    engine = "replicated"
 
     def __init__(self, config: TrainConfig, options: VisionTokenizerOptions):
         torch.set_num_threads(options.num_threads)
+        groups.take_accelerator()
         self.config, self.options, self.seed = config, options, config.seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = IBQ(options.model)
@@ -80,64 +86,74 @@ class VisionTokenizer:
     def batches(self, ranks: Ranks) -> OfflineRows:
         stage, options = self.config.stage, self.options
         make = StreamingImageSource if options.data.streaming else ImageSource
-        self.images = make(
-            options.data, options.model.factor, self.seed, stage.global_batch_size, stage.micro_batch_size
+        share = BatchShare(
+            stage.global_batch_size, stage.micro_batch_size, ranks.data_parallel_rank, ranks.data_parallel_size
         )
+        self.images, self.ranks = make(options.data, options.model.factor, self.seed, share), ranks
         return OfflineRows(self.images)
 
     def totals(self, batches: Sequence[np.ndarray]) -> np.ndarray:
-        return np.zeros(0)
+        """Pixels, and what `losses.contrast` makes them weigh together."""
+        num_pixels, contrast = sum(images[..., 0].size for images in batches), self.options.losses.contrast
+        weights = [pixel_weights(self._pixels(images), contrast).double().sum() for images in batches if contrast]
+        return np.array([num_pixels, float(sum(weights)) if contrast else num_pixels], np.float64)
 
-    def backward(self, batches: Sequence[np.ndarray], num_updates: int) -> torch.Tensor:
-        """Add the gradients of the mean loss per pixel; the step's figures, which `result` names."""
+    def backward(self, batches: Sequence[np.ndarray], totals: np.ndarray, num_updates: int) -> torch.Tensor:
+        """Add the gradients of the mean loss per pixel; the step's figures, which `result` names, and uses of each code."""
         self.num_updates = num_updates
         if self.options.continuous_steps and num_updates == self.options.continuous_steps:
             self._start_codes()
-        if num_updates and num_updates % PICTURES_EVERY_STEPS == 0:
+        if num_updates and num_updates % PICTURES_EVERY_STEPS == 0 and self.ranks.rank == 0:
             keep_pictures(self.average or self.model, self.images.held_back, self.config.stage_folder, num_updates)
-        num_pixels = sum(images[..., 0].size for images in batches)
-        figures: dict[str, float] = {}
-        used: list[torch.Tensor] = []
+        num_pixels, weight = totals.tolist()
+        figures: dict[str, torch.Tensor] = {}
+        uses = torch.zeros(self.options.model.n_embed, dtype=torch.float64, device=self.device)
         for images in batches:
             share = images[..., 0].size / num_pixels
-            for name, value in self._backward(images, share, used).items():
-                figures[name] = figures.get(name, 0.0) + share * value
-        if self.playing is not None:
-            figures["discriminator_gradient_norm"] = self.playing.gradient_norm()
-        figures["num_codes"] = sum(codes.numel() for codes in used)
-        if used:
-            figures["codes_used"] = float(torch.cat(used).unique().numel())
+            for name, value in self._backward(images, share, weight / num_pixels, uses).items():
+                figures[name] = figures.get(name, 0.0) + share * value.double()
         self._names = list(figures)
-        return torch.tensor(list(figures.values()), dtype=torch.float64)
+        return torch.cat((torch.stack(list(figures.values())), uses))
 
     def result(self, totals: np.ndarray, sums: np.ndarray, gradient_norm: float) -> StepResult:
-        figures = dict(zip(self._names, sums.tolist(), strict=True))
-        loss, num_codes = figures.pop("loss"), int(figures.pop("num_codes"))
-        adversary_norm = figures.get("discriminator_gradient_norm", 0.0)
-        if not math.isfinite(adversary_norm):  # the step must not be applied
-            gradient_norm = adversary_norm
-        return StepResult(loss, gradient_norm, num_codes, metrics=figures)
+        num_figures = len(self._names)
+        figures = dict(zip(self._names, sums[:num_figures].tolist(), strict=True))
+        uses, loss = sums[num_figures:], figures.pop("loss")
+        if self.playing is not None:
+            self.playing.mean_logits = [figures[name] for name in ("real_logit", "fake_logit") if name in figures]
+            adversary_norm = figures["discriminator_gradient_norm"] = self.playing.gradient_norm()
+            if not math.isfinite(adversary_norm):  # the step must not be applied
+                gradient_norm = adversary_norm
+        if self.quantizes:
+            figures["codes_used"] = float(np.count_nonzero(uses))
+        return StepResult(loss, gradient_norm, int(uses.sum()), metrics=figures)
 
-    def _backward(self, images: np.ndarray, share: float, used: list[torch.Tensor]) -> dict[str, float]:
-        """Add the gradients of one array of images, weighted by `share`; the values of the loss's terms."""
-        pixels = to_model_range(images).to(self.device)
+    def _pixels(self, images: np.ndarray) -> torch.Tensor:
+        return to_model_range(images).to(self.device)
+
+    def _backward(
+        self, images: np.ndarray, share: float, mean_weight: float, uses: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Add the gradients of one array of images, weighted by `share`, and to `uses`; values of the loss's terms."""
+        pixels = self._pixels(images)
         latents, quantized = self.model.latents(pixels), None
         weight = self.options.losses.consistency
         consistency = self._consistency(pixels, latents) if weight else None
         if self.quantizes:
             quantized = self.model.quantize(latents)
-            used.append(quantized.codes.flatten())
+            codes = quantized.codes.flatten()
+            uses.index_add_(0, codes, torch.ones_like(codes, dtype=uses.dtype))
             latents = quantized.values
         elif self.options.model.cosine_similarity:
             latents = F.normalize(latents, dim=1)
-        loss, reconstructions, terms = self.terms(self.model, pixels, latents, quantized, self.playing)
+        loss, reconstructions, terms = self.terms(self.model, pixels, latents, quantized, self.playing, mean_weight)
         if consistency is not None:
             loss, terms = loss + weight * consistency, terms | {"consistency": consistency}
         (share * loss).backward()
-        values = {f"loss_{name}": term.item() for name, term in terms.items()}
+        values = {f"loss_{name}": term.detach() for name, term in terms.items()}
         if self.playing is not None:
-            values["loss_discriminator"] = self.playing.backward(pixels, reconstructions, share)
-        return values | {"loss": loss.item(), "psnr_db": psnr_db(pixels, reconstructions.detach()).item()}
+            values |= self.playing.backward(pixels, reconstructions, share)
+        return values | {"loss": loss.detach(), "psnr_db": psnr_db(pixels, reconstructions.detach())}
 
     def _consistency(self, pixels: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """How far the latents of a window, encoded alone, are from those that it has within its images.
@@ -156,12 +172,16 @@ class VisionTokenizer:
     @torch.no_grad()
     def _start_codes(self) -> None:
         """Place the codes where the latents of training images lie. Depends on seed and weights only."""
-        latents = [
-            flat_latents(self.model, to_model_range(images).to(self.device)).cpu()
-            for index in range(CALIBRATION_BATCHES)
-            for images in self.images.batch(index * self.images.global_batch_size)
-        ]
-        codes = codes_from_latents(torch.cat(latents), self.options.model.n_embed, KMEANS_ROUNDS, self.seed)
+        model, width = self.options.model, self.options.model.embed_dim
+        latents: list[torch.Tensor] = []  # in the order of the images, whichever replica encodes them
+        for index in range(CALIBRATION_BATCHES):
+            batches = self.images.batch(index * self.config.stage.global_batch_size)
+            own = torch.cat([flat_latents(self.model, self._pixels(images)).cpu() for images in batches])
+            latents += [tensor_of(payload, width) for payload in self.ranks.gather(own.numpy().tobytes())]
+        codes = torch.empty(0, width)
+        if self.ranks.rank == 0:
+            codes = codes_from_latents(torch.cat(latents), model.n_embed, KMEANS_ROUNDS, self.seed)
+        codes = tensor_of(self.ranks.gather(codes.numpy().tobytes())[0], width)
         self.model.quantize.embedding.weight.copy_(codes)
 
     def update(self, learning_rate: float, num_updates: int) -> None:
@@ -174,6 +194,9 @@ class VisionTokenizer:
             with torch.no_grad():
                 for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     mean.lerp_(value, 1 - decay)
+
+    def other_parameters(self) -> list[nn.Parameter]:
+        return [] if self.adversary is None else list(self.adversary.model.parameters())
 
     def discard_gradients(self) -> None:
         if self.adversary is not None:
@@ -212,6 +235,11 @@ class VisionTokenizer:
         model = self.average or self.model
         figures = measure(model, self.images.held_back, self.options.min_codebook_use)
         return figures | describe_collisions(model, self.images.captioned)
+
+
+def tensor_of(payload: bytes, width: int) -> torch.Tensor:
+    """float32 [n, width] from its bytes."""
+    return torch.frombuffer(bytearray(payload), dtype=torch.float32).reshape(-1, width)
 
 
 @torch.no_grad()

@@ -36,7 +36,9 @@ class Adversary:
         initialize_discriminator(self.model, seed + 1)
         self.model.to(device)
         self.optimizer = adam(self.model, optimizer)
-        # Moving averages of the logits of real and reconstructed images, [2]; only LeCam reads them.
+        # Means over a global batch of the logits of real and of reconstructed images: those of the last step, and moving
+        # averages of those of the steps before, [2]. Only LeCam reads them.
+        self.mean_logits: list[float] = []
         self.average_logits = torch.zeros(2, dtype=torch.float64)
 
     def judge(self, images: torch.Tensor) -> torch.Tensor:
@@ -47,19 +49,17 @@ class Adversary:
         result: torch.Tensor = logits
         return result
 
-    def backward(self, images: torch.Tensor, reconstructions: torch.Tensor, share: float) -> float:
-        """Add the discriminator's own gradients; its loss."""
+    def backward(self, images: torch.Tensor, reconstructions: torch.Tensor, share: float) -> dict[str, torch.Tensor]:
+        """Add the discriminator's own gradients; its loss, and with LeCam the mean logits."""
         real, fake = self.model(images), self.model(reconstructions.detach())
-        loss = hinge_loss(real, fake)
+        loss, means = hinge_loss(real, fake), {}
         if self.config.lecam_weight:
-            now = torch.tensor([real.mean().item(), fake.mean().item()], dtype=torch.float64)
-            if now.isfinite().all():  # a bad step is not applied, and leaves no trace here either
-                self.average_logits.lerp_(now, share * (1.0 - LECAM_DECAY))
+            means = {"real_logit": real.detach().mean(), "fake_logit": fake.detach().mean()}
             real_average, fake_average = self.average_logits.tolist()
             penalty = lecam_regularisation(real, fake, real_average, fake_average)
             loss = loss + self.config.lecam_weight * penalty
         (share * loss).backward()
-        return loss.item()
+        return {"loss_discriminator": loss.detach()} | means
 
     def gradient_norm(self) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -68,6 +68,8 @@ class Adversary:
     def step(self, learning_rate: float) -> None:
         if all(parameter.grad is None for parameter in self.model.parameters()):
             return  # it has not joined yet
+        if self.config.lecam_weight:
+            self.average_logits.lerp_(torch.tensor(self.mean_logits, dtype=torch.float64), 1.0 - LECAM_DECAY)
         if self.gradient_clip > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip)
         self.optimizer.param_groups[0]["lr"] = learning_rate * self.config.learning_rate_ratio
@@ -108,13 +110,17 @@ class Terms(nn.Module):
         values: torch.Tensor,
         quantized: Quantized | None,
         adversary: Adversary | None,
+        mean_weight: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """(loss, reconstructions, terms unweighted) of images [B, 3, H, W] and the latents that are decoded."""
+        """(loss, reconstructions, terms unweighted) of images [B, 3, H, W] and the latents that are decoded.
+
+        `mean_weight`: see `tokenizer_loss`.
+        """
         reconstructions, features = model.reconstruct_with_features(values)
         extra = {}
         if self.perceptual is not None:
             extra["perceptual"] = (self.config.perceptual.weight, self.perceptual)
-        loss, terms = tokenizer_loss(images, reconstructions, quantized, self.weights, extra)
+        loss, terms = tokenizer_loss(images, reconstructions, quantized, self.weights, extra, mean_weight)
         if self.distillation is not None:
             config = self.config.distillation
             terms["distillation"] = self.distillation(images, features[config.level])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -159,22 +158,15 @@ def join_layout(config: TrainConfig) -> groups.MegatronRanks:
     """Lay the ranks out as the configuration says, unless they are. Raises `UserError` for another number of them."""
     layout = config.parallel
     if not groups.is_initialized():
-        rendezvous = os.environ.get(groups.RENDEZVOUS_VARIABLE)
         groups.initialize(
             tensor=layout.tensor,
             pipeline=layout.pipeline,
             context=layout.context,
-            init_method=f"file://{rendezvous}" if rendezvous else None,
+            init_method=groups.launched_init_method(),
             timeout_seconds=collective_timeout_seconds(config.reliability.hang_timeout_seconds),
         )
     ranks = groups.MegatronRanks()
-    if ranks.world_size != layout.world_size:
-        raise UserError(
-            "the number of processes is not that of the layout",
-            expected=str(layout.world_size),
-            got=str(ranks.world_size),
-            fix="start tensor * pipeline * context * data processes",
-        )
+    groups.check_number_of(ranks, layout.world_size)
     return ranks
 
 

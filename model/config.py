@@ -36,6 +36,10 @@ class AdapterConfig:
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(self.rank >= 0, f"{key}.rank", f"must not be negative, got {self.rank}", f"{key}.rank=16")
+        if self.rank == 0:
+            for name in ("alpha", "modules", "tokens"):
+                fine = getattr(self, name) == getattr(AdapterConfig(), name)
+                problems.check(fine, f"{key}.{name}", f"has no effect without {key}.rank", f"{key}.rank=16")
         problems.check(self.alpha > 0, f"{key}.alpha", f"must be positive, got {self.alpha}", f"{key}.alpha=16")
         unknown = sorted(set(self.modules) - set(ADAPTED))
         choices = ", ".join(ADAPTED)
@@ -91,6 +95,15 @@ class ModelConfig:
             f"{key}.num_query_groups={self.num_attention_heads}",
         )
         problems.check(self.head_dim % 2 == 0, f"{key}.head_dim", "must be even (rotary pairs)")
+        for name, usual in (("rope_theta", "10000"), ("rms_norm_eps", "1e-6"), ("init_std", "0.02")):
+            value = getattr(self, name)
+            problems.check(value > 0, f"{key}.{name}", f"must be positive, got {value}", f"{key}.{name}={usual}")
+        problems.check(
+            self.adapter.rank <= self.hidden_size,
+            f"{key}.adapter.rank",
+            f"{self.adapter.rank} is more than the layers are wide ({self.hidden_size})",
+            f"{key}.adapter.rank=16",
+        )
         problems.check(0.0 <= self.dropout < 1.0, f"{key}.dropout", "must be in [0, 1)")
         problems.check(
             self.dtype in ("float32", "bfloat16"),

@@ -399,7 +399,14 @@ def check_data(config: TrainConfig, problems: Problems) -> None:
             f"must not be negative, got {entry.max_epochs}",
             f"{key}.datasets.{name}.max_epochs=4",
         )
-    _check_weight_changes(data, f"{key}.weight_changes", problems)
+    for first_step, weights in data.weights_by_step() if data.datasets else ():
+        problems.check(
+            any(weight != 0 for weight in weights.values()),
+            f"{key}.datasets",
+            f"every weight is 0 from step {first_step} on: nothing would be read",
+            f"{key}.datasets.{next(iter(data.datasets))}.weight=1.0",
+        )
+    _check_weight_changes(config, f"{key}.weight_changes", problems)
     for name, path in config.stage.validation.items():
         problems.check(bool(path), f"stage.validation.{name}", "is empty", f"stage.validation.{name}=PATH")
     problems.check(
@@ -413,7 +420,8 @@ def check_data(config: TrainConfig, problems: Problems) -> None:
     )
 
 
-def _check_weight_changes(data: DataConfig, key: str, problems: Problems) -> None:
+def _check_weight_changes(config: TrainConfig, key: str, problems: Problems) -> None:
+    data, last = config.stage.data, config.stage.steps - 1
     steps = [change.from_step for change in data.weight_changes.values()]
     for name, change in data.weight_changes.items():
         problems.check(
@@ -421,6 +429,12 @@ def _check_weight_changes(data: DataConfig, key: str, problems: Problems) -> Non
             f"{key}.{name}.from_step",
             f"must be above 0 and that of no other change, got {change.from_step}",
             f"{key}.{name}.from_step=1000",
+        )
+        problems.check(
+            change.from_step <= last,
+            f"{key}.{name}.from_step",
+            f"{change.from_step} is behind the stage's last step ({last}): the change would never take effect",
+            f"{key}.{name}.from_step={max(1, last)}",
         )
         problems.check(
             bool(change.weights), f"{key}.{name}.weights", "names no dataset", f"{key}.{name}.weights.NAME=1"

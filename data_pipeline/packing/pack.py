@@ -108,6 +108,7 @@ def pack(
     problems.check(bool(token_folders), "tokens", "no source is given", "tokens.NAME=FOLDER")
     sets = dict(held_out or {})
     validate_held_out(sets, problems)
+    _check_each_once(token_folders, problems)
     fine = max_similarity is None or 0 <= max_similarity <= 1
     problems.check(fine, "max_similarity", f"must be in [0, 1], got {max_similarity}", "max_similarity=0.8")
     problems.raise_if_any()
@@ -145,6 +146,17 @@ def summarise(target: str | Path) -> PackSummary:
 
 
 _SUMMARY_KEYS = ("num_rows", "num_tokens", "num_real_tokens", "fill", "sources", "counts_by_class", "quarantined")
+
+
+def _check_each_once(token_folders: Mapping[str, str | Path | Sequence[str | Path]], problems: Problems) -> None:
+    """Documents of one folder under two names would be packed twice, and nothing later would tell."""
+    names: dict[Path, list[str]] = {}
+    for name, folders in token_folders.items():
+        for folder in _as_list(folders):
+            names.setdefault(Path(folder).resolve(), []).append(name)
+    for folder, found in names.items():
+        others = ", ".join(found[1:])
+        problems.check(len(found) == 1, f"tokens.{found[0]}", f"{folder} is that of {others} too", "name it once")
 
 
 def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,11 @@ class SpeechConfig:
     def validate(self, problems: Problems, key: str) -> None:
         engine = self.engine
         if engine is None:
+            for name, value in asdict(SpeechConfig()).items():
+                fine = getattr(self, name) == value
+                problems.check(
+                    fine, f"{key}.{name}", f"has no effect without {key}.engine", f"{key}.engine=faster_whisper"
+                )
             return
         known = engine in RECOGNIZERS or "." in engine
         names = f"{', '.join(RECOGNIZERS)}, or the dotted path of a class"

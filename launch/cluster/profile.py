@@ -26,6 +26,12 @@ class ClusterConfig(Scheduling):
         for name in ("num_accelerators", "accelerators_per_node", "accelerators_per_fast_domain"):
             value = getattr(self, name)
             problems.check(value > 0, f"{key}.{name}", f"must be positive, got {value}", f"{key}.{name}=8")
+        problems.check(
+            self.tasks_per_node <= self.accelerators_per_node,
+            f"{key}.tasks_per_node",
+            f"{self.tasks_per_node} ranks of a node would share {self.accelerators_per_node} accelerators",
+            f"{key}.tasks_per_node={self.accelerators_per_node}",
+        )
         for name in ("host_memory_gigabytes", "network_gigabits_per_second", "storage_gigabytes_per_second"):
             value = getattr(self, name)
             problems.check(

@@ -11,6 +11,29 @@ KINDS = ("slurm", "local")
 CONTAINERS = ("none", "pyxis", "apptainer")
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 TIME_LIMIT = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}|UNLIMITED|INFINITE")
+MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+# sbatch options that the script writes itself, and the key that decides them.
+WRITTEN = {
+    "job-name": "name",
+    "comment": "",
+    "output": "",
+    "open-mode": "",
+    "array": "shares or calls",
+    "time": "cluster.time_limit",
+    "nodes": "parallel.* and cluster.tasks_per_node",
+    "ntasks": "parallel.*",
+    "ntasks-per-node": "cluster.tasks_per_node",
+    "signal": "cluster.signal_seconds",
+    "mem": "cluster.memory",
+    "gres": "cluster.gres",
+    "cpus-per-task": "cluster.cpus_per_task",
+    "requeue": "cluster.requeue",
+    "no-requeue": "cluster.requeue",
+    "exclusive": "cluster.exclusive",
+    **{name: f"cluster.{name}" for name in ("partition", "account", "qos", "constraint", "reservation", "exclude")},
+}
+# Variables that each rank is given: one value for all of them would make every rank the same one.
+OF_A_RANK = re.compile(r"(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_\w+)")
 DIRECTIVES = ("partition", "account", "qos", "constraint", "reservation", "exclude")
 
 
@@ -62,12 +85,36 @@ class Scheduling:
             f"Slurm takes 1 to 65535 seconds, got {self.signal_seconds}",
             f"{key}.signal_seconds=300",
         )
+        problems.check(
+            self.signal_seconds < limit_seconds(self.time_limit),
+            f"{key}.time_limit",
+            f"{self.time_limit} is over before the job may start: it is told to end {self.signal_seconds} seconds earlier",
+            f"{key}.time_limit='24:00:00', or a lower {key}.signal_seconds",
+        )
+        problems.check(
+            not self.memory or MEMORY.fullmatch(self.memory) is not None,
+            f"{key}.memory",
+            f"{self.memory!r} is no amount of memory",
+            f"{key}.memory=500G",
+        )
         self._validate_container(problems, key)
+        self._validate_names(problems, key)
+        for text in self.texts():
+            problems.check(text.isprintable(), key, f"a control character in {text!r}", "remove it")
+
+    def _validate_names(self, problems: Problems, key: str) -> None:
+        """Of variables and of further options: those that could be, and that the job does not set itself."""
         for name in self.environment:
             problems.check(
                 re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None,
                 f"{key}.environment",
                 f"{name!r} cannot name a variable",
+            )
+            problems.check(
+                OF_A_RANK.fullmatch(name) is None,
+                f"{key}.environment.{name}",
+                "is set by the job, for each rank another value",
+                f"leave it out; parallel.* and {key}.tasks_per_node say how many ranks there are",
             )
         for name in self.options:
             problems.check(
@@ -75,8 +122,12 @@ class Scheduling:
                 f"{key}.options",
                 f"{name!r} is no sbatch option; write it without dashes in front",
             )
-        for text in self.texts():
-            problems.check(text.isprintable(), key, f"a control character in {text!r}", "remove it")
+            problems.check(
+                name not in WRITTEN,
+                f"{key}.options.{name}",
+                "is written by the script itself",
+                f"leave it out; it comes from {WRITTEN.get(name)}" if WRITTEN.get(name) else "leave it out",
+            )
 
     def _validate_container(self, problems: Problems, key: str) -> None:
         problems.check(
@@ -105,3 +156,18 @@ class Scheduling:
         for mapping in (self.options, self.environment):
             texts += mapping.values()
         return texts
+
+
+def limit_seconds(time_limit: str) -> float:
+    """Of a time limit as Slurm takes it; infinite for none and for what is no time limit."""
+    if TIME_LIMIT.fullmatch(time_limit) is None or not time_limit[0].isdigit():
+        return float("inf")
+    days, has_days, clock = time_limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if has_days:  # days-hours:minutes:seconds
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # minutes:seconds
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return float(((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)

@@ -65,11 +65,12 @@ class Config:
         for key, entries in (("tasks", self.tasks), ("seen", self.seen), ("baselines", self.baselines)):
             for name, entry in entries.items():
                 problems.check("path" in entry, f"{key}.{name}.path", "is required", f"{key}.{name}.path=package.Class")
+                count = entry.get("num_prompts", 1)
+                fine = isinstance(count, int) and count > 0
+                problems.check(fine, f"{key}.{name}.num_prompts", f"must be positive, got {count}", "leave it out")
         for name, entry in self.baselines.items():
             unknown = [task for task in entry.get("tasks", []) if task not in self.tasks]
             problems.check(not unknown, f"baselines.{name}.tasks", f"there is no task {', '.join(map(str, unknown))}")
-            count = entry.get("num_prompts", 1)
-            problems.check(isinstance(count, int) and count > 0, f"baselines.{name}.num_prompts", "must be positive")
         problems.check(
             not self.rollouts or "path" in self.rollouts, "rollouts.path", "is required", "rollouts.path=package.Class"
         )

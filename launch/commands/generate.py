@@ -83,6 +83,7 @@ class Config:
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
         self.decoding.validate(problems, "decoding")
+        self.decoding.validate_read(problems, "decoding")
         problems.raise_if_any()
 
 
@@ -90,7 +91,13 @@ def run(config: Config) -> dict[str, Any]:
     """Writes `out/NNN_M_K.png` (prompt, answer, picture), `out/generated.json`, which is the answer, and `trace.json`."""
     config.validate()
     questions = questions_of(config)
-    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
+    check_choice(
+        config.checkpoint,
+        config.decoding.strategy,
+        [question.image_size for question in questions],
+        text_tokenizer=config.text_tokenizer,
+        vision_tokenizer=config.vision_tokenizer,
+    )
     check_writable(Path(config.out))
     prompts = prompts_of(questions)
     from launch.generation.sizes import pixels_of

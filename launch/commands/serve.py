@@ -74,6 +74,7 @@ class Config:
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
         self.decoding.validate(problems, "decoding")
+        self.decoding.validate_read(problems, "decoding")
         problems.raise_if_any()
 
 
@@ -81,7 +82,13 @@ def run(config: Config) -> dict[str, Any]:
     """Serves until SIGINT or SIGTERM; the answer says how many requests came."""
     config.validate()
     token = read_token(config.token_file)
-    check_choice(config.checkpoint, text_tokenizer=config.text_tokenizer, vision_tokenizer=config.vision_tokenizer)
+    check_choice(
+        config.checkpoint,
+        config.decoding.strategy,
+        [read_size(config.image_size) or (0, 0)],
+        text_tokenizer=config.text_tokenizer,
+        vision_tokenizer=config.vision_tokenizer,
+    )
     server_of = import_server()
     from training.inference.model import InferenceModel
 

@@ -61,6 +61,16 @@ class Config(TrainConfig):
             "calls.NAME=[...]",
         )
         problems.check(self.shares == 1 or not self.calls, "shares", "exclusive with calls")
+        problems.check(
+            self.command != "submit", "command", "a job that submits a job: submit that one", "command=train"
+        )
+        room = self.cluster.accelerators_per_node
+        problems.check(
+            0 <= self.num_accelerators <= room,
+            "num_accelerators",
+            f"the command runs on one node, which has {room}, got {self.num_accelerators}",
+            "num_accelerators=0",
+        )
         problems.raise_if_any()
         if self.command == "train":
             if self.dry_run:
@@ -79,6 +89,7 @@ def tell_refusal(check: Callable[[], None]) -> None:
 
 def run(config: Config) -> dict[str, Any]:
     from launch.cluster import submission as submit
+    from launch.cluster.named_files import refuse_absent_files
     from launch.plan.preflight import refuse_impossible
     from training.stage import finished_summary
 
@@ -86,12 +97,19 @@ def run(config: Config) -> dict[str, Any]:
     if config.dry_run:
         if config.command == "train":
             tell_refusal(lambda: refuse_impossible(config, config.cluster))
+        else:
+            tell_refusal(lambda: refuse_unfit_calls(config))
+        tell_refusal(lambda: refuse_absent_files(config.cluster))
         return {"script": submit.dry_run(work, config.cluster)}
     if config.command == "train":
         summary = finished_summary(config)
         if summary is not None:
             return {"name": work.name, "state": "done", "submitted": False, "summary": summary}
         refuse_impossible(config, config.cluster)
+    elif config.preflight:
+        refuse_unfit_calls(config)
+    if config.preflight:
+        refuse_absent_files(config.cluster)
     if config.cluster.kind == "local":
         return submit.run_here(work, config.cluster)
     return submit.submit(work, config.cluster)
@@ -105,7 +123,7 @@ def work_of(config: Config) -> Work:
         return training_work(TrainConfig(**own))
     return command_work(
         config.command,
-        [override_of(config.config_folder), *config.arguments] if config.config_folder else config.arguments,
+        arguments_of(config),
         config.calls,
         shares=config.shares,
         num_accelerators=config.num_accelerators,
@@ -113,6 +131,48 @@ def work_of(config: Config) -> Work:
         name=config.command,
         title=f"{config.name}/{config.command}",
     )
+
+
+def arguments_of(config: Config) -> list[str]:
+    return [override_of(config.config_folder), *config.arguments] if config.config_folder else config.arguments
+
+
+def refuse_unfit_calls(config: Config) -> None:
+    """Raises `UserError` for what the command would refuse on the node, as far as its configuration and manifests say it."""
+    from launch.composition.compose import compose_config
+    from training.inference.choice import check_choice
+
+    for own in config.calls.values() or [[]]:
+        call = compose_config(config.command, [*arguments_of(config), *own])
+        if getattr(call, "checkpoint", None):
+            check_choice(
+                Path(getattr(call, "run_folder", "")) / call.checkpoint,
+                text_tokenizer=getattr(call, "text_tokenizer", None),
+                vision_tokenizer=getattr(call, "vision_tokenizer", None),
+            )
+        if config.command in ("tokenize", "pack"):
+            refuse_absent_inputs(config.command, call)
+
+
+def refuse_absent_inputs(command: str, call: Any) -> None:
+    """Of a job that makes data: raises `UserError` for shards, tokens and tokenizers that are not there yet."""
+    from data_pipeline.sources.patterns import find_shards
+    from data_pipeline.sources.remote import is_remote
+
+    named = {f"tokens.{name}": folder for name, folder in call.tokens.items()} if command == "pack" else {}
+    if command == "tokenize":
+        patterns = [call.input] if isinstance(call.input, str) else [str(pattern) for pattern in call.input]
+        local = [pattern for pattern in patterns if not is_remote(pattern)]
+        if local:
+            find_shards(local, "input")  # says which are not there
+        named = {name: getattr(call, name) for name in ("text_tokenizer", "vision_tokenizer") if getattr(call, name)}
+    absent = [f"{key}={path}" for key, path in named.items() if not Path(path).exists()]
+    if absent:
+        raise UserError(
+            f"the job would not find what nextstate {command} reads",
+            got=", ".join(absent),
+            fix="make it first, or name what is there; preflight=false, where another job makes it before",
+        )
 
 
 def submit_sweep_summary(config: Config, folder: Path, after: list[str]) -> str:

@@ -254,6 +254,13 @@ def plan_jobs(config: Config, target: Path) -> list[ShardJob]:
     """
     wanted = [config.input] if isinstance(config.input, str) else [str(pattern) for pattern in config.input]
     shards = find_inputs(wanted, "input", config.remote, target / REMOTE_NOTES)
+    if any(isinstance(shard, Path) and shard.resolve().parent == target.resolve() for shard in shards):
+        raise UserError(
+            "the target is a folder of the shards that are read",
+            where=f"target={target}",
+            expected="a folder of its own for the token files",
+            fix="target=FOLDER elsewhere",
+        )
     same_name = Counter(shard.name for shard in shards)
     jobs = [
         ShardJob(shard, target / f"{number:06d}", str(shard) if same_name[shard.name] > 1 else shard.name)

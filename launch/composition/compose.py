@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import shlex
 import typing
@@ -27,7 +28,7 @@ from launch.composition import folders as places
 from launch.composition import objective, registry
 from launch.composition.chosen import compose_files
 from launch.composition.written_text import check_yaml_text, files_of, quoted_text
-from model.errors import UserError
+from model.errors import Problems, UserError
 from model.registry import known_keys, merged_into, near_miss, without_none
 
 
@@ -87,10 +88,30 @@ def store_schema(command: str, schema: type) -> None:
 
 def compose_config(command: str, overrides: list[str]) -> Any:
     """The validated `Config` object of `command`. Raises `UserError` that lists every problem."""
-    config = to_object(compose_tree(command, overrides))
+    tree = compose_tree(command, overrides)
+    refuse_endless(OmegaConf.to_container(tree))
+    config = to_object(tree)
     if hasattr(config, "validate"):
         config.validate()
     return config
+
+
+def refuse_endless(values: Any) -> None:
+    """Raises `UserError` for every number that is none: a rate, a weight or a limit that is infinite or not a number."""
+    problems = Problems()
+
+    def look(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, below in value.items():
+                look(below, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list):
+            for index, below in enumerate(value):
+                look(below, f"{key}[{index}]")
+        elif isinstance(value, float):
+            problems.check(math.isfinite(value), key, f"must be a finite number, got {value}")
+
+    look(values, "")
+    problems.raise_if_any()
 
 
 def default_groups(path: Path) -> dict[str, str | None]:

@@ -10,6 +10,18 @@ from model.vision_tokenizer.config import VisionTokenizerConfig
 
 ACTIONS = ("init", "from_hf", "to_hf", "reshard", "verify", "surgery", "merge", "to_peft")
 LAYOUT_NAMES = ("emu35", "qwen3", "emu3", "ibq")
+# Keys that some actions alone read; set for another one they would change nothing.
+_RANKS = ("init", "from_hf", "reshard", "surgery", "merge")
+READ_BY = {
+    "model": ("init", "from_hf", "surgery"),
+    "vision_tokenizer": ("from_hf",),
+    "tensor": _RANKS,
+    "pipeline": _RANKS,
+    "shard_gigabytes": ("to_hf",),
+    "untie": ("from_hf", "surgery"),
+    "ignore": ("from_hf", "surgery"),
+    "surgery": ("surgery",),
+}
 VERIFY = ("auto", "logits", "keys", "none")
 
 
@@ -56,6 +68,7 @@ class ConvertConfig:
         )
         if self.action in ACTIONS:
             self._validate_places(problems)
+            self._validate_read(problems)
         problems.check(
             self.layout in (None, *LAYOUT_NAMES),
             "layout",
@@ -89,3 +102,16 @@ class ConvertConfig:
             problems.check(self.layout is not None, "layout", "is required", f"layout={' | '.join(LAYOUT_NAMES)}")
         if self.action == "init":
             problems.check(self.source is None, "source", "fresh weights have no source", "leave source out")
+
+    def _validate_read(self, problems: Problems) -> None:
+        for name, actions in READ_BY.items():
+            is_set = getattr(self, name) != getattr(PLAIN, name)
+            problems.check(
+                self.action in actions or not is_set,
+                name,
+                f"has no effect with {self.action}; {', '.join(actions)} read it",
+                f"leave {name} out",
+            )
+
+
+PLAIN = ConvertConfig()

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from launch.cluster.named_files import refuse_absent_files
 from launch.composition.compose import to_object
+from launch.curriculum.agreement import disagreements
 from launch.curriculum.entries import Composed, Curriculum, CurriculumConfig, due
 from launch.plan.places import place_of
 from launch.plan.preflight import Verdict, judge, judge_start
@@ -47,6 +49,15 @@ def refuse_impossible(config: CurriculumConfig) -> Composed:
         impossible = [seen for seen in foresee(curriculum, due(curriculum)) if seen.verdict.problems]
         if impossible:
             raise UserError("\n".join(f"{seen.name}: {seen.verdict.error()}" for seen in impossible))
+        other = disagreements(curriculum)
+        if other:
+            raise UserError(
+                "entries of this curriculum do not fit one another",
+                got="; ".join(other),
+                fix="set these keys alike in all of them: set.ENTRY.KEY=VALUE. preflight=false starts it all the same",
+            )
+        if config.cluster.kind == "slurm":
+            refuse_absent_files(config.cluster)
     return curriculum.composed
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from data_pipeline.loading.loader import check_rows
-from data_pipeline.storage.packed_files import read_dataset_manifest
 from launch.cluster.profile import ClusterConfig
+from launch.plan.inputs import is_planned, missing_inputs
 from launch.plan.layout import Layout, candidates, nearest, violations
 from launch.plan.memory import MASTER_BYTES, MOMENT_BYTES, stage_memory
 from launch.plan.places import PROCESS_BYTES, Place, place_of
@@ -21,23 +19,13 @@ from launch.plan.search import Plan, Problem, plan_layout
 from launch.plan.shape import ModelShape
 from launch.plan.stage import layout_of, problem_of
 from launch.plan.zero import ZeroChoice, ZeroPlan
-from model.checkpoint.manifest import (
-    CheckpointManifest,
-    foreign_format,
-    latest_checkpoint,
-    list_checkpoints,
-    read_manifest,
-)
+from model.checkpoint.manifest import list_checkpoints, read_manifest
 from model.errors import UserError
-from model.registry import absent_class, find_class
-from model.vocabulary import Vocabulary
 from training.config import TrainConfig
 from training.contracts.layout import RECOMPUTE
 from training.objectives.checks import check_goes_on
-from training.objectives.registry import KEY, OPTIONS, options_class, options_of
 
 LONGEST_DAYS = 365.0  # a stage that takes longer is taken for a mistake
-PLANNED_ENGINES = ("megatron", "deepspeed")  # whose memory the plan counts
 NUM_OFFERS = 3
 INSIST = "preflight=false starts it all the same"
 
@@ -106,16 +94,6 @@ def refuse_other_configuration(config: TrainConfig) -> None:
             return  # damaged: the one before it may serve, which is found out when the stage begins
         if isinstance(manifest.get("config"), dict):
             check_goes_on(config, manifest, folder)
-
-
-def is_planned(config: TrainConfig) -> bool:
-    """True for what trains the transformer on rows of tokens with an engine whose memory is counted."""
-    name = config.stage.objective_name
-    engine = config.engine or (
-        PLANNED_ENGINES[0] if name in OPTIONS else getattr(find_class("objective", name, {}, KEY), "engine", "")
-    )
-    stage_keys = getattr(options_class(name), "stage_keys", None)
-    return engine in PLANNED_ENGINES and (stage_keys is None or "sequence_length" in stage_keys)
 
 
 def judge(config: TrainConfig, place: Place) -> Verdict:
@@ -243,62 +221,3 @@ def full_disk(shape: ModelShape, config: TrainConfig) -> list[str]:
 
 def told_bytes(amount: float) -> str:
     return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
-
-
-def missing_inputs(config: TrainConfig) -> list[str]:
-    """Of a stage that starts now: weights to start from, packed rows and what its objective reads that are not there."""
-    source, found = config.stage.initialize_from, absent_classes(config)
-    options = options_of(config)
-    if hasattr(options, "missing_inputs"):
-        found += options.missing_inputs(KEY)
-    if source is not None and not Path(source).exists():
-        found.append(f"stage.initialize_from={source} does not exist")
-    if is_planned(config):
-        found += unfit_start(source) + unfit_rows(config)
-        found += [
-            f"stage.validation.{name}={path} is no folder of packed rows"
-            for name, path in config.stage.validation.items()
-            if not Path(path).is_dir()
-        ]
-        absent = [
-            f"{name} ({entry.path})"
-            for name, entry in config.stage.data.datasets_in_use().items()
-            if not Path(entry.path).is_dir()
-        ]
-        if absent:
-            found.append(f"there are no packed rows of {', '.join(absent)}")
-    return found
-
-
-def absent_classes(config: TrainConfig) -> list[str]:
-    """Engine and callbacks of the user's own that cannot be imported."""
-    named = {f"callbacks.{name}.path": ("callback", entry.path) for name, entry in config.callbacks.items()}
-    if config.engine is not None and "." in config.engine:
-        named["engine"] = ("engine", config.engine)
-    return [told for key, (kind, path) in named.items() if (told := absent_class(kind, path, key))]
-
-
-def unfit_start(source: str | None) -> list[str]:
-    """Weights that are there but are not those of a transformer."""
-    if source is None or not Path(source).exists():
-        return []
-    try:
-        kind = CheckpointManifest.read(latest_checkpoint(source)).kind
-    except UserError as error:
-        return [f"stage.initialize_from={source}: {error.what}, {foreign_format(Path(source)) or error.got}"]
-    return [] if kind == "transformer" else [f"stage.initialize_from={source} is a checkpoint of kind {kind}"]
-
-
-def unfit_rows(config: TrainConfig) -> list[str]:
-    """Datasets whose folders are there but hold no finished rows, or rows of another length or vocabulary."""
-    found, vocabulary = [], Vocabulary.from_config(config.model.vocabulary)
-    for name, entry in config.stage.data.datasets_in_use().items():
-        folder = Path(entry.path)
-        if folder.is_dir():
-            try:
-                check_rows(name, folder, read_dataset_manifest(folder), config.stage.sequence_length, vocabulary)
-            except UserError as error:
-                found.append(
-                    f"{error.what} ({folder}): expected {error.expected}, got {error.got or 'none'}; {error.fix}"
-                )
-    return found

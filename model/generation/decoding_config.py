@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from model.errors import Problems
+from model.errors import Problems, UserError
 
 STRATEGIES = ("ar", "dida", "diagonal", "sjd", "verified")
 
@@ -53,3 +53,27 @@ class DecodingConfig:
         )
         self.dida.validate(problems, f"{key}.dida")
         problems.check(self.window > 0, f"{key}.window", "must be positive", f"{key}.window=16")
+
+    def validate_read(self, problems: Problems, key: str) -> None:
+        """Where one strategy decodes alone: keys of the others would change nothing."""
+        readers = {"dida": ("dida", "verified"), "window": ("sjd",)}
+        for name, strategies in readers.items():
+            is_set = getattr(self, name) != getattr(DecodingConfig(), name)
+            problems.check(
+                self.strategy in strategies or not is_set,
+                f"{key}.{name}",
+                f"has no effect with {key}.strategy={self.strategy}",
+                f"{key}.strategy={'|'.join(strategies)}",
+            )
+
+
+# The objective that a strategy needs the checkpoint to have been trained with; the others need none.
+TRAINED_WITH = {"dida": "dida", "verified": "dida", "diagonal": "diagonal"}
+
+
+def not_trained_for(strategy: str, objective: str) -> UserError:
+    return UserError(
+        f"the checkpoint was not trained for decoding.strategy={strategy}",
+        expected=f"a checkpoint of a stage with the objective {objective}",
+        fix=f"decoding.strategy=ar, or train a stage with stage.objective.name={objective}",
+    )

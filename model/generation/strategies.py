@@ -19,7 +19,7 @@ import torch
 
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Generation
-from model.generation.decoding_config import DecodingConfig, DenoiseConfig
+from model.generation.decoding_config import DecodingConfig, DenoiseConfig, not_trained_for
 from model.generation.denoise import denoise, step_times
 from model.generation.diagonals import DiagonalPhase
 from model.generation.grammar import ImageGrammar
@@ -95,14 +95,6 @@ def make_strategy(
         phase = DidaPhase(config.dida, path) if name == "dida" else VerifiedPhase(config.dida, path)
         spare = 0
     return Strategy(name, PhaseGenerator(decoder, grammar, phase, max_batch_size, spare), decoder, metrics)
-
-
-def not_trained_for(strategy: str, objective: str) -> UserError:
-    return UserError(
-        f"the checkpoint was not trained for decoding.strategy={strategy}",
-        expected=f"a checkpoint of a stage with the objective {objective}",
-        fix=f"decoding.strategy=ar, or train a stage with stage.objective.name={objective}",
-    )
 
 
 class DidaPhase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.documents.tokenizers import load_text_tokenizer, read_description, sole_tokenizer_file
@@ -9,12 +10,19 @@ from model.checkpoint.checksums import size_damage
 from model.checkpoint.manifest import FIX, MANIFEST_NAME, CheckpointManifest, latest_checkpoint
 from model.conversion.hugging_face import model_config
 from model.errors import UserError
+from model.generation.decoding_config import TRAINED_WITH, not_trained_for
 from model.vision_tokenizer.config import check_checkpoint_kind
 
 
-def check_choice(checkpoint: Path | str, **tokenizers: Path | str | None) -> None:
+def check_choice(
+    checkpoint: Path | str,
+    strategy: str = "ar",
+    sizes: Sequence[tuple[int, int] | str] = (),
+    **tokenizers: Path | str | None,
+) -> None:
     """Refuses what `load_checkpoint` would refuse after torch is imported, as far as folders and manifests say it.
 
+    `strategy`: that images are decoded with; `sizes`: of pictures, (height, width) in pixels, 0 where the model chooses, or a ratio.
     `tokenizers` are the folders of `text_tokenizer` and `vision_tokenizer`; None: those that the checkpoint names.
     """
     check_not_published(Path(checkpoint))
@@ -32,6 +40,31 @@ def check_choice(checkpoint: Path | str, **tokenizers: Path | str | None) -> Non
                 fix=f"bring it back, or {name}=FOLDER says where it is now",
             )
         LOOKED_AT[name](place)
+    objective = TRAINED_WITH.get(strategy)
+    if objective is not None and manifest.values.get(objective) is None:
+        raise not_trained_for(strategy, objective)
+    if sizes:
+        check_pixels(tokenizer_folder(manifest, folder, "vision_tokenizer", tokenizers.get("vision_tokenizer")), sizes)
+
+
+def check_pixels(vision_tokenizer: Path, sizes: Sequence[tuple[int, int] | str]) -> None:
+    """A ratio always finds a size."""
+    model = CheckpointManifest.read(latest_checkpoint(vision_tokenizer)).model
+    if not (model and isinstance(model.get("ch_mult"), list)):
+        return  # loading it says what is wrong
+    for size in sizes:
+        if not isinstance(size, str):
+            check_whole_tokens(*size, 2 ** (len(model["ch_mult"]) - 1))
+
+
+def check_whole_tokens(height: int, width: int, factor: int) -> None:
+    if height % factor or width % factor:
+        raise UserError(
+            "the image size is not a whole number of visual tokens",
+            expected=f"multiples of {factor} pixels",
+            got=f"{height} x {width}",
+            fix=f"image_size={max(1, round(height / factor)) * factor}",
+        )
 
 
 def check_text_tokenizer(place: Path) -> None:

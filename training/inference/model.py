@@ -23,6 +23,7 @@ from model.generation.paths import DiscretePath, make_path
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.generation.strategies import DecodingMetrics, Strategy, make_strategy
 from model.vocabulary import Vocabulary
+from training.inference.choice import check_whole_tokens
 from training.inference.loading import VisionTokenizer, load_checkpoint
 from training.inference.prompts import FORMATS, INTERLEAVED_TASK, INTERLEAVED_TASKS, InferenceOptions, Output, Prompt
 
@@ -276,13 +277,7 @@ class InferenceModel:
                 self._check_trained(rows, columns)
                 return rows, columns
         factor = self.vision_tokenizer.factor
-        if height % factor or width % factor:
-            raise UserError(
-                "the image size is not a whole number of visual tokens",
-                expected=f"multiples of {factor} pixels",
-                got=f"{height} x {width}",
-                fix=f"image_size={max(1, round(height / factor)) * factor}",
-            )
+        check_whole_tokens(height, width, factor)
         if not (height and width):
             return None
         self._check_trained(height // factor, width // factor)

@@ -16,7 +16,7 @@ from launch.plan.preflight import judge
 from model.errors import UserError
 from training.config import DatasetEntry, TrainConfig, from_dict
 from training.contracts.zero import EXTRA_KEYS, DeepSpeedConfig, can_compile, host_bytes
-from training.engines.single import Alone
+from training.engines.replicated import Alone
 from training.reliability.initial import resolve_initial
 from training.stage import validate
 

@@ -247,7 +247,11 @@ def row_crcs(
 
 def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int) -> None:
     """Raises `UserError` naming file and row (or document) when it is not what was written."""
-    found = row_crc(tokens, segments)
+    check_crc(prefix, row, row_crc(tokens, segments), expected)
+
+
+def check_crc(prefix: Path, row: int, found: int, expected: int) -> None:
+    """As `check_row`, of the CRC."""
     if found != expected:
         raise UserError(
             "a packed row or a document is damaged",

@@ -159,12 +159,12 @@ class TokenFileReader:
         self._verified = False
 
     @cached_property
-    def _bin(self) -> Path:  # many readers are opened of which few are read
-        return suffixed(self.prefix, ".bin")
+    def _bin(self) -> str:  # many readers are opened of which few are read
+        return os.fspath(suffixed(self.prefix, ".bin"))
 
     @cached_property
-    def _seg(self) -> Path:
-        return suffixed(self.prefix, ".seg.npy")
+    def _seg(self) -> str:
+        return os.fspath(suffixed(self.prefix, ".seg.npy"))
 
     def verify(self) -> None:
         """Read every piece, once, and compare it with the manifest's checksums; raises `UserError` naming the damaged one."""
@@ -245,7 +245,7 @@ class TokenFileReader:
         content = self._read(self._seg, (end - first) * size, self._index.segments_at + first * size, index)
         return np.frombuffer(content, SEGMENT_DTYPE)
 
-    def _read(self, path: Path, num_bytes: int, offset: int, index: int) -> bytes:
+    def _read(self, path: str, num_bytes: int, offset: int, index: int) -> bytes:
         return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"{self._unit} {index}")
 
     def all_segments(self, *, verify: bool = False) -> np.ndarray:
@@ -254,7 +254,7 @@ class TokenFileReader:
         `verify`: as the method does, in the same reading.
         """
         verify = verify and not self._verified
-        return self._load(verify) if verify or self._loaded is None else load_array(self._seg)
+        return self._load(verify) if verify or self._loaded is None else load_array(Path(self._seg))
 
     def all_signatures(self) -> np.ndarray | None:
         """What each document is like, `SIGNATURE_DTYPE` [n]; not kept. None where none were noted."""
@@ -268,7 +268,7 @@ class TokenFileReader:
 
     def signature(self, index: int) -> np.ndarray:
         """What one document is like, `SIGNATURE_DTYPE` [1], of a file that has signatures."""
-        path = suffixed(self.prefix, SIGNATURES_SUFFIX)
+        path = os.fspath(suffixed(self.prefix, SIGNATURES_SUFFIX))
         descriptor, size = self._descriptors.get(path), SIGNATURE_DTYPE.itemsize
         offset = os.fstat(descriptor).st_size - (len(self) - index) * size
         return np.frombuffer(read_exactly(descriptor, size, offset, path, f"document {index}"), SIGNATURE_DTYPE)

@@ -44,7 +44,7 @@ from model.errors import Problems, UserError
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
 FILTERS_NAME = "dataset.filters.jsonl"  # what was left out as alike, in the form of a token file's filters
 # Goes into the fingerprint of a packed folder: rows of packers that choose otherwise are never mixed.
-_PACKER = "window-2"
+_PACKER = "window-3"
 # Documents whose place in the order is computed at once.
 _ORDER_BLOCK = 65_536
 _log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from data_pipeline.storage.format import (
     check_row,
     checksum,
     encode_array,
+    encode_header,
     encode_index,
     index_of,
     load_array,
@@ -41,6 +42,7 @@ from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from model.durable import publish, temporary_path, told_no_space
 from model.errors import UserError
 
+_PARTS_AT_ONCE = 4096  # of segments, that are joined to be written
 _INDEX_SUFFIXES = (".idx", ".seg.npy", ".crc.npy")  # of the files that a reader's index is made of
 
 
@@ -107,19 +109,21 @@ class TokenFileWriter:
         Adds `format_version`, `num_tokens`, `outputs` (file name -> checksum) and `checksum` to the given entries. The caller
         supplies `kind`, `num_documents` or `num_rows` and the rest.
         """
-        side_files = {".idx": encode_index(np.array(self._lengths, np.int32))}
-        side_files[".seg.npy"] = encode_array(_concatenate(self._segments))
+        index = encode_index(np.array(self._lengths, np.int32))
+        side_files: dict[str, bytes] = {}
         if self.with_crc:
             side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
         side_files |= more or {}
+        num_segments = sum(map(len, self._segments))
         outputs = {self._bin.name: self._digest.hexdigest()}
-        needed_bytes = self._num_bytes + sum(map(len, side_files.values()))
+        segments_bytes = num_segments * SEGMENT_DTYPE.itemsize
+        needed_bytes = self._num_bytes + len(index) + segments_bytes + sum(map(len, side_files.values()))
         with told_no_space(self.prefix.parent, needed_bytes):
             self._stream.close()
+            outputs |= self._write_piece(".idx", index)
+            outputs |= self._write_segments(num_segments)
             for suffix, content in side_files.items():
-                path = suffixed(self.prefix, suffix)
-                temporary_path(path).write_bytes(content)
-                outputs[path.name] = checksum(content)
+                outputs |= self._write_piece(suffix, content)
         # A file that is replaced must not be described by its old manifest meanwhile.
         manifest_path = suffixed(self.prefix, ".json")
         manifest_path.unlink(missing_ok=True)
@@ -131,6 +135,26 @@ class TokenFileWriter:
         atomic_write_json(manifest_path, complete)
         return complete
 
+    def _write_piece(self, suffix: str, content: bytes) -> dict[str, str]:
+        """Its name and checksum."""
+        path = suffixed(self.prefix, suffix)
+        temporary_path(path).write_bytes(content)
+        return {path.name: checksum(content)}
+
+    def _write_segments(self, count: int) -> dict[str, str]:
+        """Part after part, as they may take much of the memory; the name and checksum of their file."""
+        path = suffixed(self.prefix, ".seg.npy")
+        digest = hashlib.blake2b(digest_size=16)
+        with temporary_path(path).open("wb") as stream:
+            header = encode_header(SEGMENT_DTYPE, count)
+            stream.write(header)
+            digest.update(header)
+            for first in range(0, len(self._segments), _PARTS_AT_ONCE):
+                content = np.concatenate(self._segments[first : first + _PARTS_AT_ONCE]).view(np.uint8).data
+                stream.write(content)
+                digest.update(content)
+        return {path.name: digest.hexdigest()}
+
     def discard(self) -> None:
         """Remove the temporaries of an unfinished file; nothing to do after `finish`."""
         # On a full disk the buffered rest cannot be flushed; that is being reported already.
@@ -138,10 +162,6 @@ class TokenFileWriter:
             self._stream.close()
         for suffix in (".bin", ".idx", ".seg.npy", ".crc.npy", SIGNATURES_SUFFIX, ".json"):
             temporary_path(suffixed(self.prefix, suffix)).unlink(missing_ok=True)
-
-
-def _concatenate(segments: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(segments) if segments else np.zeros(0, SEGMENT_DTYPE)
 
 
 class TokenFileReader:

@@ -308,6 +308,28 @@ def test_any_corpus_is_packed_without_loss(tmp_path_factory, data):
     assert_everything_is_there(sources, folder / "packed")
 
 
+def test_rows_are_written_as_they_are_planned(tmp_path, monkeypatch):
+    """A shard's plan is never held as a whole, in memory that would grow with it."""
+    sources = write_sources(tmp_path / "tokens", {"text": [text(30, splittable=False)] * 200})
+    plan, assemble = pack_module._Packing.plan, pack_module._Packing.assemble
+    planned, written = [], []
+
+    def counted(packing):
+        for row in plan(packing):
+            planned.append(row)
+            yield row
+
+    def assembled(packing, row, vocabulary):
+        written.append(row)
+        assert len(planned) == len(written)
+        return assemble(packing, row, vocabulary)
+
+    monkeypatch.setattr(pack_module._Packing, "plan", counted)
+    monkeypatch.setattr(pack_module._Packing, "assemble", assembled)
+    pack(sources, tmp_path / "packed", PackConfig(sequence_length=64, rows_per_shard=90, window_rows=2))
+    assert len(written) == len(planned) > 90
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),

@@ -292,6 +292,20 @@ def test_segments_must_tile_each_document(tmp_path):
             writer.add_all(tokens[:-1], segments, lengths, counts)
 
 
+@pytest.mark.parametrize("count", [0, 1, 9, 2500])
+def test_segments_that_are_written_in_parts_are_the_file_that_numpy_writes(tmp_path, monkeypatch, count):
+    monkeypatch.setattr("data_pipeline.storage.token_files._PARTS_AT_ONCE", 3)
+    segments = np.zeros(count, SEGMENT_DTYPE)
+    segments["row"], segments["length"], segments["kind"] = np.arange(count), 1, Kind.TEXT
+    with TokenFileWriter(tmp_path / "000000") as writer:
+        for number in range(count):
+            writer.add(np.array([number]), segments[:1])
+        writer.finish({"kind": "tokens", "num_documents": count})
+    np.save(tmp_path / "expected.npy", segments)
+    assert (tmp_path / "000000.seg.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    TokenFileReader(tmp_path / "000000").verify()
+
+
 def test_open_files_stay_within_the_limit(tmp_path):
     cache = DescriptorCache(max_open=2)
     paths = [tmp_path / str(number) for number in range(4)]

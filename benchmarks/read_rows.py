@@ -1,10 +1,10 @@
 """Reading packed rows at random: `PackedDataset` beside numpy.memmap and readers of other projects.
 
-    python -m benchmarks.read_rows [--rows 512] [--length 32768] [--rounds 5]
+    python -m benchmarks.read_rows [--rows 4096] [--reads 512] [--length 32768] [--rounds 5]
 
-Every reader gives the same rows in the same order and every token is touched (cast to int64). `PackedDataset` also
-reads the segments and checks the CRC of the row, which the others have not. CPU seconds, median of the rounds, the
-readers taking turns; each round opens the files anew, once with them in the page cache and once without.
+Every reader gives the same `reads` rows, drawn from all `rows`, in the same order, and every token is cast to int64: written to a batch of
+8 rows, as training reads them. `PackedDataset` also reads the segments and checks the CRC of the row, which the others have not. CPU
+seconds, median of the rounds, the readers taking turns; each round opens the files anew, once with them in the page cache and once without.
 
 The others: megatron-core's IndexedDataset; where they are installed, litData's StreamingDataset with its TokensLoader (its own
 format for tokens) and mosaicml-streaming's LocalDataset over MDS (rows as arrays of int32 of a fixed shape), both with files of 64 MB,
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,16 @@ def make_rows(folder: Path, num_rows: int, length: int) -> None:
     pack({"rows": folder / "tokens"}, folder / "packed", PackConfig(length, num_rows, window_rows=1))
 
 
-Reader = Callable[[int], np.ndarray]
+Reader = Callable[[int, np.ndarray], Any]  # (row, int64 [S] that takes its tokens)
+
+
+def copied(read: Callable[[int], np.ndarray]) -> Reader:
+    """A reader that writes what `read` gives."""
+
+    def write(row: int, tokens: np.ndarray) -> None:
+        tokens[:] = read(row)
+
+    return write
 
 
 def write_for_others(folder: Path, num_rows: int, length: int) -> dict[str, Callable[[], Reader]]:
@@ -72,7 +82,7 @@ def write_for_others(folder: Path, num_rows: int, length: int) -> dict[str, Call
 
         def litdata() -> Reader:
             dataset = StreamingDataset(str(folder / "litdata"), item_loader=TokensLoader(length))
-            return lambda row: dataset[row].numpy()
+            return copied(lambda row: dataset[row].numpy())
 
         found["litData StreamingDataset"] = litdata
     if importlib.util.find_spec("streaming"):
@@ -84,7 +94,7 @@ def write_for_others(folder: Path, num_rows: int, length: int) -> dict[str, Call
 
         def mds() -> Reader:
             dataset = LocalDataset(str(folder / "mds"))
-            return lambda row: dataset[row]["tokens"]
+            return copied(lambda row: dataset[row]["tokens"])
 
         found["MDS LocalDataset"] = mds
     return found
@@ -96,35 +106,34 @@ def open_readers(folder: Path, num_rows: int, length: int) -> dict[str, Callable
     prefix = folder / "packed" / "000000"
 
     def packed() -> Reader:
-        dataset = PackedDataset(folder / "packed")
-        return lambda row: dataset.row(row)[0]
+        return PackedDataset(folder / "packed").row_into
 
     def mapped() -> Reader:
         rows = np.memmap(prefix.with_suffix(".bin"), "<i4", "r", shape=(num_rows, length))
-        return lambda row: rows[row]
+        return copied(lambda row: rows[row])
 
     def megatron() -> Reader:
         dataset = IndexedDataset(str(prefix))
-        return lambda row: dataset[row]
+        return copied(lambda row: dataset[row])
 
     return {
         "PackedDataset (segments, CRC)": packed,
-        "TokenFileReader (pread)": lambda: TokenFileReader(folder / "tokens" / "000000").tokens,
+        "TokenFileReader (pread)": lambda: copied(TokenFileReader(folder / "tokens" / "000000").tokens),
         "numpy.memmap": mapped,
         "megatron IndexedDataset": megatron,
         **write_for_others(folder, num_rows, length),
     }
 
 
-def measure(opener: Callable[[], Reader], order: list[int], folder: Path, cold: bool) -> float:
-    """CPU seconds (of the process, kernel included) to open and to read all rows."""
+def measure(opener: Callable[[], Reader], order: list[int], batch: np.ndarray, folder: Path, cold: bool) -> float:
+    """CPU seconds (of the process, kernel included) to open and to read the rows."""
     gc.collect()  # closes the maps of the round before, which would keep their pages
     if cold:
         drop_cache(folder)
     started = time.process_time()
     read = opener()
-    for row in order:
-        read(row).astype(np.int64)
+    for number, row in enumerate(order):
+        read(row, batch[number % len(batch)])
     return time.process_time() - started
 
 
@@ -166,22 +175,24 @@ def print_ratios(medians: dict[str, float], num_tokens: int, cold: bool) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--reads", type=int, default=512)
     parser.add_argument("--length", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_rows(folder, arguments.rows, arguments.length)
-        order = np.random.default_rng(1).permutation(arguments.rows).tolist()
+        order = np.random.default_rng(1).permutation(arguments.rows)[: arguments.reads].tolist()
+        batch = np.zeros((8, arguments.length), np.int64)
         openers = open_readers(folder, arguments.rows, arguments.length)
         for cold in (False, True):
             seconds: dict[str, list[float]] = {name: [] for name in openers}
             for _ in range(arguments.rounds):
                 for name, opener in openers.items():
-                    seconds[name].append(measure(opener, order, folder, cold))
+                    seconds[name].append(measure(opener, order, batch, folder, cold))
             medians = {name: statistics.median(times) for name, times in seconds.items()}
-            print_ratios(medians, arguments.rows * arguments.length, cold)
+            print_ratios(medians, len(order) * arguments.length, cold)
         loader = statistics.median(
             measure_loader(folder, arguments.length, min(64, arguments.rows)) for _ in range(arguments.rounds)
         )

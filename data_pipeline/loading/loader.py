@@ -141,8 +141,7 @@ class PackedDataSource:
         tokens = np.empty((len(rows), self._sequence_length), np.int64)
         parts: list[np.ndarray] = []
         for index, (dataset, row) in enumerate(zip(datasets.tolist(), rows.tolist(), strict=True)):
-            tokens[index], segments = self._datasets[dataset].row(row)
-            segments = segments.copy()
+            segments = self._datasets[dataset].row_into(row, tokens[index]).copy()
             segments["source"] = self._source_maps[dataset][segments["source"], tasks_of(segments)]
             parts.append(segments)
         return build_micro_batch(

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from model.errors import Problems, UserError
 QUARANTINE_NAME = "dataset.quarantine.jsonl"
 FILTERS_NAME = "dataset.filters.jsonl"  # what was left out as alike, in the form of a token file's filters
 # Goes into the fingerprint of a packed folder: rows of packers that choose otherwise are never mixed.
-_PACKER = "window-2"
+_PACKER = "window-3"
 # Documents whose place in the order is computed at once.
 _ORDER_BLOCK = 65_536
 _log = logging.getLogger(__name__)
@@ -227,7 +227,9 @@ class _Packing:
         remove_stale_temporaries(self.target, "dataset.")
         rows = self.plan()
         manifests: list[dict[str, Any]] = []
-        while shard_rows := list(islice(rows, self.config.rows_per_shard)):
+        for first in rows:
+            # Planned while they are written: those of a shard may have a million pieces.
+            shard_rows = chain([first], islice(rows, self.config.rows_per_shard - 1))
             manifests.append(self.write_shard(len(manifests), shard_rows))
         self.publish_dataset(manifests)
 
@@ -276,10 +278,11 @@ class _Packing:
         }
         self.quarantine.append(entry if like is None else entry | {"like": like})
 
-    def write_shard(self, number: int, rows: list[Row]) -> dict[str, Any]:
-        """Write and publish one shard, unless it is there already; returns its manifest."""
+    def write_shard(self, number: int, rows: Iterator[Row]) -> dict[str, Any]:
+        """Write and publish one shard of all `rows`, unless it is there already; returns its manifest."""
         prefix = self.target / f"{number:06d}"
         if suffixed(prefix, ".json").exists():
+            deque(rows, maxlen=0)  # the plan goes on behind them
             return read_manifest(prefix, "packed")
         vocabulary = self.pool.shared["vocabulary"]
         by_class: Counter[str] = Counter()

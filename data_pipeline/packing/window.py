@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.packing.endings import begin_rows, fill_rooms
-from data_pipeline.packing.subsets import dearest
+from data_pipeline.packing.subsets import Dearest
 
 
 class Piece(NamedTuple):
@@ -30,14 +30,17 @@ _SLACK_SHARE = 4096
 # The end of a row, about so many pieces of average length, is chosen; what comes before is taken as it comes.
 _CHOSEN_PIECES = 2.5
 _CHOSEN_PRICED_PIECES = 3  # where lengths are few
-# Lengths times tokens of room up to which `dearest` is affordable (about a millisecond); beyond, `fill_rooms`.
+# Lengths times tokens of room up to which `Dearest` is affordable (about a millisecond); beyond, `fill_rooms`.
 _MOST_PRICED_CELLS = 65_536
 # A length of which twice its share waits costs a tenth more. Both figures were chosen on the demo's pools:
 # `python -m benchmarks.packing` shows what they give.
 _PRICE_OF_DOUBLE_SHARE = 0.1
 _EXPECTED_AT_LEAST = 16  # pieces: keeps the share of a rare length from being noise
 _PRICE_OF_TOKEN = 4096
-_PRICED_SHARE = 8  # of the rows made at once: what rows begin with cannot be chosen any more
+_PRICED_SHARE = 2  # of the rows made at once: what they begin with cannot be chosen any more
+_REPRICED_ROWS = 16  # prices are computed anew after so many rows
+# Where nothing comes any more, what fits badly has to be used up: fewer rows at once, each with prices of its own.
+_LAST_PRICED_SHARE = 8
 
 
 class WindowPacker:
@@ -78,7 +81,7 @@ class WindowPacker:
         self._waiting_tokens += piece.length
         self._num_new += 1
         while self._waiting_tokens > self._most_tokens:
-            yield from self._make_rows(self._rows_at_once)
+            yield from self._make_rows(self._rows_at_once, is_end=False)
 
     def add_filler(self, piece: Piece) -> Iterator[Row]:
         self._reservoir.append(piece)
@@ -89,12 +92,12 @@ class WindowPacker:
     def flush(self) -> Iterator[Row]:
         """Pack what is left, then every filler that is left."""
         while self._waiting:
-            yield from self._make_rows(max(1, self._waiting_tokens // self.sequence_length // 2))
+            yield from self._make_rows(max(1, self._waiting_tokens // self.sequence_length // 2), is_end=True)
         while self._reservoir:
             yield self._fill([], self.sequence_length)
 
-    def _make_rows(self, num_rows: int) -> Iterator[Row]:
-        """At most so many, fewer where fewer pieces wait."""
+    def _make_rows(self, num_rows: int, *, is_end: bool) -> Iterator[Row]:
+        """At most so many, fewer where fewer pieces wait or lengths are few. is_end: nothing comes any more."""
         waiting = self._waiting
         lengths = [piece.length for piece in waiting]
         self._num_arrived.update(lengths[len(lengths) - self._num_new :])
@@ -104,14 +107,14 @@ class WindowPacker:
         is_priced = len(distinct) * _CHOSEN_PRICED_PIECES * average <= _MOST_PRICED_CELLS
         chosen_from = average * (_CHOSEN_PRICED_PIECES if is_priced else _CHOSEN_PIECES)
         if is_priced:
-            num_rows = min(num_rows, max(1, self._rows_at_once // _PRICED_SHARE))
+            num_rows = max(1, min(num_rows, self._rows_at_once // (_LAST_PRICED_SHARE if is_end else _PRICED_SHARE)))
         starts = begin_rows(lengths, num_rows, self.sequence_length, chosen_from)
         rows = [waiting[start:end] for start, end in pairwise(starts)]
         rooms = [self.sequence_length - sum(piece.length for piece in row) for row in rows]
         taken = starts[-1]
         ends: Iterable[tuple[int, int]]
         if is_priced:
-            ends = self._priced_ends(rooms, lengths[taken:], distinct)
+            ends = self._priced_ends(rooms, lengths[taken:], distinct, 1 if is_end else _REPRICED_ROWS)
         else:
             found = fill_rooms(np.array(rooms, np.int64), np.array(lengths[taken:], np.int64), self._slack)
             ends = zip(*(part.tolist() for part in found), strict=True)
@@ -125,26 +128,42 @@ class WindowPacker:
         for row, room in zip(rows, rooms, strict=True):
             yield self._fill(row, room) if room and self._reservoir else row
 
-    def _priced_ends(self, rooms: list[int], lengths: list[int], distinct: list[int]) -> Iterator[tuple[int, int]]:
+    def _priced_ends(
+        self, rooms: list[int], lengths: list[int], distinct: list[int], repriced_rows: int
+    ) -> Iterator[tuple[int, int]]:
         """Rows and places of the pieces that end them, of each length those that wait longest."""
         places: dict[int, deque[int]] = {length: deque() for length in distinct}
         for place, length in enumerate(lengths):
             places[length].append(place)
-        num_left = len(lengths)
+        if not lengths:
+            return
+        chosen: Dearest | None = None
+        priced_end = 0
         for row, room in enumerate(rooms):
-            if room <= self._slack or not num_left:
+            if room <= self._slack:
                 continue
-            fitting = [length for length in distinct if length <= room and places[length]]
-            copies = [len(places[length]) for length in fitting]
-            prices = [self._price(length, count, num_left) for length, count in zip(fitting, copies, strict=True)]
-            for length, count in zip(fitting, dearest(fitting, copies, prices, room), strict=True):
-                num_left -= count
+            counts = chosen.of(room) if chosen is not None and row < priced_end else None
+            # Rows before may have used up a length.
+            if counts is None or any(len(places[distinct[number]]) < count for number, count in counts.items()):
+                priced_end = row + repriced_rows
+                copies = [len(places[length]) for length in distinct]
+                chosen = self._dearest(distinct, copies, max(rooms[row:priced_end]))
+                counts = chosen.of(room)
+            for number, count in counts.items():
+                waiting = places[distinct[number]]
                 for _ in range(count):
-                    yield row, places[length].popleft()
+                    yield row, waiting.popleft()
 
-    def _price(self, length: int, num_waiting: int, num_all_waiting: int) -> int:
-        """Of a piece: its tokens, dearer where more of that length wait than its share of all pieces that came."""
-        expected = num_all_waiting * self._num_arrived[length] / self._num_arrived.total()
+    def _dearest(self, lengths: list[int], copies: list[int], most_room: int) -> Dearest:
+        num_waiting, num_arrived = sum(copies), self._num_arrived.total()
+        prices = [
+            self._price(length, count, num_waiting * self._num_arrived[length] / num_arrived)
+            for length, count in zip(lengths, copies, strict=True)
+        ]
+        return Dearest(lengths, copies, prices, most_room)
+
+    def _price(self, length: int, num_waiting: int, expected: float) -> int:
+        """Of a piece: its tokens, dearer where more of that length wait than are expected by its share of all pieces that came."""
         excess = (num_waiting - expected) / (expected + _EXPECTED_AT_LEAST)
         return round(length * _PRICE_OF_TOKEN * (1 + _PRICE_OF_DOUBLE_SHARE * excess))
 

@@ -177,6 +177,14 @@ def encode_array(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def encode_header(dtype: np.dtype, count: int) -> bytes:
+    """The bytes of a `.npy` file of so many records before the first of them."""
+    stream = BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(stream, description)
+    return stream.getvalue()
+
+
 # What numpy raises on damaged .npy files, whose header is a Python literal.
 NPY_ERRORS = (ValueError, TypeError, KeyError, EOFError, SyntaxError, MemoryError, tokenize.TokenError)
 # The header of one row of records, as numpy writes it: what it says of the type, and how many there are.
@@ -247,7 +255,11 @@ def row_crcs(
 
 def check_row(prefix: Path, row: int, tokens: np.ndarray, segments: np.ndarray, expected: int) -> None:
     """Raises `UserError` naming file and row (or document) when it is not what was written."""
-    found = row_crc(tokens, segments)
+    check_crc(prefix, row, row_crc(tokens, segments), expected)
+
+
+def check_crc(prefix: Path, row: int, found: int, expected: int) -> None:
+    """As `check_row`, of the CRC."""
     if found != expected:
         raise UserError(
             "a packed row or a document is damaged",

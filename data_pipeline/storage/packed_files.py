@@ -5,20 +5,21 @@ from __future__ import annotations
 import bisect
 import os
 from collections import OrderedDict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.storage.descriptors import DescriptorCache, read_exactly
+from data_pipeline.storage.descriptors import DescriptorCache, read_exactly, read_into
 from data_pipeline.storage.format import (
     FORMAT_VERSION,
     NPY_ERRORS,
     REWRITE,
-    TOKEN_BYTES,
     TOKEN_DTYPE,
-    check_row,
+    check_crc,
     check_seal,
+    crc32,
     read_manifest,
     suffixed,
     verify_output,
@@ -54,50 +55,53 @@ class PackedShard:
             )
         found = read_manifest(prefix, "packed")
         check_shard(self.prefix, found, expected)
-        self._bin, self._crc, self._seg = (suffixed(prefix, end) for end in (".bin", ".crc.npy", ".seg.npy"))
-        verify_output(self._crc, found)
+        # As text, whose hash is kept: the one of a Path is computed at every look-up.
+        self._bin, self._crc, self._seg = (os.fspath(suffixed(prefix, end)) for end in (".bin", ".crc.npy", ".seg.npy"))
+        verify_output(Path(self._crc), found)
         self._crcs_at = self._after_header(self._crc, np.dtype("<u4"))
         self._segments_at = self._after_header(self._seg, SEGMENT_DTYPE)
         total_bytes = os.fstat(descriptors.get(self._seg)).st_size
         self._num_segments = (total_bytes - self._segments_at) // _SEGMENT_BYTES
 
-    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int32 [S]) and segments of a row. Raises `UserError` with file and row when it is damaged."""
-        assert 0 <= row < self.num_rows
-        num_bytes = self.sequence_length * TOKEN_BYTES
-        tokens = np.frombuffer(self._read(self._bin, num_bytes, row * num_bytes, row), TOKEN_DTYPE)
-        crc = np.frombuffer(self._read(self._crc, 4, self._crcs_at + 4 * row, row), "<u4")
-        segments = self._find_segments(row)
-        check_row(self.prefix, row, tokens, segments, int(crc[0]))
-        return tokens, segments
+    def read(self, row: int, tokens: memoryview) -> np.ndarray:
+        """Fill `tokens` (4 * S bytes) with those of a row, int32; returns its segments.
 
-    def _find_segments(self, row: int) -> np.ndarray:
+        Raises `UserError` with file and row when it is damaged.
+        """
+        assert 0 <= row < self.num_rows
+        descriptor = self._descriptors.get(self._bin)
+        read_into(descriptor, tokens, row * len(tokens), self._bin, f"row {row}")
+        expected = int.from_bytes(self._read(self._crc, 4, self._crcs_at + 4 * row, row), "little")
+        segments = self._find_segments(row)
+        check_crc(self.prefix, row, crc32(segments, crc32(tokens)), expected)
+        return np.frombuffer(segments, SEGMENT_DTYPE)
+
+    def _find_segments(self, row: int) -> memoryview:
         """Look where the row's segments are if all rows have equally many; search by halves when they are not there."""
         expected = int(self._num_segments * (row + 0.5) / self.num_rows)
         for width in _WINDOWS:
             first = max(0, min(expected - width // 2, self._num_segments - width))
             end = min(first + width, self._num_segments)
             window = self._segments(first, end, row)
-            rows = window["row"]
+            rows = window.cast("I")[:: _SEGMENT_BYTES // 4]
             if len(rows) and (first == 0 or rows[0] < row) and (end == self._num_segments or rows[-1] > row):
-                here, behind = np.searchsorted(rows, (row, row + 1)).tolist()
-                return window[here:behind]
+                here = bisect.bisect_left(rows, row)
+                return window[here * _SEGMENT_BYTES : bisect.bisect_left(rows, row + 1, here) * _SEGMENT_BYTES]
         every = range(self._num_segments)
         first = bisect.bisect_left(every, row, key=self._row_of)
         return self._segments(first, bisect.bisect_left(every, row + 1, lo=first, key=self._row_of), row)
 
     def _row_of(self, segment: int) -> int:
-        return int(self._segments(segment, segment + 1, -1)["row"][0])
+        return int.from_bytes(self._segments(segment, segment + 1, -1)[:4], "little")
 
-    def _segments(self, first: int, end: int, row: int) -> np.ndarray:
+    def _segments(self, first: int, end: int, row: int) -> memoryview:
         num_bytes = (end - first) * _SEGMENT_BYTES
-        offset = self._segments_at + first * _SEGMENT_BYTES
-        return np.frombuffer(self._read(self._seg, num_bytes, offset, row), SEGMENT_DTYPE)
+        return memoryview(self._read(self._seg, num_bytes, self._segments_at + first * _SEGMENT_BYTES, row))
 
-    def _read(self, path: Path, num_bytes: int, offset: int, row: int) -> bytes:
+    def _read(self, path: str, num_bytes: int, offset: int, row: int) -> bytes:
         return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"row {row}")
 
-    def _after_header(self, path: Path, dtype: np.dtype) -> int:
+    def _after_header(self, path: str, dtype: np.dtype) -> int:
         """Bytes of a `.npy` header, after checking that it announces a plain array of `dtype`."""
         with os.fdopen(os.dup(self._descriptors.get(path)), "rb") as stream:
             stream.seek(0)
@@ -105,10 +109,10 @@ class PackedShard:
                 version = np.lib.format.read_magic(stream)
                 shape, fortran_order, found = np.lib.format.read_array_header_1_0(stream)
             except NPY_ERRORS as error:
-                raise UserError("not a readable .npy file", where=str(path), got=str(error), fix=REWRITE) from None
+                raise UserError("not a readable .npy file", where=path, got=str(error), fix=REWRITE) from None
             if version != (1, 0) or len(shape) != 1 or fortran_order or found != dtype:
                 raise UserError(
-                    "an array of another type", where=str(path), expected=str(dtype), got=str(found), fix=REWRITE
+                    "an array of another type", where=path, expected=str(dtype), got=str(found), fix=REWRITE
                 )
             return stream.tell()
 
@@ -124,22 +128,36 @@ class PackedDataset:
         self.sources: list[str] = list(self.manifest["sources"])
         self._entries: list[dict[str, Any]] = self.manifest["shards"]
         sizes = [int(shard["num_rows"]) for shard in self._entries]
-        self._first_row = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        self._first_row = [0, *accumulate(sizes)]
         self._descriptors = descriptors if descriptors is not None else DescriptorCache()
         self._shards: OrderedDict[int, PackedShard] = OrderedDict()
+        # Rows that are cast come through here: a buffer that is used again stays in the processor's cache.
+        self._buffer = np.empty(self.sequence_length, TOKEN_DTYPE)
+        self._buffer_bytes = self._buffer.view(np.uint8).data
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return self._first_row[-1]
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (int32 [S]) and segments (`SEGMENT_DTYPE` [k]) of a row, checked against its CRC."""
-        number = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        return self._shard(number).row(row - int(self._first_row[number]))
+        tokens = np.empty(self.sequence_length, TOKEN_DTYPE)
+        return tokens, self._read(row, tokens.view(np.uint8).data)
+
+    def row_into(self, row: int, tokens: np.ndarray) -> np.ndarray:
+        """Write a row's tokens to `tokens` (integers [S]), cast to its type; returns the segments. Checked as `row` is."""
+        segments = self._read(row, self._buffer_bytes)
+        tokens[:] = self._buffer
+        return segments
+
+    def _read(self, row: int, tokens: memoryview) -> np.ndarray:
+        number = bisect.bisect_right(self._first_row, row) - 1
+        return self._shard(number).read(row - self._first_row[number], tokens)
 
     def _shard(self, number: int) -> PackedShard:
-        if number in self._shards:
+        shard = self._shards.get(number)
+        if shard is not None:
             self._shards.move_to_end(number)
-            return self._shards[number]
+            return shard
         entry = self._entries[number]
         shard = PackedShard(self.folder / entry["name"], entry, self.sequence_length, self._descriptors)
         self._shards[number] = shard

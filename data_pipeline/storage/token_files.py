@@ -25,6 +25,7 @@ from data_pipeline.storage.format import (
     check_row,
     checksum,
     encode_array,
+    encode_header,
     encode_index,
     index_of,
     load_array,
@@ -41,6 +42,7 @@ from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from model.durable import publish, temporary_path, told_no_space
 from model.errors import UserError
 
+_PARTS_AT_ONCE = 4096  # of segments, that are joined to be written
 _INDEX_SUFFIXES = (".idx", ".seg.npy", ".crc.npy")  # of the files that a reader's index is made of
 
 
@@ -107,19 +109,21 @@ class TokenFileWriter:
         Adds `format_version`, `num_tokens`, `outputs` (file name -> checksum) and `checksum` to the given entries. The caller
         supplies `kind`, `num_documents` or `num_rows` and the rest.
         """
-        side_files = {".idx": encode_index(np.array(self._lengths, np.int32))}
-        side_files[".seg.npy"] = encode_array(_concatenate(self._segments))
+        index = encode_index(np.array(self._lengths, np.int32))
+        side_files: dict[str, bytes] = {}
         if self.with_crc:
             side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
         side_files |= more or {}
+        num_segments = sum(map(len, self._segments))
         outputs = {self._bin.name: self._digest.hexdigest()}
-        needed_bytes = self._num_bytes + sum(map(len, side_files.values()))
+        segments_bytes = num_segments * SEGMENT_DTYPE.itemsize
+        needed_bytes = self._num_bytes + len(index) + segments_bytes + sum(map(len, side_files.values()))
         with told_no_space(self.prefix.parent, needed_bytes):
             self._stream.close()
+            outputs |= self._write_piece(".idx", index)
+            outputs |= self._write_segments(num_segments)
             for suffix, content in side_files.items():
-                path = suffixed(self.prefix, suffix)
-                temporary_path(path).write_bytes(content)
-                outputs[path.name] = checksum(content)
+                outputs |= self._write_piece(suffix, content)
         # A file that is replaced must not be described by its old manifest meanwhile.
         manifest_path = suffixed(self.prefix, ".json")
         manifest_path.unlink(missing_ok=True)
@@ -131,6 +135,26 @@ class TokenFileWriter:
         atomic_write_json(manifest_path, complete)
         return complete
 
+    def _write_piece(self, suffix: str, content: bytes) -> dict[str, str]:
+        """Its name and checksum."""
+        path = suffixed(self.prefix, suffix)
+        temporary_path(path).write_bytes(content)
+        return {path.name: checksum(content)}
+
+    def _write_segments(self, count: int) -> dict[str, str]:
+        """Part after part, as they may take much of the memory; the name and checksum of their file."""
+        path = suffixed(self.prefix, ".seg.npy")
+        digest = hashlib.blake2b(digest_size=16)
+        with temporary_path(path).open("wb") as stream:
+            header = encode_header(SEGMENT_DTYPE, count)
+            stream.write(header)
+            digest.update(header)
+            for first in range(0, len(self._segments), _PARTS_AT_ONCE):
+                content = np.concatenate(self._segments[first : first + _PARTS_AT_ONCE]).view(np.uint8).data
+                stream.write(content)
+                digest.update(content)
+        return {path.name: digest.hexdigest()}
+
     def discard(self) -> None:
         """Remove the temporaries of an unfinished file; nothing to do after `finish`."""
         # On a full disk the buffered rest cannot be flushed; that is being reported already.
@@ -138,10 +162,6 @@ class TokenFileWriter:
             self._stream.close()
         for suffix in (".bin", ".idx", ".seg.npy", ".crc.npy", SIGNATURES_SUFFIX, ".json"):
             temporary_path(suffixed(self.prefix, suffix)).unlink(missing_ok=True)
-
-
-def _concatenate(segments: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(segments) if segments else np.zeros(0, SEGMENT_DTYPE)
 
 
 class TokenFileReader:
@@ -159,12 +179,12 @@ class TokenFileReader:
         self._verified = False
 
     @cached_property
-    def _bin(self) -> Path:  # many readers are opened of which few are read
-        return suffixed(self.prefix, ".bin")
+    def _bin(self) -> str:  # many readers are opened of which few are read
+        return os.fspath(suffixed(self.prefix, ".bin"))
 
     @cached_property
-    def _seg(self) -> Path:
-        return suffixed(self.prefix, ".seg.npy")
+    def _seg(self) -> str:
+        return os.fspath(suffixed(self.prefix, ".seg.npy"))
 
     def verify(self) -> None:
         """Read every piece, once, and compare it with the manifest's checksums; raises `UserError` naming the damaged one."""
@@ -245,7 +265,7 @@ class TokenFileReader:
         content = self._read(self._seg, (end - first) * size, self._index.segments_at + first * size, index)
         return np.frombuffer(content, SEGMENT_DTYPE)
 
-    def _read(self, path: Path, num_bytes: int, offset: int, index: int) -> bytes:
+    def _read(self, path: str, num_bytes: int, offset: int, index: int) -> bytes:
         return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"{self._unit} {index}")
 
     def all_segments(self, *, verify: bool = False) -> np.ndarray:
@@ -254,7 +274,7 @@ class TokenFileReader:
         `verify`: as the method does, in the same reading.
         """
         verify = verify and not self._verified
-        return self._load(verify) if verify or self._loaded is None else load_array(self._seg)
+        return self._load(verify) if verify or self._loaded is None else load_array(Path(self._seg))
 
     def all_signatures(self) -> np.ndarray | None:
         """What each document is like, `SIGNATURE_DTYPE` [n]; not kept. None where none were noted."""
@@ -268,7 +288,7 @@ class TokenFileReader:
 
     def signature(self, index: int) -> np.ndarray:
         """What one document is like, `SIGNATURE_DTYPE` [1], of a file that has signatures."""
-        path = suffixed(self.prefix, SIGNATURES_SUFFIX)
+        path = os.fspath(suffixed(self.prefix, SIGNATURES_SUFFIX))
         descriptor, size = self._descriptors.get(path), SIGNATURE_DTYPE.itemsize
         offset = os.fstat(descriptor).st_size - (len(self) - index) * size
         return np.frombuffer(read_exactly(descriptor, size, offset, path, f"document {index}"), SIGNATURE_DTYPE)

@@ -245,16 +245,16 @@ def test_reading_ahead_is_bounded(datasets, monkeypatch):
 
 def test_an_error_of_the_background_thread_is_raised_where_its_batch_is_asked_for(datasets, monkeypatch):
     source = open_source(datasets)
-    row = PackedShard.row
+    read = PackedShard.read
     bad = open_source(datasets, prefetch_batches=0).mixture.locate(13)
 
-    def fail(self, number):
+    def fail(self, number, tokens):
         place = (self.prefix.parent.name, self.prefix.name, number)
         if place == (bad.dataset, f"{bad.row // 16:06d}", bad.row % 16):
             raise UserError("damaged")
-        return row(self, number)
+        return read(self, number, tokens)
 
-    monkeypatch.setattr(PackedShard, "row", fail)
+    monkeypatch.setattr(PackedShard, "read", fail)
     source.batch(0)
     with pytest.raises(UserError, match="damaged"):
         source.batch(12)
@@ -319,8 +319,31 @@ def test_rows_are_found_however_unevenly_segments_are_spread(tmp_path):
     everything = np.load(tmp_path / "packed" / "000000.seg.npy")
     counts = np.bincount(everything["row"])
     assert counts.max() > 4000 > 5 > counts.min()
+    whole = np.fromfile(tmp_path / "packed" / "000000.bin", "<i4").reshape(len(dataset), 8192)
+    batch = np.zeros((2, 8192), np.int64)
+    kept = []
     for row in range(len(dataset)):
-        assert np.array_equal(dataset.row(row)[1], everything[everything["row"] == row])
+        tokens, segments = dataset.row(row)
+        assert np.array_equal(segments, everything[everything["row"] == row])
+        assert np.array_equal(dataset.row_into(row, batch[1]), segments)
+        assert np.array_equal(batch[1], whole[row])
+        kept.append(tokens)
+    assert not batch[0].any()
+    assert np.array_equal(np.array(kept), whole)  # no row was written over by a later one
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".seg.npy"])
+def test_a_flipped_bit_of_a_row_is_told_however_it_is_read(datasets, tmp_path, suffix):
+    damaged = Path(shutil.copytree(datasets["chats"], tmp_path / "chats"))
+    content = bytearray((damaged / f"000000{suffix}").read_bytes())
+    content[-5] ^= 1  # of the last row
+    (damaged / f"000000{suffix}").write_bytes(content)
+    dataset = PackedDataset(damaged)
+    row = int(dataset.manifest["shards"][0]["num_rows"]) - 1
+    dataset.row(row - 1)
+    for read in (dataset.row, lambda number: dataset.row_into(number, np.zeros(LENGTH, np.int64))):
+        with pytest.raises(UserError, match=rf"damaged[\s\S]*000000\.bin, row {row}"):
+            read(row)
 
 
 def test_a_flipped_bit_stops_the_loader_with_its_row(datasets, tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from packed_samples import Corpus, captioned, text, write_token_file
 
 from data_pipeline.storage.atomic import atomic_write_json, remove_stale_temporaries
-from data_pipeline.storage.descriptors import DescriptorCache
+from data_pipeline.storage.descriptors import DescriptorCache, read_exactly
 from data_pipeline.storage.format import (
     NPY_ERRORS,
     encode_array,
@@ -292,6 +292,20 @@ def test_segments_must_tile_each_document(tmp_path):
             writer.add_all(tokens[:-1], segments, lengths, counts)
 
 
+@pytest.mark.parametrize("count", [0, 1, 9, 2500])
+def test_segments_that_are_written_in_parts_are_the_file_that_numpy_writes(tmp_path, monkeypatch, count):
+    monkeypatch.setattr("data_pipeline.storage.token_files._PARTS_AT_ONCE", 3)
+    segments = np.zeros(count, SEGMENT_DTYPE)
+    segments["row"], segments["length"], segments["kind"] = np.arange(count), 1, Kind.TEXT
+    with TokenFileWriter(tmp_path / "000000") as writer:
+        for number in range(count):
+            writer.add(np.array([number]), segments[:1])
+        writer.finish({"kind": "tokens", "num_documents": count})
+    np.save(tmp_path / "expected.npy", segments)
+    assert (tmp_path / "000000.seg.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    TokenFileReader(tmp_path / "000000").verify()
+
+
 def test_open_files_stay_within_the_limit(tmp_path):
     cache = DescriptorCache(max_open=2)
     paths = [tmp_path / str(number) for number in range(4)]
@@ -299,11 +313,30 @@ def test_open_files_stay_within_the_limit(tmp_path):
         path.write_bytes(b"content")
     open_before = len(os.listdir("/proc/self/fd"))
     for path in [*paths, *paths]:
-        assert os.pread(cache.get(path), 7, 0) == b"content"
+        assert os.pread(cache.get(str(path)), 7, 0) == b"content"
         assert len(cache) <= 2
     assert len(os.listdir("/proc/self/fd")) == open_before + 2
     cache.close()
     assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+@given(content=st.binary(min_size=1, max_size=40), most=st.integers(1, 5), data=st.data())
+def test_reads_that_give_less_go_on_until_the_file_ends(content, most, data):
+    """As those of a network file system may."""
+    offset = data.draw(st.integers(0, len(content)))
+    num_bytes = data.draw(st.integers(1, len(content) + 3))
+    with tempfile.TemporaryFile() as stream, pytest.MonkeyPatch.context() as patch:
+        stream.write(content)
+        stream.flush()
+        pread, preadv = os.pread, os.preadv
+        patch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, most), at))
+        patch.setattr(os, "preadv", lambda file, parts, at: preadv(file, (parts[0][:most],), at))
+        if offset + num_bytes <= len(content):
+            assert read_exactly(stream.fileno(), num_bytes, offset, Path("x.bin")) == content[offset:][:num_bytes]
+            return
+        with pytest.raises(UserError, match=r"shorter[\s\S]*x\.bin, row 7") as told:
+            read_exactly(stream.fileno(), num_bytes, offset, Path("x.bin"), "row 7")
+        assert told.value.got == str(len(content) - offset)
 
 
 def test_one_item_is_made_ahead_and_errors_and_the_end_reach_both_sides():

@@ -160,7 +160,7 @@ from data_pipeline.storage.packed_files import PackedDataset
 from training.contracts.run_view import LoopState
 from training.objectives.registry import make_objective
 from training.config import load_yaml
-PackedDataset.row = lambda self, row: time.sleep(900)
+PackedDataset.row_into = lambda self, row, tokens: time.sleep(900)
 
 class Ranks:
     rank, world_size, data_parallel_rank, data_parallel_size = 0, 1, 0, 1

@@ -15,7 +15,7 @@ class SceneQuestions:
     """Captions that ask for scenes; of combinations that training documents show, unless `held_out`."""
 
     num_prompts: int = 512
-    num_shapes: int = 3  # in each scene; training documents show one or two
+    num_shapes: int = 3  # in each scene; one in twenty captioned pictures shows as many
     seed: int = 2000  # another one than evaluation has
     held_out: bool = False
     image_pixels: int = 48

@@ -165,7 +165,7 @@ class ReconstructionAccuracy(ShapesTask):
 
 @dataclass
 class CrowdedT2I(T2IAccuracy):
-    """Captions that ask for more shapes than any training picture has."""
+    """Captions that ask for three shapes, which few training pictures show."""
 
     name: str = field(default="t2i_crowded", init=False)
     num_shapes: int = 3

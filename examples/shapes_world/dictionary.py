@@ -32,7 +32,7 @@ Pair = tuple[str, str]  # two words that follow one another: "red circle"
 class Dictionary:
     """`corpora` holds the raw shards of `shapes_image_text` and `shapes_video`, as training reads them."""
 
-    def __init__(self, corpora: str, num_pictures: int = 100, num_clips: int = 100, image_pixels: int = 48):
+    def __init__(self, corpora: str, num_pictures: int = 300, num_clips: int = 100, image_pixels: int = 48):
         self.pixels = image_pixels
         self.cell = image_pixels // GRID
         pictures = list(itertools.islice(self._captioned(Path(corpora) / "shapes_image_text"), num_pictures))

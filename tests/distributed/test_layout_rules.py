@@ -87,7 +87,7 @@ def test_the_fixes_are_valid() -> None:
 
 
 def test_an_engine_of_the_users_own_has_no_rules_beyond_the_models() -> None:
-    assert set(ENGINE_RULES) == {"megatron", "deepspeed"}
+    assert set(ENGINE_RULES) == {"megatron", "deepspeed", "replicated"}
     layout, sizes, rows = ParallelLayout(tensor=2, context=2), divided_sizes(tiny()), Rows(17, 1, 1)
     assert layout.problems(sizes, rows)
     assert not layout.problems(sizes, rows, engine="mine.Engine")

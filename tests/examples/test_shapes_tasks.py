@@ -115,7 +115,7 @@ def test_more_one_shape_prompts_than_exist_are_not_waited_for():
 @pytest.fixture(scope="module")
 def dictionary(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
     corpora = tmp_path_factory.mktemp("corpora")
-    config = CorpusConfig(num_images=100, num_clips=30)
+    config = CorpusConfig(num_images=300, num_clips=30)
     for dataset in DATASETS:
         if dataset.name in ("shapes_image_text", "shapes_video"):
             write_dataset(dataset, corpora, config)
@@ -123,7 +123,7 @@ def dictionary(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
 
 
 @pytest.mark.parametrize("task", [T2IAccuracy, EditAccuracy, NextStateAccuracy], ids=lambda task: task.name)
-def test_a_dictionary_of_100_pictures_answers_what_no_picture_shows(dictionary: Dictionary, task: type[ShapesTask]):
+def test_a_dictionary_of_300_pictures_answers_what_no_picture_shows(dictionary: Dictionary, task: type[ShapesTask]):
     """The demo's world is made of parts: counting them is enough, and the report says so."""
     asked, prompts = task(num_prompts=40), task(num_prompts=40).prompts()
     assert accuracy_of(dictionary, asked, prompts, list)["accuracy"] > 0.9

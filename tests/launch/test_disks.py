@@ -86,6 +86,7 @@ def vision_tokenizer_stage(folder: Path, disk: Path) -> list[str]:
     return [
         "train",
         "stage=toy_vision_tokenizer",
+        "parallel.data=1",
         f"run_folder={disk}",
         *(f"stage.objective.data.corpora.{name}.path={folder}/pictures.tar" for name in names),
         "stage.objective.data.num_held_back=2",

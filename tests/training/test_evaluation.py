@@ -219,7 +219,7 @@ def test_baselines_and_what_was_seen(tasks_module: str, tmp_path: Path, monkeypa
     assert "other words: 0.000 of 4" in evaluate_command.render(answer)
     config.baselines["right"]["tasks"] = ["dawn"]
     config.baselines["copy"]["num_prompts"] = 0
-    with pytest.raises(UserError, match=r"no task dawn[\s\S]*copy.num_prompts"):
+    with pytest.raises(UserError, match=r"copy.num_prompts[\s\S]*no task dawn"):
         evaluate_command.run(config)
 
 

@@ -137,7 +137,9 @@ def overrides(packed: Path, run: Path) -> list[str]:
     stage |= {"data.datasets.interleaved.weight": 0}
     found = [f"model.{key}={value}" for key, value in model.items()]
     found += [f"stage.{key}={value}" for key, value in stage.items()]
-    return [*found, "parallel.tensor=1", "model.vocabulary.reserved_size=32", f"run_folder={run}"]
+    # The same rows serve for both: without preflight that is taken.
+    found += ["preflight=false", "parallel.tensor=1", "model.vocabulary.reserved_size=32"]
+    return [*found, f"run_folder={run}"]
 
 
 def test_a_run_shows_what_it_does_and_writes_every_figure(packed, tmp_path):

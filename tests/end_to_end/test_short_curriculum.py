@@ -54,7 +54,7 @@ SMALL = {
 }
 LAYOUTS = {"pretrain_1": (2, 1, 1, 1), "pretrain_2": (1, 2, 1, 1), "sft": (1, 1, 1, 2), "dida": (1, 1, 1, 2)}
 ROW_TOKENS = {"dida": 576 + 896}  # with copies
-ROWS = {"pretrain_2": 4, "sft": 4, "dida": 4}
+ROWS = {"pretrain_2": 4, "sft": 4}
 
 
 def short_demo(folder: Path) -> CurriculumConfig:

@@ -19,6 +19,10 @@ LOGIT_CHUNK_BYTES = 1 << 30
 ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # the linear layers of a transformer layer
 
 
+# Of a model: weights of other sizes do not fit.
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim")
+
+
 @dataclass
 class AdapterConfig:
     """Low-rank adapters on the linear layers; all other weights are then frozen."""
@@ -78,15 +82,7 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def validate(self, problems: Problems, key: str = "model") -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "head_dim",
-            "max_sequence_length",
-        ):
+        for name in (*SIZES, "max_sequence_length"):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive")
         problems.check(
             self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups == 0,

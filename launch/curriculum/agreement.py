@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.composition.compose import to_object
 from launch.curriculum.entries import Curriculum
-from launch.plan.inputs import SIZES
+from model.config import SIZES
 from model.vocabulary import Vocabulary
 from training.config import TrainConfig, differences
 

@@ -12,7 +12,7 @@ from data_pipeline.loading.reading_record import ReadingRecord
 from data_pipeline.packing.held_out import check_kept_apart
 from data_pipeline.storage.packed_files import read_dataset_manifest
 from model.checkpoint.manifest import CheckpointManifest, foreign_format, latest_checkpoint, list_checkpoints
-from model.config import ModelConfig
+from model.config import SIZES, ModelConfig
 from model.errors import UserError
 from model.registry import absent_class, find_class
 from model.vocabulary import Vocabulary
@@ -20,14 +20,6 @@ from training.config import TrainConfig, differences
 from training.objectives.registry import KEY, OPTIONS, options_class, options_of
 from training.objectives.rows_read import rows_read_before
 
-SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "head_dim",
-)  # of a model: weights of other ones do not fit
 PLANNED_ENGINES = ("megatron", "deepspeed")  # whose memory the plan counts
 
 

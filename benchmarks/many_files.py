@@ -4,11 +4,13 @@
 
 Token files and shards are real and tiny (two documents, two rows of 64 tokens); all but the manifests are hard links to a few, so
 that 100,000 take half a gigabyte. Each start runs in a process of its own, with the files in the page cache and imports not counted:
-seconds of wall and of CPU, by how much the process's peak memory grew, and the most files that it had open.
+seconds of wall and of CPU, by how much the process's peak memory grew, and the most files that it had open. Where no manifest is noted
+(`data_pipeline.storage.manifests`) the notes of the folder are removed before.
 
 - status: `nextstate tokenize status` of all shards done;
 - tokenize: the command again where nothing is to do;
-- pack, first row: from the call to the first row planned, every token file opened, verified and indexed;
+- pack, first row: from the call to the first row planned, with a window of one row;
+- pack, first row, one removed: the same where a document is left out: every token file is opened, verified and indexed;
 - pack, nothing to do: the command again over the packed shards;
 - loader: `PackedDataSource` and its first global batch of 64 rows, of 64 shards;
 - one more file: a writer that begins and publishes a file in the full folder.
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,11 +41,12 @@ from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.storage.atomic import encode_json
 from data_pipeline.storage.folder_claim import clear_claim
 from data_pipeline.storage.format import FORMAT_VERSION, seal
+from data_pipeline.storage.manifests import NOTES_FOLDER
 from data_pipeline.storage.packed_files import DATASET_NAME, read_dataset_manifest
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.storage.token_files import TokenFileWriter
 from data_pipeline.tokenize import ShardTokenizer
-from launch.commands.tokenize import Config, plan_jobs, run, summarize
+from launch.commands.tokenize import Config, manifests_of, not_done, plan_jobs, run, summarize
 from model.durable import fingerprint_of
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -150,13 +154,14 @@ def tokenize_again(folder: Path) -> str:
     tokenizer = ShardTokenizer.__new__(ShardTokenizer)
     tokenizer.fingerprint = "0" * 32
     jobs = plan_jobs(config, folder / "tokens")
-    unfinished = [job for job in jobs if not tokenizer.is_done(job.shard, job.prefix)]
+    manifests = manifests_of(folder / "tokens")
+    unfinished = not_done(folder / "tokens", jobs, tokenizer, manifests)
     clear_claim(folder / "tokens")
-    answer = summarize(folder / "tokens", jobs, len(jobs))
+    answer = summarize(folder / "tokens", jobs, len(jobs), manifests)
     return f"{answer['num_shards'] - len(unfinished):,} shards passed over"
 
 
-def first_row(folder: Path) -> str:
+def first_row(folder: Path, removed: frozenset[int] = frozenset()) -> str:
     class PlannedError(Exception):
         pass
 
@@ -165,7 +170,7 @@ def first_row(folder: Path) -> str:
 
     packing_module._Packing.write_shard = stop  # type: ignore[method-assign]
     try:
-        pack({"many": folder / "tokens"}, folder / "target", PACKING)
+        pack({"many": folder / "tokens"}, folder / "target", PACKING, removed)
     except PlannedError:
         return "first row planned"
     raise AssertionError
@@ -206,10 +211,25 @@ def one_more(folder: Path) -> str:
     return "a file in the full folder"
 
 
+def one_removed(folder: Path) -> str:
+    return first_row(folder, frozenset([1 << 63]))
+
+
+def unnoted(start: Callable[[Path], str], part: str) -> Callable[[Path], str]:
+    def begin(folder: Path) -> str:
+        shutil.rmtree(folder / part / NOTES_FOLDER, ignore_errors=True)
+        return start(folder)
+
+    return begin
+
+
 STARTS: dict[str, Callable[[Path], str]] = {
+    "status, none noted": unnoted(status, "tokens"),
     "status": status,
     "tokenize, nothing to do": tokenize_again,
     "pack, first row": first_row,
+    "pack, first row, one removed": one_removed,
+    "pack, nothing to do, none noted": unnoted(pack_again, "packed"),
     "pack, nothing to do": pack_again,
     "loader": loader,
     "one more file": one_more,
@@ -269,13 +289,13 @@ def main() -> None:
             make_token_files(folder, arguments.token_files)
             make_shards(folder, arguments.shards)
             print(f"files made in {time.perf_counter() - began:.0f} s", flush=True)
-        print(f"{'':<26}{'wall s':>8}{'CPU s':>8}{'MiB':>7}{'files open':>12}")
+        print(f"{'':<33}{'wall s':>8}{'CPU s':>8}{'MiB':>7}{'files open':>12}")
         for start in STARTS:
             command = [sys.executable, "-m", "benchmarks.many_files", "--start", start, "--kept", str(folder)]
             made = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
             found = json.loads(made.splitlines()[-1])
             print(
-                f"{start:<26}{found['wall']:>8.2f}{found['cpu']:>8.2f}{found['mebibytes']:>7.0f}"
+                f"{start:<33}{found['wall']:>8.2f}{found['cpu']:>8.2f}{found['mebibytes']:>7.0f}"
                 f"{found['open_files']:>12}   {found['told']}",
                 flush=True,
             )

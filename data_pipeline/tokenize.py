@@ -198,16 +198,15 @@ class ShardTokenizer:
 
     def is_done(self, shard: Shard, prefix: Path) -> bool:
         """Is the token file there, of this very shard, configuration and tokenizers?"""
-        path = suffixed(prefix, ".json")
-        if not path.is_file() or (isinstance(shard, Path) and not shard.is_file()):
+        if not suffixed(prefix, ".json").is_file() or (isinstance(shard, Path) and not shard.is_file()):
             return False
         manifest = read_manifest(prefix, "tokens")
+        return self.is_of(manifest, shard) and all(prefix.with_name(name).is_file() for name in manifest["outputs"])
+
+    def is_of(self, manifest: dict[str, Any], shard: Shard) -> bool:
+        """Is it the manifest of this very shard, configuration and tokenizers?"""
         inputs = manifest.get("inputs") or [{}]
-        return (
-            manifest.get("config_fingerprint") == self.fingerprint
-            and all(prefix.with_name(name).is_file() for name in manifest["outputs"])
-            and is_unchanged(shard, inputs[0])
-        )
+        return manifest.get("config_fingerprint") == self.fingerprint and is_unchanged(shard, inputs[0])
 
     @file_errors_are_user_errors("the shard or the token file")
     def tokenize(self, shard: Shard, prefix: Path, name: str = "", copy: Path | None = None) -> ShardResult:

@@ -28,6 +28,7 @@ TEMPORARY_MARK = ".tmp-"  # a temporary is `<final name>.tmp-<process id>`
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_BLOCK_BYTES = 1 << 22
 SECONDS_BETWEEN_TRIES = 0.1  # of a lock that another process holds
+_SORTED_JSON = json.JSONEncoder(sort_keys=True)  # kept: to make one costs as much as a small manifest
 
 Record = TypeVar("Record")
 
@@ -173,7 +174,7 @@ def _take(descriptor: int, path: Path, taken: str, fix: str, where: Path, deadli
 
 def fingerprint_of(values: Any) -> str:
     """Of plain JSON values, the order of keys excepted: 32 hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_SORTED_JSON.encode(values).encode(), digest_size=16).hexdigest()
 
 
 def crc32_of(path: Path) -> str:

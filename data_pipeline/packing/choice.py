@@ -27,6 +27,11 @@ class Choice:
         self.pool, self.removed, self.held_out, self.rule = pool, removed, held_out, rule
         self.names = sorted(held_out)
 
+    @property
+    def depends_on_all(self) -> bool:
+        """Does it depend on every token file what becomes of a document?"""
+        return bool(self.removed or self.held_out or self.rule)
+
     @cached_property
     def ids(self) -> np.ndarray:
         return self.pool.document_ids()

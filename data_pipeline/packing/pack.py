@@ -33,7 +33,8 @@ from data_pipeline.packing.window import Piece, Row, WindowPacker
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder, clear_claim
-from data_pipeline.storage.format import FORMAT_VERSION, TOKEN_DTYPE, published_prefixes, read_manifest, seal, suffixed
+from data_pipeline.storage.format import FORMAT_VERSION, TOKEN_DTYPE, read_manifest, seal, suffixed
+from data_pipeline.storage.manifests import Manifests
 from data_pipeline.storage.packed_files import DATASET_NAME, check_shard, read_dataset_manifest
 from data_pipeline.storage.permutation import derive_key, permute
 from data_pipeline.storage.segments import MAX_TASKS, SEGMENT_DTYPE, Kind, count_classes, tasks_of
@@ -45,8 +46,8 @@ QUARANTINE_NAME = "dataset.quarantine.jsonl"
 FILTERS_NAME = "dataset.filters.jsonl"  # what was left out as alike, in the form of a token file's filters
 # Goes into the fingerprint of a packed folder: rows of packers that choose otherwise are never mixed.
 _PACKER = "window-3"
-# Documents whose place in the order is computed at once.
-_ORDER_BLOCK = 65_536
+# Documents whose place in the order is computed and whose files are opened at once: few for the first row, then more.
+_LEAST_ORDER_BLOCK, _ORDER_BLOCK = 256, 65_536
 _log = logging.getLogger(__name__)
 
 
@@ -166,8 +167,8 @@ def _as_list(folders: str | Path | Sequence[str | Path]) -> list[str | Path]:
 def _write_rows(pool: Pool, packings: Sequence[_Packing]) -> None:
     """In a folder that this process holds: another one may have finished, or begun, while it waited."""
     missing = [packing for packing in packings if not packing.is_complete()]
-    if missing:
-        pool.load_index(verify=True)
+    if any(packing.choice.depends_on_all for packing in missing):
+        pool.load_index(verify=True)  # before anything is left out for what a file says; else as they come
     for packing in missing:
         packing.run()
 
@@ -176,26 +177,28 @@ def _is_complete(target: Path, fingerprint: str) -> bool:
     """Is the whole folder packed already? Raises `UserError` when it holds rows of other input or configuration."""
     if not target.is_dir():
         return False
-    dataset = target / DATASET_NAME
-    found = {prefix.name: read_manifest(prefix, "packed") for prefix in published_prefixes(target)}
-    if dataset.exists():
-        found[dataset.stem] = read_dataset_manifest(target)
-    for name, manifest in found.items():
-        if manifest.get("config_fingerprint") != fingerprint:
-            raise UserError(
-                "the target holds rows packed from other token files, with another configuration or by another version",
-                where=str(target / f"{name}.json"),
-                expected=f"fingerprint {fingerprint}",
-                got=str(manifest.get("config_fingerprint")),
-                fix="choose another target, or delete that folder when its rows are no longer needed",
-            )
-    if dataset.stem not in found:
-        return False
-    shards = found[dataset.stem]["shards"]
-    for entry in shards:
-        if entry["name"] in found:
-            check_shard(target / entry["name"], found[entry["name"]], entry)
-    return len(found) == 1 + len(shards)
+    dataset = read_dataset_manifest(target) if (target / DATASET_NAME).exists() else None
+    if dataset is not None:
+        _check_fingerprint(target / DATASET_NAME, dataset, fingerprint)
+    entries = {entry["name"]: entry for entry in dataset["shards"]} if dataset is not None else {}
+    num_shards = 0
+    for name, manifest in Manifests(target, "packed").each():
+        _check_fingerprint(target / f"{name}.json", manifest, fingerprint)
+        if name in entries:
+            check_shard(target / name, manifest, entries[name])
+        num_shards += 1
+    return dataset is not None and num_shards == len(entries)
+
+
+def _check_fingerprint(path: Path, manifest: dict[str, Any], fingerprint: str) -> None:
+    if manifest.get("config_fingerprint") != fingerprint:
+        raise UserError(
+            "the target holds rows packed from other token files, with another configuration or by another version",
+            where=str(path),
+            expected=f"fingerprint {fingerprint}",
+            got=str(manifest.get("config_fingerprint")),
+            fix="choose another target, or delete that folder when its rows are no longer needed",
+        )
 
 
 class _Packing:
@@ -236,23 +239,32 @@ class _Packing:
     def plan(self) -> Iterator[Row]:
         """The rows in order, each a list of pieces."""
         config = self.config
-        lengths, fillers = self.pool.load_index()
         left_out, sets, here = self.choice.left_out, self.choice.sets, self.choice.number_of(self.part)
         packer = WindowPacker(config.sequence_length, config.window_rows, config.minimum_piece_tokens, self.pool.cut)
-        for document in _document_order(len(self.pool), config.seed):
+        for document, length, is_filler in self.documents():
             if sets is not None and sets[document] != here:
                 continue
-            length = int(lengths[document])
             whole = Piece(document, 0, length)
             if length == 0:
                 self.refuse(document, length, "empty_document")
             elif document in left_out:
                 self.refuse(document, length, *left_out[document])
             elif length <= config.sequence_length:
-                yield from (packer.add_filler if fillers[document] else packer.add)(whole)
+                yield from (packer.add_filler if is_filler else packer.add)(whole)
             else:
-                yield from self.plan_long(packer, whole, bool(fillers[document]))
+                yield from self.plan_long(packer, whole, is_filler)
         yield from packer.flush()
+
+    def documents(self) -> Iterator[tuple[int, int, bool]]:
+        """Number, length and whether it is a filler of all documents in their order.
+
+        A file is verified before anything of it is told, and a file without documents at the end: what is damaged comes
+        into no row, and ends the command before the folder is complete.
+        """
+        for block in _document_order(len(self.pool), self.config.seed):
+            lengths, fillers = self.pool.load_index(block, verify=True)
+            yield from zip(block.tolist(), lengths[block].tolist(), fillers[block].tolist(), strict=True)
+        self.pool.load_index(verify=True)
 
     def plan_long(self, packer: WindowPacker, whole: Piece, filler: bool) -> Iterator[Row]:
         pieces = self.pool.cut_to_rows(whole.document, self.config.sequence_length)
@@ -415,12 +427,14 @@ def label_counts(sources: list[str], by_task: np.ndarray) -> dict[str, int]:
     return {label(sources[source], int(task)): int(by_task[source, task]) for source, task in found if task}
 
 
-def _document_order(num_documents: int, seed: int) -> Iterator[int]:
-    """All documents, each once, in the order that the seed selects."""
+def _document_order(num_documents: int, seed: int) -> Iterator[np.ndarray]:
+    """All documents, each once, in the order that the seed selects; int64 [k], one block after the other."""
     key = derive_key("pack", seed)
-    for first in range(0, num_documents, _ORDER_BLOCK):
-        block = np.arange(first, min(first + _ORDER_BLOCK, num_documents))
-        yield from permute(block, num_documents, key).tolist()
+    first, size = 0, _LEAST_ORDER_BLOCK
+    while first < num_documents:
+        block = np.arange(first, min(first + size, num_documents))
+        yield permute(block, num_documents, key)
+        first, size = first + size, min(2 * size, _ORDER_BLOCK)
 
 
 def _reasons(quarantine: list[dict[str, Any]]) -> Counter[str]:

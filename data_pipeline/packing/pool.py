@@ -13,7 +13,8 @@ import numpy as np
 
 from data_pipeline.packing.window import Piece
 from data_pipeline.storage.descriptors import DescriptorCache
-from data_pipeline.storage.format import TOKENIZER_PATHS, published_prefixes
+from data_pipeline.storage.format import TOKENIZER_PATHS
+from data_pipeline.storage.manifests import Manifests
 from data_pipeline.storage.segments import Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader
 from model.errors import UserError
@@ -27,7 +28,7 @@ _SPLITTABLE, _IMAGE = np.uint8(Flag.SPLITTABLE), np.uint8(Kind.IMAGE)  # of an e
 class Pool:
     """Documents 0..N-1: source after source (by name), file after file, in the order of the files.
 
-    Memory: about 30 bytes a document (lengths, flags and the files' indexes); tokens and segments are read when
+    Memory: about 30 bytes a document (lengths, flags and the files' indexes); a file is opened when one of its documents is
     asked for. Raises `UserError` for a missing or empty folder, and when the files disagree on the vocabulary or a
     tokenizer.
     """
@@ -38,20 +39,22 @@ class Pool:
         self.source_of_file: list[int] = []
         self._descriptors = DescriptorCache()
         for number, source in enumerate(self.sources):
-            prefixes = [prefix for folder in folders[source] for prefix in published_prefixes(folder)]
-            if not prefixes:
+            for folder in map(Path, folders[source]):
+                for name, manifest in Manifests(folder, "tokens").each():
+                    self.files.append(TokenFileReader(folder / name, self._descriptors, manifest))
+                    _share(manifest, self.files[0].manifest)
+                    self.source_of_file.append(number)
+            if self.source_of_file[-1:] != [number]:
                 raise UserError(
                     f"source {source!r} has no finished token files",
                     where=", ".join(map(str, folders[source])),
                     fix="run `nextstate tokenize` for it first",
                 )
-            for prefix in prefixes:
-                self.files.append(TokenFileReader(prefix, self._descriptors, "tokens"))
-                _share(self.files[-1].manifest, self.files[0].manifest)
-                self.source_of_file.append(number)
-        self._index: tuple[np.ndarray, np.ndarray] | None = None
         self.shared = _agree(self.files)
         self._first_document = [0, *accumulate(len(file) for file in self.files)]
+        # Filled file by file: of each whether it is in them, and whether it was verified.
+        self._lengths, self._fillers = np.zeros(len(self), np.int32), np.zeros(len(self), bool)
+        self._is_loaded, self._is_verified = np.zeros((2, len(self.files)), bool)
 
     def __len__(self) -> int:
         return self._first_document[-1]
@@ -65,15 +68,26 @@ class Pool:
             {"name": name, "checksum": digest.hexdigest()} for name, digest in zip(self.sources, digests, strict=True)
         ]
 
-    def load_index(self, *, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def load_index(self, documents: np.ndarray | None = None, *, verify: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Length of every document (int32 [N]) and whether it is plain text that fills holes (bool [N]).
 
-        `verify`: every file is compared with its manifest, in the same reading.
+        documents: numbers of those that are asked about, int64 [k]; what is said of others means nothing, and their files
+        are not opened. `verify`: the files are compared with their manifests, in the same reading.
         """
-        if self._index is None or verify:
-            fillers = np.concatenate([_fillers(file, verify) for file in self.files])
-            self._index = np.concatenate([file.lengths for file in self.files]), fillers
-        return self._index
+        done = self._is_verified if verify else self._is_loaded
+        if documents is None:
+            wanted = ~done
+        else:
+            wanted = np.zeros(len(self.files), bool)
+            wanted[np.searchsorted(self._first_document, documents, side="right") - 1] = True
+            wanted &= ~done
+        for number in np.flatnonzero(wanted).tolist():
+            file, first = self.files[number], self._first_document[number]
+            self._fillers[first : first + len(file)] = _fillers(file, verify)
+            self._lengths[first : first + len(file)] = file.lengths
+            self._is_loaded[number] = True
+            self._is_verified[number] |= verify
+        return self._lengths, self._fillers
 
     def document_ids(self) -> np.ndarray:
         """Of every document; uint64 [N], 0 for one without tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def find_shards(patterns: Iterable[str], key: str) -> list[Path]:
                 )
             shards.update(map(Path, found))
     for path in shards:
-        if not path.is_file():  # a pipe would be waited on for ever
+        if not os.path.isfile(path):  # a pipe would be waited on for ever
             meant = f"{key}='{path}/*.tar'" if next(path.glob("*.tar"), None) else "tar -cf 000000.tar -C FOLDER ."
             raise UserError(
                 "an input shard is no file",

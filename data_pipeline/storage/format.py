@@ -289,13 +289,17 @@ def read_manifest(prefix: str | Path, kind: str | None = None) -> dict[str, Any]
     return manifest
 
 
-def published_prefixes(folder: str | Path) -> list[Path]:
-    """Prefixes `NNNNNN` of the published files of a folder, in order."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def published_names(folder: str | Path) -> list[str]:
+    """Names `NNNNNN` of the published files of a folder, in order."""
+    if not os.path.isdir(folder):
         raise UserError("no such folder", where=str(folder))
     names = (name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
-    return [folder / name for name in sorted(name for name in names if name.isdigit())]
+    return sorted(name for name in names if name.isdigit())
+
+
+def published_prefixes(folder: str | Path) -> list[Path]:
+    """Their prefixes."""
+    return [Path(folder) / name for name in published_names(folder)]
 
 
 def verify_outputs(prefix: str | Path, manifest: dict[str, Any]) -> None:

@@ -170,10 +170,12 @@ class TokenFileReader:
     `descriptors` bounds the open files of all readers that share it. Not thread-safe.
     """
 
-    def __init__(self, prefix: str | Path, descriptors: DescriptorCache | None = None, kind: str | None = None):
-        """kind: "tokens" or "packed", where a file of the other kind is to be refused."""
+    def __init__(
+        self, prefix: str | Path, descriptors: DescriptorCache | None = None, manifest: dict[str, Any] | None = None
+    ):
+        """manifest: where it was read already."""
         self.prefix = Path(prefix)
-        self.manifest = read_manifest(self.prefix, kind)
+        self.manifest = read_manifest(self.prefix) if manifest is None else manifest
         self._descriptors = descriptors if descriptors is not None else DescriptorCache()
         self._loaded: _Index | None = None
         self._verified = False

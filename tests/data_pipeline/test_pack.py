@@ -30,6 +30,7 @@ from data_pipeline.storage.folder_claim import LOCK_NAME, claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset, read_dataset_manifest
 from data_pipeline.storage.segments import Flag, Kind
+from data_pipeline.storage.token_files import TokenFileReader
 from model.errors import Problems, UserError
 
 CONFIG = PackConfig(sequence_length=512, rows_per_shard=16, window_rows=8, seed=3)
@@ -575,6 +576,73 @@ def test_bad_input_is_named(sources, tmp_path):
     (tmp_path / "damaged" / "000000.bin").write_bytes(b"\0" * 48)
     with pytest.raises(UserError, match="checksum"):
         pack({"a": tmp_path / "damaged"}, tmp_path / "target", CONFIG)
+
+
+def many_files(folder: Path, count: int) -> dict[str, Path]:
+    """Two documents in each, as long as half a row, and a last file without any."""
+    corpus = Corpus()
+    for number in range(count):
+        documents = [corpus.document(text(CONFIG.sequence_length // 2 - 2)) for _ in range(2 * (number < count - 1))]
+        write_token_file(folder / f"{number:06d}", documents)
+    return {"many": folder}
+
+
+@pytest.mark.parametrize("what", ["far", "empty"])
+def test_a_damaged_file_is_told_before_anything_of_it_is_in_a_row(tmp_path, monkeypatch, what):
+    """Files are verified as their documents come; what was published before stays, and is gone on from."""
+    monkeypatch.setattr(pack_module, "_LEAST_ORDER_BLOCK", 8)
+    monkeypatch.setattr(pack_module, "_ORDER_BLOCK", 8)
+    config = replace(CONFIG, rows_per_shard=4, window_rows=2)
+    sources = many_files(tmp_path / "tokens", 40)
+    pack(sources, tmp_path / "whole", config)
+    order = np.concatenate(list(pack_module._document_order(78, config.seed))) // 2
+    last = 39 if what == "empty" else int(order[np.sort(np.unique(order, return_index=True)[1])[-1]])
+    damaged = tmp_path / "tokens" / f"{last:06d}.{'idx' if what == 'empty' else 'bin'}"
+    intact = damaged.read_bytes()
+    damaged.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])
+    with pytest.raises(UserError, match=rf"a file is damaged: its checksum[\s\S]*{damaged.name}"):
+        pack(sources, tmp_path / "target", config)
+    published = content(tmp_path / "target")
+    assert "000000.json" in published
+    assert "dataset.json" not in published
+    damaged.write_bytes(intact)
+    pack(sources, tmp_path / "target", config)
+    assert content(tmp_path / "target") == content(tmp_path / "whole")
+    assert published.items() <= content(tmp_path / "whole").items()
+
+
+def test_with_documents_left_out_every_file_is_verified_first(tmp_path):
+    """What a damaged file says of its documents must not decide over the first rows."""
+    sources = many_files(tmp_path / "tokens", 40)
+    damaged = tmp_path / "tokens" / "000039.idx"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    config = replace(CONFIG, rows_per_shard=4, window_rows=2)
+    for chosen in ({"removed": frozenset([5])}, {"held_out": {"few": HeldOutSet(0.2)}}):
+        with pytest.raises(UserError, match="checksum"):
+            pack(sources, tmp_path / "target", config, **chosen)
+        assert not list((tmp_path / "target").rglob("*.json"))
+
+
+def test_the_first_row_opens_few_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "_LEAST_ORDER_BLOCK", 8)
+    sources = many_files(tmp_path / "tokens", 40)
+    pool = Pool({name: [folder] for name, folder in sources.items()})
+    opened = []
+    load = TokenFileReader.all_segments
+
+    def count(reader, *, verify):
+        opened.append(reader.prefix.name)
+        return load(reader, verify=verify)
+
+    monkeypatch.setattr(TokenFileReader, "all_segments", count)
+    first = np.array([3, 70, 71])
+    lengths, fillers = pool.load_index(first, verify=True)
+    assert (lengths[first] == CONFIG.sequence_length // 2).all()
+    assert fillers[first].all()
+    assert opened == ["000001", "000035"]
+    pool.load_index(verify=True)
+    assert len(opened) == len(set(opened)) == 40
+    assert (pool.load_index()[0] == CONFIG.sequence_length // 2).all()
 
 
 def test_a_folder_that_another_command_writes_is_refused_and_a_finished_one_is_only_read(sources, packed, tmp_path):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.read_rows [--rows 4096] [--reads 512] [--length 32768] [--rounds 5]
 
-Every reader gives the same `reads` rows, drawn from all `rows`, in the same order, and every token is cast to int64: written to a batch of
-8 rows, as training reads them. `PackedDataset` also reads the segments and checks the CRC of the row, which the others have not. CPU
+Every reader gives the same `reads` rows, drawn from all `rows`, in the same order, and every token is cast to int64 by torch: written to a
+batch of 8 rows, as training reads them. `PackedDataset` also reads the segments and checks the CRC of the row, which the others have not. CPU
 seconds, median of the rounds, the readers taking turns; each round opens the files anew, once with them in the page cache and once without.
 
 The others: megatron-core's IndexedDataset; where they are installed, litData's StreamingDataset with its TokensLoader (its own
@@ -28,7 +28,7 @@ import numpy as np
 
 from data_pipeline.loading.loader import PackedDataSource
 from data_pipeline.packing.pack import PackConfig, pack
-from data_pipeline.storage.packed_files import PackedDataset
+from data_pipeline.storage.packed_files import PackedDataset, cast_into
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader, TokenFileWriter
 from model.vocabulary import Vocabulary, VocabularyConfig
@@ -46,7 +46,7 @@ def make_rows(folder: Path, num_rows: int, length: int) -> None:
     segments["kind"] = [Kind.IMAGE if number % 2 else Kind.TEXT for number in range(SEGMENTS_PER_ROW)]
     segments["flags"][::6] |= np.uint8(Flag.DOCUMENT_START)
     manifest = {"kind": "tokens", "num_documents": num_rows, "vocabulary": VOCABULARY.describe()}
-    with TokenFileWriter(folder / "tokens" / "000000") as writer:
+    with TokenFileWriter(folder / "tokens" / "000000", with_crc=True) as writer:
         for _ in range(num_rows):
             writer.add(random.integers(0, VOCABULARY.size, length), segments)
         writer.finish(manifest)
@@ -57,10 +57,10 @@ Reader = Callable[[int, np.ndarray], Any]  # (row, int64 [S] that takes its toke
 
 
 def copied(read: Callable[[int], np.ndarray]) -> Reader:
-    """A reader that writes what `read` gives."""
+    """A reader that writes what `read` gives, with the cast that `PackedDataset` has."""
 
     def write(row: int, tokens: np.ndarray) -> None:
-        tokens[:] = read(row)
+        cast_into(tokens, read(row))
 
     return write
 

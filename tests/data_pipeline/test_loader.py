@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from data_pipeline.loading.batch import MicroBatch, build_micro_batch
 from data_pipeline.loading.loader import PackedDataSource
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.packing.pack import PackConfig, pack
+from data_pipeline.storage import packed_files
 from data_pipeline.storage.packed_files import PackedDataset, PackedShard
 from data_pipeline.storage.segments import SEGMENT_DTYPE, Flag, Kind
 from model.config import ModelConfig
@@ -330,6 +332,19 @@ def test_rows_are_found_however_unevenly_segments_are_spread(tmp_path):
         kept.append(tokens)
     assert not batch[0].any()
     assert np.array_equal(np.array(kept), whole)  # no row was written over by a later one
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 40), st.sampled_from(["<i8", "<i4", "<u4"]), st.booleans(), st.integers(0, 2**32 - 1))
+def test_a_cast_is_the_same_with_torch_and_without(length, dtype, has_torch, seed):
+    tokens = np.random.default_rng(seed).integers(0, 2**31, length).astype("<i4")
+    target = np.full(length + 2, 7, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_files, "_CAST_AT_ONCE", 16)
+        if not has_torch:
+            patch.delitem(sys.modules, "torch")
+        packed_files.cast_into(target[1:-1], tokens)
+    assert target.tolist() == [7, *tokens.tolist(), 7]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".seg.npy"])

@@ -50,20 +50,21 @@ def run_stage(config: TrainConfig) -> dict[str, Any]:
     Every rank calls it, with a configuration that `validate` has passed. A finished stage returns its summary at
     once. Raises `UserError`, and `StoppedEarly` after a signal.
     """
-    summary = finished_summary(config)
-    if summary is not None:
-        return summary
+    is_first_rank = int(os.environ.get("RANK", "0")) == 0
+    finished = finished_summary(config) if is_first_rank else None
+    if finished is not None and config.parallel.world_size == 1:
+        return finished
     folder = config.stage_folder
     with told_to_the_user(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    is_first_rank = int(os.environ.get("RANK", "0")) == 0
-    with lock_stage(folder) if is_first_rank else contextlib.nullcontext():
-        if is_first_rank:
+    writes = is_first_rank and finished is None
+    with lock_stage(folder) if writes else contextlib.nullcontext():
+        if writes:
             with told_to_the_user(folder):
                 save_yaml(config, folder / CONFIG_NAME, {"versions": versions(), "machine": machine()})
-        summary = {"name": config.stage.name} | learn(config)
+        summary = {"name": config.stage.name} | learn(config, finished)
         summary |= {"objective": config.stage.objective_name, "config_fingerprint": config.fingerprint()}
-        if is_first_rank:
+        if writes:
             with told_to_the_user(folder):
                 write_json(folder / SUMMARY_NAME, summary)
     return summary
@@ -116,8 +117,11 @@ def finished_summary(config: TrainConfig) -> dict[str, Any] | None:
     return summary
 
 
-def learn(config: TrainConfig) -> dict[str, Any]:
-    """Fit, or train step by step, what the stage's objective says; the figures of the summary."""
+def learn(config: TrainConfig, finished: dict[str, Any] | None) -> dict[str, Any]:
+    """Fit, or train step by step, what the stage's objective says; the figures of the summary.
+
+    finished: the summary that the first rank found; all ranks return it.
+    """
     from training.contracts.objective import FittedObjective
     from training.objectives.registry import make_objective
     from training.reliability.events import EventLog
@@ -126,16 +130,34 @@ def learn(config: TrainConfig) -> dict[str, Any]:
 
     objective = make_objective(config)
     if isinstance(objective, FittedObjective):
-        return objective.fit()
+        return finished or objective.fit()
     with StopSignals() as signals:  # a signal that comes while the parts are made is heard by the loop
         rank, world_size = int(os.environ.get("RANK", "0")), config.parallel.world_size
         heartbeat, events = Heartbeat(config.stage_folder, rank), EventLog(config.stage_folder, rank)
         with Watchdog(heartbeat, events, world_size, config.reliability.hang_timeout_seconds):
+            heartbeat.enter("hear whether the stage is finished")
+            finished = found_by_first_rank(config, finished)
+            if finished is not None:
+                return finished
             heartbeat.enter("build the engine and open the data")
             job = build(config, objective)
             with told_to_the_user(config.stage_folder):
                 run = assemble(config, job, signals, heartbeat, events)
             return run_to_the_end(run)
+
+
+def found_by_first_rank(config: TrainConfig, finished: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The summary that the first rank found, on every rank; None: the stage goes on, in the process group made here."""
+    if config.parallel.world_size == 1:
+        return finished
+    from model.parallel import groups
+    from training.engines.replicated import join_group
+    from training.reliability.agreement import seen_by_first_rank
+
+    known: dict[str, Any] | None = seen_by_first_rank(join_group(config), lambda: finished)
+    if known is not None:
+        groups.leave()
+    return known
 
 
 def build(config: TrainConfig, objective: Objective) -> Job:

@@ -18,7 +18,7 @@ from model.registry import absent_class, find_class
 from model.vocabulary import Vocabulary
 from training.config import TrainConfig, differences
 from training.objectives.registry import KEY, OPTIONS, options_class, options_of
-from training.objectives.rows_read import rows_read_before
+from training.objectives.rows_read import history_of, rows_read_before
 
 PLANNED_ENGINES = ("megatron", "deepspeed")  # whose memory the plan counts
 
@@ -149,7 +149,7 @@ def refuse_repetition(config: TrainConfig, training: Mapping[str, Mapping[str, A
         not limits or config.checkpoint.allow_data_change
     ):  # of changed data the stage's rows say it when they are opened
         return
-    beginning = rows_read_before(config)
+    beginning = rows_read_before(history_of(config))
     fingerprints = {name: str(manifest["fingerprint"]) for name, manifest in training.items()}
     cursors = {name: beginning.cursors[one] for name, one in fingerprints.items() if one in beginning.cursors}
     (_, weights), *changes = [

@@ -22,6 +22,7 @@ from training.objectives.rows_read import (
     beginning_of_other_data,
     coverage_of_stage,
     data_changes,
+    history_of,
     rows_read_before,
 )
 from training.stage import finished_summary
@@ -133,7 +134,7 @@ def config_of(run_folder: Path, initialize_from: str | None) -> TrainConfig:
 
 
 def test_a_stage_goes_on_behind_the_checkpoint_that_it_starts_from(tmp_path: Path, record: ReadingRecord):
-    assert rows_read_before(config_of(tmp_path, None)) == (0, {})
+    assert rows_read_before(history_of(config_of(tmp_path, None))) == (0, {})
     write_checkpoint(tmp_path / "pretrain_1", 10, consumed_samples=20, **{RECORD_KEY: record.to_dict()})
     config = config_of(tmp_path, str(tmp_path / "pretrain_1"))
     expected = {
@@ -141,13 +142,13 @@ def test_a_stage_goes_on_behind_the_checkpoint_that_it_starts_from(tmp_path: Pat
         "of b": Cursor("7/pretrain_1/b", 5),
         "of c": Cursor("7/zero/c", 5),
     }
-    assert rows_read_before(config) == (0, expected)
+    assert rows_read_before(history_of(config)) == (0, expected)
     assert coverage_of_stage(tmp_path / "pretrain_1")["a"] == {"num_rows": 30, "rows_read": 15, "epochs": 0.5}
     # A resumed stage begins where it began, whatever has become of the other one.
     _, own = mixture_of({"a": 30}, [1], "pretrain_2", expected)
     write_checkpoint(tmp_path / "pretrain_2", 3, consumed_samples=6, **{RECORD_KEY: own.to_dict()})
     write_checkpoint(tmp_path / "pretrain_1", 20, consumed_samples=40, **{RECORD_KEY: record.to_dict()})
-    assert rows_read_before(config) == (0, expected)
+    assert rows_read_before(history_of(config)) == (0, expected)
     assert coverage_of_stage(tmp_path / "pretrain_2")["a"]["rows_read"] == 21
 
 
@@ -173,10 +174,10 @@ def test_other_data_begin_behind_the_newest_checkpoint_where_that_is_allowed(tmp
     content = {"consumed_samples": 20, "data_fingerprint": "old", RECORD_KEY: record.to_dict()}
     write_checkpoint(tmp_path / "pretrain_2", 10, **content)
     config = config_of(tmp_path, None)
-    assert beginning_of_other_data(config, "new") is None
+    assert beginning_of_other_data(config, history_of(config), "new") is None
     config.checkpoint.allow_data_change = True
-    assert beginning_of_other_data(config, "old") is None
-    found = beginning_of_other_data(config, "new")
+    assert beginning_of_other_data(config, history_of(config), "old") is None
+    found = beginning_of_other_data(config, history_of(config), "new")
     assert found == (20, record.after(20))
     sizes = {"a": 30, "b": 10, "new": 50}
     _, changed = mixture_of(sizes, [1, 0, 1], "pretrain_2", found.cursors, first_sample=found.first_sample)
@@ -187,15 +188,15 @@ def test_other_data_begin_behind_the_newest_checkpoint_where_that_is_allowed(tmp
         "shares by sample: {0: {'a': 0.75, 'b': 0.25}} -> {20: {'a': 0.5, 'new': 0.5}}",
     ]
     write_checkpoint(tmp_path / "pretrain_2", 15, **later)
-    assert beginning_of_other_data(config, "new") is None
-    assert rows_read_before(config) == (20, found.cursors)
+    assert beginning_of_other_data(config, history_of(config), "new") is None
+    assert rows_read_before(history_of(config)) == (20, found.cursors)
     assert changed.coverage(30)["a"]["rows_read"] == 15 + 5
 
 
 def test_checkpoints_without_a_record_have_read_nothing(tmp_path: Path):
     write_checkpoint(tmp_path / "converted", 0, consumed_samples=0)
-    assert rows_read_before(config_of(tmp_path, str(tmp_path / "converted"))) == (0, {})
-    assert rows_read_before(config_of(tmp_path, str(tmp_path / "nothing"))) == (0, {})
+    assert rows_read_before(history_of(config_of(tmp_path, str(tmp_path / "converted")))) == (0, {})
+    assert rows_read_before(history_of(config_of(tmp_path, str(tmp_path / "nothing")))) == (0, {})
     assert coverage_of_stage(tmp_path / "converted") == {}
 
 

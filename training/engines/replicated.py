@@ -155,8 +155,11 @@ def join_replicas(config: TrainConfig) -> Ranks:
     problem = holds_the_whole_module(ParallelLayout.of(config.parallel))
     if problem is not None:
         raise UserError(problem.message, where=problem.key, fix=problem.fix)
-    if config.parallel.world_size == 1:
-        return Alone()
+    return Alone() if config.parallel.world_size == 1 else join_group(config)
+
+
+def join_group(config: TrainConfig) -> groups.ReplicaRanks:
+    """All ranks of the configuration; a process group that is already there is used as it is."""
     if not distributed.is_initialized():
         timeout_seconds = collective_timeout_seconds(config.reliability.hang_timeout_seconds)
         groups.join(init_method=groups.launched_init_method(), timeout_seconds=timeout_seconds)

@@ -44,6 +44,7 @@ class ImageCopiesObjective(NextToken):
 
     def batches(self, ranks: Ranks) -> OfflineRows:
         stage = self.config.stage
+        self.hear_history(ranks)
         rows = self.packed_rows(ranks.data_parallel_rank, ranks.data_parallel_size)
         self.look_at(self._seen())
         return OfflineRows(

@@ -22,8 +22,16 @@ from training.contracts.batches import Ranks
 from training.contracts.inputs import LocalInput, LossSums, ModelInput, TokenScores
 from training.contracts.results import StepResult
 from training.objectives.offline_rows import OfflineRows
-from training.objectives.rows_read import RECORD_KEY, Beginning, beginning_of_other_data, rows_read_before
+from training.objectives.rows_read import (
+    RECORD_KEY,
+    Beginning,
+    History,
+    beginning_of_other_data,
+    history_of,
+    rows_read_before,
+)
 from training.objectives.token_options import NextTokenOptions
+from training.reliability.agreement import seen_by_first_rank
 
 CHECKPOINT_KIND = "transformer"
 CLASS_NAMES = [kind.name.lower() for kind in TokenClass]
@@ -40,6 +48,7 @@ class NextToken:
         self.vocabulary = Vocabulary.from_config(config.model.vocabulary)
         self.source_names: list[str] = []
         self._data: dict[str, Any] = {}  # what a checkpoint says of the rows
+        self._history: History | None = None  # as the first rank sees it
 
     @property
     def num_sums(self) -> int:
@@ -51,7 +60,12 @@ class NextToken:
         return len(TokenClass) + len(self.source_names)
 
     def batches(self, ranks: Ranks) -> OfflineRows:
+        self.hear_history(ranks)
         return OfflineRows(self.packed_rows(ranks.data_parallel_rank, ranks.data_parallel_size))
+
+    def hear_history(self, ranks: Ranks) -> None:
+        """Where the order of the rows begins must not depend on when a rank sees the newest checkpoint."""
+        self._history = seen_by_first_rank(ranks, lambda: history_of(self.config))
 
     def packed_rows(
         self, data_parallel_rank: int, data_parallel_size: int, num_rows: int | None = None
@@ -59,8 +73,9 @@ class NextToken:
         """The stage's rows as this data-parallel rank reads them; with `num_rows` global batches of so many, unprefetched."""
         stage = self.config.stage
         datasets = stage.data.datasets_in_use()
-        rows = self._open(data_parallel_rank, data_parallel_size, num_rows, rows_read_before(self.config))
-        other = beginning_of_other_data(self.config, rows.fingerprint)
+        history = self._history or history_of(self.config)
+        rows = self._open(data_parallel_rank, data_parallel_size, num_rows, rows_read_before(history))
+        other = beginning_of_other_data(self.config, history, rows.fingerprint)
         if other is not None:
             rows.close()
             rows = self._open(data_parallel_rank, data_parallel_size, num_rows, other)

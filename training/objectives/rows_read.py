@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from data_pipeline.loading.mixture import Cursor
 from data_pipeline.loading.reading_record import ReadingRecord
@@ -23,36 +24,51 @@ class Beginning(NamedTuple):
     cursors: dict[str, Cursor]
 
 
-def rows_read_before(config: TrainConfig) -> Beginning:
+class History(TypedDict):
+    """What two manifests say of the rows that were read, as JSON values; None where there is no such checkpoint."""
+
+    own: dict[str, Any] | None  # of the stage's newest checkpoint
+    start: dict[str, Any] | None  # of the checkpoint that the stage starts from
+
+
+def history_of(config: TrainConfig) -> History:
+    """As this process sees the folders. All ranks need the same one (`training.reliability.agreement`)."""
+    start = None
+    if config.stage.initialize_from is not None:
+        with contextlib.suppress(UserError):  # loading the weights says what is wrong with it
+            start = _read_record(read_manifest(latest_checkpoint(Path(config.stage.initialize_from))))
+    own = _own_manifest(config)
+    return {"own": own and _read_record(own), "start": start}
+
+
+def _read_record(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: manifest[key] for key in (RECORD_KEY, "consumed_samples", "data_fingerprint") if key in manifest}
+
+
+def rows_read_before(history: History) -> Beginning:
     """Where the stages before this one stopped in every dataset, by the datasets' fingerprints.
 
     A stage that has checkpoints of its own goes on as it began, or as it was changed. Another one goes on behind the
     checkpoint that it starts from; fresh weights, and weights that were not trained on packed rows, have read nothing.
     """
-    own = _own_manifest(config)
+    own, start = history["own"], history["start"]
     if own is not None:
         if RECORD_KEY not in own:
             return Beginning(0, {})
         record = ReadingRecord.from_dict(own[RECORD_KEY])
         return Beginning(record.first_sample, record.before)
-    if config.stage.initialize_from is None:
+    if start is None or RECORD_KEY not in start:
         return Beginning(0, {})
-    try:
-        manifest = read_manifest(latest_checkpoint(Path(config.stage.initialize_from)))
-    except UserError:  # loading the weights says what is wrong with it
-        return Beginning(0, {})
-    if RECORD_KEY not in manifest:
-        return Beginning(0, {})
-    return Beginning(0, ReadingRecord.from_dict(manifest[RECORD_KEY]).after(int(manifest["consumed_samples"])))
+    return Beginning(0, ReadingRecord.from_dict(start[RECORD_KEY]).after(int(start["consumed_samples"])))
 
 
-def beginning_of_other_data(config: TrainConfig, fingerprint: str) -> Beginning | None:
+def beginning_of_other_data(config: TrainConfig, history: History, fingerprint: str) -> Beginning | None:
     """Where a stage goes on whose data, now of this fingerprint, are not those of its newest checkpoint.
 
     Behind that checkpoint: what was read of each dataset stays read. None where nothing changed, where no change is
     allowed, and where the checkpoint does not say what it had read.
     """
-    own = _own_manifest(config) if config.checkpoint.allow_data_change else None
+    own = history["own"] if config.checkpoint.allow_data_change else None
     if own is None or RECORD_KEY not in own or own["data_fingerprint"] == fingerprint:
         return None
     consumed_samples = int(own["consumed_samples"])

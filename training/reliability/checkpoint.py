@@ -37,6 +37,7 @@ from model.durable import crc32_of, flush_to_disk, replace_file
 from model.errors import UserError
 from training.contracts.batches import Ranks
 from training.contracts.shards import Shard, ShardStore
+from training.reliability.agreement import seen_by_first_rank
 from training.reliability.finite import describe_non_finite, non_finite_in, non_finite_keys
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -157,11 +158,10 @@ class CheckpointStore:
     def _listed(self) -> list[Path]:
         """The checkpoints that the first rank sees, newest first; the same on every rank.
 
-        A network file system shows a rename late: ranks that went through lists of their own would stand at different
-        collectives. A rank that does not see one of these folders finds it damaged, and all ranks hear of that.
+        A rank that does not see one of these folders finds it damaged, and all ranks hear of that.
         """
-        mine = [folder.name for folder in list_checkpoints(self.stage_folder)] if self.ranks.rank == 0 else []
-        return [self.folder / name for name in json.loads(self.ranks.gather(json.dumps(mine).encode())[0])]
+        names = seen_by_first_rank(self.ranks, lambda: [folder.name for folder in list_checkpoints(self.stage_folder)])
+        return [self.folder / name for name in names]
 
     def load(self, folder: Path) -> Loaded:
         """Read weights, optimizer and (if the layout is the same) the random streams into the engine."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from model.checkpoint.manifest import foreign_format
 from model.checkpoint.reader import MANIFEST_NAME, latest_checkpoint, list_checkpoints
 from model.errors import UserError
 from training.contracts.batches import Ranks
+from training.reliability.agreement import seen_by_first_rank
 from training.reliability.checkpoint import find_damage
 from training.reliability.finite import describe_non_finite, non_finite_in
 
@@ -20,9 +20,8 @@ def resolve_initial(path: Path, ranks: Ranks) -> Path:
     themselves could start from different weights, where a disk fails one of them or the stage before still runs. They
     share the work of checking.
     """
-    mine = json.dumps([str(folder) for folder in _candidates(path)])
     damages = []
-    for folder in map(Path, json.loads(ranks.gather(mine.encode())[0])):
+    for folder in map(Path, seen_by_first_rank(ranks, lambda: list(map(str, _candidates(path))))):
         damage = find_damage(folder, ranks.rank, ranks.world_size)
         if not damage and (keys := non_finite_in(folder, ranks.rank, ranks.world_size)):
             damage = describe_non_finite(keys)

@@ -36,6 +36,7 @@ from training.objectives.grpo.policy_loss import (
 from training.objectives.grpo.rollouts import Rollouts
 from training.objectives.grpo.rows import MODALITIES, MicroBatch
 from training.objectives.next_token import path_in_run
+from training.reliability.agreement import seen_by_first_rank
 
 CHECKPOINT_KIND = "transformer"
 TOKENIZERS = ("text_tokenizer", "vision_tokenizer")
@@ -66,7 +67,8 @@ class Grpo:
 
     def batches(self, ranks: Ranks) -> Rollouts:
         """Opens the tokenizers, the prompts and the rewards. Raises `UserError` for what is missing or does not fit."""
-        folder = latest_checkpoint(Path(str(self.config.stage.initialize_from)))
+        start = Path(str(self.config.stage.initialize_from))
+        folder = Path(seen_by_first_rank(ranks, lambda: str(latest_checkpoint(start))))
         reader = CheckpointReader(folder)
         manifest = CheckpointManifest.of(reader.manifest, folder)
         check_kind(manifest, folder)

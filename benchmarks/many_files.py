@@ -9,7 +9,7 @@ seconds of wall and of CPU, by how much the process's peak memory grew, and the 
 
 - status: `nextstate tokenize status` of all shards done;
 - tokenize: the command again where nothing is to do;
-- pack, first row: from the call to the first row planned, with a window of one row;
+- pack, first row: from the call to the first row planned, with a window of 256 rows of a document each;
 - pack, first row, one removed: the same where a document is left out: every token file is opened, verified and indexed;
 - pack, nothing to do: the command again over the packed shards;
 - loader: `PackedDataSource` and its first global batch of 64 rows, of 64 shards;
@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def first_row(folder: Path, removed: frozenset[int] = frozenset()) -> str:
 
     packing_module._Packing.write_shard = stop  # type: ignore[method-assign]
     try:
-        pack({"many": folder / "tokens"}, folder / "target", PACKING, removed)
+        pack({"many": folder / "tokens"}, folder / "target", replace(PACKING, window_rows=256), removed)
     except PlannedError:
         return "first row planned"
     raise AssertionError

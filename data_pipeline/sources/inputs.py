@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ def find_inputs(patterns: Sequence[str], key: str, config: RemoteConfig, notes: 
 
 
 def num_bytes_of(shard: Shard) -> int:
-    return shard.num_bytes if isinstance(shard, RemoteShard) else shard.stat().st_size
+    return shard.num_bytes if isinstance(shard, RemoteShard) else os.stat(shard).st_size
 
 
 def describe_input(shard: Shard, copy: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from data_pipeline.executor import EXECUTORS, ShardJob, choose_executor, group_j
 from data_pipeline.filters.base import FilterConfig
 from data_pipeline.sources.copies import ShardCopies
 from data_pipeline.sources.inputs import find_inputs, num_bytes_of
+from data_pipeline.sources.patterns import plain_files
 from data_pipeline.sources.remote import RemoteConfig
 from data_pipeline.storage.atomic import atomic_write_json
 from data_pipeline.storage.file_errors import check_writable, file_errors_are_user_errors
@@ -281,9 +282,10 @@ def plan_jobs(config: Config, target: Path) -> list[ShardJob]:
     """
     wanted = [config.input] if isinstance(config.input, str) else [str(pattern) for pattern in config.input]
     shards = find_inputs(wanted, "input", config.remote, target / REMOTE_NOTES)
-    local = [shard for shard in shards if isinstance(shard, Path)]
-    folders = {shard.parent for shard in local} | {shard.resolve().parent for shard in local if os.path.islink(shard)}
-    if target.resolve() in {folder.resolve() for folder in folders}:
+    local = [str(shard) for shard in shards if isinstance(shard, Path)]
+    plain = plain_files(local)
+    folders = {os.path.dirname(shard if shard in plain else os.path.realpath(shard)) for shard in local}
+    if os.path.realpath(target) in map(os.path.realpath, folders):
         raise UserError(
             "the target is a folder of the shards that are read",
             where=f"target={target}",

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.kinds.registry import KindSet, read_shard
-from data_pipeline.sources import BadSample, Sample, SampleError
+from data_pipeline.sources import BadSample, Sample, SampleError, patterns
 from data_pipeline.sources.patterns import find_shards
 from data_pipeline.sources.samples import source_images
 from data_pipeline.sources.shards import split_name
@@ -235,6 +235,25 @@ def test_a_folder_in_place_of_a_shard_is_answered_with_its_pattern(tmp_path: Pat
     (tmp_path / "photos" / "0.tar").touch()
     with pytest.raises(UserError, match=r"photos/\*.tar'"):
         find_shards([f"{tmp_path}/photos"], "input")
+
+
+@pytest.mark.parametrize("many", [1, 1000])
+def test_plain_files_are_files_and_no_links(tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_MANY", many)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.tar").mkdir()
+    for name in ("0.tar", "1.tar", "folder.tar/2.tar"):
+        (tmp_path / name).touch()
+    (tmp_path / "link.tar").symlink_to(tmp_path / "0.tar")
+    (tmp_path / "nowhere.tar").symlink_to(tmp_path / "missing.tar")
+    os.mkfifo(tmp_path / "pipe.tar")
+    names = ["0.tar", "folder.tar", "folder.tar/2.tar", "link.tar", "nowhere.tar", "pipe.tar", "missing.tar"]
+    expected = {"0.tar", "folder.tar/2.tar"}
+    assert patterns.plain_files(names) == expected
+    assert patterns.plain_files([f"{tmp_path}/{name}" for name in names]) == {f"{tmp_path}/{one}" for one in expected}
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "0.tar").symlink_to(tmp_path / "0.tar")
+    assert find_shards(["links/*.tar"], "input") == [Path("links/0.tar")]  # a link to a file is a shard too
 
 
 def test_a_pipe_in_place_of_a_shard_is_not_waited_on(tmp_path: Path) -> None:

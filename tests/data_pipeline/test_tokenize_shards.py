@@ -27,8 +27,9 @@ from data_pipeline.filters.base import FilterChain, FilterConfig
 from data_pipeline.kinds.base import PreparedSample
 from data_pipeline.sources import BadSample, Sample
 from data_pipeline.sources.image import ImageConfig
+from data_pipeline.storage import manifests as manifests_module
 from data_pipeline.storage.folder_claim import LOCK_NAME
-from data_pipeline.storage.format import verify_outputs
+from data_pipeline.storage.format import read_manifest, verify_outputs
 from data_pipeline.storage.segments import Flag, Kind
 from data_pipeline.storage.token_files import TokenFileReader
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig, tokenize_shard
@@ -491,6 +492,48 @@ def test_status_says_what_is_done_and_left(tmp_path: Path, text_folder: Path) ->
     assert answer["num_documents"] == 8 < done["num_documents"]
     with pytest.raises(UserError, match="unknown action"):
         command.run(dataclasses.replace(config, action="stauts"))
+
+
+def test_with_noted_manifests_the_command_sees_what_changed(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifests_module, "_LEAST_NOTED", 2)
+    write_text_shards(tmp_path / "raw", 5)
+    config = text_config(tmp_path, text_folder)
+    command.run(config)
+    target = Path(config.target)
+    before = {path.name: path.read_bytes() for path in target.glob("0*") if path.suffix != ".json"}
+    for path in target.glob("*.json"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert command.run(config)["skipped_shards"] == 5
+    opened: list[str] = []
+    monkeypatch.setattr(
+        manifests_module, "read_manifest", lambda *given: opened.append(str(given[0])) or read_manifest(*given)
+    )
+    assert command.run(config)["skipped_shards"] == 5
+    assert not opened
+    (target / "000000.json").unlink()
+    (target / "000001.bin").unlink()
+    os.utime(tmp_path / "raw/000002.tar")  # the same content
+    write_text_shards(tmp_path / "other", 4)
+    (tmp_path / "raw/000003.tar").write_bytes((tmp_path / "other/000003.tar").read_bytes() + bytes(512))
+    status = command.run(dataclasses.replace(config, action="status"))
+    assert (status["done_shards"], status["changed_shards"], status["left_shards"]) == (3, 1, 2)
+    assert command.run(config)["skipped_shards"] == 2
+    assert {path.name: path.read_bytes() for path in target.glob("0*") if path.suffix != ".json"} == before
+    assert command.run(config)["skipped_shards"] == 5
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_the_folder_of_the_shards_is_no_target(tmp_path: Path, text_folder: Path, is_link: bool) -> None:
+    write_text_shards(tmp_path / "raw", 2)
+    config = dataclasses.replace(text_config(tmp_path, text_folder), target=str(tmp_path / "raw"))
+    if is_link:
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links/000000.tar").symlink_to(tmp_path / "raw/000000.tar")
+        config.input = str(tmp_path / "links/*.tar")
+    with pytest.raises(UserError, match="a folder of the shards that are read"):
+        command.run(config)
 
 
 def test_a_shard_that_was_given_up_is_passed_over_until_it_is_repaired(tmp_path: Path, text_folder: Path) -> None:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.documents.byte_pairs import byte_letters
 from data_pipeline.documents.tokenizers import (
     _QWEN_PATTERN,
     MODEL_FILE,
@@ -198,10 +199,3 @@ def byte_pair_parts(ranks: dict[bytes, int]) -> dict[str, Any]:
             "merges": merges,
         },
     }
-
-
-def byte_letters() -> dict[int, str]:
-    """The visible character that byte-level tokenizers write for each byte."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + number) for number, byte in enumerate(hidden)}

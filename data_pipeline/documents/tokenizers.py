@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import re
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipeline.documents.byte_pairs import BytePairs, byte_pairs_of
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.errors import UserError
@@ -30,6 +32,7 @@ MODEL_FILE = "tokenizer.model"
 FORMAT_VERSION = 1
 
 _MAX_BLANKS = 100_000  # of a run that is encoded at once
+_MANY_CHARACTERS = 1 << 22  # for which Hugging Face's library takes seconds
 _ENDLESS_BLANKS = re.compile(rf"\s{{{_MAX_BLANKS},}}")
 _NUM_BYTES = 256  # pieces that every model has, to write any character
 _MAX_LINE_BYTES = 4096  # of the SentencePiece trainer; longer lines would be ignored
@@ -140,11 +143,36 @@ class HuggingFaceTokenizer(TextTokenizer):
         # The number of entries says less: a vocabulary may have holes.
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.fingerprint = _fingerprint("huggingface", definition)
+        self._definition = definition
+        self._num_characters = 0  # encoded until now
+        self._fast: BytePairs | None = None
+        self._choice = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
+        return _joined([self._library_ids(part) for part in _split_long(text)])
+
+    def encode_array(self, text: str) -> np.ndarray:
+        self._num_characters += len(text)
+        if self._num_characters < _MANY_CHARACTERS or (fast := self._fast_one()) is None:
+            return super().encode_array(text)
+        parts = [self._fast_ids(fast, part) for part in _split_long(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])
+
+    def _fast_ids(self, fast: BytePairs, text: str) -> np.ndarray:
+        ids = fast.ids(text)
+        return np.array(self._library_ids(text), np.int32) if ids is None else ids
+
+    def _library_ids(self, text: str) -> list[int]:
         # The fast one gives no offsets, which nobody asks for.
-        encoded = self._tokenizer.encode_batch_fast(list(_split_long(text)), add_special_tokens=False)
-        return _joined([part.ids for part in encoded])
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def _fast_one(self) -> BytePairs | None:
+        """Not made for a few texts: a large vocabulary takes a second or two."""
+        with self._choice:
+            if self._definition:
+                self._fast, self._definition = byte_pairs_of(self._definition, self._tokenizer), b""
+        return self._fast
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)

@@ -39,6 +39,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from data_pipeline.documents.byte_pairs import QWEN_PATTERN
 from data_pipeline.documents.tokenizers import TextTokenizer, load_text_tokenizer, train_sentencepiece
 from data_pipeline.sources.image import ImageConfig, decode_image, smart_resize
 from data_pipeline.tokenize import ShardTokenizer, TokenizeConfig, VisionTokenizer
@@ -173,14 +174,14 @@ class TextLibrary:
 
 
 def text_libraries(folder: Path) -> list[TextLibrary]:
-    import tiktoken
+    import tiktoken.load
     from tokenizers import Tokenizer
 
     train_huggingface(folder / "huggingface.json")
     write_ranks(folder / "huggingface.json", folder / "bytes.tiktoken")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "tokenizer.model"))
-    ranked = load_text_tokenizer(folder / "bytes.tiktoken")
-    encoding: tiktoken.Encoding = ranked._encoding  # type: ignore[attr-defined]
+    ranks = tiktoken.load.load_tiktoken_bpe(str(folder / "bytes.tiktoken"))
+    encoding = tiktoken.Encoding("bare", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
     huggingface = Tokenizer.from_file(str(folder / "huggingface.json"))
     return [
         TextLibrary(
@@ -191,7 +192,7 @@ def text_libraries(folder: Path) -> list[TextLibrary]:
         ),
         TextLibrary(
             "tiktoken",
-            ranked,
+            load_text_tokenizer(folder / "bytes.tiktoken"),
             encoding.encode_ordinary,
             lambda texts, count: encoding.encode_ordinary_batch(texts, num_threads=count),
         ),

@@ -256,17 +256,19 @@ class ShardTokenizer:
 
     def _documents(self, shard: Path, name: str, quarantine: list[BadSample]) -> Generator[Document, None, None]:
         """The shard's documents in order; what cannot become one is appended to `quarantine`."""
-        threads = Readers(self.num_threads, "encode")
+        # One core that encodes nothing but texts would only be taken away from one thread for the other.
+        threads = Readers(self.num_threads, "encode") if self.num_threads > 1 or self.vision_tokenizer else None
         try:
             with closing(one_ahead(self._windows(shard), "decode")) as windows:
                 for window in windows:
                     quarantine += window.unusable
                     yield from self._documents_of(self._filtered(window.samples, quarantine), name, quarantine, threads)
         finally:
-            threads.close()
+            if threads is not None:
+                threads.close()
 
     def _documents_of(
-        self, samples: list[PreparedSample], name: str, quarantine: list[BadSample], threads: Readers
+        self, samples: list[PreparedSample], name: str, quarantine: list[BadSample], threads: Readers | None
     ) -> Iterator[Document]:
         with closing(self._groups(samples, threads)) as groups:
             codes = self._encode([picture for sample in samples for picture in sample.pictures])
@@ -286,7 +288,9 @@ class ShardTokenizer:
                         self.filters.duplicates.note(sample)
                     yield document
 
-    def _groups(self, samples: list[PreparedSample], threads: Readers) -> Generator[list[PreparedSample], None, None]:
+    def _groups(
+        self, samples: list[PreparedSample], threads: Readers | None
+    ) -> Generator[list[PreparedSample], None, None]:
         """The samples in their order, of each group the texts encoded. A chat's are joined to others before: they are not."""
         if self.config.format != "pretrain":
             yield samples

@@ -164,10 +164,19 @@ class DocumentBuilder:
     # Documents of pretraining
 
     def text(self, identity: int, text: str, *, splittable: bool = True) -> Document:
-        draft = self._begin()
-        flags = _SPLITTABLE if splittable else 0
-        draft.add(self.text_tokenizer.encode_array(text), _TEXT, flags)
-        return self._end(draft, identity)
+        """Without a draft: there are more of these than of all others."""
+        ids = self.text_tokenizer.encode_array(text)
+        last, flags = len(ids) + 1, _SPLITTABLE if splittable else 0
+        tokens = np.empty(last + 1, np.int32)  # a third of the time that joining three arrays takes
+        tokens[:1], tokens[1:last], tokens[last:] = self._bos, ids, self._eos
+        records = [
+            (0, 0, 1, _STRUCTURE, _DOCUMENT_START, 0, 0, 0, identity, 0),
+            (0, 1, last - 1, _TEXT, flags, 0, 0, 0, identity, 0),
+            (0, last, 1, _STRUCTURE, 0, 0, 0, 0, identity, 0),
+        ]
+        if last == 1:
+            del records[1]
+        return Document(tokens, segments_of(records))
 
     def image_text(self, identity: int, caption: str, codes: np.ndarray, *, image_first: bool = False) -> Document:
         parts: list[Part] = [Text(caption), Picture(codes)]

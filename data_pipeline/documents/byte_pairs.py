@@ -25,14 +25,17 @@ from typing import Any
 import numpy as np
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BLANKS = r"|\s+(?!\S)|\s+"  # how each of them ends
+_TAIL = r"|\s*[\r\n]+" + _BLANKS
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + _BLANKS
+# How Qwen's tokenizer cuts text before merging; digits stand one by one.
+QWEN_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
 # Every character is in some word of each of them, and both libraries' engines try the alternatives in the same way.
 PATTERNS = {
     "GPT-2": _GPT2_PATTERN,
     "Llama 3": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL,
-    "Qwen": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL,
+    "Qwen": QWEN_PATTERN,
     "Qwen 3.5": _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _TAIL,
     "GPT-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
@@ -60,7 +63,9 @@ class BytePairs:
         pattern = _pattern_of(definition.get("pre_tokenizer"))
         self._normalizer = library.normalizer if _is_normalized(definition.get("normalizer")) else None
         ranks, self._ids = ranked_tokens(definition["model"])
-        self._encoding = tiktoken.Encoding("byte pairs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(
+            "byte pairs", pat_str=grouped(pattern), mergeable_ranks=ranks, special_tokens={}
+        )
         self._strange = _strange_characters(pattern, normalized=self._normalizer is not None)
         if self._strange[:128].any():
             raise UnsuitedError("the libraries' patterns see ASCII in two ways")
@@ -110,6 +115,13 @@ def _pattern_of(pre_tokenizer: Any) -> str:
         } if pattern in PATTERNS.values():
             return str(pattern)
     raise UnsuitedError("it cuts words in a way of its own")
+
+
+def grouped(pattern: str) -> str:
+    """The same pattern, that tiktoken takes two thirds of the time for: what does not look ahead is one expression to its engine."""
+    words = pattern.removesuffix(_BLANKS)
+    assert words != pattern, pattern
+    return f"(?:{words}){_BLANKS}"
 
 
 def _is_normalized(normalizer: Any) -> bool:

@@ -32,10 +32,26 @@ class EncodingAhead(TextTokenizer):
         known = self._known.get(id(text))
         return known[1] if known is not None and known[0] is text else self._tokenizer.encode_array(text)
 
-    def ahead(self, groups: Iterable[Sequence[str]], threads: Readers) -> Generator[None, None, None]:
-        """Give all groups to the threads at once; then, group by group, know its texts until the next one is asked for."""
+    def ahead(self, groups: Iterable[Sequence[str]], threads: Readers | None) -> Generator[None, None, None]:
+        """Group by group, know its texts until the next one is asked for. Threads are given all groups at once; without
+        them each group is encoded when it is asked for.
+        """
+        if threads is None:
+            return self._encoding_each(groups)
         pending = [(texts, threads.submit(self._encode_all, texts)) for texts in groups]
         return self._knowing(pending)
+
+    def _encoding_each(self, groups: Iterable[Sequence[str]]) -> Generator[None, None, None]:
+        try:
+            for texts in groups:
+                self._know(texts, self._encode_all(texts))
+                yield
+        finally:
+            self._known = {}
+
+    def _know(self, texts: Sequence[str], found: Sequence[np.ndarray | None]) -> None:
+        pairs = zip(texts, found, strict=True)
+        self._known = {id(text): (text, ids) for text, ids in pairs if ids is not None}
 
     def _knowing(
         self, pending: list[tuple[Sequence[str], Future[list[np.ndarray | None]]]]
@@ -44,8 +60,7 @@ class EncodingAhead(TextTokenizer):
         try:
             while pending:
                 texts, future = pending.pop()
-                found = zip(texts, future.result(), strict=True)
-                self._known = {id(text): (text, ids) for text, ids in found if ids is not None}
+                self._know(texts, future.result())
                 yield
         finally:
             self._known = {}

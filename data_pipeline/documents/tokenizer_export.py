@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.documents.byte_pairs import byte_letters
+from data_pipeline.documents.byte_pairs import QWEN_PATTERN, byte_letters
 from data_pipeline.documents.tokenizers import (
-    _QWEN_PATTERN,
     MODEL_FILE,
     _parse_ranks,
     load_text_tokenizer,
@@ -181,7 +180,7 @@ def byte_pair_parts(ranks: dict[bytes, int]) -> dict[str, Any]:
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _QWEN_PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
             ],
         },

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.documents.byte_pairs import BytePairs, byte_pairs_of
+from data_pipeline.documents.byte_pairs import QWEN_PATTERN, BytePairs, byte_pairs_of, grouped
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from model.errors import UserError
@@ -36,12 +36,6 @@ _MANY_CHARACTERS = 1 << 22  # for which Hugging Face's library takes seconds
 _ENDLESS_BLANKS = re.compile(rf"\s{{{_MAX_BLANKS},}}")
 _NUM_BYTES = 256  # pieces that every model has, to write any character
 _MAX_LINE_BYTES = 4096  # of the SentencePiece trainer; longer lines would be ignored
-
-# How Qwen's tokenizer cuts text before merging; digits stand one by one.
-_QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class TextTokenizer(Protocol):
@@ -111,7 +105,8 @@ class TiktokenTokenizer(TextTokenizer):
         import tiktoken
 
         ranks = _parse_ranks(ranks_file, name)
-        self._encoding = tiktoken.Encoding(name, pat_str=_QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        pattern = grouped(QWEN_PATTERN)
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.size = len(ranks)
         self.fingerprint = _fingerprint("tiktoken", ranks_file)
 

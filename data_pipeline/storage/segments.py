@@ -6,8 +6,9 @@ image grids are derived from its segments (32 bytes each, about 29 in a row of 3
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 
 import numpy as np
@@ -50,17 +51,22 @@ SEGMENT_DTYPE = np.dtype(
     ]
 )
 
-_RECORD = struct.Struct("<IIIBBHHHQI")  # the same in one call, as most documents have three segments
-assert _RECORD.size == SEGMENT_DTYPE.itemsize
+_FIELDS = "IIIBBHHHQI"  # the same in one call, as most documents have three segments
+_RECORDS = [struct.Struct("<" + _FIELDS * count) for count in range(8)]  # of so many at once
+assert _RECORDS[1].size == SEGMENT_DTYPE.itemsize
 
 _CLASS_OF_KIND = np.zeros(len(Kind), np.uint8)
 _CLASS_OF_KIND[[Kind.PAD, Kind.IMAGE, Kind.STRUCTURE]] = TokenClass.STRUCTURE
 _CLASS_OF_KIND[[Kind.TEXT, Kind.TRANSCRIPT]] = TokenClass.TEXT
 
 
-def segments_of(records: Iterable[tuple[int, ...]]) -> np.ndarray:
+def segments_of(records: Sequence[tuple[int, ...]]) -> np.ndarray:
     """`SEGMENT_DTYPE` [k], of plain numbers in its order."""
-    return np.frombuffer(bytearray().join([_RECORD.pack(*record) for record in records]), SEGMENT_DTYPE)
+    if len(records) < len(_RECORDS):
+        packed = _RECORDS[len(records)].pack(*itertools.chain.from_iterable(records))
+    else:
+        packed = b"".join([_RECORDS[1].pack(*record) for record in records])
+    return np.frombuffer(bytearray(packed), SEGMENT_DTYPE)
 
 
 def tasks_of(segments: np.ndarray) -> np.ndarray:

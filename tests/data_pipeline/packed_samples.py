@@ -65,7 +65,12 @@ def video(num_frames: int, words: int, image: int) -> list[Spec]:
 
 
 def write_token_file(
-    prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]], more: dict[str, bytes] | None = None, **changes: Any
+    prefix: Path,
+    documents: list[tuple[np.ndarray, np.ndarray]],
+    more: dict[str, bytes] | None = None,
+    *,
+    with_crc: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     manifest = {
         "kind": "tokens",
@@ -77,7 +82,7 @@ def write_token_file(
         "inputs": [],
         "quarantined": {},
     }
-    with TokenFileWriter(prefix) as writer:
+    with TokenFileWriter(prefix, with_crc=with_crc) as writer:
         for tokens, segments in documents:
             writer.add(tokens, segments)
         return writer.finish(manifest | changes, more)

@@ -214,6 +214,14 @@ def test_plain_text_may_be_split() -> None:
     assert spans(BUILDER.text(1, "hello", splittable=False))[1] == ("TEXT", 0)
 
 
+@pytest.mark.parametrize("text", ["", "h", "hello " * 40])
+def test_plain_text_is_laid_out_as_a_part_alone(text: str) -> None:
+    document, other = BUILDER.text(2**64 - 1, text, splittable=False), BUILDER.interleaved(2**64 - 1, [Text(text)])
+    assert document.tokens.dtype == np.int32
+    assert document.tokens.tolist() == other.tokens.tolist()
+    assert document.segments.tobytes() == other.segments.tobytes()
+
+
 def test_x2i_in_pretraining() -> None:
     document = BUILDER.x2i(1, "make it blue", [codes(2, 2), codes(3, 3)], codes(2, 2))
     assert (

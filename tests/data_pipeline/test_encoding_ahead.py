@@ -87,6 +87,9 @@ def test_the_bytes_do_not_depend_on_calls_and_threads(
     assert max(seen.calls) == 5
     assert len(seen.calls) >= 9
     assert all(name.startswith("encode") for name in seen.threads)
+    seen.threads.clear()
+    assert files_of(tmp_path / "no_threads", shard_of_good, seen) == good
+    assert seen.threads == {threading.current_thread().name}
 
 
 def test_a_text_that_the_tokenizer_refuses_is_its_samples_and_spoils_no_other(
@@ -106,11 +109,12 @@ def test_a_text_that_the_tokenizer_refuses_is_its_samples_and_spoils_no_other(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("encode", "decode"))]
 
 
-def test_only_the_text_itself_is_known(tokenizer: TextTokenizer) -> None:
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_only_the_text_itself_is_known(tokenizer: TextTokenizer, num_threads: int) -> None:
     seen = Refusing(tokenizer)
-    ahead, threads = EncodingAhead(seen), Readers(1, "encode")
+    ahead, threads = EncodingAhead(seen), Readers(num_threads, "encode")
     texts = [["hello world", "a text"], ["another text"]]
-    for group, _ in zip(texts, ahead.ahead(texts, threads), strict=True):
+    for group, _ in zip(texts, ahead.ahead(texts, threads if num_threads else None), strict=True):
         assert all(ahead._known[id(text)][0] is text for text in group)
         for text in (*group, "some text that nobody announced"):
             assert ahead.encode_array(text).tolist() == tokenizer.encode(text)

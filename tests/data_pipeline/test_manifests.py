@@ -145,6 +145,20 @@ def test_small_parts_are_joined(tmp_path: Path, opened: list[str]) -> None:
     assert len(list((tmp_path / NOTES_FOLDER).iterdir())) == 1
 
 
+def test_what_a_killed_writer_leaves_is_passed_over_and_removed(tmp_path: Path, opened: list[str]) -> None:
+    for number in range(8):
+        publish(tmp_path, number, number)
+    dict(Manifests(tmp_path).each())
+    (part,) = (tmp_path / NOTES_FOLDER).iterdir()
+    left = part.with_name(f"{part.name}.tmp-99999999")  # no process has this number
+    left.write_bytes(part.read_bytes())
+    part.unlink()
+    opened.clear()
+    assert dict(Manifests(tmp_path).each()) == read_each(tmp_path)
+    assert len(opened) == 8
+    assert list((tmp_path / NOTES_FOLDER).iterdir()) == [part]
+
+
 def test_threads_read_where_reads_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]) -> None:
     readers = set()
     read = Manifests._read_some

@@ -583,23 +583,31 @@ def many_files(folder: Path, count: int) -> dict[str, Path]:
     corpus = Corpus()
     for number in range(count):
         documents = [corpus.document(text(CONFIG.sequence_length // 2 - 2)) for _ in range(2 * (number < count - 1))]
-        write_token_file(folder / f"{number:06d}", documents)
+        write_token_file(folder / f"{number:06d}", documents, with_crc=True)
     return {"many": folder}
 
 
-@pytest.mark.parametrize("what", ["far", "empty"])
-def test_a_damaged_file_is_told_before_anything_of_it_is_in_a_row(tmp_path, monkeypatch, what):
+def files_as_they_come(seed: int) -> list[int]:
+    """Numbers of the 39 files that have documents, by the first of these in the order of the rows."""
+    order = np.concatenate(list(pack_module._document_order(78, seed))) // 2
+    return list(dict.fromkeys(order.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("what", "suffix"), [("middle", ".bin"), ("middle", ".seg.npy"), ("last", ".bin"), ("empty", ".idx")]
+)
+def test_a_damaged_file_is_told_before_anything_of_it_is_in_a_row(tmp_path, monkeypatch, what, suffix):
     """Files are verified as their documents come; what was published before stays, and is gone on from."""
     monkeypatch.setattr(pack_module, "_LEAST_ORDER_BLOCK", 8)
     monkeypatch.setattr(pack_module, "_ORDER_BLOCK", 8)
     config = replace(CONFIG, rows_per_shard=4, window_rows=2)
     sources = many_files(tmp_path / "tokens", 40)
     pack(sources, tmp_path / "whole", config)
-    order = np.concatenate(list(pack_module._document_order(78, config.seed))) // 2
-    last = 39 if what == "empty" else int(order[np.sort(np.unique(order, return_index=True)[1])[-1]])
-    damaged = tmp_path / "tokens" / f"{last:06d}.{'idx' if what == 'empty' else 'bin'}"
+    files = files_as_they_come(config.seed)
+    number = {"middle": files[25], "last": files[-1], "empty": 39}[what]
+    damaged = tmp_path / "tokens" / f"{number:06d}{suffix}"
     intact = damaged.read_bytes()
-    damaged.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])
+    damaged.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
     with pytest.raises(UserError, match=rf"a file is damaged: its checksum[\s\S]*{damaged.name}"):
         pack(sources, tmp_path / "target", config)
     published = content(tmp_path / "target")
@@ -611,12 +619,14 @@ def test_a_damaged_file_is_told_before_anything_of_it_is_in_a_row(tmp_path, monk
     assert published.items() <= content(tmp_path / "whole").items()
 
 
-def test_with_documents_left_out_every_file_is_verified_first(tmp_path):
+def test_with_documents_left_out_every_file_is_verified_first(tmp_path, monkeypatch):
     """What a damaged file says of its documents must not decide over the first rows."""
+    monkeypatch.setattr(pack_module, "_LEAST_ORDER_BLOCK", 8)
+    monkeypatch.setattr(pack_module, "_ORDER_BLOCK", 8)
     sources = many_files(tmp_path / "tokens", 40)
-    damaged = tmp_path / "tokens" / "000039.idx"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
     config = replace(CONFIG, rows_per_shard=4, window_rows=2)
+    damaged = tmp_path / "tokens" / f"{files_as_they_come(config.seed)[-1]:06d}.seg.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")  # a time
     for chosen in ({"removed": frozenset([5])}, {"held_out": {"few": HeldOutSet(0.2)}}):
         with pytest.raises(UserError, match="checksum"):
             pack(sources, tmp_path / "target", config, **chosen)

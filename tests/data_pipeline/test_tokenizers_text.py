@@ -14,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.documents.byte_pairs import PATTERNS, grouped
 from data_pipeline.documents.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     TextTokenizer,
     TiktokenTokenizer,
+    _parse_ranks,
     encode_grid,
     load_text_tokenizer,
     train_sentencepiece,
@@ -138,6 +140,20 @@ def test_digits_stand_one_by_one(tokenizers: dict[str, TextTokenizer], kind: str
     header = encode_grid(tokenizer, 64, 8)
     assert [tokenizer.decode([index]) for index in header] == list("64*8")
     assert tokenizer.encode("64*8") == header
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=40) | st.text("aB1 \t\r\n'sſ。é\u0301/-<|\u3000\u0085", max_size=40))
+def test_tiktoken_cuts_words_as_the_published_pattern_does(text: str) -> None:
+    import tiktoken
+
+    ranks = _parse_ranks(ranks_file(), "ranks")
+    for pattern in PATTERNS.values():
+        published, ours = (
+            tiktoken.Encoding("a", pat_str=one, mergeable_ranks=ranks, special_tokens={})
+            for one in (pattern, grouped(pattern))
+        )
+        assert ours.encode_ordinary(text) == published.encode_ordinary(text)
 
 
 def test_a_tokenizer_that_merges_digits_still_writes_sizes_one_by_one() -> None:

@@ -278,6 +278,9 @@ class Trial:
             schedule = "cosine" if path.name == "mask" else "linear"
             for steps in sorted({1, *self.options.steps}):
                 decodings[f"dida_{steps}"] = DecodingConfig("dida", DenoiseConfig(steps=steps, schedule=schedule))
+            for steps in self.options.steps:
+                renoised = DenoiseConfig(steps=steps, schedule=schedule, corrector=0.0, corrector_share=1.0)
+                decodings[f"dida_{steps}_renoised"] = DecodingConfig("dida", renoised)
         few = held_out[: self.options.single]
         found: dict[str, Any] = {
             name: self.measure(decoding, path, held_out) | self.seconds(decoding, path, few)

@@ -1,15 +1,16 @@
 """How much of the bare tokenizers' rate `tokenize` keeps, from shards to published token files.
 
-    python -m benchmarks.tokenize_rate [--rounds 3] [--pictures 128] [--texts 3000] [--device-milliseconds 5]
+    python -m benchmarks.tokenize_rate [--rounds 3] [--pictures 128] [--texts 3000] [--device-milliseconds 5] [--encoder-channels 16]
 
 Comparisons in one run, taking turns; rates are of wall time, and CPU seconds stand beside (children included), with the share of the
 CPU time that the bare tokenizer takes of all:
 
-- text by SentencePiece, tiktoken and Hugging Face: the library's own call over the same texts, in memory, one by one on one core, all
-  in one call on two. The process is kept to as many cores, on both sides of a line;
+- text by SentencePiece, tiktoken (with the pattern as Qwen publishes it) and Hugging Face: the library's own call over the same texts,
+  in memory, one by one on one core, all in one call on two. The process is kept to as many cores, on both sides of a line;
 - text beside datatrove: its DocumentTokenizer, from texts in memory to its files, unshuffled, with the same tokenizer of Hugging Face
   on one core;
-- pictures on this CPU: the encoder of `ibq_small` on one thread, over the same pictures already decoded, in the same batches;
+- pictures on this CPU: the encoder of `ibq_small`, or with other channels and blocks, on one thread, over the same pictures already
+  decoded, in the same batches;
 - pictures on a device: an encoder that takes so many milliseconds a picture and none of this CPU, as an accelerator does.
 
 Pictures are JPEG files of 256 x 256 pixels with a caption, brought to 128 x 128.
@@ -65,10 +66,17 @@ class Device:
         return np.zeros((count, height // 16, width // 16), np.int64)
 
 
-def small_encoder() -> Encoder:
+def make_encoder(channels: int, blocks: int) -> Encoder:
+    """Random weights; by default of the sizes of `ibq_small`. The published tokenizer has 256 channels and 4 blocks."""
     torch.manual_seed(0)
     sizes = VisionTokenizerConfig(
-        ch=16, num_res_blocks=1, z_channels=32, embed_dim=32, n_embed=1024, norm_groups=8, attn_resolutions=[16]
+        ch=channels,
+        num_res_blocks=blocks,
+        z_channels=32,
+        embed_dim=32,
+        n_embed=1024,
+        norm_groups=8,
+        attn_resolutions=[16],
     )
     model = IBQ(sizes)
     model.channels_last()
@@ -254,6 +262,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--texts", type=int, default=3000)
     parser.add_argument("--device-milliseconds", type=float, default=5.0)
+    parser.add_argument("--encoder-channels", type=int, default=16)
+    parser.add_argument("--encoder-blocks", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each
@@ -283,7 +293,7 @@ def main() -> None:
         )
         compare_texts(text_libraries(folder), texts, folder, arguments.rounds, whole)
         for title, encoder in (
-            ("pictures on this CPU", small_encoder()),
+            ("pictures on this CPU", make_encoder(arguments.encoder_channels, arguments.encoder_blocks)),
             ("pictures on a device", Device(arguments.device_milliseconds / 1e3)),
         ):
             compare(

@@ -12,8 +12,11 @@ import functools
 import json
 import math
 import os
+import pickle
 import resource
+import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -38,6 +41,8 @@ _PATIENCE_SECONDS = 60.0  # between two looks at a child that does not answer
 _MAX_IDLE_LOOKS = 5  # without CPU time in between, before it is taken for stuck
 
 
+_SECONDS = struct.Struct("<d")  # of CPU, before what is asked for and the decoder
+
 Piece = tuple[dict[str, Any], bytes]  # a head, and what it is of: a picture, a block of sound
 
 
@@ -60,15 +65,18 @@ class GuardedDecoder(MediaDecoder):
         blocks, _ = self._ask("sound", data)
         return np.frombuffer(b"".join(content for _, content in blocks), np.int16)
 
+    @functools.cached_property
+    def _pickled(self) -> bytes:
+        return pickle.dumps(MediaDecoder(self.image, self.video, self.factor))
+
     def _ask(self, what: str, data: bytes) -> tuple[list[Piece], float]:
-        plain = MediaDecoder(self.image, self.video, self.factor)
         process = decoder_process(os.getpid())
         try:
-            return process.ask(plain, what, data)
+            return process.ask(self._pickled, what, data)
         except DecoderDiedError:  # the system's out-of-memory killer may have meant another process's file
             pass
         try:
-            return process.ask(plain, what, data)
+            return process.ask(self._pickled, what, data)
         except DecoderDiedError as error:
             raise SampleError("decoder_died", str(error)) from error
 
@@ -88,15 +96,20 @@ class DecoderProcess:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._answers = select.poll()  # of the pipe: `Connection.poll` makes one for each look
 
-    def ask(self, decoder: MediaDecoder, what: str, data: bytes) -> tuple[list[Piece], float]:
-        """Pictures or sound, and the seconds until a film's end. Raises `SampleError`, `DecoderDiedError`."""
+    def ask(self, decoder: bytes, what: str, data: bytes) -> tuple[list[Piece], float]:
+        """Pictures or sound, and the seconds until a film's end. Raises `SampleError`, `DecoderDiedError`.
+
+        `decoder`: a pickled `MediaDecoder`.
+        """
         with self._lock:
             if self._pipe is None:
                 self._start()
             assert self._pipe is not None
             try:
-                self._pipe.send((decoder, what, CPU_SECONDS + CPU_SECONDS_PER_MB * len(data) / 1e6))
+                seconds = CPU_SECONDS + CPU_SECONDS_PER_MB * len(data) / 1e6
+                self._pipe.send_bytes(_SECONDS.pack(seconds) + what.encode() + b"\0" + decoder)
                 self._pipe.send_bytes(data)
                 return self._answer()
             except (EOFError, OSError) as error:
@@ -120,7 +133,7 @@ class DecoderProcess:
         assert self._pipe is not None
         assert self._child is not None
         idle_looks, before = 0, -1.0
-        while not self._pipe.poll(_PATIENCE_SECONDS):
+        while not self._answers.poll(_PATIENCE_SECONDS * 1000):
             used = _cpu_seconds(self._child.pid)
             idle_looks, before = (idle_looks + 1 if used == before else 0), used
             if idle_looks == _MAX_IDLE_LOOKS:
@@ -147,6 +160,8 @@ class DecoderProcess:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         )
         theirs.close()  # so that the child's end is seen
+        self._answers = select.poll()
+        self._answers.register(self._pipe, select.POLLIN)
         try:
             self._pipe.recv_bytes()
         except (EOFError, OSError) as error:  # no file is at fault: this is a defect
@@ -167,6 +182,13 @@ class DecoderProcess:
     def close(self) -> None:
         with self._lock:
             self._end()
+
+
+@functools.lru_cache(maxsize=16)
+def _decoder_of(pickled: bytes) -> MediaDecoder:
+    """As the parent wrote it; one object for all files."""
+    decoder: MediaDecoder = pickle.loads(pickled)  # noqa: S301 - of this program, through its own pipe
+    return decoder
 
 
 def _pixels(head: dict[str, Any], content: bytes) -> Pixels:
@@ -195,12 +217,13 @@ def serve(descriptor: int) -> None:
         os.dup2(quiet, 2)  # libraries write there about every file; reasons go through the pipe
         while True:
             try:
-                decoder, what, seconds = pipe.recv()
+                request = pipe.recv_bytes()
                 data = pipe.recv_bytes()
             except (EOFError, OSError):
                 return
-            _limit_cpu(seconds)
-            for message in _messages(decoder, what, data):
+            what, _, decoder = request[_SECONDS.size :].partition(b"\0")
+            _limit_cpu(*_SECONDS.unpack_from(request))
+            for message in _messages(_decoder_of(decoder), what.decode(), data):
                 pipe.send_bytes(message)
 
 

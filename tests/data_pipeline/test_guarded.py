@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import time
@@ -96,7 +97,7 @@ class Hostile(MediaDecoder):
 
 def test_a_file_that_breaks_the_decoder_is_named_and_the_next_one_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guarded, "CPU_SECONDS", 0.1)
-    decoder, process = Hostile(*SETTINGS), DecoderProcess()
+    decoder, process = pickle.dumps(Hostile(*SETTINGS)), DecoderProcess()
     try:
         for how, error, told in (
             (b"crash", DecoderDiedError, "signal 11"),
@@ -112,7 +113,7 @@ def test_a_file_that_breaks_the_decoder_is_named_and_the_next_one_decoded(monkey
 
 
 def test_a_decoder_that_waits_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, process = MediaDecoder(*SETTINGS), DecoderProcess()
+    decoder, process = pickle.dumps(MediaDecoder(*SETTINGS)), DecoderProcess()
     try:
         with pytest.raises(SampleError, match="corrupt_image"):
             process.ask(decoder, "picture", b"no picture")

@@ -1,12 +1,15 @@
-"""How full rows get, and at what speed: choosing from a window, beside next fit and concatenate-and-cut.
+"""How full rows get, and at what speed: choosing from a window, beside next fit, concatenate-and-cut and TRL's best fit.
 
-    python -m benchmarks.packing [--documents 20000] [--length 32768]
+    python -m benchmarks.packing [--documents 20000] [--length 32768] [--rounds 5]
 
 Lengths only (no tokens are read): images of 1,058 tokens (video frames) or 1,024-4,096 (pairs), text of a median of
 about 800 tokens. `cut` is the share of documents that the row boundaries cut: concatenation cuts images as well, choosing
 cuts fillers only. The demo's chats (rows of 576, three sources of nearly constant length, nothing may be cut) come last.
-Ratios are to next fit in the same run. Where TRL is installed, best fit decreasing over the whole pool with its segment tree comes too (the
-loop of its packing, over lengths alone).
+
+Where TRL is installed, its best fit decreasing over the whole pool comes too, and ratios are to it: the loop of its `_pack_bfd` with its
+segment tree, over lengths alone, as plain integers (it has numpy's there, which are slower). `as it is` is that function itself, over
+documents whose tokens are bytes, which it also moves. Every other line is the fastest of `--rounds` rounds in CPU
+seconds; what is imported or compiled once is not counted.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ import importlib
 import importlib.util
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.packing.window import Piece, Row, WindowPacker
+from data_pipeline.packing.window import Piece, WindowPacker
 
 Document = tuple[int, bool]  # length, may be cut
+PlainRow = list[Piece]
 
 
 def make_pool(shares: dict[str, float], num_documents: int, length: int) -> list[Document]:
@@ -47,15 +53,16 @@ def make_chats(num_documents: int) -> list[Document]:
     return [(int(random.choice(lengths[kind])), False) for kind in kinds]
 
 
-def choose(pool: list[Document], length: int, window_rows: int) -> Iterator[Row]:
+def choose(lengths: np.ndarray, fillers: np.ndarray, length: int, window_rows: int) -> Iterator[np.ndarray]:
+    """As `pack` does: from arrays of lengths to rows, each the array of its pieces."""
     packer = WindowPacker(length, window_rows, 8, lambda piece, limit: limit)
-    for number, (size, filler) in enumerate(pool):
-        yield from (packer.add_filler if filler else packer.add)(Piece(number, 0, size))
+    documents = np.arange(len(lengths))
+    yield from packer.add(np.stack([documents, np.zeros_like(documents), lengths], axis=1), fillers)
     yield from packer.flush()
 
 
-def next_fit(pool: list[Document], length: int) -> Iterator[Row]:
-    row: Row = []
+def next_fit(pool: list[Document], length: int) -> Iterator[PlainRow]:
+    row: PlainRow = []
     room = length
     for number, (size, _) in enumerate(pool):
         if size > room:
@@ -66,8 +73,8 @@ def next_fit(pool: list[Document], length: int) -> Iterator[Row]:
     yield row
 
 
-def concatenate(pool: list[Document], length: int) -> Iterator[Row]:
-    row: Row = []
+def concatenate(pool: list[Document], length: int) -> Iterator[PlainRow]:
+    row: PlainRow = []
     room = length
     for number, (size, _) in enumerate(pool):
         start = 0
@@ -82,13 +89,13 @@ def concatenate(pool: list[Document], length: int) -> Iterator[Row]:
         yield row
 
 
-def best_fit_decreasing(pool: list[Document], length: int) -> Iterator[Row]:
+def best_fit_decreasing(pool: list[Document], length: int) -> Iterator[PlainRow]:
     from trl.data_utils import _SegmentTree
 
     tree = _SegmentTree(length)
     tree.add(length)
-    by_space: defaultdict[int, deque[Row]] = defaultdict(deque)
-    rows: list[Row] = []
+    by_space: defaultdict[int, deque[PlainRow]] = defaultdict(deque)
+    rows: list[PlainRow] = []
     for number in np.argsort([-size for size, _ in pool], kind="stable").tolist():
         size = pool[number][0]
         space = tree.search(size)
@@ -104,18 +111,38 @@ def best_fit_decreasing(pool: list[Document], length: int) -> Iterator[Row]:
     yield from rows
 
 
-def report(name: str, rows: Iterator[Row], pool: list[Document], length: int, base: float) -> float:
-    started = time.process_time()
-    packed = list(rows)
-    seconds = time.process_time() - started
+def trl_table(pool: list[Document]) -> Any:
+    import pyarrow
+
+    sizes = [size for size, _ in pool]
+    column = pyarrow.LargeListArray.from_arrays(np.cumsum([0, *sizes]), pyarrow.array(np.zeros(sum(sizes), np.int8)))
+    return pyarrow.table({"input_ids": column})
+
+
+def trl_as_it_is(table: Any, length: int) -> Iterator[PlainRow]:
+    """Its rows say how long their documents are, not which they are: those are numbered here."""
+    from trl.data_utils import _pack_bfd
+
+    numbers = count()
+    for row in _pack_bfd(table, length)["seq_lengths"].to_pylist():
+        yield [Piece(next(numbers), 0, size) for size in row]
+
+
+def report(
+    name: str, make: Callable[[], Iterator], pool: list[Document], length: int, rounds: int, base: float
+) -> float:
+    """Documents a CPU second. base: of TRL's."""
+    seconds = []
+    for _ in range(rounds):
+        started = time.process_time()
+        rows = list(make())
+        seconds.append(time.process_time() - started)
     tokens = sum(size for size, _ in pool)
-    pieces = np.bincount([piece.document for row in packed for piece in row], minlength=len(pool))
-    fill, cut = tokens / (len(packed) * length), float((pieces > 1).mean())
-    speed = len(pool) / seconds
-    print(
-        f"  {name:<28}fill {fill:8.4%}   cut {cut:7.2%}   {speed / 1e3:8.0f} k documents/CPU-s"
-        + (f"   {speed / base:.2f} x next fit" if base else "")
-    )
+    pieces = np.bincount(np.concatenate([np.array(row)[:, 0] for row in rows]), minlength=len(pool))
+    fill, cut = tokens / (len(rows) * length), float((pieces > 1).mean())
+    speed = len(pool) / min(seconds)
+    ratio = f"   {speed / base:.2f} x TRL" if base else ""
+    print(f"  {name:<28}fill {fill:8.4%}   cut {cut:7.2%}   {speed / 1e3:8.0f} k documents/CPU-s{ratio}", flush=True)
     return speed
 
 
@@ -123,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--length", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     pools = {
         "video only": {"video": 1.0},
@@ -131,21 +159,39 @@ def main() -> None:
         "video 50, pairs 40, text 10": {"video": 0.5, "pairs": 0.4, "text": 0.1},
         "video 20, pairs 30, text 50": {"video": 0.2, "pairs": 0.3, "text": 0.5},
     }
+    warm_up()
     for name, shares in pools.items():
-        compare(name, make_pool(shares, arguments.documents, arguments.length), arguments.length)
-    compare("the demo's chats", make_chats(arguments.documents), 576)
+        compare(name, make_pool(shares, arguments.documents, arguments.length), arguments.length, arguments.rounds)
+    compare("the demo's chats", make_chats(arguments.documents), 576, arguments.rounds)
 
 
-def compare(name: str, pool: list[Document], length: int) -> None:
+def warm_up() -> None:
+    """Imports and compiles, which takes seconds."""
+    for pool, length in (make_pool({"pairs": 0.5, "text": 0.5}, 500, 8192), 8192), (make_chats(500), 576):
+        deque(choose(*arrays_of(pool), length, 4), maxlen=0)
+    if importlib.util.find_spec("trl"):
+        importlib.import_module("trl.data_utils")
+
+
+def arrays_of(pool: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+    lengths, fillers = zip(*pool, strict=True)
+    return np.array(lengths, np.int64), np.array(fillers, bool)
+
+
+def compare(name: str, pool: list[Document], length: int, rounds: int) -> None:
     filler = sum(size for size, may_cut in pool if may_cut) / sum(size for size, _ in pool)
     print(f"{name} (% of documents); text is {filler:.1%} of the tokens")
-    base = report("next fit", next_fit(pool, length), pool, length, 0.0)
-    report("concatenate and cut", concatenate(pool, length), pool, length, base)
+    base = 0.0
     if importlib.util.find_spec("trl"):
-        importlib.import_module("trl.data_utils")  # takes seconds, which are not counted
-        report("best fit decreasing (TRL)", best_fit_decreasing(pool, length), pool, length, base)
+        base = report("best fit decreasing (TRL)", lambda: best_fit_decreasing(pool, length), pool, length, rounds, 0.0)
+        table = trl_table(pool)
+        report("  as it is, with tokens", lambda: trl_as_it_is(table, length), pool, length, 1, base)
+    report("next fit", lambda: next_fit(pool, length), pool, length, rounds, base)
+    report("concatenate and cut", lambda: concatenate(pool, length), pool, length, rounds, base)
+    lengths, fillers = arrays_of(pool)
     for rows in (16, 256):
-        report(f"choose, window of {rows} rows", choose(pool, length, rows), pool, length, base)
+        named = f"choose, window of {rows} rows"
+        report(named, lambda rows=rows: choose(lengths, fillers, length, rows), pool, length, rounds, base)  # type: ignore[misc]
 
 
 if __name__ == "__main__":

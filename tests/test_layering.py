@@ -88,6 +88,12 @@ NEVER = {
         ("training.engines.megatron.engine", "from megatron.core import parallel_state"),
         unless_who=("model.parallel.megatron",),
     ),
+    "one module imports numba": Never(
+        ROOMS,
+        ("numba",),
+        ("data_pipeline.packing.window", "import numba"),
+        unless_who=("data_pipeline.packing.kernels",),
+    ),
     "one folder imports deepspeed": Never(
         ROOMS, ("deepspeed",), ("training.stage", "import deepspeed"), unless_who=("training.engines.deepspeed",)
     ),

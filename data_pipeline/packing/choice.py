@@ -57,12 +57,19 @@ class Choice:
         return listed | self.duplicates.left_out
 
     @cached_property
+    def is_left_out(self) -> np.ndarray:
+        """bool [N]: those of `left_out`."""
+        found = np.zeros(len(self.pool), bool)
+        found[list(self.left_out)] = True
+        return found
+
+    @cached_property
     def sets(self) -> np.ndarray | None:
         """Number of the held-out set of every document, uint8 [N], 0 for the rows to train on; None where there are no sets."""
         if not self.held_out:
             return None
         sets = sets_of(self.held_out, self.ids)
-        sets[list(self.left_out)] = 0  # they are counted once, beside the rows to train on
+        sets[self.is_left_out] = 0  # they are counted once, beside the rows to train on
         return sets
 
     def number_of(self, part: str) -> int:

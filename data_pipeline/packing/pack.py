@@ -29,7 +29,7 @@ from data_pipeline.packing.held_out import FOLDER_NAME as HELD_OUT_FOLDER
 from data_pipeline.packing.held_out import HeldOutSet
 from data_pipeline.packing.held_out import validate as validate_held_out
 from data_pipeline.packing.pool import Pool
-from data_pipeline.packing.window import Piece, Row, WindowPacker
+from data_pipeline.packing.window import Piece, Pieces, Row, WindowPacker
 from data_pipeline.storage.atomic import atomic_write_bytes, atomic_write_json, remove_stale_temporaries
 from data_pipeline.storage.file_errors import file_errors_are_user_errors
 from data_pipeline.storage.folder_claim import claim_folder, clear_claim
@@ -237,55 +237,63 @@ class _Packing:
         self.publish_dataset(manifests)
 
     def plan(self) -> Iterator[Row]:
-        """The rows in order, each a list of pieces."""
+        """The rows in order, each as its pieces."""
         config = self.config
-        left_out, sets, here = self.choice.left_out, self.choice.sets, self.choice.number_of(self.part)
         packer = WindowPacker(config.sequence_length, config.window_rows, config.minimum_piece_tokens, self.pool.cut)
-        for document, length, is_filler in self.documents():
-            if sets is not None and sets[document] != here:
-                continue
-            whole = Piece(document, 0, length)
-            if length == 0:
-                self.refuse(document, length, "empty_document")
-            elif document in left_out:
-                self.refuse(document, length, *left_out[document])
-            elif length <= config.sequence_length:
-                yield from (packer.add_filler if is_filler else packer.add)(whole)
-            else:
-                yield from self.plan_long(packer, whole, is_filler)
+        for pieces, are_fillers in self.pieces():
+            yield from packer.add(pieces, are_fillers)
         yield from packer.flush()
 
-    def documents(self) -> Iterator[tuple[int, int, bool]]:
-        """Number, length and whether it is a filler of all documents in their order.
+    def pieces(self) -> Iterator[tuple[Pieces, np.ndarray]]:
+        """All pieces in the order that the seed selects, some at a time, and which of them are fillers (bool [n]).
 
         A file is verified before anything of it is told, and a file without documents at the end: what is damaged comes
         into no row, and ends the command before the folder is complete.
         """
-        for block in _document_order(len(self.pool), self.config.seed):
-            lengths, fillers = self.pool.load_index(block, verify=True)
-            yield from zip(block.tolist(), lengths[block].tolist(), fillers[block].tolist(), strict=True)
+        sets, here = self.choice.sets, self.choice.number_of(self.part)
+        for documents in _document_order(len(self.pool), self.config.seed):
+            lengths, fillers = self.pool.load_index(documents, verify=True)
+            if sets is not None:
+                documents = documents[sets[documents] == here]
+            pieces = np.stack([documents, np.zeros_like(documents), lengths[documents]], axis=1)
+            are_fillers = fillers[documents]
+            is_usual = (pieces[:, 2] > 0) & (pieces[:, 2] <= self.config.sequence_length)
+            is_usual &= ~self.choice.is_left_out[documents]
+            first = 0
+            for place in np.flatnonzero(~is_usual).tolist():
+                yield pieces[first:place], are_fillers[first:place]
+                unusual = self.pieces_of(Piece(*pieces[place].tolist()), bool(are_fillers[place]))
+                yield unusual, np.full(len(unusual), are_fillers[place])
+                first = place + 1
+            yield pieces[first:], are_fillers[first:]
         self.pool.load_index(verify=True)
 
-    def plan_long(self, packer: WindowPacker, whole: Piece, filler: bool) -> Iterator[Row]:
-        pieces = self.pool.cut_to_rows(whole.document, self.config.sequence_length)
-        if isinstance(pieces, str):
-            self.refuse(whole.document, whole.length, pieces)
-        elif filler:
-            yield from packer.add_filler(whole)
-        else:
-            for piece in pieces:
-                yield from packer.add(piece)
+    def pieces_of(self, whole: Piece, is_filler: bool) -> Pieces:
+        """Those of a document that is longer than a row or that is refused, which has none."""
+        found: list[Piece] | str
+        if whole.length == 0:
+            self.refuse(whole, "empty_document")
+            found = []
+        elif self.choice.is_left_out[whole.document]:
+            self.refuse(whole, *self.choice.left_out[whole.document])
+            found = []
+        elif isinstance(found := self.pool.cut_to_rows(whole.document, self.config.sequence_length), str):
+            self.refuse(whole, found)
+            found = []
+        elif is_filler:
+            found = [whole]
+        return np.array(found, np.int64).reshape(-1, 3)
 
-    def refuse(self, document: int, num_tokens: int, reason: str, like: int | None = None) -> None:
+    def refuse(self, whole: Piece, reason: str, like: int | None = None) -> None:
         """`like`: id of the document that stands for this one."""
-        file, index = self.pool.locate(document)
-        segments = self.pool.segments(document)
+        file, index = self.pool.locate(whole.document)
+        segments = self.pool.segments(whole.document)
         entry = {
             "reason": reason,
             "source": self.pool.sources[self.pool.source_of_file[file]],
             "file": self.pool.files[file].prefix.name,
             "index": index,
-            "num_tokens": num_tokens,
+            "num_tokens": whole.length,
             "document": int(segments["document"][0]) if len(segments) else None,
         }
         self.quarantine.append(entry if like is None else entry | {"like": like})
@@ -328,7 +336,7 @@ class _Packing:
         tokens = np.full(length, vocabulary["structure"]["pad"], TOKEN_DTYPE)
         parts: list[np.ndarray] = []
         end = 0
-        for piece in row:
+        for piece in map(Piece._make, row.tolist()):
             tokens[end : end + piece.length], segments = self.pool.read(piece)
             segments["start"] += end
             parts.append(segments)
@@ -343,7 +351,9 @@ class _Packing:
 
     def check_ids(self, tokens: np.ndarray, vocabulary_size: int, row: Row) -> None:
         if tokens.min() < 0 or tokens.max() >= vocabulary_size:
-            files = sorted({str(self.pool.files[self.pool.locate(piece.document)[0]].prefix) for piece in row})
+            files = sorted(
+                {str(self.pool.files[self.pool.locate(document)[0]].prefix) for document in row[:, 0].tolist()}
+            )
             raise UserError(
                 "token files hold ids outside the vocabulary of their manifest",
                 where=", ".join(files),
@@ -428,7 +438,7 @@ def label_counts(sources: list[str], by_task: np.ndarray) -> dict[str, int]:
 
 
 def _document_order(num_documents: int, seed: int) -> Iterator[np.ndarray]:
-    """All documents, each once, in the order that the seed selects; int64 [k], one block after the other."""
+    """All documents, each once, in the order that the seed selects; int64 [n], some at a time."""
     key = derive_key("pack", seed)
     first, size = 0, _LEAST_ORDER_BLOCK
     while first < num_documents:

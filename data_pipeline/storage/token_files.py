@@ -24,6 +24,7 @@ from data_pipeline.storage.format import (
     check_piece,
     check_row,
     checksum,
+    checksum_file,
     encode_array,
     encode_header,
     encode_index,
@@ -42,7 +43,7 @@ from data_pipeline.storage.signatures import SUFFIX as SIGNATURES_SUFFIX
 from model.durable import publish, temporary_path, told_no_space
 from model.errors import UserError
 
-_PARTS_AT_ONCE = 4096  # of segments, that are joined to be written
+_SEGMENT_BYTES_AT_ONCE = 4 << 20  # that wait to be written
 _INDEX_SUFFIXES = (".idx", ".seg.npy", ".crc.npy")  # of the files that a reader's index is made of
 
 
@@ -58,13 +59,16 @@ class TokenFileWriter:
         remove_stale_temporaries(self.prefix.parent, f"{self.prefix.name}.")
         self.with_crc = with_crc
         self._lengths: list[int] = []
-        self._segments: list[np.ndarray] = []
+        self._segments: list[np.ndarray] = []  # that are not written yet
+        self._num_segments = self._num_waiting = 0  # of all, of those
         self._crcs: list[int] = []
         self._num_bytes = 0
         self._digest = hashlib.blake2b(digest_size=16)
-        self._bin = suffixed(self.prefix, ".bin")
+        self._bin, self._seg = suffixed(self.prefix, ".bin"), suffixed(self.prefix, ".seg.npy")
         with told_no_space(self.prefix.parent, 0):
             self._stream = temporary_path(self._bin).open("wb", buffering=1 << 20)
+            self._segment_stream = temporary_path(self._seg).open("wb")
+            self._segment_stream.write(encode_header(SEGMENT_DTYPE, 0))  # keeps the place of the one that counts them
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -99,6 +103,10 @@ class TokenFileWriter:
         self._digest.update(content)
         self._lengths += lengths
         self._segments.append(numbered)
+        self._num_waiting += len(numbered)
+        if self._num_waiting * SEGMENT_DTYPE.itemsize >= _SEGMENT_BYTES_AT_ONCE:
+            with told_no_space(self.prefix.parent, self._num_bytes):
+                self._write_segments()
         if self.with_crc:
             self._crcs += row_crcs(ordered, numbered, lengths, segment_counts)
 
@@ -114,14 +122,13 @@ class TokenFileWriter:
         if self.with_crc:
             side_files[".crc.npy"] = encode_array(np.array(self._crcs, "<u4"))
         side_files |= more or {}
-        num_segments = sum(map(len, self._segments))
         outputs = {self._bin.name: self._digest.hexdigest()}
-        segments_bytes = num_segments * SEGMENT_DTYPE.itemsize
+        segments_bytes = (self._num_segments + self._num_waiting) * SEGMENT_DTYPE.itemsize
         needed_bytes = self._num_bytes + len(index) + segments_bytes + sum(map(len, side_files.values()))
         with told_no_space(self.prefix.parent, needed_bytes):
             self._stream.close()
             outputs |= self._write_piece(".idx", index)
-            outputs |= self._write_segments(num_segments)
+            outputs |= self._finish_segments()
             for suffix, content in side_files.items():
                 outputs |= self._write_piece(suffix, content)
         # A file that is replaced must not be described by its old manifest meanwhile.
@@ -141,25 +148,27 @@ class TokenFileWriter:
         temporary_path(path).write_bytes(content)
         return {path.name: checksum(content)}
 
-    def _write_segments(self, count: int) -> dict[str, str]:
-        """Part after part, as they may take much of the memory; the name and checksum of their file."""
-        path = suffixed(self.prefix, ".seg.npy")
-        digest = hashlib.blake2b(digest_size=16)
-        with temporary_path(path).open("wb") as stream:
-            header = encode_header(SEGMENT_DTYPE, count)
-            stream.write(header)
-            digest.update(header)
-            for first in range(0, len(self._segments), _PARTS_AT_ONCE):
-                content = np.concatenate(self._segments[first : first + _PARTS_AT_ONCE]).view(np.uint8).data
-                stream.write(content)
-                digest.update(content)
-        return {path.name: digest.hexdigest()}
+    def _write_segments(self) -> None:
+        """Those that wait: all of a shard's would take much of the memory."""
+        self._segment_stream.write(np.concatenate(self._segments).view(np.uint8).data)
+        self._num_segments += self._num_waiting
+        self._segments, self._num_waiting = [], 0
+
+    def _finish_segments(self) -> dict[str, str]:
+        """The name and checksum of their file."""
+        if self._segments:
+            self._write_segments()
+        self._segment_stream.seek(0)
+        self._segment_stream.write(encode_header(SEGMENT_DTYPE, self._num_segments))
+        self._segment_stream.close()
+        return {self._seg.name: checksum_file(temporary_path(self._seg))}
 
     def discard(self) -> None:
         """Remove the temporaries of an unfinished file; nothing to do after `finish`."""
         # On a full disk the buffered rest cannot be flushed; that is being reported already.
-        with suppress(OSError):
-            self._stream.close()
+        for stream in (self._stream, self._segment_stream):
+            with suppress(OSError):
+                stream.close()
         for suffix in (".bin", ".idx", ".seg.npy", ".crc.npy", SIGNATURES_SUFFIX, ".json"):
             temporary_path(suffixed(self.prefix, suffix)).unlink(missing_ok=True)
 

@@ -10,22 +10,19 @@ import shutil
 import signal
 from collections import Counter, defaultdict
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_samples import VOCABULARY, Corpus, captioned, mixed_sources, text, video, write_sources, write_token_file
 
 from data_pipeline.packing import pack as pack_module
-from data_pipeline.packing.endings import fill_rooms
 from data_pipeline.packing.held_out import HeldOutSet, check_kept_apart, sets_of, validate
 from data_pipeline.packing.pack import PackConfig, pack
 from data_pipeline.packing.pool import Pool
-from data_pipeline.packing.subsets import Dearest
-from data_pipeline.packing.window import Piece, WindowPacker
+from data_pipeline.packing.window import Piece
 from data_pipeline.storage.folder_claim import LOCK_NAME, claim_folder
 from data_pipeline.storage.format import published_prefixes, read_manifest, verify_outputs
 from data_pipeline.storage.packed_files import PackedDataset, read_dataset_manifest
@@ -329,134 +326,6 @@ def test_rows_are_written_as_they_are_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(pack_module._Packing, "assemble", assembled)
     pack(sources, tmp_path / "packed", PackConfig(sequence_length=64, rows_per_shard=90, window_rows=2))
     assert len(written) == len(planned) > 90
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),
-    prices=st.lists(st.integers(1, 15), min_size=12, max_size=12),
-    room=st.integers(1, 30),
-)
-def test_the_dearest_pieces_are_those_that_trying_every_subset_finds(lengths, prices, room):
-    subsets = [some for count in range(len(lengths) + 1) for some in combinations(lengths, count) if sum(some) <= room]
-    distinct = sorted(set(lengths))
-    copies = [lengths.count(length) for length in distinct]
-    every = [prices[length - 1] for length in distinct]
-    chosen = Dearest(distinct, copies, every, most_room=30)
-    for _ in range(2):  # the answer is kept
-        taken = chosen.of(room)
-        assert sum(distinct[number] * count for number, count in taken.items()) <= room
-        assert all(0 < count <= copies[number] for number, count in taken.items())
-        price = sum(every[number] * count for number, count in taken.items())
-        assert price == max(sum(prices[length - 1] for length in some) for some in subsets)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    rooms=st.lists(st.integers(0, 40), min_size=1, max_size=12),
-    lengths=st.lists(st.integers(1, 25), max_size=30),
-    slack=st.integers(0, 3),
-)
-def test_rooms_are_filled_until_nothing_fits(rooms, lengths, slack):
-    rows, places = fill_rooms(np.array(rooms), np.array(lengths, np.int64), slack)
-    assert len(set(places.tolist())) == len(places)
-    left = np.array(rooms)
-    np.subtract.at(left, rows, np.array(lengths, np.int64)[places])
-    assert (left >= 0).all()
-    waiting = np.delete(np.array(lengths, np.int64), places)
-    if len(waiting):
-        assert all(room <= slack or room < waiting.min() for room in left)
-    if len(rooms) == 1 and len(lengths) <= 8:  # every piece is tried as the first of a pair
-        pairs = [sum(some) for count in (0, 1, 2) for some in combinations(lengths, count) if sum(some) <= rooms[0]]
-        assert rooms[0] - left[0] >= max(pairs) or left[0] <= max(slack, 1) * 8**3
-
-
-@settings(max_examples=150, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), max_size=80), window_rows=st.integers(1, 4), priced=st.booleans())
-def test_each_piece_is_in_one_row_and_none_waits_for_long(lengths, window_rows, priced):
-    packer = WindowPacker(20, window_rows, 1, lambda piece, limit: 0)
-    with pytest.MonkeyPatch.context() as patch:
-        if not priced:
-            patch.setattr("data_pipeline.packing.window._MOST_PRICED_CELLS", -1)
-        rows = []
-        for number, length in enumerate(lengths):
-            rows.extend(packer.add(Piece(number, 0, length)))
-            assert packer._waiting_tokens == sum(piece.length for piece in packer._waiting) <= window_rows * 20
-        # Only pieces that came after the oldest that waits can have been placed in between.
-        waiting = [piece.document for piece in packer._waiting]
-        assert waiting == sorted(waiting)
-        rows.extend(packer.flush())
-    assert sorted(piece for row in rows for piece in row) == [Piece(n, 0, length) for n, length in enumerate(lengths)]
-    assert all(0 < sum(piece.length for piece in row) <= 20 for row in rows)
-    firsts = [row[0].document for row in rows]
-    assert firsts == sorted(firsts)  # every row begins with the one that waited longest
-
-
-def fill_of(lengths: np.ndarray, sequence_length: int, window_rows: int) -> float:
-    packer = WindowPacker(sequence_length, window_rows, 8, lambda piece, limit: 0)
-    rows = []
-    for number, length in enumerate(lengths.tolist()):
-        rows.extend(packer.add(Piece(number, 0, length)))
-    rows.extend(packer.flush())
-    return float(lengths.sum()) / (len(rows) * sequence_length)
-
-
-def test_rows_are_full_without_cutting_where_few_lengths_fit_badly():
-    """The demo's chats: three sources whose documents all have nearly the same length. Best fit reaches 94.6%."""
-    random = np.random.default_rng(0)
-    edits = random.choice([130, 131], 3_000, p=[0.24, 0.76])
-    pairs = random.choice(
-        [80, 81, 83, 84, 87, 88, 89, 90, 91, 92], 3_000, p=[0.06, 0.18, 0.04, 0.12, 0.02, 0.14, 0.2, 0.02, 0.08, 0.14]
-    )
-    videos = random.choice([179, 181, 193, 195, 197], 2_000, p=[0.09, 0.31, 0.03, 0.22, 0.35])
-    lengths = random.permutation(np.concatenate([edits, pairs, videos]))
-    assert fill_of(lengths, 576, 64) >= 0.995
-    # Few enough that most of them are there at the end.
-    assert -(-lengths[:1000].sum() // 576) + 4 >= lengths[:1000].sum() / 576 / fill_of(lengths[:1000], 576, 256)
-
-
-def test_rows_of_32768_tokens_are_full_without_cutting():
-    """Videos of frames of 1,058 tokens, image pairs, texts: without a filler."""
-    random = np.random.default_rng(0)
-    frames = np.clip(random.lognormal(2.2, 0.6, 700), 1, 29).astype(int)
-    videos = np.minimum(frames * (1_058 + random.integers(10, 40, 700)), 32_768)
-    pairs, texts = random.integers(1_050, 4_300, 560), np.clip(random.lognormal(6.7, 1.0, 140), 16, 32_768).astype(int)
-    lengths = random.permutation(np.concatenate([videos, pairs, texts]))
-    num_rows = -(-lengths.sum() // 32_768)
-    assert fill_of(lengths, 32_768, 16) >= lengths.sum() / ((num_rows + 2) * 32_768)  # the last rows hold what is left
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    pieces=st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=60),
-    window_rows=st.integers(1, 4),
-    minimum=st.integers(1, 5),
-)
-@example(pieces=[(1, True), (21, True)], window_rows=1, minimum=1)
-def test_fillers_that_may_be_cut_anywhere_leave_only_small_holes(pieces, window_rows, minimum):
-    length = 20
-    packer = WindowPacker(length, window_rows, minimum, lambda piece, limit: limit)
-    rows, most_waiting = [], 0
-    for number, (size, filler) in enumerate(pieces):
-        if filler:
-            rows.extend(packer.add_filler(Piece(number, 0, size)))
-        else:
-            rows.extend(packer.add(Piece(number, 0, min(size, length))))
-        most_waiting = max(most_waiting, packer._reservoir_tokens)
-    rows.extend(packer.flush())
-    assert most_waiting <= (window_rows + 1) * length
-    covered = defaultdict(list)
-    for row in rows:
-        assert 0 < sum(piece.length for piece in row) <= length
-        for piece in row:
-            covered[piece.document].append((piece.start, piece.start + piece.length))
-    for number, (size, filler) in enumerate(pieces):
-        spans = sorted(covered[number])
-        assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
-        assert spans[-1][1] == (size if filler else min(size, length))
-    if pieces and all(filler for _, filler in pieces):
-        holes = [length - sum(piece.length for piece in row) for row in rows[:-1]]
-        assert all(hole < minimum for hole in holes)
 
 
 @settings(max_examples=100, deadline=None)

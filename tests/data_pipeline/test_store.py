@@ -294,7 +294,7 @@ def test_segments_must_tile_each_document(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 9, 2500])
 def test_segments_that_are_written_in_parts_are_the_file_that_numpy_writes(tmp_path, monkeypatch, count):
-    monkeypatch.setattr("data_pipeline.storage.token_files._PARTS_AT_ONCE", 3)
+    monkeypatch.setattr("data_pipeline.storage.token_files._SEGMENT_BYTES_AT_ONCE", 3 * SEGMENT_DTYPE.itemsize)
     segments = np.zeros(count, SEGMENT_DTYPE)
     segments["row"], segments["length"], segments["kind"] = np.arange(count), 1, Kind.TEXT
     with TokenFileWriter(tmp_path / "000000") as writer:

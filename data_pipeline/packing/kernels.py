@@ -86,7 +86,7 @@ def take_in(pieces, fillers, at, state, waiting, reservoir, arrived, settings):
 
 
 @_compiled
-def make_full_rows(pieces, fillers, at, state, waiting, reservoir, arrived, settings, made, ends, rooms):
+def make_full_rows(pieces, fillers, at, reservoir, state, waiting, arrived, settings, made, ends, rooms):
     """Takes pieces in and makes rows, until nothing comes, rows have to be filled or there is no room; returns the next place."""
     s = state[0]
     s.num_made = s.num_rows = s.num_closed = 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,6 +81,7 @@ class WindowPacker:
         from data_pipeline.packing import kernels  # imports numba, for which only packing waits
 
         self._kernels = kernels
+        _tell_of_compiling(kernels.make_full_rows.stats.cache_path)  # type: ignore[attr-defined]
         self.sequence_length = sequence_length
         self._most_tokens = window_rows * sequence_length  # of the window
         self._settings = _Settings(
@@ -111,19 +115,7 @@ class WindowPacker:
         self._make_room(len(pieces))
         at = 0
         while True:
-            at = self._kernels.make_full_rows(
-                pieces,
-                are_fillers,
-                at,
-                self._state,
-                self._waiting,
-                self._reservoir,
-                self._arrived,
-                self._settings,
-                self._made,
-                self._ends,
-                self._rooms,
-            )
+            at = self._kernels.make_full_rows(pieces, are_fillers, at, self._reservoir, *self._made_of())
             yield from self._made_rows()
             if self._of("waiting_tokens") > self._most_tokens:
                 continue
@@ -136,17 +128,8 @@ class WindowPacker:
         """Pack what is left, then every filler that is left."""
         while self._of("num_waiting"):
             self._begin_rows(0)
-            self._kernels.make_rows(
-                max(1, self._of("waiting_tokens") // self.sequence_length // 2),
-                True,
-                self._state,
-                self._waiting,
-                self._arrived,
-                self._settings,
-                self._made,
-                self._ends,
-                self._rooms,
-            )
+            num_rows = max(1, self._of("waiting_tokens") // self.sequence_length // 2)
+            self._kernels.make_rows(num_rows, True, *self._made_of())
             yield from self._made_rows()
         while self._of("filler_tokens"):
             num_rows = max(1, self._of("filler_tokens") // self.sequence_length)
@@ -157,6 +140,10 @@ class WindowPacker:
     def _begin_rows(self, num_rows: int) -> None:
         """So many empty ones."""
         self._state["num_made"], self._state["num_rows"], self._state["num_closed"] = 0, num_rows, 0
+
+    def _made_of(self) -> tuple[Any, ...]:
+        """What rows are made of, and where they go."""
+        return self._state, self._waiting, self._arrived, self._settings, self._made, self._ends, self._rooms
 
     def _made_rows(self) -> Iterator[Row]:
         has_open = self._of("num_closed") < self._of("num_rows")
@@ -172,12 +159,12 @@ class WindowPacker:
         """The pieces of the rows that are made, filled from the reservoir, in order."""
         row, cut, count = self._of("num_closed"), -1, 0
         num_rows, num_fillers = self._of("num_rows"), self._of("end_filler") - self._of("first_filler")
-        waiting = self._state, self._reservoir, self._settings, self._rooms
+        filling = self._state, self._reservoir, self._settings, self._rooms
         while True:
             if count + num_fillers >= len(self._rows):
                 self._filled = _grown(self._filled, count, count + num_fillers + 1)
                 self._rows = _grown(self._rows, count, count + num_fillers + 1)
-            row, count = self._kernels.fill(row, cut, count, *waiting, self._filled, self._rows)
+            row, count = self._kernels.fill(row, cut, count, *filling, self._filled, self._rows)
             if row == num_rows:
                 break
             cut = self._cut_of_first(int(self._rooms[row]))
@@ -218,3 +205,10 @@ def _grown(array: np.ndarray, num_used: int, least: int) -> np.ndarray:
     grown = np.empty((2 * least, *array.shape[1:]), array.dtype)
     grown[:num_used] = array[:num_used]
     return grown
+
+
+def _tell_of_compiling(cache: str | None) -> None:
+    """Nobody should take the first pack of an installation for one that hangs."""
+    if cache is None or not any(Path(cache).glob("kernels.make_full_rows-*.nbi")):
+        told = "the choice of rows is compiled, which takes half a minute at the first pack of an installation"
+        print(f"{told} [{os.getpid()}]", file=sys.stderr, flush=True)

@@ -71,14 +71,10 @@ class PackedShard:
         Raises `UserError` with file and row when it is damaged.
         """
         assert 0 <= row < self.num_rows
-        descriptor, num_bytes = self._descriptors.get(self._bin), len(tokens)
-        if os.preadv(descriptor, (tokens,), row * num_bytes) != num_bytes:
-            read_into(descriptor, tokens, row * num_bytes, self._bin, f"row {row}")
+        read_into(self._descriptors.get(self._bin), tokens, row * len(tokens), self._bin, f"row {row}")
         expected = int.from_bytes(self._read(self._crc, 4, self._crcs_at + 4 * row, row), "little")
         segments = self._find_segments(row)
-        found = crc32(segments, crc32(tokens))
-        if found != expected:
-            check_crc(self.prefix, row, found, expected)
+        check_crc(self.prefix, row, crc32(segments, crc32(tokens)), expected)
         return np.frombuffer(segments, SEGMENT_DTYPE)
 
     def _find_segments(self, row: int) -> memoryview:
@@ -105,9 +101,7 @@ class PackedShard:
         return memoryview(self._read(self._seg, num_bytes, self._segments_at + first * _SEGMENT_BYTES, row))
 
     def _read(self, path: str, num_bytes: int, offset: int, row: int) -> bytes:
-        descriptor = self._descriptors.get(path)
-        content = os.pread(descriptor, num_bytes, offset)
-        return content if len(content) == num_bytes else read_exactly(descriptor, num_bytes, offset, path, f"row {row}")
+        return read_exactly(self._descriptors.get(path), num_bytes, offset, path, f"row {row}")
 
     def _after_header(self, path: str, dtype: np.dtype) -> int:
         """Bytes of a `.npy` header, after checking that it announces a plain array of `dtype`."""

@@ -227,6 +227,17 @@ def test_the_plan_is_that_of_the_packers_version(name, digest):
     assert hashlib.blake2b(repr(plain).encode(), digest_size=8).hexdigest() == digest
 
 
+def test_only_the_first_pack_of_an_installation_says_that_it_compiles(tmp_path, capsys):
+    code = "from data_pipeline.packing.window import WindowPacker; WindowPacker(20, 1, 1, lambda piece, limit: limit)"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stderr.startswith("the choice of rows is compiled")
+    packed_rows(WindowPacker(20, 1, 1, cutter(1)), [(5, False), (30, True)])
+    capsys.readouterr()
+    WindowPacker(20, 1, 1, cutter(1))
+    assert capsys.readouterr().err == ""
+
+
 def test_packing_goes_on_where_no_cache_can_be_written(tmp_path):
     """A file stands where numba would make its folder, beside the module and below the home."""
     for name in ("__pycache__", "home"):

@@ -12,7 +12,7 @@ same texture is consistent as well, so the entropy of the textures stands beside
 
 A fresh model learns the world token by token, answers prompts itself, and is adapted to those answers by the objective
 `dida` on the real engine, and with `--diagonal` once more from the same weights by the objective `diagonal`. Then the real
-strategies decode, `ar` at temperature 1 as well. Controls: one step, one greedy step, and the mask path
+strategies decode, `ar` at temperature 1 as well; in `dida_S_renoised` every step begins from what was drawn, noised anew. Controls: one step, one greedy step, and the mask path
 (`--paths metric mask`) at 4 steps; diagonals before their adaptation. Seconds are those of one answer at batch 1, of the
 clock and of this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
 """

@@ -210,5 +210,5 @@ def _grown(array: np.ndarray, num_used: int, least: int) -> np.ndarray:
 def _tell_of_compiling(cache: str | None) -> None:
     """Nobody should take the first pack of an installation for one that hangs."""
     if cache is None or not any(Path(cache).glob("kernels.make_full_rows-*.nbi")):
-        told = "the choice of rows is compiled, which takes half a minute at the first pack of an installation"
+        told = "the choice of rows is compiled, which takes some 20 seconds at the first pack of an installation"
         print(f"{told} [{os.getpid()}]", file=sys.stderr, flush=True)

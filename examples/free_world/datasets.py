@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from examples.free_world.bodies import MAX_BODIES, Ground, Scene, draw, random_ground, random_scene
-from examples.free_world.edits import random_edit
+from examples.free_world.edits import Edit, random_edit, random_edit_in_part
 from examples.free_world.laws import random_clip
 from examples.free_world.tasks import MAX_MOVING, WHAT_NEXT
-from examples.free_world.words import describe
+from examples.free_world.words import describe, describe_in_part
 from examples.shapes_world import real_media
 from examples.shapes_world.datasets import Dataset, Sample, generator, text_english
 from examples.shapes_world.media import png_bytes
 
+VIDEO_FRAMES = 6
 SOURCE = "rendered by examples/free_world (Apache-2.0)"
 
 
@@ -23,11 +26,13 @@ class FreeCorpusConfig:
 
     seed: int = 1
     num_images: int = 8000
+    num_part_named: int = 6000
     num_pictures: int = 6000  # for the vision tokenizer alone
-    num_videos: int = 8000
+    num_videos: int = 4000
     num_clips: int = 6000
     num_told_clips: int = 2000
-    num_edits: int = 6000
+    num_edits: int = 5000
+    num_part_named_edits: int = 3000
     samples_per_shard: int = 500
 
 
@@ -43,6 +48,14 @@ def free_image_text(config: FreeCorpusConfig) -> Iterator[Sample]:
         yield {"png": picture(scene, random_ground(rng)), "txt": text.encode()}
 
 
+def free_part_named(config: FreeCorpusConfig) -> Iterator[Sample]:
+    """Pictures of all pairs; of a held-out one the caption says the colour or the shape and leaves the other."""
+    rng = generator(config.seed, "free_part_named")
+    for number in range(config.num_part_named):
+        scene = random_scene(rng, 1 + number % MAX_BODIES, held_out=bool(rng.integers(2)))
+        yield {"png": picture(scene, random_ground(rng)), "txt": describe_in_part(scene, rng).encode()}
+
+
 def free_pictures(config: FreeCorpusConfig) -> Iterator[Sample]:
     """Of all pairs, as a published tokenizer sees pictures of all kinds; what is held out, no language model sees here.
 
@@ -55,25 +68,20 @@ def free_pictures(config: FreeCorpusConfig) -> Iterator[Sample]:
         yield {"png": picture(scene, random_ground(rng)), "txt": b"a scene"}
 
 
-def motion(config: FreeCorpusConfig, name: str, count: int, every: int) -> Iterator[Sample]:
-    """Two frames and what comes next: the law stands in the frames alone.
-
-    One clip of `every` has a held-out pair; none for 0.
-    """
-    rng = generator(config.seed, name)
-    for number in range(count):
-        has_pair = every > 0 and number // MAX_MOVING % every == 0
-        clip, ground = random_clip(rng, 1 + number % MAX_MOVING, held_out_pair=has_pair), random_ground(rng)
-        yield x2i(clip.scenes, ground, WHAT_NEXT)
-
-
 def free_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
-    return motion(config, "free_motion", config.num_clips, 0)
+    """Two frames and what comes next: the law stands in the frames alone."""
+    rng = generator(config.seed, "free_motion")
+    for number in range(config.num_clips):
+        yield x2i(random_clip(rng, 1 + number % MAX_MOVING).scenes, random_ground(rng), WHAT_NEXT)
 
 
 def free_video(config: FreeCorpusConfig) -> Iterator[Sample]:
-    """For pretraining alone: what is held out from captions is seen moving, without a word that names it."""
-    return motion(config, "free_video", config.num_videos, 2)
+    """Longer clips; half of them have a pair that no document names, here without a word."""
+    rng = generator(config.seed, "free_video")
+    for number in range(config.num_videos):
+        has_pair = number // MAX_MOVING % 2 == 0
+        clip = random_clip(rng, 1 + number % MAX_MOVING, held_out_pair=has_pair, num_frames=VIDEO_FRAMES)
+        yield x2i(clip.scenes, random_ground(rng), WHAT_NEXT)
 
 
 def free_told_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
@@ -85,9 +93,20 @@ def free_told_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
 
 
 def free_edit(config: FreeCorpusConfig) -> Iterator[Sample]:
-    rng = generator(config.seed, "free_edit")
-    for number in range(config.num_edits):
-        edit = random_edit(rng, 1 + number % MAX_BODIES)
+    return edits(config, "free_edit", config.num_edits, random_edit)
+
+
+def free_part_named_edit(config: FreeCorpusConfig) -> Iterator[Sample]:
+    """The body that changes is told by its colour, and may have or get any pair."""
+    return edits(config, "free_part_named_edit", config.num_part_named_edits, random_edit_in_part)
+
+
+def edits(
+    config: FreeCorpusConfig, name: str, count: int, draw_one: Callable[[np.random.Generator, int], Edit]
+) -> Iterator[Sample]:
+    rng = generator(config.seed, name)
+    for number in range(count):
+        edit = draw_one(rng, 1 + number % MAX_BODIES)
         yield x2i((edit.source, edit.target), random_ground(rng), edit.instruction)
 
 
@@ -102,10 +121,12 @@ def x2i(scenes: tuple[Scene, ...], ground: Ground, text: str) -> Sample:
 
 DATASETS = (
     Dataset("free_image_text", "image_text", SOURCE, free_image_text),
+    Dataset("free_part_named", "image_text", SOURCE, free_part_named),
     Dataset("free_pictures", "image_text", SOURCE, free_pictures),
     Dataset("free_video", "x2i", SOURCE, free_video),
     Dataset("free_motion", "x2i", SOURCE, free_motion),
     Dataset("free_told_motion", "x2i", SOURCE, free_told_motion),
     Dataset("free_edit", "x2i", SOURCE, free_edit),
+    Dataset("free_part_named_edit", "x2i", SOURCE, free_part_named_edit),
     Dataset("text_english", "text", real_media.ENGLISH_LICENCE, text_english, ("sklearn",)),
 )

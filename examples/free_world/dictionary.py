@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.sources.image import decode_image
-from examples.free_world.bodies import GAP, SIDE
+from examples.free_world.bodies import SIDE
 from examples.free_world.judge import MIN_PIXELS, MIN_SATURATION, patches, saturation
 from examples.shapes_world.dictionary import samples
 from model.errors import UserError
 from training.inference.baselines import Ask, Pictures
 from training.inference.evaluation import EvaluationPrompt
 
+GAP = 2.0  # pixels between two looks
 PERIOD = 8  # pixels after which a ground comes again
 STEP = 4  # pixels between the places that are tried for a body
-ATTEMPTS = 50  # at a picture with all that its caption says
+ATTEMPTS = 200  # at a picture with all that its caption says
 Key = tuple[str, str, str]  # size, colour, shape
 
 
@@ -61,7 +62,7 @@ class Placed:
 class Dictionary:
     """`corpora` holds the raw shards of `free_image_text`, as training reads them."""
 
-    def __init__(self, corpora: str, num_pictures: int = 500):
+    def __init__(self, corpora: str, num_pictures: int = 1000):
         shards = Path(corpora) / "free_image_text"
         pictures = [
             (decode_image(parts["png"]), parts["txt"].decode())
@@ -107,7 +108,8 @@ class Dictionary:
         size, color, shape = key
         changed = [(words[-1], color, shape), (size, words[-1], shape)]  # one of them is no name that was ever seen
         for look in [self.looks[one] for one in changed if one in self.looks]:
-            put(picture, Placed(look, body.top, body.left))
+            left, top = body.middle - np.array(look.mask.shape[::-1]) / 2
+            put(picture, Placed(look, int(top), int(left)))
         return picture
 
     def _arrange(self, text: str, rng: np.random.Generator) -> list[Placed]:

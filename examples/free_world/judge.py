@@ -12,8 +12,7 @@ import math
 
 import numpy as np
 
-from examples.free_world.bodies import SHAPES, SIDE, SIZES, Body, Scene, coverage
-from examples.shapes_world.world import COLORS
+from examples.free_world.bodies import COLORS, SHAPES, SIDE, SIZES, Body, Scene, coverage
 
 MIN_SATURATION = 40.0  # highest minus lowest channel
 MIN_PIXELS = 10  # a smaller patch is dirt and no body

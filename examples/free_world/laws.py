@@ -1,4 +1,4 @@
-"""How bodies move: straight on, back from the walls, and off one another as equal discs do. Two frames show the law."""
+"""How bodies move: straight on, back from the walls, and off one another as equal boxes do. Two frames show the law."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.free_world.bodies import GAP, LATTICE, SIDE, Body, Scene, random_scene
+from examples.free_world.bodies import LATTICE, ROOM, SIDE, Body, Scene, are_apart, random_scene
 
 STEPS = (-LATTICE, 0, LATTICE)  # pixels a frame, along each axis
 SUBSTEPS = 4  # of a frame: on the lattice all that meets does so after half frames
@@ -19,7 +19,7 @@ SEEN_PIXELS = float(
 )  # something moves by so much from each frame to the next: a copy of the last frame is wrong
 
 Law = tuple[int, int]  # pixels a frame to the right and down
-HELD_OUT_LAWS: frozenset[Law] = frozenset({(LATTICE, -LATTICE), (-LATTICE, 0)})  # move no body of a training document
+HELD_OUT_LAWS: frozenset[Law] = frozenset({(LATTICE, -LATTICE), (-LATTICE, 0)})  # no training clip begins so
 
 
 @dataclass(frozen=True)
@@ -58,38 +58,33 @@ def simulate(start: Scene, velocities: np.ndarray, num_frames: int = NUM_FRAMES)
     """Scenes of `num_frames` frames, the first as given. `velocities` [bodies, 2] in pixels a frame."""
     # All lengths are counted in parts of a pixel, so that what is added up stays exact.
     places = SUBSTEPS * np.array([[body.x, body.y] for body in start])
-    halves = SUBSTEPS * np.array([body.half for body in start])
     speeds: np.ndarray = velocities.astype(np.float64)  # a copy
-    low = np.repeat(halves[:, None], 2, axis=1)
-    reaches = halves + SUBSTEPS * GAP  # so that bodies on the lattice leave one another on the lattice
+    room = SUBSTEPS * ROOM
     scenes = [start]
     for _ in range(num_frames - 1):
         for _ in range(SUBSTEPS):
             for _ in range(len(start) + 1):  # one turned back by a wall may turn back the next at the same moment
-                bounce(places, speeds, (low, SUBSTEPS * SIDE - low))
-                collide(places, speeds, reaches)
-            bounce(places, speeds, (low, SUBSTEPS * SIDE - low))
+                bounce(places, speeds, room)
+                collide(places, speeds, room)
+            bounce(places, speeds, room)
             places += speeds
         shown = places / SUBSTEPS
         scenes.append(tuple(body.at(float(x), float(y)) for body, (x, y) in zip(start, shown, strict=True)))
     return tuple(scenes)
 
 
-def bounce(places: np.ndarray, speeds: np.ndarray, walls: tuple[np.ndarray, np.ndarray]) -> None:
+def bounce(places: np.ndarray, speeds: np.ndarray, room: float) -> None:
     """Whoever is at a wall and moves on into it turns back."""
-    low, high = walls
-    speeds[((places <= low) & (speeds < 0)) | ((places >= high) & (speeds > 0))] *= -1
+    far = SUBSTEPS * SIDE - room
+    speeds[((places <= room) & (speeds < 0)) | ((places >= far) & (speeds > 0))] *= -1
 
 
-def collide(places: np.ndarray, speeds: np.ndarray, reaches: np.ndarray) -> None:
-    """Two boxes that touch and approach exchange their speeds along the axis on which they touch (equal masses, elastic).
-
-    `reaches` are from their middles to their sides.
-    """
+def collide(places: np.ndarray, speeds: np.ndarray, room: float) -> None:
+    """Two that touch and approach exchange their speeds along the axis on which they touch (equal masses, elastic)."""
     for one in range(len(places)):
         for other in range(one):
             apart = places[one] - places[other]
-            overlap = reaches[one] + reaches[other] - np.abs(apart)
+            overlap = 2 * room - np.abs(apart)
             if (overlap < 0).any():
                 continue
             axis = int(overlap.argmin())
@@ -97,10 +92,17 @@ def collide(places: np.ndarray, speeds: np.ndarray, reaches: np.ndarray) -> None
                 speeds[[one, other], axis] = speeds[[other, one], axis]
 
 
-def random_clip(rng: np.random.Generator, count: int, *, held_out: bool = False, held_out_pair: bool = False) -> Clip:
+def random_clip(
+    rng: np.random.Generator,
+    count: int,
+    *,
+    held_out: bool = False,
+    held_out_pair: bool = False,
+    num_frames: int = NUM_FRAMES,
+) -> Clip:
     """From the first frame to the second all move straight on, so that two frames say how; then they may meet something.
 
-    With `held_out` one body follows a held-out law, else none does; with `held_out_pair` one body has such a pair.
+    With `held_out` one body begins by a held-out law, else none does; with `held_out_pair` one body has such a pair.
     """
     while True:
         start = random_scene(rng, count, held_out=held_out_pair)
@@ -108,7 +110,7 @@ def random_clip(rng: np.random.Generator, count: int, *, held_out: bool = False,
         chosen = [known[index] for index in rng.integers(len(known), size=count)]
         if held_out:
             chosen[rng.integers(count)] = unknown[rng.integers(len(unknown))]
-        scenes = simulate(start, np.array([velocity(law) for law in chosen]))
+        scenes = simulate(start, np.array([velocity(law) for law in chosen]), num_frames)
         if is_straight(scenes[0], scenes[1], chosen) and is_clear(scenes):
             return Clip(scenes, tuple(chosen))
 
@@ -118,20 +120,17 @@ def is_straight(before: Scene, after: Scene, chosen: Sequence[Law]) -> bool:
 
 
 def is_clear(scenes: Sequence[Scene]) -> bool:
-    """Something moves visibly between any two frames, and no frame shows two bodies that run together."""
+    """Something moves visibly between any two frames; all bodies lie apart and on the lattice (a corner met may say else)."""
     moved = [
         max(math.hypot(one.x - other.x, one.y - other.y) for one, other in zip(before, after, strict=True))
         for before, after in itertools.pairwise(scenes)
     ]
-    return min(moved) >= SEEN_PIXELS and all(map(lies_apart, scenes))
+    stays = all(body.is_on_lattice for scene in scenes for body in scene)
+    return stays and min(moved) >= SEEN_PIXELS and all(map(lies_apart, scenes))
 
 
 def lies_apart(scene: Scene) -> bool:
-    return all(
-        max(abs(one.x - other.x), abs(one.y - other.y)) > one.half + other.half + GAP
-        for number, one in enumerate(scene)
-        for other in scene[:number]
-    )
+    return all(are_apart(one, other) for number, one in enumerate(scene) for other in scene[:number])
 
 
 def changed_course(clip: Clip) -> list[Body]:

@@ -15,7 +15,7 @@ from examples.free_world.words import describe
 from training.inference.evaluation import EvaluationPrompt
 
 WHAT_NEXT = "what comes next"
-MAX_MOVING = 3  # bodies of a clip
+MAX_MOVING = 2  # bodies of a clip
 
 
 @dataclass

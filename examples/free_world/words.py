@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.free_world.bodies import Body, Scene
+from examples.free_world.bodies import Body, Scene, is_held_out
 
-CLEAR_PIXELS = 6.0  # a relation that is said holds by at least so much
+CLEAR_PIXELS = 8.0  # a relation that is said holds by at least so much
 HOLDS_PIXELS = 1.0  # and counts as shown from here on
+THING = "thing"  # stands for a shape that is not said
 OPENINGS = ("", "there is ", "a picture of ")
 RELATIONS: dict[str, Callable[[Body, Body], float]] = {  # by how many pixels it holds
     "left of": lambda one, other: other.x - one.x,
@@ -40,19 +41,35 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[Relatio
     The bodies come in a random order; each but the first is placed to one that was named before, by a relation that
     clearly holds, where there is one.
     """
+    return told(scene, {body: body.name for body in scene}, rng)
+
+
+def describe_in_part(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption that says each body's colour or its shape, or both, and never both of a held-out pair."""
+    return told(scene, {body: name_in_part(body, rng) for body in scene}, rng)[0]
+
+
+def name_in_part(body: Body, rng: np.random.Generator) -> str:
+    names = [f"{body.color} {THING}", body.shape]
+    if not is_held_out(*body.pair):
+        names.append(body.name)
+    return names[rng.integers(len(names))]
+
+
+def told(scene: Scene, names: dict[Body, str], rng: np.random.Generator) -> tuple[str, tuple[Relation, ...]]:
     order = [scene[index] for index in rng.permutation(len(scene))]
     phrases, relations = [], []
     for number, body in enumerate(order):
-        phrase = f"a {body.size} {body.name}"
+        phrase = f"a {body.size} {names[body]}"
         choices = [
             (words, other)
             for other in order[:number]
             for words, margin in RELATIONS.items()
-            if margin(body, other) >= CLEAR_PIXELS
+            if margin(body, other) >= CLEAR_PIXELS and list(names.values()).count(names[other]) == 1
         ]
         if choices:
             words, other = choices[rng.integers(len(choices))]
-            phrase += f" {words} the {other.name}"
+            phrase += f" {words} the {names[other]}"
             relations.append(Relation(body.pair, words, other.pair))
         phrases.append(phrase)
     opening = OPENINGS[rng.integers(len(OPENINGS))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.errors import Problems
@@ -54,6 +54,7 @@ def test_draw_at_the_ends_of_the_interval() -> None:
 
 
 @settings(deadline=None, max_examples=80)
+@example(seed=1950, top_k=0, top_p=1.0, allowed_share=1.0)  # adds up to 1 before the last one
 @given(
     seed=st.integers(0, 10_000),
     top_k=st.integers(0, 12),
@@ -71,7 +72,7 @@ def test_truncation_keeps_what_a_plain_loop_keeps(seed: int, top_k: int, top_p: 
     order = order[:top_k] if top_k else order
     total, expected, mass = float(log_probs[0, order].exp().sum()), [], 0.0
     for index in order:
-        if mass / total >= top_p:
+        if top_p < 1 and mass / total >= top_p:  # at 1 all stay, whatever their sum is rounded to
             break
         expected.append(index)
         mass += float(log_probs[0, index].exp())

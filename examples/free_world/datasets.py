@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,13 +11,13 @@ import numpy as np
 from examples.free_world.bodies import MAX_BODIES, Ground, Scene, draw, random_ground, random_scene
 from examples.free_world.edits import Edit, random_edit, random_edit_in_part
 from examples.free_world.laws import random_clip
-from examples.free_world.tasks import MAX_MOVING, WHAT_NEXT
-from examples.free_world.words import describe, describe_in_part
+from examples.free_world.tasks import MAX_MOVING
+from examples.free_world.words import describe, describe_in_part, with_words_between
 from examples.shapes_world import real_media
 from examples.shapes_world.datasets import Dataset, Sample, generator, text_english
 from examples.shapes_world.media import png_bytes
 
-VIDEO_FRAMES = 6
+VIDEO_FRAMES = (4, 10)  # at least, at most
 SOURCE = "rendered by examples/free_world (Apache-2.0)"
 
 
@@ -28,8 +29,7 @@ class FreeCorpusConfig:
     num_images: int = 8000
     num_part_named: int = 6000
     num_pictures: int = 6000  # for the vision tokenizer alone
-    num_videos: int = 4000
-    num_clips: int = 6000
+    num_videos: int = 8000
     num_told_clips: int = 2000
     num_edits: int = 5000
     num_part_named_edits: int = 3000
@@ -68,20 +68,15 @@ def free_pictures(config: FreeCorpusConfig) -> Iterator[Sample]:
         yield {"png": picture(scene, random_ground(rng)), "txt": b"a scene"}
 
 
-def free_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
-    """Two frames and what comes next: the law stands in the frames alone."""
-    rng = generator(config.seed, "free_motion")
-    for number in range(config.num_clips):
-        yield x2i(random_clip(rng, 1 + number % MAX_MOVING).scenes, random_ground(rng), WHAT_NEXT)
-
-
 def free_video(config: FreeCorpusConfig) -> Iterator[Sample]:
-    """Longer clips; half of them have a pair that no document names, here without a word."""
-    rng = generator(config.seed, "free_video")
+    """Clips in which the law stands in the frames alone; half of them have a pair that no document names."""
+    rng, (fewest, most) = generator(config.seed, "free_video"), VIDEO_FRAMES
     for number in range(config.num_videos):
         has_pair = number // MAX_MOVING % 2 == 0
-        clip = random_clip(rng, 1 + number % MAX_MOVING, held_out_pair=has_pair, num_frames=VIDEO_FRAMES)
-        yield x2i(clip.scenes, random_ground(rng), WHAT_NEXT)
+        num_frames = int(rng.integers(fewest, most + 1))
+        count = 1 + number % MAX_MOVING
+        clip = random_clip(rng, count, held_out_pair=has_pair, num_frames=num_frames, num_straight=2)
+        yield film(clip.scenes, random_ground(rng))
 
 
 def free_told_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
@@ -89,7 +84,7 @@ def free_told_motion(config: FreeCorpusConfig) -> Iterator[Sample]:
     rng = generator(config.seed, "free_told_motion")
     for number in range(config.num_told_clips):
         clip = random_clip(rng, 1 + number % MAX_MOVING)
-        yield x2i(clip.scenes[1:], random_ground(rng), clip.words())
+        yield x2i(clip.scenes[-2:], random_ground(rng), clip.words())
 
 
 def free_edit(config: FreeCorpusConfig) -> Iterator[Sample]:
@@ -110,6 +105,18 @@ def edits(
         yield x2i((edit.source, edit.target), random_ground(rng), edit.instruction)
 
 
+def film(scenes: tuple[Scene, ...], ground: Ground) -> Sample:
+    """Frames with the same words between them, as a page of texts and pictures."""
+    pictures = [f"picture_{number}.png" for number in range(len(scenes))]
+    parts = with_words_between(pictures)
+    page = {
+        "texts": [None if part in pictures else part for part in parts],
+        "images": [part if part in pictures else None for part in parts],
+    }
+    frames = {name: picture(scene, ground) for name, scene in zip(pictures, scenes, strict=True)}
+    return {"json": json.dumps(page).encode(), **frames}
+
+
 def x2i(scenes: tuple[Scene, ...], ground: Ground, text: str) -> Sample:
     *sources, target = (picture(scene, ground) for scene in scenes)
     return {
@@ -123,8 +130,7 @@ DATASETS = (
     Dataset("free_image_text", "image_text", SOURCE, free_image_text),
     Dataset("free_part_named", "image_text", SOURCE, free_part_named),
     Dataset("free_pictures", "image_text", SOURCE, free_pictures),
-    Dataset("free_video", "x2i", SOURCE, free_video),
-    Dataset("free_motion", "x2i", SOURCE, free_motion),
+    Dataset("free_video", "interleaved", SOURCE, free_video),
     Dataset("free_told_motion", "x2i", SOURCE, free_told_motion),
     Dataset("free_edit", "x2i", SOURCE, free_edit),
     Dataset("free_part_named_edit", "x2i", SOURCE, free_part_named_edit),

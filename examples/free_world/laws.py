@@ -1,4 +1,4 @@
-"""How bodies move: straight on, back from the walls, and off one another as equal boxes do. Two frames show the law."""
+"""How bodies move: straight on, back from the walls, and off one another as equal boxes do. Frames alone show the law."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from examples.free_world.bodies import LATTICE, ROOM, SIDE, Body, Scene, are_apa
 
 STEPS = (-LATTICE, 0, LATTICE)  # pixels a frame, along each axis
 SUBSTEPS = 4  # of a frame: on the lattice all that meets does so after half frames
-NUM_FRAMES = 3  # two that show the law, and what comes next
+NUM_SHOWN = 3  # frames that show the law: two say it, the third says it again
+NUM_FRAMES = NUM_SHOWN + 1  # and what comes next
 SEEN_PIXELS = float(
     LATTICE
 )  # something moves by so much from each frame to the next: a copy of the last frame is wrong
@@ -99,8 +100,9 @@ def random_clip(
     held_out: bool = False,
     held_out_pair: bool = False,
     num_frames: int = NUM_FRAMES,
+    num_straight: int = NUM_SHOWN,
 ) -> Clip:
-    """From the first frame to the second all move straight on, so that two frames say how; then they may meet something.
+    """Through the first `num_straight` frames all move straight on, so that they say how; then they may meet something.
 
     With `held_out` one body begins by a held-out law, else none does; with `held_out_pair` one body has such a pair.
     """
@@ -111,12 +113,17 @@ def random_clip(
         if held_out:
             chosen[rng.integers(count)] = unknown[rng.integers(len(unknown))]
         scenes = simulate(start, np.array([velocity(law) for law in chosen]), num_frames)
-        if is_straight(scenes[0], scenes[1], chosen) and is_clear(scenes):
+        if is_straight(scenes[:num_straight], chosen) and is_clear(scenes):
             return Clip(scenes, tuple(chosen))
 
 
-def is_straight(before: Scene, after: Scene, chosen: Sequence[Law]) -> bool:
-    return all((new.x - old.x, new.y - old.y) == law for old, new, law in zip(before, after, chosen, strict=True))
+def is_straight(scenes: Sequence[Scene], chosen: Sequence[Law]) -> bool:
+    """No body has met anything in these frames."""
+    return all(
+        (new.x - old.x, new.y - old.y) == law
+        for before, after in itertools.pairwise(scenes)
+        for old, new, law in zip(before, after, chosen, strict=True)
+    )
 
 
 def is_clear(scenes: Sequence[Scene]) -> bool:

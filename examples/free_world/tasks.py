@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,10 +11,9 @@ from examples.free_world.bodies import MAX_BODIES, SIDE, draw, random_ground, ra
 from examples.free_world.edits import random_edit
 from examples.free_world.judge import read_scene, same_bodies, same_places
 from examples.free_world.laws import random_clip
-from examples.free_world.words import describe
+from examples.free_world.words import WHAT_NEXT, describe, with_words_between
 from training.inference.evaluation import EvaluationPrompt
 
-WHAT_NEXT = "what comes next"
 MAX_MOVING = 2  # bodies of a clip
 
 
@@ -63,9 +62,9 @@ class FreeT2I(FreeTask):
 
 @dataclass
 class FreeNextState(FreeTask):
-    """Frames alone show where all is and how it moves; a body follows a law that no training document shows.
+    """Three frames show where all is and how it moves; a body follows a law by which no training document begins.
 
-    With `words` one frame and the law in words take the place of two frames.
+    With `words` the last of them and the law in words take their place.
     """
 
     name: str = field(default="next_state_accuracy", init=False)
@@ -75,10 +74,12 @@ class FreeNextState(FreeTask):
     def make_prompt(self, rng: np.random.Generator, count: int) -> EvaluationPrompt:
         clip = random_clip(rng, count, held_out=self.held_out)
         ground = random_ground(rng)
-        *frames, target = clip.scenes
-        shown = [draw(scene, ground) for scene in frames]
-        shown, text = (shown[1:], clip.words()) if self.words else (shown, WHAT_NEXT)
-        return EvaluationPrompt(format="x2i", text=text, images=shown, target=target, image_size=(SIDE, SIDE))
+        *shown, target = clip.scenes
+        frames = [draw(scene, ground) for scene in shown]
+        prompt = EvaluationPrompt(format="x2i", target=target, image_size=(SIDE, SIDE))
+        if self.words:
+            return replace(prompt, text=clip.words(), images=frames[-1:])
+        return replace(prompt, format="interleaved", parts=[*with_words_between(frames), WHAT_NEXT])
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from examples.free_world.bodies import Body, Scene, is_held_out
 CLEAR_PIXELS = 8.0  # a relation that is said holds by at least so much
 HOLDS_PIXELS = 1.0  # and counts as shown from here on
 THING = "thing"  # stands for a shape that is not said
+WHAT_NEXT = "what comes next"
 OPENINGS = ("", "there is ", "a picture of ")
 RELATIONS: dict[str, Callable[[Body, Body], float]] = {  # by how many pixels it holds
     "left of": lambda one, other: other.x - one.x,
@@ -19,6 +21,16 @@ RELATIONS: dict[str, Callable[[Body, Body], float]] = {  # by how many pixels it
     "above": lambda one, other: other.y - one.y,
     "below": lambda one, other: one.y - other.y,
 }
+
+Frame = TypeVar("Frame")
+
+
+def with_words_between(frames: Sequence[Frame]) -> list[Frame | str]:
+    """A film as a document: from the third on, words ask for each frame before it comes."""
+    parts: list[Frame | str] = list(frames[:2])
+    for frame in frames[2:]:
+        parts += [WHAT_NEXT, frame]
+    return parts
 
 
 @dataclass(frozen=True)

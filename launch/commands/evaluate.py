@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class Config:
     seen: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same tasks on what training has shown
     baselines: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {path: package.Class, tasks: [...]}
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    image_temperatures: dict[str, float] = field(default_factory=dict)  # task -> in place of sampling.image.temperature
     as_trained: bool = True  # where `sampling` sets a length at most, draw as reinforcement learning drew its answers
     answers: InferenceOptions = field(default_factory=InferenceOptions)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
@@ -76,6 +77,16 @@ class Config:
         )
         problems.check(self.batch_size > 0, "batch_size", "must be positive")
         problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0")
+        for name, temperature in self.image_temperatures.items():
+            key = f"image_temperatures.{name}"
+            problems.check(name in self.tasks, key, f"there is no task {name}; tasks are {', '.join(self.tasks)}")
+            problems.check(temperature >= 0, key, "must not be negative", f"{key}=0")
+        problems.check(
+            not (self.decoders and self.image_temperatures),
+            "image_temperatures",
+            "decoders are compared at one temperature",
+            "sampling.image.temperature=0 image_temperatures={}",
+        )
         self.sampling.validate(problems)
         self.answers.validate(problems, "answers")
         self.decoding.validate(problems, "decoding")
@@ -88,6 +99,14 @@ class Config:
             not self.decoders or "ar" in self.decoders, "decoders", "are compared with ar", "decoders=[ar,dida]"
         )
         problems.raise_if_any()
+
+    def own_sampling(self) -> dict[str, SamplingConfig]:
+        """Of the tasks with a temperature of their own: some have one right answer, others many."""
+        image = self.sampling.image
+        return {
+            task: replace(self.sampling, image=replace(image, temperature=temperature))
+            for task, temperature in self.image_temperatures.items()
+        }
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -139,6 +158,7 @@ def judged(
         model,
         tasks,
         config.sampling,
+        own_sampling=config.own_sampling(),
         batch_size=config.batch_size,
         seed=config.seed,
         samples_folder=samples_folder,
@@ -147,7 +167,12 @@ def judged(
     known = {
         name: {key: result[key] for key in ("accuracy", "count", "interval")}
         for name, result in evaluate(
-            model, seen, config.sampling, batch_size=config.batch_size, seed=config.seed
+            model,
+            seen,
+            config.sampling,
+            own_sampling=config.own_sampling(),
+            batch_size=config.batch_size,
+            seed=config.seed,
         ).items()
     }
     return {
@@ -195,14 +220,15 @@ def measure_baselines(
     from training.inference.baselines import accuracy_of
     from training.inference.evaluation import EvaluationPrompt, pictures_of
 
-    def ask(prompts: Sequence[EvaluationPrompt]) -> list[Any]:
-        return pictures_of(model, prompts, config.sampling, config.batch_size, config.seed)
+    def asking(task: str) -> Callable[[Sequence[EvaluationPrompt]], list[Any]]:
+        sampling = config.own_sampling().get(task, config.sampling)
+        return lambda prompts: pictures_of(model, prompts, sampling, config.batch_size, config.seed)
 
     found: dict[str, dict[str, Any]] = {}
     for name, entry in config.baselines.items():
         for task in entry.get("tasks", []):
             prompts = list(tasks[task].prompts())[: entry.get("num_prompts")]
-            found.setdefault(task, {})[name] = accuracy_of(baselines[name], tasks[task], prompts, ask)
+            found.setdefault(task, {})[name] = accuracy_of(baselines[name], tasks[task], prompts, asking(task))
     return found
 
 

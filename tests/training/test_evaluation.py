@@ -32,7 +32,9 @@ class Gray:
 
     def prompts(self):
         pictures = [np.full((8, 8, 3), n, np.uint8) for n in range(self.num_prompts)]
-        return [EvaluationPrompt(self.format, str(n), [p], [p, str(n)], n, (8, 8)) for n, p in enumerate(pictures)]
+        if self.format == "interleaved":
+            return [EvaluationPrompt(self.format, "", [], [p, str(n)], n, (8, 8)) for n, p in enumerate(pictures)]
+        return [EvaluationPrompt(self.format, str(n), [p], [], n, (8, 8)) for n, p in enumerate(pictures)]
 
     def judge(self, prompt, images, text):
         return len(images) == 1 and int(images[0][0, 0, 0]) == prompt.target
@@ -52,6 +54,7 @@ class GrayModel:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
+        self.temperatures: list[float] = []  # of the pictures of each call
 
     def decode_with(self, decoding: DecodingConfig) -> None:
         assert decoding.strategy == "ar", "what the command does unless told"
@@ -63,6 +66,7 @@ class GrayModel:
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int = 0, first_index: int = 0
     ) -> list[Output]:
         self.calls.append((len(prompts), first_index))
+        self.temperatures.append(sampling.image.temperature)
         return [self.answer(prompt) for prompt in prompts]
 
     def answer(self, prompt: Prompt) -> Output:
@@ -220,6 +224,22 @@ def test_baselines_and_what_was_seen(tasks_module: str, tmp_path: Path, monkeypa
     config.baselines["right"]["tasks"] = ["dawn"]
     config.baselines["copy"]["num_prompts"] = 0
     with pytest.raises(UserError, match=r"copy.num_prompts[\s\S]*no task dawn"):
+        evaluate_command.run(config)
+
+
+def test_tasks_may_have_a_temperature_of_their_own(
+    tasks_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = loads(monkeypatch)
+    tasks = {"drawn": {"path": tasks_module}, "few": {"path": tasks_module}}
+    config = evaluate_command.Config("sft", str(tmp_path), "x.json", tasks, seen=tasks, image_temperatures={"few": 0})
+    config.baselines = {"words": {"path": "training.inference.baselines.OtherWords", "tasks": ["drawn", "few"]}}
+    config.sampling.image.temperature = 0.7
+    evaluate_command.run(config)
+    assert seen.model.temperatures == [0.7, 0] * 3  # the tasks, what was seen, the baseline
+    config.image_temperatures = {"fewer": 0, "few": -1}
+    config.decoders = ["ar"]
+    with pytest.raises(UserError, match=r"no task fewer[\s\S]*few: must not be negative[\s\S]*at one temperature"):
         evaluate_command.run(config)
 
 

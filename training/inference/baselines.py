@@ -27,7 +27,7 @@ class CopyOfTheLast:
     """The last picture of the prompt as it is: what a task gives to a model that does nothing."""
 
     def answers(self, prompts: Sequence[EvaluationPrompt], ask: Ask) -> list[Pictures]:
-        return [list(prompt.images[-1:]) for prompt in prompts]
+        return [prompt.pictures[-1:] for prompt in prompts]
 
 
 @dataclass
@@ -61,19 +61,21 @@ def rotated(prompts: Sequence[EvaluationPrompt]) -> list[EvaluationPrompt]:
     found = []
     for number, prompt in enumerate(prompts):
         others = [*prompts[number + 1 :], *prompts[:number]]
-        same_form = (one for one in others if len(texts(one)) == len(texts(prompt)) and one.text != prompt.text)
+        same_form = (one for one in others if len(texts(one)) == len(texts(prompt)) and texts(one) != texts(prompt))
         found.append(next(same_form, prompt))
     return found
 
 
 def texts(prompt: EvaluationPrompt) -> list[str]:
-    return [part for part in prompt.parts if isinstance(part, str)]
+    """All that it says, wherever its format has it."""
+    return [prompt.text, *(part for part in prompt.parts if isinstance(part, str))]
 
 
 def with_words_of(prompt: EvaluationPrompt, other: EvaluationPrompt) -> EvaluationPrompt:
-    words = iter(texts(other))
-    parts = [next(words) if isinstance(part, str) else part for part in prompt.parts]
-    return replace(prompt, text=other.text, parts=parts)
+    text, *words = texts(other)
+    others = iter(words)
+    parts = [next(others) if isinstance(part, str) else part for part in prompt.parts]
+    return replace(prompt, text=text, parts=parts)
 
 
 def load_baseline(path: str, arguments: Mapping[str, Any], key: str) -> Baseline:

@@ -34,6 +34,13 @@ class EvaluationPrompt:
     target: Any = None  # read by the task's `judge` only
     image_size: tuple[int, int] = (0, 0)  # height and width in pixels of the pictures to make
 
+    @property
+    def pictures(self) -> list[np.ndarray]:
+        """What it shows, in order."""
+        if self.format != "interleaved":
+            return list(self.images)
+        return [part for part in self.parts if not isinstance(part, str)]
+
 
 class EvaluationTask(Protocol):
     """What a task answers for. `judge` returns True/False or a score in [0, 1].
@@ -88,6 +95,7 @@ def evaluate(
     tasks: Mapping[str, EvaluationTask],
     sampling: SamplingConfig,
     *,
+    own_sampling: Mapping[str, SamplingConfig] | None = None,
     batch_size: int = 128,
     seed: int = 0,
     samples_folder: Path | None = None,
@@ -95,16 +103,18 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson; null for graded scores), `seconds` and `samples`.
 
+    `own_sampling` is that of the tasks that it names; the others have `sampling`.
     With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
     `samples` names them (relative to that folder) with their prompts and scores.
     """
+    own = own_sampling or {}
     results: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
         started = time.monotonic()
         scores: list[float] = []
         samples: list[dict[str, Any]] = []
         prompts = list(task.prompts())
-        for prompt, images, text in _answers(model, prompts, sampling, batch_size, seed):
+        for prompt, images, text in _answers(model, prompts, own.get(name, sampling), batch_size, seed):
             score = float(task.judge(prompt, images, text))
             assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"
             if samples_folder is not None and len(samples) < num_samples:
@@ -160,14 +170,13 @@ def _save_sample(
     folder: Path, stem: str, prompt: EvaluationPrompt, images: list[np.ndarray], text: str, score: float
 ) -> dict[str, Any]:
     """Writes the pictures of one answer and of its prompt; the record that describes them."""
-    words, shown = prompt.text, list(prompt.images)
+    words = prompt.text
     if prompt.format == "interleaved":
         words = " ".join(part for part in prompt.parts if isinstance(part, str))
-        shown = [part for part in prompt.parts if not isinstance(part, str)]
     return {
         "format": prompt.format,
         "prompt": words,
-        "prompt_images": _save_pictures(folder, f"{stem}_prompt", shown),
+        "prompt_images": _save_pictures(folder, f"{stem}_prompt", prompt.pictures),
         "images": _save_pictures(folder, f"{stem}_answer", images),
         "text": text,
         "score": score,

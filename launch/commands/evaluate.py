@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,26 +155,17 @@ def judged(
     out = base / config.out
     model.decode_with(config.decoding)
     samples_folder = out.parent / "samples" / out.stem
-    results = evaluate(
+    ask = partial(
+        evaluate,
         model,
-        tasks,
-        config.sampling,
+        sampling=config.sampling,
         own_sampling=config.own_sampling(),
         batch_size=config.batch_size,
         seed=config.seed,
-        samples_folder=samples_folder,
-        num_samples=config.num_samples,
     )
+    results = ask(tasks, samples_folder=samples_folder, num_samples=config.num_samples)
     known = {
-        name: {key: result[key] for key in ("accuracy", "count", "interval")}
-        for name, result in evaluate(
-            model,
-            seen,
-            config.sampling,
-            own_sampling=config.own_sampling(),
-            batch_size=config.batch_size,
-            seed=config.seed,
-        ).items()
+        name: {key: result[key] for key in ("accuracy", "count", "interval")} for name, result in ask(seen).items()
     }
     return {
         "checkpoint": str(base / config.checkpoint),

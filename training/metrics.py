@@ -74,7 +74,7 @@ def last_held_out(stage_folder: Path) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """A figure, or figures by name, as JSON can hold them."""
+    """A figure, or figures by name, as JSON can hold them; None: nothing was there to measure."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None

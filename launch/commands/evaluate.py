@@ -74,7 +74,10 @@ class Config:
             unknown = [task for task in entry.get("tasks", []) if task not in self.tasks]
             problems.check(not unknown, f"baselines.{name}.tasks", f"there is no task {', '.join(map(str, unknown))}")
         problems.check(
-            not self.rollouts or "path" in self.rollouts, "rollouts.path", "is required", "rollouts.path=package.Class"
+            not self.rollouts or bool(self.rollouts.get("path")),
+            "rollouts.path",
+            "is required",
+            "rollouts.path=package.Class, or rollouts={} for none",
         )
         problems.check(self.batch_size > 0, "batch_size", "must be positive")
         problems.check(self.num_samples >= 0, "num_samples", "must not be negative", "num_samples=0")

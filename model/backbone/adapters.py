@@ -87,13 +87,20 @@ class Adapter(nn.Module):
         chosen = self.active.chosen
         if chosen is False:
             return values
-        changed: torch.Tensor = values + self(x)
-        if isinstance(chosen, bool):
-            return changed
-        if self.sequence_parallel and not self.is_column_parallel:  # outputs are this tensor-parallel rank's tokens
+        if chosen is True:
+            everywhere: torch.Tensor = values + self(x)
+            return everywhere
+        if self.sequence_parallel:
+            return self._changed_parts(x, values, chosen)
+        places = torch.nonzero(chosen).squeeze(-1)
+        return values.index_add(0, places, self(x[places]))
+
+    def _changed_parts(self, x: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Where tensor-parallel ranks hold a part of the tokens each: computed for all, since parts must be alike in size."""
+        if not self.is_column_parallel:  # outputs are this rank's tokens
             size = parallel_state.get_tensor_model_parallel_world_size()
             chosen = chosen.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
-        return torch.where(chosen[:, None, None], changed, values)
+        return torch.where(chosen[:, None, None], values + self(x), values)
 
 
 def _add_adapter(layer: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:

@@ -7,7 +7,7 @@ is numpy on the host, and no loop runs over documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,23 @@ class AttentionPlan:
     def key_tokens(self) -> np.ndarray:
         """int64 [sum of key_lengths], the key tokens of all pieces one behind the other."""
         return range_tokens(self.keys[:, 0], self.keys[:, 1] - self.keys[:, 0])
+
+    def only(self, kept: np.ndarray) -> AttentionPlan:
+        """The plan of a row that has the `kept` tokens alone (bool [num_tokens]).
+
+        What is left out of a causal piece must be the same number of its queries and of its keys, counted from the end.
+        """
+        places = np.concatenate(([0], np.cumsum(kept)))
+        return _without_empty(int(places[-1]), places[self.queries], places[self.keys], self.key_pieces, self.causal)
+
+    def with_document(self, num_tokens: int) -> AttentionPlan:
+        """The plan of a row with one more causal document at its end."""
+        document = packed_documents(np.array([0, num_tokens]))
+        offset = self.num_tokens
+        behind = replace(
+            document, num_tokens=offset + num_tokens, queries=document.queries + offset, keys=document.keys + offset
+        )
+        return join_plans([replace(self, num_tokens=behind.num_tokens), behind])
 
     def of_queries(self, start: int, stop: int) -> AttentionPlan:
         """The plan of those queries that lie in [start, stop). Causal pieces lose the keys that only later ones see."""
@@ -115,6 +132,15 @@ class ImageCopies:
         copied = range_tokens(self.image_starts - shifts[self.documents], self.copy_lengths)
         sources[range_tokens(self.copy_starts, self.copy_lengths)] = copied
         return sources
+
+    def seen_tokens(self) -> np.ndarray:
+        """bool [T], true for tokens of copies and for those of documents that some copy sees."""
+        seen = np.zeros(self.num_tokens, dtype=bool)
+        lengths = np.zeros(len(self.document_starts), dtype=np.int64)
+        np.maximum.at(lengths, self.documents, self.image_starts - self.document_starts[self.documents])
+        seen[range_tokens(self.document_starts, lengths)] = True
+        seen[range_tokens(self.copy_starts, self.copy_lengths)] = True
+        return seen
 
     def copy_numbers(self) -> np.ndarray:
         """int64 [T], the copy that each token belongs to, counted from 1; 0 for tokens of documents."""

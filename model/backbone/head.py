@@ -133,6 +133,12 @@ class TokenScores:
         )
         return found
 
+    def only(self, places: torch.Tensor) -> TokenScores:
+        """Of the tokens at `places` (int64 [n]) alone: the others cost nothing then."""
+        found = copy.copy(self)
+        found._hidden = self._hidden[places]
+        return found
+
     def adjusted(
         self, temperatures: torch.Tensor, partners: torch.Tensor | None = None, guidance_scale: float = 1.0
     ) -> TokenScores:

@@ -20,6 +20,7 @@ from model.generation.grammar import GrammarState, ImageGrammar, Phase
 from model.generation.image_decoder import ImageDecoder
 from model.generation.sampling import guide, next_tokens, uniform_numbers
 from model.generation.settings import SamplingConfig
+from model.vocabulary import Vocabulary
 
 
 @dataclass
@@ -47,6 +48,7 @@ class GuidedImages:
     block: ImageBlock
     numbers: np.ndarray  # uint64 [R], seeds of the images' numbers
     num_rows: int  # R; behind them as many unconditional rows when guided
+    references: torch.Tensor  # int64 [R, N], codes of the last image of this grid before; -1: there is none
 
     @property
     def is_guided(self) -> bool:
@@ -145,7 +147,7 @@ class PhaseGenerator(ARGenerator):
             if not active.any() and not at_image.any():
                 break
             if not active.any():
-                state, logits, cut = self._images(state, logits, at_image, cut, answers, seeds, sampling)
+                state, logits, cut = self._images(state, logits, at_image, cut, prompts, answers, seeds, sampling)
                 continue
             position = counts.clamp(max=limit - 1)
             guide_logits = logits[len(prompts) :] if unconditional else None
@@ -205,6 +207,7 @@ class PhaseGenerator(ARGenerator):
         logits: torch.Tensor,
         at_image: torch.Tensor,
         cut: torch.Tensor,
+        prompts: list[Sequence[int]],
         answers: list[_Answer],
         seeds: np.ndarray,
         sampling: SamplingConfig,
@@ -218,7 +221,7 @@ class PhaseGenerator(ARGenerator):
             fitting = [row for row in members if len(answers[row].ids) + size <= sampling.max_new_tokens]
             cut[[row for row in members if row not in fitting]] = True
             if fitting:
-                state, logits = self._decode_group(state, logits, grid, fitting, answers, seeds, sampling)
+                state, logits = self._decode_group(state, logits, grid, fitting, prompts, answers, seeds, sampling)
         return state, logits, cut
 
     def _decode_group(
@@ -227,6 +230,7 @@ class PhaseGenerator(ARGenerator):
         logits: torch.Tensor,
         grid: Grid,
         members: list[int],
+        prompts: list[Sequence[int]],
         answers: list[_Answer],
         seeds: np.ndarray,
         sampling: SamplingConfig,
@@ -238,8 +242,10 @@ class PhaseGenerator(ARGenerator):
         block = self._block(grid, len(members))
         # An image's numbers: those of its sequence, and of how much stands before it.
         own = seeds[members] ^ (np.array([len(answers[row].ids) for row in members], np.uint64) << np.uint64(52))
+        before = [last_image([*prompts[row], *answers[row].ids], block, self.grammar.vocabulary) for row in members]
+        references = torch.as_tensor(np.stack(before), device=device)
         with self.decoder.only(in_cache):
-            images = GuidedImages(self.decoder, self.grammar, sampling, block, own, len(members))
+            images = GuidedImages(self.decoder, self.grammar, sampling, block, own, len(members), references)
             codes, log_probs, num_read = self.phase.decode(images)
             ids = self.grammar.vocabulary.codes_to_ids(codes)
             tokens = block.with_ids(ids)
@@ -286,6 +292,19 @@ class PhaseGenerator(ARGenerator):
             body, ending = body[:-1], ending[1:]
         tokens = torch.cat((body.new_tensor([vocabulary.img]), body, body.new_tensor(ending)))
         return ImageBlock(tokens[None], torch.nonzero(tokens == vocabulary.visual_start).flatten(), grid)
+
+
+def last_image(ids: Sequence[int], block: ImageBlock, vocabulary: Vocabulary) -> np.ndarray:
+    """int64 [N], codes of the last whole image of the block's grid in `ids`; -1 where there is none."""
+    tokens: np.ndarray = np.asarray(ids, dtype=np.int64)
+    places = block.places.cpu().numpy()
+    for start in np.flatnonzero(tokens == vocabulary.img)[::-1].tolist():
+        behind = tokens[start:][: np.argmax(tokens[start:] == vocabulary.eoi)]  # empty where it does not end
+        visual = np.flatnonzero(vocabulary.is_visual(behind))
+        if np.array_equal(visual, places):
+            codes: np.ndarray = vocabulary.ids_to_codes(behind[visual])
+            return codes
+    return np.full(len(places), -1, dtype=np.int64)
 
 
 def _merged(chosen: torch.Tensor, after: GrammarState, before: GrammarState) -> GrammarState:

@@ -7,6 +7,8 @@ At time 0 a token is noise, at time 1 it is its code x1; `p_t(x | x1)` lies betw
 - `UniformPath`: x1 with probability t, else any code; the step is the exact posterior q(x_t' | x_t, x1).
 - `MaskPath`: x1 with probability t, else masked; a token that is set stays.
 
+`FromReferencePath` is one of them for images that begin as noise; those behind another image begin as that one.
+
 All functions are pure: randomness comes in as `uniforms`, float64 in [0, 1) of shape [NUM_UNIFORMS, B, N], so that an
 image depends on its own numbers and on nothing else in the batch. Codes are int64 [B, N]; times are floats, or float64
 [B, 1] where each image has its own.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -210,8 +212,57 @@ class MetricPath:
             yield slice(start, start + at_once)
 
 
+@dataclass(frozen=True)
+class FromReferencePath:
+    """Another path, but images with a reference begin as the reference: x1 with probability t, else its code at that place.
+
+    `references`: int64 [B, N], -1 where a code has none; such codes take the other path. A step draws tokens with a reference
+    anew from p_t'(. | drawn), which keeps the marginals of any path.
+    """
+
+    path: DiscretePath
+    references: torch.Tensor = field(default_factory=lambda: torch.full((1, 1), -1))
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def num_codes(self) -> int:
+        return self.path.num_codes
+
+    def start(self, uniforms: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.references >= 0, self.references, self.path.start(uniforms))
+
+    def corrupt(self, clean: torch.Tensor, time: Time, uniforms: torch.Tensor) -> torch.Tensor:
+        mixed = torch.where(uniforms[0] < time, clean, self.references)
+        return torch.where(self.references >= 0, mixed, self.path.corrupt(clean, time, uniforms))
+
+    def step(
+        self, state: torch.Tensor, drawn: torch.Tensor, time: float, next_time: float, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        mixed = torch.where(uniforms[0] < next_time, drawn, self.references)
+        return torch.where(self.references >= 0, mixed, self.path.step(state, drawn, time, next_time, uniforms))
+
+    def finish(self, state: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.references >= 0, drawn, self.path.finish(state, drawn))
+
+    def describe(self) -> dict[str, Any]:
+        return self.path.describe() | {"start": "reference"}
+
+
+def behind(path: DiscretePath, references: torch.Tensor) -> DiscretePath:
+    """The path of images with these `references` before them (see `FromReferencePath`), which most paths do not read."""
+    return replace(path, references=references) if isinstance(path, FromReferencePath) else path
+
+
 def make_path(described: dict[str, Any], num_codes: int, codebook: torch.Tensor | None = None) -> DiscretePath:
     """The path of `describe`. Raises `UserError` where it was calibrated for another codebook."""
+    path = _make_path_from_noise(described, num_codes, codebook)
+    return FromReferencePath(path) if described.get("start") == "reference" else path
+
+
+def _make_path_from_noise(described: dict[str, Any], num_codes: int, codebook: torch.Tensor | None) -> DiscretePath:
     name = described.get("path")
     if name == "uniform":
         return UniformPath(num_codes)

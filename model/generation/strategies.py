@@ -25,7 +25,7 @@ from model.generation.diagonals import DiagonalPhase
 from model.generation.grammar import ImageGrammar
 from model.generation.image_decoder import ImageDecoder
 from model.generation.image_phases import GuidedImages, PhaseGenerator
-from model.generation.paths import NUM_UNIFORMS, DiscretePath, state_ids
+from model.generation.paths import NUM_UNIFORMS, DiscretePath, behind, state_ids
 from model.generation.sampling import allowed_log_probs, truncate
 from model.generation.settings import PhaseSampling
 from model.generation.speculative import UniformDraws, next_jacobi_guess, speculative_round
@@ -106,9 +106,10 @@ class DidaPhase:
     def decode(self, images: GuidedImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_codes = len(images.block.places)
         check_steps(self.config.steps, num_codes)
+        path = behind(self.path, images.references)
         codes, log_probs = denoise(
-            noisy_logits(images, self.path, self.config),
-            self.path,
+            noisy_logits(images, path, self.config),
+            path,
             self.config,
             step_numbers(images, num_codes),
             temperature=images.sampling.image.temperature,
@@ -146,16 +147,16 @@ class VerifiedPhase:
     def decode(self, images: GuidedImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_codes = len(images.block.places)
         check_steps(self.config.steps, num_codes)
-        last_time = step_times(self.config)[-2]
-        denoiser, walk = noisy_logits(images, self.path, self.config), _Walk(images, num_codes, keeps=False)
+        last_time, path = step_times(self.config)[-2], behind(self.path, images.references)
+        denoiser, walk = noisy_logits(images, path, self.config), _Walk(images, num_codes, keeps=False)
         numbers = step_numbers(images, num_codes)
-        draft = state = self.path.start(numbers(-1, NUM_UNIFORMS))
+        draft = state = path.start(numbers(-1, NUM_UNIFORMS))
         if self.config.steps > 1:
-            draft, _ = denoise(denoiser, self.path, self.config, numbers, temperature=images.sampling.image.temperature)
+            draft, _ = denoise(denoiser, path, self.config, numbers, temperature=images.sampling.image.temperature)
         while walk.goes_on():
             if self.config.steps > 1:
                 again = images.uniforms(walk.next_stream(), NUM_UNIFORMS * num_codes).view(-1, NUM_UNIFORMS, num_codes)
-                state = self.path.corrupt(draft, last_time, again.transpose(0, 1))
+                state = path.corrupt(draft, last_time, again.transpose(0, 1))
             columns = torch.arange(num_codes, device=walk.device)
             state = torch.where(columns < walk.accepted[:, None], walk.codes, state)
             guess = code_probabilities(denoiser(state, last_time), images.sampling.image)

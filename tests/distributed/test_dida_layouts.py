@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from image_rows import dida_config, train_diagonal, train_dida
+from image_rows import ROW_TOKENS, dida_config, train_copies_alone, train_diagonal, train_dida
 
 from model.config import AdapterConfig
 
@@ -38,6 +38,17 @@ def test_adapters_on_copies_do_not_depend_on_the_layout(pool: Any) -> None:
             assert values[:2] == pytest.approx(theirs[:2], rel=1e-5)
             assert values[2] == pytest.approx(theirs[2], rel=1e-4)
     assert expected[3][1] < expected[0][1], "copies are learnt"
+
+
+def test_rows_without_what_no_copy_sees_teach_the_same_in_every_layout(pool: Any) -> None:
+    (expected,) = pool.run(train_copies_alone, dida_config(ADAPTER), 2, 0, ranks=1)
+    layouts = ({}, {"tensor": 2, "sequence": False}, LAYOUTS["pipeline"], LAYOUTS["context"])
+    for layout in layouts:
+        config = dida_config(ADAPTER, **layout)
+        for found in pool.run(train_copies_alone, config, 2, ROW_TOKENS, ranks=2 if layout else 1):
+            for values, theirs in zip(found, expected, strict=True):
+                assert values[:2] == pytest.approx(theirs[:2], rel=1e-5)
+                assert values[2] == pytest.approx(theirs[2], rel=1e-4)
 
 
 def test_images_read_by_diagonals_do_not_depend_on_the_layout(pool: Any) -> None:

@@ -58,6 +58,23 @@ def test_copies_stand_for_the_tokens_of_their_image(documents: list[Document]) -
     assert layout.copy_numbers().tolist() == [copy for _, copy, _ in tokens]
 
 
+@given(rows_of_documents)
+@settings(max_examples=60, deadline=None)
+@example([(IMAGE, TEXT), (TEXT,)])
+def test_without_what_no_copy_sees_copies_see_the_same(documents: list[Document]) -> None:
+    layout = layout_of(documents)
+    mask, seen, in_copy = allowed(documents), layout.seen_tokens(), layout.copy_numbers() > 0
+    assert np.array_equal(seen, in_copy | mask[in_copy].any(axis=0))
+    plan = documents_with_image_copies(layout)
+    if seen.any():
+        assert np.array_equal(plan.only(seen).dense_mask(), mask[seen][:, seen])
+    longer = plan.with_document(3).dense_mask()
+    assert np.array_equal(longer[:-3, :-3], mask)
+    assert np.array_equal(longer[-3:, -3:], np.tri(3, dtype=bool))
+    assert not longer[:-3, -3:].any()
+    assert not longer[-3:, :-3].any()
+
+
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any))
 @settings(max_examples=60, deadline=None)
 def test_documents_without_images_are_causal_and_apart(lengths: list[int]) -> None:

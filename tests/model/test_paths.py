@@ -12,7 +12,7 @@ from model.errors import UserError
 from model.generation.calibration import calibrate_path
 from model.generation.decoding_config import DenoiseConfig
 from model.generation.denoise import step_times
-from model.generation.paths import DiscretePath, MaskPath, MetricPath, UniformPath, make_path
+from model.generation.paths import DiscretePath, FromReferencePath, MaskPath, MetricPath, UniformPath, behind, make_path
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,61 @@ def test_the_exact_step_is_the_posterior() -> None:
         assert (torch.bincount(moved[:, 0], minlength=size) / draws - expected).abs().max() < 0.005
 
 
+def some_references(shape: tuple[int, int]) -> torch.Tensor:
+    """Any codes, and none for a third of the places."""
+    generator = torch.Generator().manual_seed(8)
+    codes = torch.randint(CODES, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 1 / 3, -1, codes)
+
+
+@pytest.mark.parametrize("inner", [UniformPath(CODES), MaskPath(CODES), metric(10)], ids=lambda path: path.name)
+def test_codes_with_a_reference_come_from_it_and_the_others_from_noise(inner: DiscretePath) -> None:
+    shape = (3000, 8)
+    references = some_references(shape)
+    has_one = references >= 0
+    path = behind(FromReferencePath(inner), references)
+    generator = torch.Generator().manual_seed(9)
+    uniforms = torch.rand((2, *shape), generator=generator, dtype=torch.float64)
+    clean, drawn = (torch.randint(CODES, shape, generator=generator) for _ in range(2))
+    ways = [
+        (path.start(uniforms), inner.start(uniforms), 0.0, clean),
+        (path.corrupt(clean, 0.7, uniforms), inner.corrupt(clean, 0.7, uniforms), 0.7, clean),
+        (path.step(clean, drawn, 0.2, 0.4, uniforms), inner.step(clean, drawn, 0.2, 0.4, uniforms), 0.4, drawn),
+        (path.finish(clean, drawn), inner.finish(clean, drawn), 1.0, drawn),
+    ]
+    for found, from_noise, time, end in ways:
+        assert torch.equal(found[~has_one], from_noise[~has_one])
+        assert ((found == references) | (found == end))[has_one].all()
+        differ = has_one & (references != end)
+        assert float((found == end)[differ].double().mean()) == pytest.approx(time, abs=0.02)
+
+
+@pytest.mark.parametrize(("steps", "least"), [(4, 0.91), (8, 0.98)])
+def test_images_from_references_are_whole(steps: int, least: float) -> None:
+    """The exact denoiser of the mixture: rows begin with any textures of their colours, and end with one."""
+
+    class Rest(Rows):
+        def denoiser(self, path):  # type: ignore[no-untyped-def]
+            textures = torch.arange(TEXTURES)
+
+            def logits(state: torch.Tensor, time: float) -> torch.Tensor:
+                candidates = self.colours[..., None] * TEXTURES + textures
+                likely = time * (state[..., None] == candidates) + (1 - time) * (state == path.references)[..., None]
+                evidence = likely.double().clamp_min(1e-300).log().sum(1, keepdim=True)
+                result = torch.full((*state.shape, CODES), -torch.inf, dtype=torch.float64)
+                return result.scatter_(-1, candidates, evidence.expand(*state.shape, TEXTURES))
+
+            return logits
+
+    rows = Rest(4, 8000, seed=2)
+    references = rows.colours * TEXTURES + torch.randint(TEXTURES, rows.colours.shape, generator=rows.generator)
+    path = behind(FromReferencePath(UniformPath(CODES)), references)
+    consistency, entropy = rows.sample(path, plain(steps))
+    assert consistency > least
+    assert entropy > 0.98
+    assert rows.sample(path, plain(1))[0] < 0.05
+
+
 def test_calibration_weighs_joint_structure_against_diversity() -> None:
     """A large c is consistent and narrows the codes: the largest that keeps their entropy is the one to take."""
     generator = torch.Generator().manual_seed(0)
@@ -163,6 +218,10 @@ def test_a_path_is_remembered_with_its_codebook() -> None:
         make_path(path.describe(), CODES, codebook.flip(0))
     for other in (UniformPath(CODES), MaskPath(CODES)):
         assert make_path(other.describe(), CODES) == other
+    from_reference = make_path(FromReferencePath(path).describe(), CODES, codebook)
+    assert isinstance(from_reference, FromReferencePath)
+    assert from_reference.path.describe() == path.describe()
+    assert behind(path, torch.zeros(1, 1)) is path, "a path from noise reads no reference"
 
 
 def test_codes_of_another_device_find_the_codebook_there() -> None:

@@ -15,7 +15,7 @@ from model.generation.ar import ARGenerator
 from model.generation.decoding_config import DecodingConfig, DenoiseConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar, Phase
 from model.generation.image_decoder import ImageDecoder
-from model.generation.paths import MaskPath, MetricPath, UniformPath
+from model.generation.paths import FromReferencePath, MaskPath, MetricPath, UniformPath
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.generation.strategies import DecodingMetrics, Strategy, make_strategy
 from model.parallel import groups
@@ -125,6 +125,49 @@ def test_blocks_are_what_the_grammar_forces(model: torch.nn.Module, emu3_format:
         state = grammar.advance(state, torch.tensor([token]))
     assert bool(state.done.all())
     assert block.tokens[0, 0] == VOCABULARY.img
+
+
+def image_ids(height: int, width: int, codes: list[int]) -> list[int]:
+    """BOI to EOI."""
+    rows = [[VOCABULARY.visual_start + code for code in codes[row * width :][:width]] for row in range(height)]
+    body = [token for row in rows for token in [*row, VOCABULARY.eol]][:-1]
+    header = [VOCABULARY.boi, DIGITS[height], STAR, DIGITS[width], VOCABULARY.img]
+    return [*header, *body, VOCABULARY.eoi]
+
+
+def codes_of(ids: list[int]) -> list[list[int]]:
+    """The codes of each whole image."""
+    ends = [place for place, one in enumerate(ids) if one == VOCABULARY.eoi]
+    starts = [place for place, one in enumerate(ids) if one == VOCABULARY.img]
+    first = VOCABULARY.visual_start
+    return [[one - first for one in ids[a:b] if one >= first] for a, b in zip(starts, ends, strict=False)]
+
+
+@pytest.mark.parametrize("name", ["dida", "verified"])
+def test_images_begin_as_the_last_one_of_their_grid(model: torch.nn.Module, name: str) -> None:
+    older, last = [7, 8, 9, 1, 2, 3], [11, 12, 13, 14, 15, 16]
+    without = [1, *image_ids(3, 2, last), 2]  # of another grid: the first image has no reference
+    prompts = [[1, *image_ids(2, 3, older), *image_ids(2, 3, last), *image_ids(3, 2, older), 2], *[without] * 6]
+    decoder, config = ImageDecoder(model), DecodingConfig(name, DenoiseConfig(steps=3))
+    shown: list[list[list[int]]] = [[] for _ in prompts]
+
+    def watch(rows: list[int], tokens: torch.Tensor) -> None:
+        for row, block in zip(rows, tokens.tolist(), strict=True):
+            shown[row].append([one - VOCABULARY.visual_start for one in block if one >= VOCABULARY.visual_start])
+
+    decoder.watch = watch
+    found = make_strategy(config, decoder, rules(), FromReferencePath(PATH), DecodingMetrics(), 8).sample(
+        prompts, SAMPLING, 0, [(2, 3)] * len(prompts)
+    )
+    *looks_without, looks = shown  # rows are ordered by their prompts' lengths
+    assert looks[0] == last
+    assert all(one[0] not in (last, older) for one in looks_without), "noise"
+    with_two = 0
+    for answer, seen in zip(found[1:], looks_without, strict=True):
+        images = codes_of(answer.ids.tolist())
+        with_two += len(images) == 2
+        assert len(images) == 1 or images[0] in seen, "the second image begins as the first one ended"
+    assert with_two
 
 
 def test_forward_passes_are_counted(model: torch.nn.Module) -> None:

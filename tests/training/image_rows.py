@@ -148,13 +148,23 @@ class MadeRows:
     def close(self) -> None: ...
 
 
-def batches_of(config: TrainConfig, first_sample: int, room: int = ROOM, copies: int = 1) -> list[DidaBatch]:
-    rows = RowsWithCopies(MadeRows(config), IDS, 7, room, config.stage.micro_batch_size, 0, copies)  # type: ignore[arg-type]
+def batches_of(
+    config: TrainConfig, first_sample: int, room: int = ROOM, copies: int = 1, clean_tokens: int = 0
+) -> list[DidaBatch]:
+    stride = config.stage.micro_batch_size
+    rows = RowsWithCopies(MadeRows(config), IDS, 7, room, stride, 0, copies, clean_tokens)  # type: ignore[arg-type]
     return rows.batch(first_sample)
 
 
 def train_dida(config: TrainConfig, num_steps: int) -> list[tuple[float, float, float]]:
     return train_copies(config, num_steps, make_dida(config, path="metric"))
+
+
+def train_copies_alone(config: TrainConfig, num_steps: int, clean_tokens: int) -> list[tuple[float, float, float]]:
+    """No next token is learnt; with `clean_tokens` only what copies see of documents is computed."""
+    return train_copies(
+        config, num_steps, make_dida(config, path="metric", clean_weight=0.0, clean_tokens=clean_tokens)
+    )
 
 
 def train_diagonal(config: TrainConfig, num_steps: int) -> list[tuple[float, float, float]]:
@@ -170,7 +180,7 @@ def train_copies(
     engine = MegatronEngine(config)
     found = []
     for step in range(num_steps):
-        batches = batches_of(config, step * ROWS)
+        batches = batches_of(config, step * ROWS, clean_tokens=objective.copy_options.clean_tokens)
         result = objective.result(*engine.forward_backward(batches, objective).read())
         engine.optimizer_step(config.stage.optimizer.learning_rate, result.gradient_norm)
         found.append((result.loss, result.metrics["loss_copies"], result.gradient_norm))

@@ -12,8 +12,9 @@ from image_rows import IDS, ROOM, ROW_TOKENS, Forward, batches_of, copy_places, 
 from data_pipeline.loading.batch import MicroBatch
 from model.errors import Problems, UserError
 from model.generation.image_decoder import ImageDecoder
-from model.generation.paths import Time, UniformPath
+from model.generation.paths import FromReferencePath, Time, UniformPath
 from training.contracts.inputs import LocalInput
+from training.metrics import StepRecord
 from training.objectives.dida import Dida
 from training.objectives.dida_rows import DidaBatch, find_images
 from training.objectives.next_token import NextToken
@@ -49,6 +50,65 @@ def test_images_are_those_that_are_learnt(seed: int) -> None:
     found = find_images(rows, IDS)
     values = [found.starts, found.lengths, found.heights, found.widths]
     assert list(zip(*(column.tolist() for column in values), strict=True)) == images_by_hand(rows)
+
+
+def reference_by_hand(rows: MicroBatch, start: int, height: int, width: int) -> int:
+    """Where the last block of this grid begins that stands before `start` in its document, by a walk; -1: there is none."""
+    tokens, bounds = rows.tokens.ravel().tolist(), rows.cu_seqlens.tolist()
+    first = max(bound for bound in bounds if bound <= start)
+    found, at = -1, first
+    while IDS.img in tokens[at:start]:
+        at = tokens.index(IDS.img, at)
+        block = tokens[at + 1 : tokens.index(IDS.eoi, at)]
+        rows_of_codes = block.count(IDS.eol) + 1
+        if (rows_of_codes, (len(block) + 1) // rows_of_codes - 1) == (height, width):
+            found = at
+        at += 1
+    return found
+
+
+def test_the_reference_is_the_last_image_of_its_grid_in_the_document() -> None:
+    num_found = num_without_loss = 0
+    for seed in range(60):
+        rows = micro_batch(seed)
+        images = find_images(rows, IDS)
+        expected = [
+            reference_by_hand(rows, *one)
+            for one in zip(images.starts.tolist(), images.heights.tolist(), images.widths.tolist(), strict=True)
+        ]
+        assert images.references.tolist() == expected
+        found = images.references[images.references >= 0]
+        num_found += len(found)
+        num_without_loss += int((rows.loss_weights.ravel()[found] == 0).sum())
+    assert num_found > 20
+    assert num_without_loss > 0, "what is not learnt is a reference too"
+
+
+@pytest.mark.parametrize(("latest_time", "is_reference"), [(1e-9, True), (0.999, False)])
+def test_copies_begin_as_their_references(latest_time: float, is_reference: bool) -> None:
+    config = dida_config()
+    objective = make_dida(config, start="reference", latest_time=latest_time)
+    objective.path = FromReferencePath(UniformPath(18))
+    from_noise = make_dida(config, latest_time=latest_time)
+    num_references = num_others = num_clean = 0
+    for batch in [one for first in range(0, 40, 4) for one in batches_of(config, first)]:
+        found, flat = objective.inputs(batch), batch.rows.tokens.ravel()
+        images, plain = batch.images, from_noise.inputs(replace(batch, prepared=None))
+        for here, start, reference in zip(copy_places(found, batch), images.starts, images.references, strict=True):
+            image = flat[start : start + len(here)]
+            codes = IDS.is_visual(image)
+            shown = found.tokens[here][codes]
+            if reference < 0:
+                assert np.array_equal(found.tokens[here], plain.tokens[here]), "the noise of the stage's path"
+                num_others += int((shown != image[codes]).sum())
+                continue
+            expected = flat[reference : reference + len(here)][codes]
+            num_references += len(expected)
+            num_clean += int((shown != expected).sum())
+            assert ((shown == expected) | (shown == image[codes])).all()
+    assert num_references > 20
+    assert num_others > 20, "without a reference there is noise"
+    assert (num_clean == 0) == is_reference
 
 
 def test_copies_fill_the_room_of_their_row_in_changing_choice() -> None:
@@ -241,6 +301,61 @@ def test_adapters_on_copies_leave_everything_else_bit_for_bit(forward: Forward) 
 
 
 @pytest.mark.parametrize("which", ["model", "adapted"])
+def test_what_no_copy_sees_can_be_left_out(exact_forward: Forward, which: str) -> None:
+    """The same copies with the same logits in shorter rows, and nothing else that is learnt."""
+    config, model = dida_config(), getattr(exact_forward, which)
+    whole = make_dida(config, clean_weight=0.0)
+    short = make_dida(config, clean_weight=0.0, clean_tokens=ROW_TOKENS - 8)
+    num_copies = 0
+    for sample in range(0, 24, 4):
+        batches = batches_of(config, sample, clean_tokens=ROW_TOKENS - 8)
+        for batch in batches:
+            expected, found = whole.inputs(batch), short.inputs(replace(batch, prepared=None))
+            assert found.tokens.size == 2 * (ROW_TOKENS - 8 + ROOM)
+            there, here = (np.flatnonzero(inputs.fields["noisy"] > 0) for inputs in (expected, found))
+            for name in ("tokens", "labels", "weights", "position_ids"):
+                assert np.array_equal(getattr(found, name)[here], getattr(expected, name)[there])
+            assert not found.weights[found.fields["noisy"] == 0].any()
+            logits = exact_forward(found, model)[here], exact_forward(expected, model)[there]
+            assert torch.allclose(*logits, rtol=0, atol=1e-6)
+            num_copies += len(batch.numbers)
+        made = [replace(batch, prepared=None) for batch in batches]
+        totals = short.totals(made)
+        sums = np.zeros(short.num_sums)
+        sums[-1] = 5.0
+        result = short.result(totals, sums, 1.0)
+        assert result.metrics["loss_next_token"] is None
+        assert StepRecord(1, result, 1e-3, 4, 0.5).to_line()["loss_next_token"] is None, "a line can say so"
+        assert result.loss == result.metrics["loss_copies"] == 5.0 / totals[-3]
+    assert num_copies > 20
+
+
+@pytest.mark.parametrize("clean_tokens", [0, 12, 30])
+def test_beginnings_of_documents_fit_their_room(clean_tokens: int) -> None:
+    """Of each row, whichever copies were drawn; one copy more would not have fitted."""
+    num_left_out = 0
+    for sample in range(0, 60, 4):
+        for batch in batches_of(dida_config(), sample, clean_tokens=clean_tokens):
+            bounds, images = batch.rows.cu_seqlens, find_images(batch.rows, IDS)
+
+            def beginnings(starts: np.ndarray, bounds: np.ndarray = bounds) -> int:
+                firsts = bounds[np.searchsorted(bounds, starts, "right") - 1].tolist()
+                last = {first: max(starts[firsts.index(first) :][: firsts.count(first)]) for first in firsts}
+                return sum(int(stop - first) for first, stop in last.items())
+
+            for row in range(2):
+                own = batch.images.starts[batch.images.starts // ROW_TOKENS == row]
+                assert not clean_tokens or beginnings(own) <= clean_tokens
+                free = ROOM - int(batch.images.lengths[batch.images.starts // ROW_TOKENS == row].sum())
+                for start, length in zip(images.starts, images.lengths, strict=True):
+                    if start // ROW_TOKENS == row and start not in own:
+                        num_left_out += 1
+                        with_it = beginnings(np.sort(np.append(own, start)))
+                        assert length > free or 0 < clean_tokens < with_it
+    assert num_left_out > 5 or not clean_tokens
+
+
+@pytest.mark.parametrize("which", ["model", "adapted"])
 def test_logits_of_copies_are_those_of_decoding(exact_forward: Forward, which: str) -> None:
     """The block behind a cached prefix, as a sampler reads it."""
     objective, batch = most_copied()
@@ -261,11 +376,13 @@ def test_logits_of_copies_are_those_of_decoding(exact_forward: Forward, which: s
 def test_options_that_cannot_work_are_refused() -> None:
     problems = Problems()
     options = Dida.Options(path="metrik", c=-1.0, latest_time=1.0, document_attention="full", clean_prefix_share=2.0)
-    options.copies_an_image = 0
+    options.copies_an_image, options.clean_tokens = 0, 4
+    options.start = "middle"
     options.validate(problems, "stage.objective")
     with pytest.raises(UserError) as caught:
         problems.raise_if_any()
-    for key in ("path", "c", "latest_time", "document_attention", "clean_prefix_share", "copies_an_image"):
+    keys = ("path", "c", "latest_time", "document_attention", "clean_prefix_share", "copies_an_image")
+    for key in (*keys, "clean_tokens", "start"):
         assert f"stage.objective.{key}" in str(caught.value)
     config = dida_config(tensor=2, context=2)
     config.stage.data.datasets = {}

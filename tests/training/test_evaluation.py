@@ -256,11 +256,14 @@ def test_other_words_keep_the_form_of_the_prompt() -> None:
 
 def test_evaluate_command_lists_all_problems() -> None:
     config = evaluate_command.Config(
-        tasks={"a": {}}, batch_size=0, sampling=SamplingConfig(text=PhaseSampling(top_p=2.0))
+        tasks={"a": {}},
+        batch_size=0,
+        sampling=SamplingConfig(text=PhaseSampling(top_p=2.0)),
+        rollouts={"path": None, "num_rollouts": 2},
     )
     with pytest.raises(UserError) as caught:
         evaluate_command.run(config)
-    for key in ("checkpoint", "tasks.a.path", "batch_size", "sampling.text.top_p"):
+    for key in ("checkpoint", "tasks.a.path", "batch_size", "sampling.text.top_p", "rollouts.path"):
         assert key in str(caught.value)
 
 

@@ -63,6 +63,10 @@ class TokenScores(Protocol):
         """Both, for less than the price of both."""
         ...
 
+    def only(self, places: torch.Tensor) -> TokenScores:
+        """Of the tokens at `places` (int64 [n]) alone: the others cost nothing then."""
+        ...
+
     def adjusted(
         self, temperatures: torch.Tensor, partners: torch.Tensor | None = None, guidance_scale: float = 1.0
     ) -> TokenScores:

@@ -1,10 +1,10 @@
 """Parallel image decoding (DiDA of Emu3.5, arXiv 2510.26583, 4.3): next tokens of documents, and noisy copies of images.
 
 Each row is followed by copies of its images. A copy is the last token of the header, then the codes as a path's noise
-makes them; ends of rows stay as they are, and positions are those of the image. It sees the document before the image and
-all of itself, nothing sees it (`model.backbone.attention_plan`), so the clean stream is what it was without. The token
-before a code predicts it, as in the clean stream: loss = mean cross entropy of the copies' codes + clean_weight * the
-loss of the next tokens.
+makes them (from noise, or with `start=reference` from the image before); ends of rows stay as they are, and positions are
+those of the image. It sees the document before the image and all of itself, nothing sees it
+(`model.backbone.attention_plan`), so the clean stream is what it was without. The token before a code predicts it, as in
+the clean stream: loss = mean cross entropy of the copies' codes + clean_weight * the loss of the next tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ import torch
 from model.backbone.attention_plan import ImageCopies
 from model.errors import UserError
 from model.generation.calibration import calibrate_path, told
-from model.generation.paths import NUM_UNIFORMS, DiscretePath, MaskPath, MetricPath, UniformPath, shifted, state_ids
+from model.generation.paths import (
+    NUM_UNIFORMS,
+    DiscretePath,
+    FromReferencePath,
+    MaskPath,
+    MetricPath,
+    UniformPath,
+    behind,
+    shifted,
+    state_ids,
+)
 from model.generation.sampling import uniform_numbers
 from training.config import TrainConfig
 from training.objectives.dida_options import DidaOptions
@@ -62,6 +72,8 @@ class Dida(ImageCopiesObjective):
             chosen = torch.from_numpy(np.concatenate(views))
             self.path, candidates = calibrate_path(chosen, self._codebook(), options.decoding_steps)
             table = told(candidates)
+        if options.start == "reference":
+            self.path = FromReferencePath(self.path)
         self._dida = (
             self.path.describe()
             | {"calibration": table, "clean_prefix_share": options.clean_prefix_share}
@@ -119,7 +131,8 @@ class Dida(ImageCopiesObjective):
         at = np.concatenate(places)
         codes = torch.from_numpy(self.vocabulary.ids_to_codes(tokens[at]))[None]
         of_each_code = times.repeat_interleave(torch.from_numpy(sizes))[None]
-        noisy = self.path.corrupt(codes, of_each_code, torch.from_numpy(uniforms)[:, None])[0].numpy()
+        path = behind(self.path, torch.from_numpy(self._references(batch, layout, at, sizes))[None])
+        noisy = path.corrupt(codes, of_each_code, torch.from_numpy(uniforms)[:, None])[0].numpy()
         cuts = np.where(numbers[:, 1] < options.clean_prefix_share, numbers[:, 2] * sizes, 0).astype(np.int64)
         order = np.concatenate([np.arange(size) for size in sizes])
         is_noisy = order >= np.repeat(cuts, sizes)
@@ -127,6 +140,13 @@ class Dida(ImageCopiesObjective):
         for start, some, cut in zip(layout.copy_starts, places, cuts, strict=True):
             learnt[start : some[cut] - 1 if cut else start] = False
         return learnt
+
+    def _references(self, batch: DidaBatch, layout: ImageCopies, at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """int64 [codes of copies], for those at `at` the code at their place of the image's reference, -1: none."""
+        within = at - np.repeat(layout.copy_starts, sizes)
+        references = np.repeat(batch.images.references, sizes)
+        found = self.vocabulary.ids_to_codes(batch.rows.tokens.reshape(-1)[references + within])
+        return np.where(references >= 0, found, -1)
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | {"dida": self._dida}

@@ -9,6 +9,7 @@ from model.errors import Problems
 from training.objectives.copy_options import CopyOptions
 
 PATHS = ("metric", "uniform", "mask")
+STARTS = ("noise", "reference")
 
 
 @dataclass
@@ -19,6 +20,8 @@ class DidaOptions(CopyOptions):
     """
 
     path: str = "metric"  # metric | uniform | mask: how codes become noise
+    # noise | reference: an image behind another one of its grid, in one document, begins as that one (edits, next frames)
+    start: str = "noise"
     c: float | None = None  # of the metric path; null: calibrated on the stage's data for `decoding_steps`
     alpha: float = 0.9  # of the metric path, when c is given
     decoding_steps: int = 8  # for which c is calibrated
@@ -32,6 +35,9 @@ class DidaOptions(CopyOptions):
         super().validate(problems, key)
         problems.check(
             self.path in PATHS, f"{key}.path", f"unknown value {self.path!r}", f"{key}.path={'|'.join(PATHS)}"
+        )
+        problems.check(
+            self.start in STARTS, f"{key}.start", f"unknown value {self.start!r}", f"{key}.start={'|'.join(STARTS)}"
         )
         problems.check(self.c is None or self.c > 0, f"{key}.c", "must be positive", f"{key}.c=10")
         problems.check(self.alpha > 0, f"{key}.alpha", "must be positive", f"{key}.alpha=0.9")

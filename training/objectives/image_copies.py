@@ -3,7 +3,8 @@ them learn what parallel decoding asks of them.
 
 A copy is an image block from the last token of its header to its last code. Nothing sees it but itself, so the clean stream
 is what it was without; it sees its document before the image. loss = mean cross entropy of the copies' codes +
-clean_weight * the loss of the next tokens.
+clean_weight * the loss of the next tokens. Where that weight is 0, what no copy sees can be left out of the rows
+(`clean_tokens`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class ImageCopiesObjective(NextToken):
                 stride=stage.micro_batch_size * ranks.data_parallel_size,
                 offset=stage.micro_batch_size * ranks.data_parallel_rank,
                 copies_an_image=self.copies_an_image,
+                clean_tokens=self.copy_options.clean_tokens,
             )
         )
 
@@ -93,35 +95,25 @@ class ImageCopiesObjective(NextToken):
         return batch.prepared
 
     def _with_copies(self, batch: DidaBatch) -> ModelInput:
-        clean, num_rows = super().inputs(batch.rows), len(batch.rows.tokens)
-        room = self.copy_options.room(self.config.stage.sequence_length) * num_rows
-        num_padding = room - int(batch.images.lengths.sum())
-        bounds = np.asarray(batch.rows.cu_seqlens, dtype=np.int64)
-        layout = append_image_copies(
-            np.append(bounds, bounds[-1] + num_padding) if num_padding else bounds,
-            batch.images.starts,
-            batch.images.lengths,
-        )
+        options, clean = self.copy_options, super().inputs(batch.rows)
+        layout = append_image_copies(batch.rows.cu_seqlens, batch.images.starts, batch.images.lengths)
         sources = self.sources(batch, layout)
-
-        def spread(values: np.ndarray, padding: int) -> np.ndarray:
-            found: np.ndarray = np.concatenate((values, np.full(num_padding, padding, values.dtype)))[sources]
-            return found
-
-        tokens, labels = spread(clean.tokens, self.vocabulary.pad), spread(clean.labels, self.vocabulary.pad)
-        weights = spread(clean.weights, 0)
-        in_copy = layout.copy_numbers() > 0
-        learnt = self.change_copies(batch, layout, tokens)
-        weights[in_copy] = (learnt & self.vocabulary.is_visual(labels))[in_copy]
-        return ModelInput(
+        tokens, labels, in_copy = clean.tokens[sources], clean.labels[sources], layout.copy_numbers() > 0
+        learnt = self.change_copies(batch, layout, tokens) & self.vocabulary.is_visual(labels)
+        made = ModelInput(
             tokens=tokens,
-            position_ids=np.where(sources < bounds[-1], spread(clean.position_ids, 0), sources - bounds[-1]),
+            position_ids=clean.position_ids[sources],
             plan=self.plan(batch, layout),
             labels=labels,
-            weights=weights,
-            fields={name: spread(values, 0) for name, values in clean.fields.items()}
+            weights=np.where(in_copy, learnt, clean.weights[sources]).astype(clean.weights.dtype),
+            fields={name: values[sources] for name, values in clean.fields.items()}
             | {"noisy": in_copy.astype(np.int64)},
         )
+        if options.clean_tokens:
+            made = only_tokens(made, layout.seen_tokens())
+            made.weights[made.fields["noisy"] == 0] = 0
+        room = options.row_length(self.config.stage.sequence_length) * len(batch.rows.tokens)
+        return with_padding(made, room - made.tokens.size, self.vocabulary.pad)
 
     def sources(self, batch: DidaBatch, layout: ImageCopies) -> np.ndarray:
         """int64 [T], which token of the row without copies each token stands for."""
@@ -138,12 +130,19 @@ class ImageCopiesObjective(NextToken):
         """As of next-token stages, then: codes learnt in copies, images, copies."""
         of_rows = super().totals([batch.rows for batch in batches])
         inputs = [self.inputs(batch) for batch in batches]
+        if self.copy_options.clean_tokens:
+            of_rows[:] = 0  # no next token has loss
         of_rows[1] = sum(one.tokens.size for one in inputs)
         num_learnt = sum(float(one.weights[one.fields["noisy"] > 0].sum()) for one in inputs)
         num_images, num_copies = (sum(b.num_images for b in batches), sum(len(b.numbers) for b in batches))
         return np.concatenate((of_rows, [num_learnt, num_images, num_copies]))
 
     def loss(self, scores: TokenScores, inputs: LocalInput, totals: torch.Tensor) -> LossSums:
+        if self.copy_options.clean_tokens:  # most tokens only stand there to be seen
+            places = torch.nonzero(inputs.weights).squeeze(-1)
+            fields = {name: values[places] for name, values in inputs.fields.items()}
+            scores = scores.only(places)
+            inputs = LocalInput(inputs.labels[places], inputs.weights[places], fields)
         of_copies = torch.where(inputs.fields["noisy"] > 0, inputs.weights, 0.0)
         clean = LocalInput(inputs.labels, inputs.weights - of_copies, inputs.fields)
         scales = torch.where(totals > 0, 1.0 / totals, 0.0).to(inputs.weights.dtype)
@@ -157,7 +156,7 @@ class ImageCopiesObjective(NextToken):
         num_learnt, num_images, num_copies = totals[-3:]
         of_copies = float(sums[-1] / num_learnt) if num_learnt else 0.0
         metrics: dict[str, Any] = clean.metrics | {
-            "loss_next_token": clean.loss,
+            "loss_next_token": clean.loss if clean.has_labels else None,
             "loss_copies": of_copies if num_learnt else None,
             "images": int(num_images),
             "image_copies": int(num_copies),
@@ -165,6 +164,37 @@ class ImageCopiesObjective(NextToken):
         loss = of_copies + self.copy_options.clean_weight * clean.loss
         has_labels = num_learnt > 0 or clean.has_labels
         return StepResult(loss, gradient_norm, clean.num_tokens, has_labels, metrics)
+
+
+def only_tokens(inputs: ModelInput, kept: np.ndarray) -> ModelInput:
+    """The `kept` tokens alone (bool [T]); those that are left out are seen by none of them."""
+    return ModelInput(
+        tokens=inputs.tokens[kept],
+        position_ids=inputs.position_ids[kept],
+        plan=inputs.plan.only(kept),
+        labels=inputs.labels[kept],
+        weights=inputs.weights[kept],
+        fields={name: values[kept] for name, values in inputs.fields.items()},
+    )
+
+
+def with_padding(inputs: ModelInput, num_padding: int, pad: int) -> ModelInput:
+    """One more document, of padding."""
+    assert num_padding >= 0, "what was chosen fits the row"
+    if num_padding == 0:
+        return inputs
+
+    def extended(values: np.ndarray, padding: Any) -> np.ndarray:
+        return np.concatenate((values, np.broadcast_to(np.asarray(padding, values.dtype), num_padding)))
+
+    return ModelInput(
+        tokens=extended(inputs.tokens, pad),
+        position_ids=extended(inputs.position_ids, np.arange(num_padding)),
+        plan=inputs.plan.with_document(num_padding),
+        labels=extended(inputs.labels, pad),
+        weights=extended(inputs.weights, 0),
+        fields={name: extended(values, 0) for name, values in inputs.fields.items()},
+    )
 
 
 def grids_seen(images: Sequence[np.ndarray]) -> dict[str, list[int]]:

@@ -70,7 +70,7 @@ def test_copies_hold_their_image_in_the_order_of_reading() -> None:
         assert np.array_equal(found.weights[here] > 0, IDS.is_visual(plain.labels[source]))
         num_codes += height * width
     assert objective.totals([batch])[-3] == num_codes > 20
-    objective.look_at([np.zeros((2, 3), np.int64), np.zeros((5, 1), np.int64)])
+    objective.look_at([np.zeros((2, 3), np.int64), np.zeros((5, 1), np.int64)], num_references=0)
     assert objective.metadata()["diagonal"] == {"heights": [2, 5], "widths": [1, 3]}
 
 

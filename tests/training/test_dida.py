@@ -373,6 +373,16 @@ def test_logits_of_copies_are_those_of_decoding(exact_forward: Forward, which: s
             assert torch.allclose(found[:, : IDS.size], trained[here][:, : IDS.size], rtol=0, atol=1e-6)
 
 
+def test_a_start_that_no_image_has_is_refused() -> None:
+    images = [np.zeros((2, 2), np.int64)]
+    objective = make_dida(dida_config(), start="reference")
+    objective.look_at(images, num_references=1)
+    assert objective.metadata()["dida"]["start"] == "reference"
+    with pytest.raises(UserError, match="no image has another one of its size before it"):
+        objective.look_at(images, num_references=0)
+    make_dida(dida_config()).look_at(images, num_references=0)
+
+
 def test_options_that_cannot_work_are_refused() -> None:
     problems = Problems()
     options = Dida.Options(path="metrik", c=-1.0, latest_time=1.0, document_attention="full", clean_prefix_share=2.0)

@@ -30,7 +30,7 @@ class Diagonal(ImageCopiesObjective):
         super().__init__(config, options)
         self._diagonal: dict[str, Any] = {}  # what a checkpoint says of it
 
-    def look_at(self, images: Sequence[np.ndarray]) -> None:
+    def look_at(self, images: Sequence[np.ndarray], num_references: int) -> None:
         self._diagonal = grids_seen(images)
 
     def sources(self, batch: DidaBatch, layout: ImageCopies) -> np.ndarray:

@@ -34,7 +34,7 @@ from model.generation.sampling import uniform_numbers
 from training.config import TrainConfig
 from training.objectives.dida_options import DidaOptions
 from training.objectives.dida_rows import DidaBatch
-from training.objectives.image_copies import ImageCopiesObjective, grids_seen
+from training.objectives.image_copies import ROWS_LOOKED_AT, ImageCopiesObjective, grids_seen
 
 WINDOW_CODES = 4  # neighbouring codes whose joint structure counts in calibration
 NUMBERS_OF_AN_IMAGE = 3  # before those of its codes: time, whether it has a clean prefix, how long that is
@@ -52,7 +52,7 @@ class Dida(ImageCopiesObjective):
         self.path: DiscretePath | None = None
         self._dida: dict[str, Any] = {}  # what a checkpoint says of it
 
-    def look_at(self, images: Sequence[np.ndarray]) -> None:
+    def look_at(self, images: Sequence[np.ndarray], num_references: int) -> None:
         """The path of the options; calibrated on codes [H, W] of images where they do not say."""
         options, num_codes = self.dida_options, self.vocabulary.visual_size
         table: list[dict[str, Any]] = []
@@ -74,6 +74,13 @@ class Dida(ImageCopiesObjective):
             table = told(candidates)
         if options.start == "reference":
             self.path = FromReferencePath(self.path)
+            if not num_references:
+                raise UserError(
+                    "no image has another one of its size before it in its document",
+                    where="stage.objective.start=reference",
+                    expected=f"edits, films or other pairs of images in the first {ROWS_LOOKED_AT} rows",
+                    fix="stage.objective.start=noise, or name datasets that have them",
+                )
         self._dida = (
             self.path.describe()
             | {"calibration": table, "clean_prefix_share": options.clean_prefix_share}

@@ -47,7 +47,7 @@ class ImageCopiesObjective(NextToken):
         stage = self.config.stage
         self.hear_history(ranks)
         rows = self.packed_rows(ranks.data_parallel_rank, ranks.data_parallel_size)
-        self.look_at(self._seen())
+        self.look_at(*self._seen())
         return OfflineRows(
             RowsWithCopies(
                 rows,
@@ -61,17 +61,19 @@ class ImageCopiesObjective(NextToken):
             )
         )
 
-    def look_at(self, images: Sequence[np.ndarray]) -> None:
-        """Settle what depends on the data: codes int64 [H, W] of images, the same on every rank."""
+    def look_at(self, images: Sequence[np.ndarray], num_references: int) -> None:
+        """Settle what depends on the data, the same on every rank: codes int64 [H, W] of images, and how many of these
+        have another one of their grid before them in their document."""
         raise NotImplementedError
 
-    def _seen(self) -> list[np.ndarray]:
-        """Codes [H, W] of the images in the first rows of the mixture, the same on every rank."""
+    def _seen(self) -> tuple[list[np.ndarray], int]:
+        """What `look_at` is told: of the first rows of the mixture."""
         rows = self.packed_rows(0, 1, num_rows=ROWS_LOOKED_AT)
         try:
-            found = []
+            found, num_references = [], 0
             for batch in rows.batch(rows.mixture.first_sample):
                 images, tokens = find_images(batch, self.vocabulary), batch.tokens.reshape(-1)
+                num_references += int((images.references >= 0).sum())
                 for start, length, width in zip(images.starts, images.lengths, images.widths, strict=True):
                     block = tokens[start : start + length]
                     found.append(
@@ -86,7 +88,7 @@ class ImageCopiesObjective(NextToken):
                 expected=f"images with loss in the first {ROWS_LOOKED_AT} rows",
                 fix="name datasets with images, or use the objective next_token",
             )
-        return found
+        return found, num_references
 
     def inputs(self, batch: DidaBatch) -> ModelInput:  # type: ignore[override]
         """Documents, copies behind each, and one more document of padding up to the stage's room."""

@@ -17,8 +17,7 @@ class CopyOptions(NextTokenOptions):
 
     copy_tokens: int = 0  # room for copies behind each row; 0: as many as the row has
     clean_weight: float = 1.0  # of the next-token loss, which keeps token-by-token decoding as it is
-    # With clean_weight 0: room for what copies see of a row's documents, the rest of them is not computed; 0: rows whole.
-    clean_tokens: int = 0
+    clean_tokens: int = 0  # with clean_weight 0: room for what copies see, other tokens are left out; 0: rows whole
 
     def validate(self, problems: Problems, key: str) -> None:
         super().validate(problems, key)

@@ -20,8 +20,7 @@ class DidaOptions(CopyOptions):
     """
 
     path: str = "metric"  # metric | uniform | mask: how codes become noise
-    # noise | reference: an image behind another one of its grid, in one document, begins as that one (edits, next frames)
-    start: str = "noise"
+    start: str = "noise"  # noise | reference: images behind another one of their grid begin as that one
     c: float | None = None  # of the metric path; null: calibrated on the stage's data for `decoding_steps`
     alpha: float = 0.9  # of the metric path, when c is given
     decoding_steps: int = 8  # for which c is calibrated

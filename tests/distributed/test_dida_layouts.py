@@ -42,7 +42,7 @@ def test_adapters_on_copies_do_not_depend_on_the_layout(pool: Any) -> None:
 
 def test_rows_without_what_no_copy_sees_teach_the_same_in_every_layout(pool: Any) -> None:
     (expected,) = pool.run(train_copies_alone, dida_config(ADAPTER), 2, 0, ranks=1)
-    layouts = ({}, {"tensor": 2, "sequence": False}, LAYOUTS["pipeline"], LAYOUTS["context"])
+    layouts = ({}, {"tensor": 2, "sequence": False}, *LAYOUTS.values())
     for layout in layouts:
         config = dida_config(ADAPTER, **layout)
         for found in pool.run(train_copies_alone, config, 2, ROW_TOKENS, ranks=2 if layout else 1):

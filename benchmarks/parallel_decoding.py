@@ -12,7 +12,8 @@ same texture is consistent as well, so the entropy of the textures stands beside
 
 A fresh model learns the world token by token, answers prompts itself, and is adapted to those answers by the objective
 `dida` on the real engine, and with `--diagonal` once more from the same weights by the objective `diagonal`. Then the real
-strategies decode, `ar` at temperature 1 as well; in `dida_S_renoised` every step begins from what was drawn, noised anew. Controls: one step, one greedy step, and the mask path
+strategies decode, `ar` at temperature 1 as well; in `dida_S_renoised` every step begins from what was drawn, noised anew, in `dida_S_causal` the
+second half of the steps are causal (`decoding.dida.causal_steps`). Controls: one step, one greedy step, and the mask path
 (`--paths metric mask`) at 4 steps; diagonals before their adaptation. Seconds are those of one answer at batch 1, of the
 clock and of this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
 """
@@ -281,6 +282,9 @@ class Trial:
             for steps in self.options.steps:
                 renoised = DenoiseConfig(steps=steps, schedule=schedule, corrector=0.0, corrector_share=1.0)
                 decodings[f"dida_{steps}_renoised"] = DecodingConfig("dida", renoised)
+                if steps > 1:
+                    causal = DenoiseConfig(steps=steps, schedule=schedule, causal_steps=steps // 2)
+                    decodings[f"dida_{steps}_causal"] = DecodingConfig("dida", causal)
         few = held_out[: self.options.single]
         found: dict[str, Any] = {
             name: self.measure(decoding, path, held_out) | self.seconds(decoding, path, few)

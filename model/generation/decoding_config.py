@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.errors import Problems, UserError
 
@@ -14,6 +14,8 @@ class DenoiseConfig:
     """How images are decoded in parallel. Temperatures multiply that of the visual tokens."""
 
     steps: int = 8  # forward passes of an image
+    causal_steps: int = 0  # of the steps, the last: read as token by token, implausible codes drawn anew
+    plausible: float = 0.1  # how likely a code must be there, as a share of the likeliest, to stay
     shift: float = 1.0  # of the times of the steps; below 1: finer at the end
     schedule: str = "linear"  # linear | cosine (of the mask path)
     temperature: float = 1.0  # of the first draws
@@ -26,14 +28,34 @@ class DenoiseConfig:
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(self.steps > 0, f"{key}.steps", "must be positive", f"{key}.steps=8")
+        problems.check(
+            0 <= self.causal_steps < max(1, self.steps),
+            f"{key}.causal_steps",
+            f"must be at least 0 and below {key}.steps={self.steps}",
+            f"{key}.causal_steps={max(0, self.steps - 1)}",
+        )
+        problems.check(
+            self.causal_steps > 0 or self.plausible == DenoiseConfig.plausible,
+            f"{key}.plausible",
+            f"has no effect with {key}.causal_steps=0",
+            f"{key}.causal_steps=1",
+        )
         problems.check(self.shift > 0, f"{key}.shift", "must be positive", f"{key}.shift=1.0")
         problems.check(
             self.schedule in ("linear", "cosine"), f"{key}.schedule", f"unknown value {self.schedule!r}", "linear"
         )
         for name in ("temperature", "end_temperature", "last_temperature"):
             problems.check(getattr(self, name) >= 0, f"{key}.{name}", "must not be negative", f"{key}.{name}=1.0")
-        for name in ("end_share", "corrector", "corrector_share", "guidance_until"):
+        for name in ("plausible", "end_share", "corrector", "corrector_share", "guidance_until"):
             problems.check(0 <= getattr(self, name) <= 1, f"{key}.{name}", "must be in [0, 1]")
+
+    def before_causal(self) -> DenoiseConfig:
+        """The steps before the causal ones, alone."""
+        return replace(self, steps=self.steps - self.causal_steps, causal_steps=0)
+
+    def with_steps(self, steps: int) -> DenoiseConfig:
+        """As many steps, of which the first at least is not causal."""
+        return replace(self, steps=steps, causal_steps=min(self.causal_steps, steps - 1))
 
 
 @dataclass

@@ -18,7 +18,7 @@ class ImageDecoder(CachedDecoder):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.num_forwards = 0
-        # Shown the noisy copies (int64 [R, t]) before each look at them, and which rows of the batch they belong to.
+        # Shown images (int64 [R, t]) before each step that refines them, and which rows of the batch they belong to.
         self.watch: Callable[[list[int], torch.Tensor], None] | None = None
         self._rows: list[int] = []
 
@@ -44,8 +44,6 @@ class ImageDecoder(CachedDecoder):
         logits, [R, t, n].
         """
         self.num_forwards += 1
-        if whole and self.watch is not None:
-            self.watch(self._rows, tokens)
         if has_known_layers(self.model):
             with without_sequence_parallel(self.model):
                 return output_logits(
@@ -55,6 +53,11 @@ class ImageDecoder(CachedDecoder):
         nothing = torch.zeros_like(self.cache.lengths)
         logits = decoder_forward(self.model, tokens, positions, self.cache, num_new=nothing, whole=whole)
         return logits if columns is None else logits[..., columns]
+
+    def show(self, tokens: torch.Tensor) -> None:
+        """Images int64 [R, t] as they are before a step."""
+        if self.watch is not None:
+            self.watch(self._rows, tokens)
 
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor, columns: slice) -> torch.Tensor:
         """Logits [R, t, n] of some ids after each of int64 [R, t], which see one another and what the rows hold.

@@ -63,6 +63,10 @@ class GuidedImages:
             found = guide(found, logits[self.num_rows :].gather(1, at), self.sampling.guidance_scale)
         return found
 
+    def show(self, tokens: torch.Tensor) -> None:
+        """To who watches; see `ImageDecoder.show`."""
+        self.decoder.show(self._doubled(tokens))
+
     def extend(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """float32 [R, t, codes] after int64 [R, t], which stay behind the rows; see `ImageDecoder.extend`.
 

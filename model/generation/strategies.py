@@ -19,6 +19,7 @@ import torch
 
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Generation
+from model.generation.causal_steps import redraw_implausible
 from model.generation.decoding_config import DecodingConfig, DenoiseConfig, not_trained_for
 from model.generation.denoise import denoise, step_times
 from model.generation.diagonals import DiagonalPhase
@@ -98,7 +99,7 @@ def make_strategy(
 
 
 class DidaPhase:
-    """`config.steps` looks at a noisy copy behind the exact prefix."""
+    """`config.steps` looks behind the exact prefix: at a noisy copy, and in the last `causal_steps` at what was drawn."""
 
     def __init__(self, config: DenoiseConfig, path: DiscretePath) -> None:
         self.config, self.path = config, path
@@ -106,16 +107,25 @@ class DidaPhase:
     def decode(self, images: GuidedImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_codes = len(images.block.places)
         check_steps(self.config.steps, num_codes)
-        path = behind(self.path, images.references)
+        path, config = behind(self.path, images.references), self.config.before_causal()
         codes, log_probs = denoise(
-            noisy_logits(images, path, self.config),
+            noisy_logits(images, path, config),
             path,
-            self.config,
+            config,
             step_numbers(images, num_codes),
             temperature=images.sampling.image.temperature,
             top_k=images.sampling.image.top_k,
         )
+        for _ in range(self.config.causal_steps):
+            codes, log_probs = self._read_causally(images, codes)
         return codes, log_probs, torch.zeros(len(codes), dtype=torch.int64)
+
+    def _read_causally(self, images: GuidedImages, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = looks_at_codes(images, whole=False)(codes)
+        probabilities = code_probabilities(logits, images.sampling.image)
+        uniforms = images.uniforms(NUMBERS_APART, codes.shape[1])
+        found = redraw_implausible(logits, probabilities, codes, self.config.plausible, uniforms)
+        return found, logits.float().log_softmax(-1).gather(-1, found[..., None]).squeeze(-1)
 
 
 class JacobiPhase:
@@ -142,7 +152,7 @@ class VerifiedPhase:
     """DiDA's last draw as the guess of all codes that are left; then the rest is noised again, behind what is decided."""
 
     def __init__(self, config: DenoiseConfig, path: DiscretePath) -> None:
-        self.config, self.path = config, path
+        self.config, self.path = config.before_causal(), path
 
     def decode(self, images: GuidedImages) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_codes = len(images.block.places)
@@ -234,13 +244,24 @@ def code_probabilities(logits: torch.Tensor, settings: PhaseSampling) -> torch.T
 
 def noisy_logits(images: GuidedImages, path: DiscretePath, config: DenoiseConfig) -> Any:
     """The model's prediction of clean codes from noisy copies behind the cached prefix."""
+    look = looks_at_codes(images, whole=True, path=path)
+    return lambda state, time: look(state, guided=time < config.guidance_until)
+
+
+def looks_at_codes(images: GuidedImages, *, whole: bool, path: DiscretePath | None = None) -> Any:
+    """Logits float32 [R, N, codes] of all codes of images that hold codes int64 [R, N], or states of `path`, now.
+
+    `whole`: as the noisy copies that the objective `dida` trains; else as token-by-token decoding reads them.
+    """
     places, vocabulary = images.block.places, images.grammar.vocabulary
     length = int(places[-1]) + 1
     before = (places - 1).expand(images.num_rows, -1)
 
-    def logits(state: torch.Tensor, time: float) -> torch.Tensor:
-        tokens = images.block.with_ids(state_ids(state, path, vocabulary))[:, :length]
-        return images.logits(tokens, before, whole=True, guided=time < config.guidance_until)
+    def logits(codes: torch.Tensor, *, guided: bool = True) -> torch.Tensor:
+        ids = vocabulary.codes_to_ids(codes) if path is None else state_ids(codes, path, vocabulary)
+        tokens = images.block.with_ids(ids)[:, :length]
+        images.show(tokens)
+        return images.logits(tokens, before, whole=whole, guided=guided)
 
     return logits
 

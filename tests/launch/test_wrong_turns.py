@@ -128,6 +128,14 @@ TURNS = {
         "a stage with the objective diagonal",
     ),
     "steps of another strategy": ([*GENERATE, "decoding.dida.steps=4"], "decoding.dida: has no effect with"),
+    "only causal steps": (
+        [*GENERATE, "decoding.strategy=dida", "decoding.dida.steps=4", "decoding.dida.causal_steps=4"],
+        "decoding.dida.causal_steps: must be at least 0 and below decoding.dida.steps=4",
+    ),
+    "plausible codes in no step": (
+        [*SERVE, "decoding.strategy=dida", "decoding.dida.plausible=0.5"],
+        "decoding.dida.plausible: has no effect with decoding.dida.causal_steps=0",
+    ),
     "a window of another strategy": ([*SERVE, "decoding.window=4"], "decoding.window: has no effect with"),
     "a task of no prompts": (
         ["evaluate", "checkpoint=WORLD/start", "run_folder=.", "tasks={a: {path: a.B, num_prompts: 0}}"],

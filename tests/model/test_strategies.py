@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_ar_model import CONFIG, DIGITS, STAR, VOCABULARY, full_logits
 
+from model.config import AdapterConfig
 from model.errors import UserError
 from model.generation.ar import ARGenerator
 from model.generation.decoding_config import DecodingConfig, DenoiseConfig
@@ -45,7 +46,10 @@ def rules(**options: object) -> ImageGrammar:
 
 
 def strategy(model: torch.nn.Module, name: str, grammar: ImageGrammar | None = None, **options: object) -> Strategy:
+    """`causal`: `dida` with two causal steps of three."""
     config = DecodingConfig(name, DenoiseConfig(steps=3), window=4)
+    if name == "causal":
+        config = DecodingConfig("dida", DenoiseConfig(steps=3, causal_steps=2))
     for key, value in options.items():
         setattr(config.dida, key, value)
     decoder = ImageDecoder(model)
@@ -66,7 +70,7 @@ def test_exact_strategies_draw_what_greedy_decoding_draws(model: torch.nn.Module
     assert chosen.metrics.num_tokens == sum(map(len, sequences(expected)))
 
 
-@pytest.mark.parametrize("name", ["dida", "diagonal", "sjd", "verified"])
+@pytest.mark.parametrize("name", ["dida", "causal", "diagonal", "sjd", "verified"])
 def test_an_answer_does_not_depend_on_its_batch(model: torch.nn.Module, name: str) -> None:
     together = strategy(model, name).sample(PROMPTS, SAMPLING, 5, GRIDS)
     alone = [
@@ -77,7 +81,7 @@ def test_an_answer_does_not_depend_on_its_batch(model: torch.nn.Module, name: st
     assert sequences(together) != sequences(strategy(model, name).sample(PROMPTS, SAMPLING, 6, GRIDS))
 
 
-@pytest.mark.parametrize("name", ["dida", "diagonal"])
+@pytest.mark.parametrize("name", ["dida", "causal", "diagonal"])
 def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module, name: str) -> None:
     """And so is what follows: text, and a second image, greedy."""
     chosen = strategy(model, name)
@@ -170,6 +174,54 @@ def test_images_begin_as_the_last_one_of_their_grid(model: torch.nn.Module, name
     assert with_two
 
 
+def first_codes(found: list, count: int) -> list[list[int]]:
+    return [codes_of(ids)[0][:count] for ids in sequences(found)]
+
+
+@pytest.mark.parametrize("causal_steps", [1, 4])
+def test_causal_steps_settle_as_many_codes_as_token_by_token_decoding_draws(
+    model: torch.nn.Module, causal_steps: int
+) -> None:
+    """Greedy, where only the likeliest code is plausible."""
+    one_image, grids = rules(max_images=1, stop_after_images=1), [(3, 3)] * len(PROMPTS)
+    expected = ARGenerator(ImageDecoder(model), one_image).sample(PROMPTS, GREEDY, 0, grids)
+    causal = strategy(model, "dida", one_image, steps=causal_steps + 1, causal_steps=causal_steps, plausible=1.0)
+    found = causal.sample(PROMPTS, GREEDY, 0, grids)
+    assert first_codes(found, causal_steps) == first_codes(expected, causal_steps)
+    noisy = strategy(model, "dida", one_image, steps=1).sample(PROMPTS, GREEDY, 0, grids)
+    assert first_codes(noisy, causal_steps) != first_codes(expected, causal_steps)
+
+
+def test_causal_steps_read_with_the_weights_that_decode_token_by_token(model: torch.nn.Module) -> None:
+    """Adapters that act on noisy copies alone have no part in them."""
+    from model.backbone.transformer import build_model
+
+    adapted = build_model(replace(CONFIG, adapter=AdapterConfig(rank=4, alpha=4.0, tokens="copies")), seed=3).eval()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data.normal_(std=0.3)
+    assert len(trained) < len(list(adapted.parameters()))
+    one_image, grids = rules(max_images=1, stop_after_images=1), [(3, 3)] * len(PROMPTS)
+    expected = ARGenerator(ImageDecoder(model), one_image).sample(PROMPTS, GREEDY, 0, grids)
+    causal = strategy(adapted, "dida", one_image, steps=5, causal_steps=4, plausible=1.0)
+    found = causal.sample(PROMPTS, GREEDY, 0, grids)
+    assert first_codes(found, 4) == first_codes(expected, 4)
+
+
+def test_where_all_codes_are_plausible_causal_steps_change_none(model: torch.nn.Module) -> None:
+    without = sequences(strategy(model, "dida", steps=2).sample(PROMPTS, SAMPLING, 0, GRIDS))
+    all_stay = strategy(model, "dida", steps=4, causal_steps=2, plausible=0.0)
+    assert sequences(all_stay.sample(PROMPTS, SAMPLING, 0, GRIDS)) == without
+    some_stay = strategy(model, "dida", steps=4, causal_steps=2, plausible=0.5)
+    assert sequences(some_stay.sample(PROMPTS, SAMPLING, 0, GRIDS)) != without
+
+
+def test_verified_decoding_reads_causally_by_itself(model: torch.nn.Module) -> None:
+    chosen, plain = strategy(model, "verified", steps=3, causal_steps=1), strategy(model, "verified", steps=2)
+    assert sequences(chosen.sample(PROMPTS, SAMPLING, 0, GRIDS)) == sequences(plain.sample(PROMPTS, SAMPLING, 0, GRIDS))
+    assert chosen.metrics.num_forwards == plain.metrics.num_forwards
+
+
 def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     one_image = rules(max_images=1, stop_after_images=1)
     chosen = strategy(model, "dida", one_image, steps=4)
@@ -179,6 +231,9 @@ def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     assert len(answer.ids) == header + 9 + 2 + 1
     assert answer.finished
     assert answer.sampled.sum() == 9
+    causal = strategy(model, "dida", one_image, steps=4, causal_steps=3)
+    causal.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
+    assert causal.metrics.num_forwards == 1 + 4 + 1, "causal steps are steps"
     diagonal = strategy(model, "diagonal", one_image)
     diagonal.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
     assert diagonal.metrics.num_forwards == 1 + (3 + 3 - 1) + 1
@@ -189,7 +244,7 @@ def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     assert plain.metrics.tokens_a_forward == len(answer.ids) / 10
 
 
-@pytest.mark.parametrize("name", ["dida", "diagonal", "sjd", "verified"])
+@pytest.mark.parametrize("name", ["dida", "causal", "diagonal", "sjd", "verified"])
 def test_guidance_acts(model: torch.nn.Module, name: str) -> None:
     """At scale 1 the unconditional prompt is not read; where both prompts are one, any scale gives the same."""
     one_image = rules(max_images=1, stop_after_images=1)

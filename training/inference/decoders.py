@@ -103,7 +103,7 @@ def steps_statistics(
     second: Sequence[np.ndarray],
     found: Mapping[str, Any],
 ) -> dict[str, Any]:
-    model.decode_with(replace(decoding, dida=replace(decoding.dida, steps=steps)))
+    model.decode_with(replace(decoding, dida=decoding.dida.with_steps(steps)))
     measured = statistics(model, prompts, sampling, seed, second)
     return measured | {"entropy_ratio": measured["entropy"] / found["ar"]["entropy"]}
 

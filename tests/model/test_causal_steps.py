@@ -46,6 +46,16 @@ def test_plausible_codes_stay_and_others_are_drawn(
             assert int(found[image, place]) == code
 
 
+def test_the_likeliest_code_always_stays() -> None:
+    """Also where it would be drawn anew as another one."""
+    logits = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    others = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
+    likeliest, uniforms = torch.tensor([[0, 1]]), torch.full((1, 2), 0.5, dtype=torch.float64)
+    assert torch.equal(redraw_implausible(logits, others, likeliest, 1.0, uniforms), likeliest)
+    assert torch.equal(redraw_implausible(logits, others, 1 - likeliest, 1.0, uniforms), 1 - likeliest)
+    assert torch.equal(redraw_implausible(logits, 1 - others, 1 - likeliest, 1.0, uniforms), likeliest)
+
+
 def conditionals(textures: torch.Tensor) -> torch.Tensor:
     """float64 [B, N, textures] of a row with one hidden texture: any at first, then nearly always the one before."""
     before = torch.nn.functional.one_hot(textures, TEXTURES).double() * (1 - 1e-6) + 1e-6 / TEXTURES

@@ -16,6 +16,7 @@ from model.generation.ar import ARGenerator
 from model.generation.decoding_config import DecodingConfig, DenoiseConfig
 from model.generation.grammar import GrammarOptions, ImageGrammar, Phase
 from model.generation.image_decoder import ImageDecoder
+from model.generation.image_phases import GuidedImages
 from model.generation.paths import FromReferencePath, MaskPath, MetricPath, UniformPath
 from model.generation.settings import PhaseSampling, SamplingConfig
 from model.generation.strategies import DecodingMetrics, Strategy, make_strategy
@@ -214,6 +215,24 @@ def test_where_all_codes_are_plausible_causal_steps_change_none(model: torch.nn.
     assert sequences(all_stay.sample(PROMPTS, SAMPLING, 0, GRIDS)) == without
     some_stay = strategy(model, "dida", steps=4, causal_steps=2, plausible=0.5)
     assert sequences(some_stay.sample(PROMPTS, SAMPLING, 0, GRIDS)) != without
+
+
+def test_causal_steps_have_numbers_of_their_own_which_are_the_same_in_each(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = [], GuidedImages.uniforms
+
+    def uniforms(images: GuidedImages, stream: int, count: int) -> torch.Tensor:
+        asked.append(stream)
+        return answered(images, stream, count)
+
+    monkeypatch.setattr(GuidedImages, "uniforms", uniforms)
+    one_image = rules(max_images=1, stop_after_images=1)
+    strategy(model, "dida", one_image, steps=5, causal_steps=3).sample([[1, 2]], SAMPLING, 0, [(2, 3)])
+    noisy, causal = asked[:3], asked[3:]  # the start and two steps
+    assert len(causal) == 3
+    assert len(set(causal)) == 1
+    assert not set(causal) & set(noisy)
 
 
 def test_verified_decoding_reads_causally_by_itself(model: torch.nn.Module) -> None:

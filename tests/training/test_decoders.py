@@ -91,3 +91,23 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
     assert dida["by_steps"]["4"]["joint"] == dida["joint"]
     assert dida["by_steps"]["1"]["accuracies"] == {"task": 1.0}
     assert dida["entropy_ratio"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_fewer_steps_keep_their_causal_ones_as_far_as_there_is_room() -> None:
+    decodings = {"dida": DecodingConfig("dida", DenoiseConfig(steps=6, causal_steps=4)), "ar": DecodingConfig("ar")}
+    model, asked = TableModel(), []
+    decode_with = model.decode_with
+
+    def told(decoding: DecodingConfig) -> None:
+        asked.append((decoding.dida.steps, decoding.dida.causal_steps))
+        decode_with(decoding)
+
+    model.decode_with = told  # type: ignore[method-assign]
+    compare_decoders(
+        model,  # type: ignore[arg-type]
+        {"task": Task()},
+        SamplingConfig(),
+        decodings,
+        ComparisonConfig(dida_steps=[1, 2, 4, 6, 8], single_prompts=4),
+    )
+    assert asked[-5:] == [(6, 4), (1, 0), (2, 1), (4, 3), (8, 4)]

@@ -38,7 +38,7 @@ class DenoiseConfig:
             self.causal_steps > 0 or self.plausible == DenoiseConfig.plausible,
             f"{key}.plausible",
             f"has no effect with {key}.causal_steps=0",
-            f"{key}.causal_steps=1",
+            f"{key}.plausible={DenoiseConfig.plausible}, or {key}.causal_steps=1",
         )
         problems.check(self.shift > 0, f"{key}.shift", "must be positive", f"{key}.shift=1.0")
         problems.check(

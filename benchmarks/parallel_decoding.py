@@ -8,13 +8,15 @@
 A world of `side` x `side` codes: the prompt says the colour of each row, the colour of a cell follows from it and from the
 column, and each row has one hidden texture of four, which no prompt says. Colours alone are marginal structure; joint
 structure is that a row has one texture: independent draws give 4^(1 - side) of the rows. A decoder that always draws the
-same texture is consistent as well, so the entropy of the textures stands beside (1: uniform).
+same texture is consistent as well, so the entropy of the textures stands beside (1: uniform), over all prompts and among 16
+answers to one prompt (.93 at most on average, being estimated from so few).
 
 A fresh model learns the world token by token, answers prompts itself, and is adapted to those answers by the objective
 `dida` on the real engine, and with `--diagonal` once more from the same weights by the objective `diagonal`. Then the real
 strategies decode, `ar` at temperature 1 as well; in `dida_S_renoised` every step begins from what was drawn, noised anew, in `dida_S_causal` the
-second half of the steps are causal (`decoding.dida.causal_steps`). Controls: one step, one greedy step, and the mask path
-(`--paths metric mask`) at 4 steps; diagonals before their adaptation. Seconds are those of one answer at batch 1, of the
+second half of the steps are causal (`decoding.dida.causal_steps`). Controls: one step; one greedy step, from noise of each
+image's own and from the same for all (`one_start`: nothing is left to chance); the mask path (`--paths metric mask`) at 4 steps;
+diagonals before their adaptation. Seconds are those of one answer at batch 1, of the
 clock and of this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
 """
 
@@ -53,6 +55,7 @@ COLOURS, TEXTURES = 6, 4
 DIGITS, STAR = list(range(10, 20)), 20
 VOCABULARY = VocabularyConfig(text_size=32, reserved_size=16, visual_size=COLOURS * TEXTURES, pad_multiple=64)
 IDS = Vocabulary.from_config(VOCABULARY)
+REPEATED_PROMPTS, ANSWERS = 32, 16  # prompts that are asked several times, for the entropy of one prompt's answers
 GREEDY_CONTROL = DenoiseConfig(steps=1, temperature=0.0, last_temperature=0.0)
 
 
@@ -89,6 +92,13 @@ class World:
         shares = np.bincount(textures[..., 0].ravel(), minlength=TEXTURES) / textures[..., 0].size
         entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum() / math.log(TEXTURES)
         return {"joint": float(joint), "colours": float(right.mean()), "entropy": float(entropy)}
+
+    def entropy_of_a_prompt(self, codes: np.ndarray) -> float:
+        """The mean over prompts and rows of the entropy of first cells' textures; codes int64 [prompts, answers, side, side]."""
+        textures = codes[..., 0] % TEXTURES
+        shares = (textures[..., None] == np.arange(TEXTURES)).mean(1)
+        entropies = -(shares * np.log(np.maximum(shares, 1e-12))).sum(-1) / math.log(TEXTURES)
+        return float(entropies.mean())
 
 
 def rows_of(documents: list[list[int]], num_prompt: int) -> MicroBatch:
@@ -204,8 +214,9 @@ class Trial:
         colours: np.ndarray,
         batch: int = 128,
         temperature: float = 1.0,
+        one_stream: bool = False,
     ) -> tuple[np.ndarray, DecodingMetrics]:
-        """int64 [n, side, side], one picture a prompt."""
+        """int64 [n, side, side], one picture a prompt; `one_stream`: every picture by the same random numbers."""
         options = GrammarOptions(begin_with_image=True, max_images=1, stop_after_images=1)
         grammar = ImageGrammar(IDS, DIGITS, STAR, options, self.engine.device)
         metrics, image = DecodingMetrics(), PhaseSampling(temperature)
@@ -219,14 +230,20 @@ class Trial:
         for first in range(0, len(prompts), batch):
             draws = range(first, min(first + batch, len(prompts)))
             asked = [prompts[index] for index in draws]
-            found += strategy.sample(asked, sampling, self.seed, grids[: len(asked)], None, list(draws))
+            streams = [0] * len(asked) if one_stream else list(draws)
+            found += strategy.sample(asked, sampling, self.seed, grids[: len(asked)], None, streams)
         self.engine.model.post_process = False
         codes = [IDS.ids_to_codes(one.ids[IDS.is_visual(one.ids)]) for one in found]
         return np.stack(codes).reshape(-1, self.world.side, self.world.side), metrics
 
-    def measure(self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray) -> dict[str, float]:
-        codes, _ = self.decode(decoding, path, colours)
-        return self.world.judge(colours, codes)
+    def measure(
+        self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray, one_stream: bool = False
+    ) -> dict[str, float]:
+        codes, _ = self.decode(decoding, path, colours, one_stream=one_stream)
+        repeated = np.repeat(colours[:REPEATED_PROMPTS], ANSWERS, axis=0)
+        answers, _ = self.decode(decoding, path, repeated, one_stream=one_stream)
+        diversity = self.world.entropy_of_a_prompt(answers.reshape(-1, ANSWERS, *answers.shape[1:]))
+        return self.world.judge(colours, codes) | {"entropy_of_a_prompt": diversity}
 
     def seconds(self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray) -> dict[str, float]:
         """Of one answer at batch 1, after one to warm up."""
@@ -291,7 +308,9 @@ class Trial:
             for name, decoding in decodings.items()
         }
         if path is not None:
-            found["dida_1_greedy"] = self.measure(DecodingConfig("dida", GREEDY_CONTROL), path, held_out)
+            greedy = DecodingConfig("dida", GREEDY_CONTROL)
+            found["dida_1_greedy"] = self.measure(greedy, path, held_out)
+            found["dida_1_greedy_one_start"] = self.measure(greedy, path, held_out, one_stream=True)
         return found
 
 

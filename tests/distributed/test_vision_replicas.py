@@ -21,7 +21,7 @@ from training.config import CallbackEntry, TrainConfig
 from training.reliability.watchdog import read_heartbeats
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS, ADVERSARY_FROM, BROKEN_AT = 6, 3, 4  # codes start in step 2
+STEPS, ADVERSARY_FROM, BROKEN_AT = 6, 3, 4  # codes start in step 2, free ones restart in step 3
 RATIOS = ("loss_adaptive_weight", "discriminator_gradient_norm")  # of small numbers
 PUBLISHED = {"weighting": "fixed", "generator": "non_saturating", "lecam_weight": 0.05}
 
@@ -43,7 +43,7 @@ def config_of(corpora: Path, folder: Path, replicas: int, **changes: Any) -> Tra
     terms = all_terms(folder, ADVERSARY_FROM)
     terms["adversarial"] |= changes.pop("adversarial", {})
     losses = {"entropy": 0.05, "consistency": 0.5, "contrast": 4.0}
-    config = make_config(corpora, folder, terms=terms, losses=losses, **changes)
+    config = make_config(corpora, folder, terms=terms, losses=losses, restart_codes_every_steps=3, **changes)
     config.stage.global_batch_size, config.stage.micro_batch_size = 4, 2
     config.parallel.data = replicas
     return config

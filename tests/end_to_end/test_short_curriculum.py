@@ -19,6 +19,7 @@ SMALL = {
     "vision_tokenizer": [
         "stage.steps=60",
         "stage.objective.continuous_steps=30",
+        "stage.objective.restart_codes_every_steps=35",
         "stage.objective.min_codebook_use=0",
         "stage.objective.data.num_held_back=16",
         "logging.wandb_mode=disabled",

@@ -91,6 +91,7 @@ def vision_tokenizer_stage(folder: Path, disk: Path) -> list[str]:
         *(f"stage.objective.data.corpora.{name}.path={folder}/pictures.tar" for name in names),
         "stage.objective.data.num_held_back=2",
         "stage.objective.continuous_steps=1",
+        "stage.objective.restart_codes_every_steps=0",
         "stage.objective.min_codebook_use=0",
         "stage.objective.model.ch=8",
         "stage.objective.model.ch_mult=[1,1,1,2]",

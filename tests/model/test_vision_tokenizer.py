@@ -13,7 +13,7 @@ from model.errors import Problems, UserError
 from model.vision_tokenizer import load_vision_tokenizer
 from model.vision_tokenizer.config import VisionTokenizerConfig, ibq_emu35
 from model.vision_tokenizer.ibq import IBQ
-from model.vision_tokenizer.initialization import codes_from_latents, initialize_weights
+from model.vision_tokenizer.initialization import codes_from_latents, codes_restarted, initialize_weights
 from model.vision_tokenizer.losses import LossWeightsConfig, entropy_terms, pixel_weights, tokenizer_loss
 from model.vision_tokenizer.quantizer import IndexBackpropagationQuantizer
 from model.vision_tokenizer.wrapper import VisionTokenizer, fingerprint_of
@@ -213,6 +213,33 @@ def test_codes_from_latents_find_rare_clusters():
     assert torch.cdist(centers, codes).min(dim=1).values.max() < 0.1
     few = codes_from_latents(latents[:1], 4, 2, seed=1)
     assert few.unique(dim=0).shape[0] == 4
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_codes_that_no_latent_takes_move_to_latents_that_have_none(cosine):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.eye(6).repeat_interleave(torch.tensor([5000, 3000, 3, 3, 3, 3]), dim=0)
+    latents = torch.nn.functional.normalize(latents + 0.01 * torch.randn(latents.shape, generator=generator), dim=1)
+    quantizer = tiny_model(n_embed=12, embed_dim=6, cosine_similarity=cosine).quantize
+    with torch.no_grad():
+        quantizer.embedding.weight.fill_(-1.0)  # behind all of them
+        quantizer.embedding.weight[4], quantizer.embedding.weight[9] = 3 * torch.eye(6)[0], 3 * torch.eye(6)[1]
+    before = quantizer.embedding.weight.detach().clone()
+    codes = codes_restarted(latents, quantizer, seed=1)
+    taken = [4, 9]
+    assert torch.equal(codes[taken], before[taken])
+    moved = [index for index in range(12) if index not in taken]
+    assert torch.cdist(codes[moved], latents).min(dim=1).values.max() == 0
+    assert torch.cdist(torch.eye(6)[2:], codes).min(dim=1).values.max() < 0.1
+    assert torch.equal(codes_restarted(latents, quantizer, seed=1), codes)
+    assert not torch.equal(codes_restarted(latents, quantizer, seed=2), codes)
+    assert torch.equal(quantizer.embedding.weight, before)
+    few = latents[:1].repeat(5, 1)  # fewer latents than free codes
+    assert torch.equal(codes_restarted(few, quantizer, seed=1)[[0, 1, 2]], few[:3])
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.cat((torch.eye(6), latents[:6])))
+    every = torch.cat((torch.eye(6), latents[:6]))
+    assert torch.equal(codes_restarted(every, quantizer, seed=1), quantizer.embedding.weight)
 
 
 def test_initial_weights_are_a_function_of_the_seed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from training.config import StageConfig, TrainConfig
 from training.objectives.registry import make_objective
 from training.reliability.checkpoint import CheckpointStore
 from training.tokenizers import vision
+from training.tokenizers.codes import CALIBRATION_BATCHES
 from training.tokenizers.collisions import describe_collisions
 from training.tokenizers.image_data import BatchShare, ImageSource, busiest_crops, squares
 from training.tokenizers.image_stream import StreamingImageSource
@@ -170,7 +172,7 @@ def test_no_part_and_no_double_of_a_held_back_picture_is_trained_on(tmp_path, st
 
 
 def test_resume_is_bitwise(corpora, tmp_path):
-    config = make_config(corpora, tmp_path)
+    config = make_config(corpora, tmp_path, restart_codes_every_steps=3)  # in the first step of the run that goes on
     whole = build(config)
     losses = run_steps(whole, 0, 6)
 
@@ -188,6 +190,51 @@ def test_resume_is_bitwise(corpora, tmp_path):
     expected, got = weights_of(whole.engine), weights_of(resumed.engine)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_free_codes_restart_where_their_step_says_and_no_others(corpora, tmp_path):
+    job = build(make_config(corpora, tmp_path, continuous_steps=1, restart_codes_every_steps=2))
+    objective = job.objective
+    model, average = objective.model, objective.average
+    run_steps(job, 0, 1)
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            model.quantize.embedding.weight[:5] = -model.quantize.embedding.weight[5:].mean(dim=0)  # behind the others
+            average.quantize.embedding.weight.fill_(7.0)
+        before = model.quantize.embedding.weight.detach().clone()
+        batches = [batch for start in range(0, 4 * CALIBRATION_BATCHES, 4) for batch in objective.images.batch(start)]
+        taken = {code for batch in batches for code in model.encode(to_model_range(batch)).flatten().tolist()}
+        with mock.patch.object(objective.images, "batch", wraps=objective.images.batch) as read:
+            result = forward_backward(job, read(4 * step))
+        placed_on = [call.args[0] for call in read.call_args_list[1:]]
+        assert placed_on == ([] if step == 3 else list(range(0, 4 * CALIBRATION_BATCHES, 4)))
+        changed = (model.quantize.embedding.weight != before).any(dim=1)
+        if step == 1:
+            assert changed.all(), "the codes start"
+        elif step == 2:
+            assert taken, "or nothing shows that those stay"
+            assert set(torch.nonzero(~changed).flatten().tolist()) == taken
+            assert changed[:5].all()
+        else:
+            assert not changed.any()
+        moved = average.quantize.embedding.weight == model.quantize.embedding.weight
+        assert torch.equal(moved.all(dim=1), changed)
+        job.engine.optimizer_step(1e-3, result.gradient_norm)
+
+
+def test_codes_restart_within_six_tenths_of_the_stage():
+    options = parse_options({"model": MODEL, "data": {"corpora": {"a": {"path": "x"}}}, "continuous_steps": 4})
+    assert not any(options.restarts_codes(step, 20) for step in range(20))
+    options.restart_codes_every_steps = 2
+    assert [step for step in range(20) if options.restarts_codes(step, 20)] == [6, 8, 10, 12]
+    assert [step for step in range(20) if options.starts_codes(step)] == [4]
+
+
+@pytest.mark.parametrize(("every", "continuous"), [(4, 2), (3, 3), (100, 0)])
+def test_restarts_that_never_come_are_refused(every, continuous, corpora, tmp_path):
+    config = make_config(corpora, tmp_path, continuous_steps=continuous, restart_codes_every_steps=every)
+    with pytest.raises(UserError, match=r"restart_codes_every_steps.*has no effect"):
+        stage.validate(config)
 
 
 def test_saved_tokenizer_loads_and_matches(corpora, tmp_path):
@@ -269,6 +316,7 @@ def test_collapse_stops_the_stage(corpora, tmp_path):
         ({"model": {"chanels": 8}}, "chanels"),
         ({"model": {"ch": "many"}}, "stage.objective"),
         ({"data": {"corpora": {}}}, "no corpus given"),
+        ({"restart_codes_every_steps": -1}, "restart_codes_every_steps"),
         ({"data": {"corpora": {"a": {"path": "x"}}, "views": [{"crop": 7}]}}, "views.0.crop"),
     ],
 )

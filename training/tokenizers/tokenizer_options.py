@@ -21,6 +21,8 @@ from model.vision_tokenizer.loss_config import (
 from training.config import TrainConfig
 from training.contracts.layout import ParallelLayout, Rows
 
+RESTARTS_SHARE = 0.6  # of a stage's steps, within which codes restart: what is put anew has the rest to settle
+
 
 @dataclass
 class TextTokenizerOptions:
@@ -149,6 +151,7 @@ class VisionTokenizerOptions:
     terms: TermsConfig = field(default_factory=TermsConfig)
     data: ImageDataOptions = field(default_factory=ImageDataOptions)
     continuous_steps: int = 0  # first steps without the quantizer; then the codes start from latents
+    restart_codes_every_steps: int = 0  # codes that no latent takes move to latents, until 60% of the steps; 0: never
     average_decay: float = 0.0  # of the moving average of the weights; 0: none is kept
     num_threads: int = 1  # of torch; small models gain nothing from more
     min_codebook_use: float = 0.01  # share of codes used on the held-back images, below which the stage fails
@@ -158,12 +161,32 @@ class VisionTokenizerOptions:
         self.terms.validate(problems, f"{key}.terms", len(self.model.ch_mult))
         self.data.validate(problems, f"{key}.data", self.model.factor)
         problems.check(self.continuous_steps >= 0, f"{key}.continuous_steps", "must not be negative")
+        every = self.restart_codes_every_steps
+        problems.check(every >= 0, f"{key}.restart_codes_every_steps", "must not be negative")
         problems.check(0 <= self.average_decay < 1, f"{key}.average_decay", "must be in [0, 1)")
         problems.check(self.num_threads > 0, f"{key}.num_threads", "must be positive")
         problems.check(0 <= self.min_codebook_use <= 1, f"{key}.min_codebook_use", "must be in [0, 1]")
 
+    def starts_codes(self, num_updates: int) -> bool:
+        """The codes are put on latents before the step after `num_updates`."""
+        return self.continuous_steps > 0 and num_updates == self.continuous_steps
+
+    def restarts_codes(self, num_updates: int, num_steps: int) -> bool:
+        """Codes that no latent takes are moved before the step after `num_updates` of a stage of `num_steps`."""
+        every = self.restart_codes_every_steps
+        last = RESTARTS_SHARE * num_steps
+        return every > 0 and self.continuous_steps < num_updates <= last and num_updates % every == 0
+
     def validate_run(self, problems: Problems, config: TrainConfig) -> None:
-        stage = config.stage
+        stage, every = config.stage, self.restart_codes_every_steps
+        if every > 0 and not any(self.restarts_codes(step, stage.steps) for step in range(0, stage.steps, every)):
+            key = "stage.objective.restart_codes_every_steps"
+            problems.add(
+                key,
+                f"has no effect: codes restart after stage.objective.continuous_steps={self.continuous_steps} and within "
+                f"the first {RESTARTS_SHARE:.0%} of {stage.steps} steps",
+                f"{key}=0",
+            )
         rows = Rows(stage.sequence_length, stage.micro_batch_size, stage.global_batch_size)
         layout = ParallelLayout.of(config.parallel)
         add_to(problems, layout.problems({}, rows, engine=config.engine or "replicated"))

@@ -4,14 +4,15 @@ The loss is the mean per pixel of the global batch. What compares several pictur
 the adversary, its batch norms) looks at those of one size in a micro-batch, whatever the number of replicas.
 
 Our choices, where Emu3.5 has published none: the autoencoder first trains without quantization, then the codes start
-from its latents (k-means), then all train together. Plain random codes collapse on simple pictures.
+from its latents (k-means), then all train together; codes that no latent takes are moved to latents now and then. Plain
+random codes collapse on simple pictures.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from model.errors import UserError
 from model.parallel import groups
 from model.vision_tokenizer.config import CHECKPOINT_KIND
 from model.vision_tokenizer.ibq import IBQ
-from model.vision_tokenizer.initialization import codes_from_latents, flat_latents, initialize_weights
+from model.vision_tokenizer.initialization import codes_from_latents, codes_restarted, initialize_weights
 from model.vision_tokenizer.losses import latent_distance, pixel_weights, psnr_db
 from model.vision_tokenizer.wrapper import load_weights, to_model_range, to_pixels
 from training.config import TrainConfig
@@ -36,6 +37,7 @@ from training.contracts.shards import ShardReader
 from training.metrics import PICTURES_NAME
 from training.objectives.offline_rows import OfflineRows
 from training.rewards.wire import png_bytes
+from training.tokenizers.codes import place_codes
 from training.tokenizers.collisions import describe_collisions
 from training.tokenizers.image_data import BatchShare, ImageSource
 from training.tokenizers.image_stream import StreamingImageSource
@@ -43,7 +45,6 @@ from training.tokenizers.tokenizer_options import VisionTokenizerOptions
 from training.tokenizers.vision_terms import Adversary, Terms
 
 KMEANS_ROUNDS = 4
-CALIBRATION_BATCHES = 30  # batches whose latents the codes start from
 WINDOW_STREAM = 3  # keeps its draws apart from the batches'
 PICTURES_EVERY_STEPS, PICTURES_OF_A_CORPUS = 500, 2  # that are kept for eyes, and go to the loggers
 
@@ -100,14 +101,16 @@ class VisionTokenizer:
 
     def backward(self, batches: Sequence[np.ndarray], totals: np.ndarray, num_updates: int) -> torch.Tensor:
         """Add the gradients of the mean loss per pixel; the step's figures, which `result` names, and uses of each code."""
-        self.num_updates = num_updates
-        if self.options.continuous_steps and num_updates == self.options.continuous_steps:
-            self._start_codes()
+        self.num_updates, num_codes = num_updates, self.options.model.n_embed
+        if self.options.starts_codes(num_updates):
+            self._place_codes(lambda latents: codes_from_latents(latents, num_codes, KMEANS_ROUNDS, self.seed))
+        elif self.options.restarts_codes(num_updates, self.config.stage.steps):
+            self._place_codes(lambda latents: codes_restarted(latents, self.model.quantize, self.seed))
         if num_updates and num_updates % PICTURES_EVERY_STEPS == 0 and self.ranks.rank == 0:
             keep_pictures(self.average or self.model, self.images.held_back, self.config.stage_folder, num_updates)
         num_pixels, weight = totals.tolist()
         figures: dict[str, torch.Tensor] = {}
-        uses = torch.zeros(self.options.model.n_embed, dtype=torch.float64, device=self.device)
+        uses = torch.zeros(num_codes, dtype=torch.float64, device=self.device)
         for images in batches:
             share = images[..., 0].size / num_pixels
             for name, value in self._backward(images, share, weight / num_pixels, uses).items():
@@ -170,19 +173,12 @@ class VisionTokenizer:
         return latent_distance(alone, latents[:, :, top : top + height, left : left + width])
 
     @torch.no_grad()
-    def _start_codes(self) -> None:
-        """Place the codes where the latents of training images lie. Depends on seed and weights only."""
-        model, width = self.options.model, self.options.model.embed_dim
-        latents: list[torch.Tensor] = []  # in the order of the images, whichever replica encodes them
-        for index in range(CALIBRATION_BATCHES):
-            batches = self.images.batch(index * self.config.stage.global_batch_size)
-            own = torch.cat([flat_latents(self.model, self._pixels(images)).cpu() for images in batches])
-            latents += [tensor_of(payload, width) for payload in self.ranks.gather(own.numpy().tobytes())]
-        codes = torch.empty(0, width)
-        if self.ranks.rank == 0:
-            codes = codes_from_latents(torch.cat(latents), model.n_embed, KMEANS_ROUNDS, self.seed)
-        codes = tensor_of(self.ranks.gather(codes.numpy().tobytes())[0], width)
-        self.model.quantize.embedding.weight.copy_(codes)
+    def _place_codes(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Depends on seed and weights only."""
+        size = self.config.stage.global_batch_size
+        changed = place_codes(self.model, self.images, size, self.ranks, place)
+        if self.average is not None:  # what a code was elsewhere says nothing of where it is now
+            self.average.quantize.embedding.weight[changed] = self.model.quantize.embedding.weight[changed]
 
     def update(self, learning_rate: float, num_updates: int) -> None:
         """What moves with every applied step beside the engine's optimizer."""
@@ -237,11 +233,6 @@ class VisionTokenizer:
         return figures | describe_collisions(model, self.images.captioned)
 
 
-def tensor_of(payload: bytes, width: int) -> torch.Tensor:
-    """float32 [n, width] from its bytes."""
-    return torch.frombuffer(bytearray(payload), dtype=torch.float32).reshape(-1, width)
-
-
 @torch.no_grad()
 def keep_pictures(model: IBQ, images_by_corpus: Mapping[str, Sequence[np.ndarray]], folder: Path, step: int) -> None:
     """Held-back pictures uint8 [H, W, 3], each beside what is rebuilt from its codes."""
@@ -291,7 +282,7 @@ def measure(
             where="stage.objective.min_codebook_use",
             expected=f"at least {min_codebook_use:.2%} of {model.config.n_embed} codes used",
             got=f"{len(used)} codes on {len(psnr)} held-back images",
-            fix="stage.objective.continuous_steps=200, more steps, or model.cosine_similarity=true",
+            fix="stage.objective.continuous_steps=200, stage.objective.restart_codes_every_steps=300, more steps, or model.cosine_similarity=true",
         )
     overall = {"psnr_db": float(np.mean(psnr)), "codebook_use": share, "num_codes_used": float(len(used))}
     return overall | figures

@@ -31,7 +31,7 @@ from training.inference.evaluation import EvaluationPrompt
 from training.rewards.base import Answer
 from training.rewards.rules import SceneMatch
 
-MAX_ATTEMPTS_ALONE = 200  # draws of an unseen one-shape prompt before two shapes are taken instead
+MAX_ATTEMPTS_ALONE = 200  # draws of a new one-shape prompt before only two shapes are asked for
 
 
 @dataclass
@@ -47,17 +47,19 @@ class ShapesTask:
     def prompts(self) -> list[EvaluationPrompt]:
         """Distinct prompts; the same list for the same fields.
 
-        One in eight holds one shape (there are only as many such scenes as combinations), the others two.
+        One in eight holds one shape, the others two. There are only as many scenes of one shape as combinations: when
+        many draws have found no new one, the rest hold two.
         """
         rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode())])
         chosen: dict[tuple[object, ...], EvaluationPrompt] = {}
-        attempts = 0
+        known_alone = 0  # draws of one shape in a row that had been drawn before
         while len(chosen) < self.num_prompts:
             number = len(chosen)
-            alone = number % 8 == 0 and attempts < MAX_ATTEMPTS_ALONE
+            alone = number % 8 == 0 and known_alone < MAX_ATTEMPTS_ALONE
             prompt = self.make_prompt(rng, 1 if alone else 2, number)
             key = (prompt.text, prompt.target, *(image.tobytes() for image in prompt.images))
-            attempts = attempts + 1 if key in chosen else 0
+            if alone:
+                known_alone = known_alone + 1 if key in chosen else 0
             chosen.setdefault(key, prompt)
         return list(chosen.values())
 

@@ -301,12 +301,21 @@ def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]
     return samples
 
 
+def _right(name: str, decoder: dict[str, Any]) -> str:
+    """A decoder's accuracies and, but for ar's own, how far they are from ar's on the same prompts."""
+    told = []
+    for task, value in decoder["accuracies"].items():
+        difference = decoder["difference_from_ar"][task]
+        between = ", 95% {:+.3f} to {:+.3f}".format(*difference["interval"]) if difference["interval"] else ""
+        told.append(f"{task} {value:.3f}" + (f" (to ar {difference['mean']:+.3f}{between})" if name != "ar" else ""))
+    return ", ".join(told)
+
+
 def render(answer: dict[str, Any]) -> str:
     lines = [f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")]
     for name, one in answer.get("decoders", {}).items():
-        accuracies = ", ".join(f"{task} {value:.3f}" for task, value in one["accuracies"].items())
         lines.append(
-            f"{name}: {accuracies}; joint {one['joint']:.3f}, entropy ratio {one['entropy_ratio']:.3f}, "
+            f"{name}: {_right(name, one)}; joint {one['joint']:.3f}, entropy ratio {one['entropy_ratio']:.3f}, "
             f"{one['num_forwards']:.1f} forward passes and {one['seconds']:.3f} s an answer"
         )
     for name, task in answer.get("tasks", {}).items():

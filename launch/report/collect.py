@@ -109,14 +109,14 @@ def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]
     """Parallel against token-by-token decoding, of the evaluation `dida`; None where a run has none.
 
     Ratios are of ar to dida: of forward passes and of seconds of one answer at batch 1. `ar_after_minus_before` is the
-    change of token-by-token accuracies since the evaluation `final`, by task.
+    change of token-by-token accuracies since the evaluation `final`, by task that both asked as many prompts.
     """
-    evaluation, before = evaluations.get("dida", {}), members(evaluations.get("final", {}), "metrics")
+    evaluation, final = evaluations.get("dida", {}), evaluations.get("final", {})
     decoders = members(evaluation, "decoders")
     ar, dida = members(decoders, "ar"), members(decoders, "dida")
     if not ar or not dida:
         return None
-    by_steps, after = members(dida, "by_steps"), members(ar, "accuracies")
+    by_steps = members(dida, "by_steps")
     return {
         "joint_ar": ar.get("joint"),
         "joint_by_steps": {steps: one.get("joint") for steps, one in by_steps.items()},
@@ -124,11 +124,25 @@ def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]
         "accuracies_by_steps": {steps: members(one, "accuracies") for steps, one in by_steps.items()},
         "chosen_steps": evaluation.get("dida_steps"),
         "accuracies": {name: members(one, "accuracies") for name, one in decoders.items()},
+        "num_prompts": members(dida, "num_prompts"),
+        "difference_from_ar": {
+            name: members(one, "difference_from_ar") if name != "ar" else {} for name, one in decoders.items()
+        },
         "forwards_ratio": ratio(ar.get("num_forwards"), dida.get("num_forwards")),
         "wall_ratio_batch1": ratio(ar.get("seconds"), dida.get("seconds")),
-        "ar_after_minus_before": {task: value - before[task] for task, value in after.items() if task in before},
+        "ar_after_minus_before": change_of_ar(ar, final),
         "wall_seconds": members(entries, "dida").get("wall_seconds"),
         "refinement": dida.get("refinement"),
+    }
+
+
+def change_of_ar(ar: dict[str, Any], final: dict[str, Any]) -> dict[str, float]:
+    """Of more prompts, or fewer, an accuracy is another one without any change of the model."""
+    before, asked, judged = members(final, "metrics"), members(ar, "num_prompts"), members(final, "tasks")
+    return {
+        task: value - before[task]
+        for task, value in members(ar, "accuracies").items()
+        if task in before and members(judged, task).get("count") == asked.get(task)
     }
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from launch.report.charts import Series, line_chart, share_bars
+from launch.report.collect import members
 from launch.report.reinforcement import reinforcement_section
+from launch.report.run_folder import is_number
 from launch.report.tables import table
 from training.config import RECORDED
 
@@ -133,10 +135,17 @@ def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
     ]
     ar = dida["accuracies"].get("ar", {})
     steps.append(["token by token", *right(ar), percent(dida["joint_ar"]), percent(1.0)])
-    rows = [[name, *right(values)] for name, values in dida["accuracies"].items()]
+    rows = [
+        [
+            name,
+            *(percent(values.get(task)) + against(members(dida["difference_from_ar"][name], task)) for task in tasks),
+        ]
+        for name, values in dida["accuracies"].items()
+    ]
     note = (
         f"<p>{html.escape(str(dida['chosen_steps']))} steps an image: {unit(dida['forwards_ratio'], 'times', 1)} fewer forward "
         f"passes and {unit(dida['wall_ratio_batch1'], 'times', 1)} faster than token by token, for one answer at a time. "
+        "In brackets: the difference from token by token on the same prompts, and its 95% interval. "
         "Joint: agreement of neighbouring codes with a second sample of token-by-token decoding.</p>"
     )
     headers = [METRIC_TITLES.get(task, task.replace("_", " ")) for task in tasks]
@@ -149,6 +158,17 @@ def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
         + told
         + f'<div class="strips">{strips}</div>'
     )
+
+
+def against(difference: dict[str, Any]) -> str:
+    """What stands behind an accuracy in brackets; nothing where no difference is known."""
+    mean, interval = difference.get("mean"), difference.get("interval")
+    if not is_number(mean):
+        return ""
+    if not (isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval))):
+        return f" ({mean:+.1%})"
+    low, high = interval
+    return f" ({mean:+.1%}, {low:+.1%} to {high:+.1%})"
 
 
 def percent(value: Any, digits: int = 1) -> str:
@@ -267,9 +287,9 @@ def samples(entries: list[dict[str, Any]], run_folder: Path) -> str:
     for entry in entries:
         groups[str(entry.get("group", "samples"))].append(entry)
     parts = []
-    for name, members in groups.items():
-        cards = "".join(sample_card(member, run_folder) for member in members[:MAX_SAMPLES_SHOWN])
-        note = WANTED_NOTE if any(member.get("wanted_images") for member in members) else ""
+    for name, shown in groups.items():
+        cards = "".join(sample_card(one, run_folder) for one in shown[:MAX_SAMPLES_SHOWN])
+        note = WANTED_NOTE if any(one.get("wanted_images") for one in shown) else ""
         parts.append(section(name.replace("_", " ").capitalize(), f'{note}<div class="samples">{cards}</div>'))
     return "".join(parts)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from launch.command_line import cli
 from launch.report.charts import BOTTOM, HEIGHT, TOP, line_chart, nice_ceiling, share_bars, short
-from launch.report.collect import MAX_CURVE_POINTS, collect, curve, shares_asked
+from launch.report.collect import MAX_CURVE_POINTS, change_of_ar, collect, curve, shares_asked
 from launch.report.page import render_page
 from model.checkpoint.manifest import manifest_checksum
 
@@ -434,11 +434,21 @@ def test_charts_place_points_inside_the_picture():
     assert share_bars([("a", 0.5, 0.25)]).count("<rect") == 1
 
 
+def test_a_change_of_token_by_token_decoding_is_told_of_the_same_prompts_only():
+    ar = {"accuracies": {"t2i_accuracy": 0.9, "own": 1.0}, "num_prompts": {"t2i_accuracy": 200, "own": 200}}
+    final = {
+        "metrics": {"t2i_accuracy": 0.95, "own": 0.5},
+        "tasks": {"t2i_accuracy": {"count": 100}, "own": {"count": 200}},
+    }
+    assert change_of_ar(ar, final) == {"own": 0.5}
+
+
 def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     by_steps = {steps: {"joint": joint, "entropy_ratio": 1.01} for steps, joint in (("1", 0.2), ("6", 0.79))}
     walked = {"accuracy_by_step": [1.0, 0.5], "strips": ["samples/dida/strip.png"]}
     ar = {"joint": 0.8, "num_forwards": 48, "seconds": 0.3, "accuracies": {"t2i_accuracy": 0.9, "own": 1.0}}
     dida = {"num_forwards": 12, "seconds": 0.1, "accuracies": {"t2i_accuracy": 0.85}, "by_steps": by_steps}
+    dida["difference_from_ar"] = {"t2i_accuracy": {"mean": -0.05, "interval": [-0.06, -0.04]}}
     dida |= {"rollout": walked, "refinement": ["samples/dida/refined_0.png"]}
     by_steps["6"]["accuracies"] = {"t2i_accuracy": 0.85}
     write(tmp_path / "evaluation" / "final.json", {"metrics": {"t2i_accuracy": 0.95}})
@@ -460,5 +470,6 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Images in parallel" in page
     assert "<td>6</td><td>-</td><td>85.0%</td><td>79.0%</td>" in without_titles(page)
+    assert "<td>dida</td><td>-</td><td>85.0% (-5.0%, -6.0% to -4.0%)</td>" in without_titles(page)
     assert "refined_0.png is missing" in page
     assert "World rollout" in page

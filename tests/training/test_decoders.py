@@ -90,6 +90,8 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
     assert dida["by_steps"]["1"]["joint"] < ar["joint"] - 0.2
     assert dida["by_steps"]["4"]["joint"] == dida["joint"]
     assert dida["by_steps"]["1"]["accuracies"] == {"task": 1.0}
+    assert dida["num_prompts"] == {"task": 200}
+    assert dida["difference_from_ar"] == {"task": {"mean": 0.0, "interval": [0.0, 0.0]}}
     assert dida["entropy_ratio"] == pytest.approx(1.0, abs=0.01)
 
 

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from launch.commands import evaluate as evaluate_command
 from model.errors import UserError
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import PhaseSampling, SamplingConfig
 from training.inference.baselines import FlatPatches, rotated, with_words_of
-from training.inference.evaluation import EvaluationPrompt, evaluate, load_task, wilson_interval
+from training.inference.evaluation import EvaluationPrompt, evaluate, load_task, paired_difference, wilson_interval
 from training.inference.prompts import Output, Prompt
 
 TASKS = """
@@ -87,6 +88,18 @@ def tasks_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hand_made_tasks.Gray"
 
 
+def test_a_difference_on_the_same_prompts_is_known_better_than_either_accuracy() -> None:
+    both = [1.0] * 170 + [0.0] * 20
+    found = paired_difference([*both, *[1.0] * 4, *[0.0] * 6], [*both, *[0.0] * 4, *[1.0] * 6])
+    assert found["mean"] == pytest.approx(-0.01)
+    error = stats.sem([*[0.0] * 190, *[1.0] * 4, *[-1.0] * 6])
+    assert found["interval"] == pytest.approx(stats.norm.interval(0.95, loc=-0.01, scale=error), abs=1e-6)
+    alone = wilson_interval(174 / 200, 200)
+    assert found["interval"][1] - found["interval"][0] < 0.7 * (alone[1] - alone[0])
+    assert paired_difference([], []) == {"mean": 0.0, "interval": None}
+    assert paired_difference([1.0], [0.0]) == {"mean": 1.0, "interval": None}
+
+
 def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Path, capsys) -> None:
     model = GrayModel()
     tasks = {
@@ -98,6 +111,7 @@ def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Pat
     results = evaluate(model, tasks, SamplingConfig(), batch_size=3, samples_folder=tmp_path / "samples", num_samples=2)
     assert results["drawn"]["accuracy"] == pytest.approx(5 / 7)
     assert [results[name]["count"] for name in tasks] == [7, 4, 3, 0]
+    assert results["drawn"]["scores"] == [1.0] * 5 + [0.0] * 2
     assert results["continued"]["accuracy"] == results["rebuilt"]["accuracy"] == 1.0
     assert results["empty"]["accuracy"] == 0.0
     assert results["empty"]["interval"] == [0.0, 1.0]

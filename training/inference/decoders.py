@@ -20,7 +20,7 @@ import numpy as np
 
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import SamplingConfig
-from training.inference.evaluation import EvaluationPrompt, EvaluationTask, evaluate
+from training.inference.evaluation import EvaluationPrompt, EvaluationTask, evaluate, paired_difference
 from training.inference.model import InferenceModel
 from training.inference.prompts import ComparisonConfig, Prompt
 
@@ -54,7 +54,7 @@ def compare_decoders(
 ) -> dict[str, dict[str, Any]]:
     """The statistics' prompts are those of the first task that asks for new pictures.
 
-    By decoder: `accuracies` by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
+    By decoder: `accuracies`, `num_prompts` and `difference_from_ar` (on the same prompts) by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
     batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies. `ar` comes first: the others are held against it.
     """
     tasks = {name: AskedAgain(task) for name, task in tasks.items()}
@@ -63,13 +63,14 @@ def compare_decoders(
     model.decode_with(DecodingConfig("ar"))
     second = sampled_codes(model, prompts, drawn, seed + SECOND_SAMPLE)
     found: dict[str, dict[str, Any]] = {}
+    judged: dict[str, dict[str, Any]] = {}
     for name in sorted(decodings, key=lambda name: name != "ar"):
         model.decode_with(decodings[name])
-        accuracies = accuracies_of(model, tasks, sampling, batch_size, seed)
+        judged[name] = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed)
         measured = statistics(model, prompts, drawn, seed, second)
         ratio = measured["entropy"] / found["ar"]["entropy"] if "ar" in found else 1.0
         found[name] = {
-            "accuracies": accuracies,
+            **quality(judged[name], judged["ar"]),
             **measured,
             "entropy_ratio": ratio,
             **one_at_a_time(model, prompts[: config.single_prompts], drawn, seed),
@@ -79,17 +80,24 @@ def compare_decoders(
             str(steps): {name: found["dida"][name] for name in STEPS_FIGURES}
             if steps == decodings["dida"].dida.steps  # the same draws: measured already
             else steps_statistics(model, decodings["dida"], steps, prompts, drawn, seed, second, found)
-            | {"accuracies": accuracies_of(model, tasks, sampling, batch_size, seed)}
+            | {"accuracies": accuracies(evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed))}
             for steps in config.dida_steps
         }
     return found
 
 
-def accuracies_of(
-    model: InferenceModel, tasks: Mapping[str, EvaluationTask], sampling: SamplingConfig, batch_size: int, seed: int
-) -> dict[str, float]:
-    """By task, as the model decodes now."""
-    results = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed)
+def quality(results: Mapping[str, Any], of_ar: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each figure by task; both decoders were asked the same prompts."""
+    return {
+        "accuracies": accuracies(results),
+        "num_prompts": {task: result["count"] for task, result in results.items()},
+        "difference_from_ar": {
+            task: paired_difference(result["scores"], of_ar[task]["scores"]) for task, result in results.items()
+        },
+    }
+
+
+def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
     return {task: result["accuracy"] for task, result in results.items()}
 
 

@@ -80,6 +80,19 @@ def interval_of(scores: Sequence[float]) -> list[float] | None:
     return list(wilson_interval(sum(scores) / max(1, len(scores)), len(scores)))
 
 
+def paired_difference(scores: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """How much better `scores` are than `others` on the same prompts: `mean`, and its 95% `interval` (normal; null of less than two prompts).
+
+    Much narrower than the two accuracies' own intervals where the answers agree on most prompts.
+    """
+    differences, count = np.subtract(scores, others), len(scores)
+    mean = float(differences.sum()) / max(1, count)
+    if count < 2:
+        return {"mean": mean, "interval": None}
+    half = WILSON_Z * float(differences.std(ddof=1)) / math.sqrt(count)
+    return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """95% interval of a proportion (Wilson 1927); (0, 1) without observations."""
     if count == 0:
@@ -101,8 +114,9 @@ def evaluate(
     samples_folder: Path | None = None,
     num_samples: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson; null for graded scores), `seconds` and `samples`.
+    """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson; null for graded scores), `seconds`, `scores` and `samples`.
 
+    `scores` has one of each prompt, in their order.
     `own_sampling` is that of the tasks that it names; the others have `sampling`.
     With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
     `samples` names them (relative to that folder) with their prompts and scores.
@@ -130,6 +144,7 @@ def evaluate(
             "count": len(scores),
             "interval": interval_of(scores),
             "seconds": time.monotonic() - started,
+            "scores": scores,
             "samples": samples,
         }
     return results

@@ -10,8 +10,9 @@ from examples.shapes_world.datasets import DATASETS, CorpusConfig
 from examples.shapes_world.dictionary import Dictionary
 from examples.shapes_world.judge import read_scene
 from examples.shapes_world.tasks import EditAccuracy, NextStateAccuracy, ReconstructionAccuracy, ShapesTask, T2IAccuracy
-from examples.shapes_world.world import caption, draw_array, is_held_out
+from examples.shapes_world.world import all_items, caption, draw_array, is_held_out
 from training.inference.baselines import OtherWords, accuracy_of
+from training.inference.evaluation import EvaluationPrompt
 
 TASKS = (T2IAccuracy, EditAccuracy, NextStateAccuracy, ReconstructionAccuracy)
 
@@ -107,9 +108,19 @@ def test_reconstruction_pictures_are_read_as_their_scene():
     assert all(task.judge(prompt, prompt.images, "") for prompt in task.prompts())
 
 
-def test_more_one_shape_prompts_than_exist_are_not_waited_for():
-    prompts = T2IAccuracy(num_prompts=300).prompts()
-    assert len({prompt.text for prompt in prompts}) == 300
+def test_more_one_shape_prompts_than_exist_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    task, draws = T2IAccuracy(num_prompts=600), []
+    make_prompt = task.make_prompt
+
+    def counted(rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
+        draws.append(num_items)
+        return make_prompt(rng, num_items, number)
+
+    monkeypatch.setattr(task, "make_prompt", counted)
+    prompts = task.prompts()
+    assert len({prompt.text for prompt in prompts}) == 600
+    assert len(draws) < 1000, "a draw of a film is a film made"
+    assert sum(len(prompt.target) == 1 for prompt in prompts) == sum(map(is_held_out, all_items()))
 
 
 @pytest.fixture(scope="module")

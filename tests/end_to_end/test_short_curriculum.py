@@ -30,7 +30,7 @@ SMALL = {
     "evaluate_untrained": [f"tasks.{task}.num_prompts=8" for task in TASKS],
     "dida": ["stage.steps=3", "stage.optimizer.warmup_steps=0", "logging.wandb_mode=disabled"],
     "evaluate_dida": [
-        *(f"tasks.{task}.num_prompts=4" for task in ("t2i_accuracy", "next_state_accuracy", "edit_accuracy")),
+        *(f"tasks.{task}.num_prompts=8" for task in TASKS),
         "comparison.dida_steps=[2]",
         "comparison.single_prompts=1",
         "rollouts.num_rollouts=2",

@@ -88,6 +88,13 @@ def tasks_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hand_made_tasks.Gray"
 
 
+def test_a_task_makes_its_prompts_once(tasks_module: str) -> None:
+    task = load_task(tasks_module.replace("Gray", "Explained"), {"num_prompts": 2})
+    assert task.prompts() is task.prompts(), "they may be videos"
+    (wanted,) = task.wanted(task.prompts()[1])  # type: ignore[attr-defined]
+    assert (wanted == 1).all()
+
+
 def test_a_difference_on_the_same_prompts_is_known_better_than_either_accuracy() -> None:
     both = [1.0] * 170 + [0.0] * 20
     found = paired_difference([*both, *[1.0] * 4, *[0.0] * 6], [*both, *[0.0] * 4, *[1.0] * 6])

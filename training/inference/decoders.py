@@ -20,26 +20,12 @@ import numpy as np
 
 from model.generation.decoding_config import DecodingConfig
 from model.generation.settings import SamplingConfig
-from training.inference.evaluation import EvaluationPrompt, EvaluationTask, evaluate, paired_difference
+from training.inference.evaluation import EvaluationTask, evaluate, paired_difference
 from training.inference.model import InferenceModel
 from training.inference.prompts import ComparisonConfig, Prompt
 
 SECOND_SAMPLE = 1  # added to the seed
 STEPS_FIGURES = ("accuracies", "joint", "entropy", "entropy_ratio", "images_per_second")  # of each number of steps
-
-
-class AskedAgain:
-    """A task whose prompts are made once, however many decoders answer them: frames of videos are dear."""
-
-    def __init__(self, task: EvaluationTask) -> None:
-        self.task, self.name = task, task.name
-        self._prompts = list(task.prompts())
-
-    def prompts(self) -> list[EvaluationPrompt]:
-        return self._prompts
-
-    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float:
-        return self.task.judge(prompt, images, text)
 
 
 def compare_decoders(
@@ -57,7 +43,6 @@ def compare_decoders(
     By decoder: `accuracies`, `num_prompts` and `difference_from_ar` (on the same prompts) by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
     batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies. `ar` comes first: the others are held against it.
     """
-    tasks = {name: AskedAgain(task) for name, task in tasks.items()}
     prompts = statistics_prompts(tasks, config.statistics_prompts)
     drawn = replace(sampling, image=replace(sampling.image, temperature=config.statistics_temperature))
     model.decode_with(DecodingConfig("ar"))

@@ -67,10 +67,27 @@ class EvaluationModel(Protocol):
 
 def load_task(path: str, arguments: Mapping[str, Any]) -> EvaluationTask:
     """The task of class `package.module.Class`, made with `arguments`."""
-    task: EvaluationTask = made_with(
-        find_class("evaluation task", path, {}, "path"), "evaluation task", arguments, path
-    )
-    return task
+    return AskedAgain(made_with(find_class("evaluation task", path, {}, "path"), "evaluation task", arguments, path))
+
+
+class AskedAgain:
+    """A task whose prompts are made once, however many decoders and baselines answer them: frames of videos are dear."""
+
+    def __init__(self, task: EvaluationTask) -> None:
+        self.task, self.name = task, getattr(task, "name", "")
+        self._prompts: Sequence[EvaluationPrompt] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """What a task may have beside: `wanted`, `reason`, `rollouts`."""
+        return getattr(self.task, name)
+
+    def prompts(self) -> Sequence[EvaluationPrompt]:
+        if self._prompts is None:
+            self._prompts = list(self.task.prompts())
+        return self._prompts
+
+    def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float:
+        return self.task.judge(prompt, images, text)
 
 
 def interval_of(scores: Sequence[float]) -> list[float] | None:

@@ -83,7 +83,7 @@ def headline(report: dict[str, Any]) -> str:
     ]
     items = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures)
     prompts = report["metrics"].get("num_prompts")
-    note = f"<p>Accuracies on {prompts} held-out prompts.</p>" if isinstance(prompts, int) else ""
+    note = f"<p>Accuracies on {prompts} held-out prompts a task at least.</p>" if isinstance(prompts, int) else ""
     return f'<dl class="figures">{items}</dl>{note}'
 
 

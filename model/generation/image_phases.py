@@ -2,6 +2,7 @@
 
 When every sequence of the batch has come to an image or to its end, the images are decoded, grid by grid, and read once
 more as clean tokens (the commit pass): the cache is then what a prefill of the answer would have made, and text goes on.
+Where every image of a group ends its answer nothing is read once more.
 """
 
 from __future__ import annotations
@@ -251,19 +252,17 @@ class PhaseGenerator(ARGenerator):
         with self.decoder.only(in_cache):
             images = GuidedImages(self.decoder, self.grammar, sampling, block, own, len(members), references)
             codes, log_probs, num_read = self.phase.decode(images)
-            ids = self.grammar.vocabulary.codes_to_ids(codes)
-            tokens = block.with_ids(ids)
-            last = self._commit(tokens, num_read, guided)
-        logits = logits.index_copy(0, in_cache, last)
+            tokens = block.with_ids(self.grammar.vocabulary.codes_to_ids(codes))
+            behind = self._behind_image(state, index, len(block.places))
+            if not bool(behind.done[index].all()):  # nobody reads what ends an answer
+                logits = logits.index_copy(0, in_cache, self._commit(tokens, num_read, guided))
         for number, row in enumerate(members):
             values = torch.zeros(tokens.shape[1])
             values[block.places.cpu()] = log_probs[number].float().cpu()
             drawn = torch.zeros(tokens.shape[1], dtype=torch.bool)
             drawn[block.places.cpu()] = True
             answers[row].add(tokens[number, 1:].tolist(), values[1:].tolist(), drawn[1:].tolist())
-        chosen = torch.zeros_like(state.done)
-        chosen[index] = True
-        return self._behind_image(state, chosen, len(block.places)), logits
+        return behind, logits
 
     def _commit(self, tokens: torch.Tensor, num_read: torch.Tensor, guided: bool) -> torch.Tensor:
         """Reads what is not read yet of clean blocks: logits after EOI, [R, padded vocabulary] (twice R when guided)."""
@@ -272,8 +271,10 @@ class PhaseGenerator(ARGenerator):
         rest = tokens[:, first:]
         return self.decoder.step(rest.repeat(2, 1) if guided else rest)
 
-    def _behind_image(self, state: GrammarState, chosen: torch.Tensor, num_codes: int) -> GrammarState:
-        """The state of the chosen sequences after their images."""
+    def _behind_image(self, state: GrammarState, members: torch.Tensor, num_codes: int) -> GrammarState:
+        """The state after the images of `members`, int64 rows."""
+        chosen = torch.zeros_like(state.done)
+        chosen[members] = True
         at_end = GrammarState(**vars(state))
         at_end.phase = torch.full_like(state.phase, Phase.IMAGE_END)
         at_end.position = torch.full_like(state.position, num_codes)

@@ -3,10 +3,12 @@
 | strategy | forward passes of an image of N codes | distribution |
 |---|---|---|
 | ar | N; forced tokens are read with those behind them | the model's |
-| dida | steps + 1 (the commit pass) | of the noisy copies, changed by causal steps; a checkpoint of the objective `dida` |
+| dida | steps, + 1 | of the noisy copies, changed by causal steps; a checkpoint of the objective `dida` |
 | diagonal | H + W - 1, + 1 for H x W codes | that of copies read by diagonals; a checkpoint of the objective `diagonal` |
 | sjd | as many rounds as guesses need, + 1 | the model's, exactly; no training |
 | verified | steps that are not causal + 2 for each round, + 1 | the model's, exactly; guesses are DiDA's last draws |
+
+The one more is the commit pass, which the image that ends an answer does without.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def test_an_answer_does_not_depend_on_its_batch(model: torch.nn.Module, name: st
 @pytest.mark.parametrize("name", ["dida", "causal", "diagonal"])
 def test_the_cache_behind_an_image_is_that_of_a_prefill(model: torch.nn.Module, name: str) -> None:
     """And so is what follows: text, and a second image, greedy."""
-    chosen = strategy(model, name)
+    chosen = strategy(model, name, rules(stop_after_images=None))
     found = chosen.sample(PROMPTS, GREEDY, 0, GRIDS)
     cache = chosen.decoder.cache
     by_length = sorted(zip(PROMPTS, found, strict=True), key=lambda pair: len(pair[0]))  # as they share a batch
@@ -246,16 +246,19 @@ def test_forward_passes_are_counted(model: torch.nn.Module) -> None:
     chosen = strategy(model, "dida", one_image, steps=4)
     (answer,) = chosen.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
     header = 5  # BOI 3 * 3 IMG: forced, so read with the prompt; IMG with the codes
-    assert chosen.metrics.num_forwards == 1 + 4 + 1
+    assert chosen.metrics.num_forwards == 1 + 4, "nobody reads what ends the answer"
     assert len(answer.ids) == header + 9 + 2 + 1
     assert answer.finished
     assert answer.sampled.sum() == 9
     causal = strategy(model, "dida", one_image, steps=4, causal_steps=3)
     causal.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
-    assert causal.metrics.num_forwards == 1 + 4 + 1, "causal steps are steps"
+    assert causal.metrics.num_forwards == 1 + 4, "causal steps are steps"
     diagonal = strategy(model, "diagonal", one_image)
     diagonal.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
-    assert diagonal.metrics.num_forwards == 1 + (3 + 3 - 1) + 1
+    assert diagonal.metrics.num_forwards == 1 + (3 + 3 - 1)
+    goes_on = strategy(model, "dida", rules(max_images=1), steps=4)
+    (longer,) = goes_on.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
+    assert goes_on.metrics.num_forwards == 1 + 4 + 1 + len(longer.ids) - len(answer.ids), "the commit pass, then text"
     plain = strategy(model, "ar", one_image)
     plain.sample([PROMPTS[0]], SAMPLING, 0, [(3, 3)])
     # The prompt, the header, and each code with what is forced behind it; nobody reads what ends the answer.

@@ -339,8 +339,8 @@ def test_a_picture_is_seen_while_it_is_refined(real_model: torch.nn.Module, toke
         assert isinstance(first, Rows)
         assert isinstance(second, Rows)
         assert np.array_equal(second.codes, one.pictures[0])
-    # The prompt with BOI 2 * 4 behind it (IMG is read with the copies); four looks; the commit pass.
-    assert answerings[0].num_forwards == 1 + 4 + 1
+    # The prompt with BOI 2 * 4 behind it (IMG is read with the copies); four looks.
+    assert answerings[0].num_forwards == 1 + 4
     strips = refine(model, [Prompt("t2i", text, image_size=(16, 32)) for text in TEXTS[:2]], guided)
     for one, pictures in zip(answerings, strips, strict=True):
         assert len(pictures) == 4 + 1, "before each step, and the finished one"

@@ -35,7 +35,7 @@ def test_joint_agreement_sees_what_single_codes_do_not() -> None:
 
 @dataclass
 class TableModel:
-    """Consistent with `ar` and with at least 4 steps; counts as a strategy does."""
+    """Consistent with `ar` and with at least 4 steps, and wrong of every tenth prompt without `ar`; counts as a strategy does."""
 
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     decoding_metrics: DecodingMetrics = field(default_factory=DecodingMetrics)
@@ -53,7 +53,10 @@ class TableModel:
         good = is_ar or self.decoding.dida.steps >= 4
         codes = images(seed + (0 if is_ar else 50), len(prompts), good)
         nothing: Any = np.zeros(0)
-        return [Output("", [nothing], [], nothing, nothing, True, [one]) for one in codes]
+        right: list[Any] = [
+            np.array(is_ar or number % 10 > 0) for number in range(first_index, first_index + len(prompts))
+        ]
+        return [Output("", [image], [], nothing, nothing, True, [one]) for image, one in zip(right, codes, strict=True)]
 
 
 class Task:
@@ -63,7 +66,7 @@ class Task:
         return [EvaluationPrompt("t2i", str(number)) for number in range(200)]
 
     def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool:
-        return True
+        return bool(images[0])
 
 
 def test_decoders_are_held_against_token_by_token_decoding() -> None:
@@ -81,13 +84,17 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
     assert ar["tokens_a_forward"] == 1
     assert dida["num_forwards"] == 5
     assert (ar["seconds"], dida["seconds"]) == (1.0, 0.25)
-    assert dida["accuracies"] == {"task": 1.0}
+    assert ar["accuracies"] == {"task": 1.0}
+    assert dida["accuracies"] == {"task": pytest.approx(0.9)}
     assert dida["joint"] == pytest.approx(ar["joint"], abs=0.03)
     assert dida["by_steps"]["1"]["joint"] < ar["joint"] - 0.2
     assert dida["by_steps"]["4"]["joint"] == dida["joint"]
-    assert dida["by_steps"]["1"]["accuracies"] == {"task": 1.0}
+    assert dida["by_steps"]["1"]["accuracies"] == {"task": pytest.approx(0.9)}
     assert dida["num_prompts"] == {"task": 200}
-    assert dida["difference_from_ar"] == {"task": {"mean": 0.0, "interval": [0.0, 0.0]}}
+    assert ar["difference_from_ar"] == {"task": {"mean": 0.0, "interval": [0.0, 0.0]}}
+    found_difference = dida["difference_from_ar"]["task"]
+    assert found_difference["mean"] == pytest.approx(-0.1)
+    assert found_difference["interval"] == [pytest.approx(-0.142, abs=1e-3), pytest.approx(-0.058, abs=1e-3)]
     assert dida["entropy_ratio"] == pytest.approx(1.0, abs=0.01)
 
 

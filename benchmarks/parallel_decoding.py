@@ -222,7 +222,7 @@ class Trial:
         metrics, image = DecodingMetrics(), PhaseSampling(temperature)
         sampling = SamplingConfig(text=PhaseSampling(0.0), image=image, max_new_tokens=2 * self.world.side**2 + 16)
         self.engine.model.post_process = True
-        decoder = ImageDecoder(self.engine.model)
+        decoder = ImageDecoder(self.engine.model.eval())  # as a loaded checkpoint is, not switched at every answer
         strategy = make_strategy(decoding, decoder, grammar, path, metrics, batch, learnt_diagonals=True)
         prompts = [self.world.prompt(one) for one in colours]
         grids = [(self.world.side, self.world.side)] * len(prompts)
@@ -232,7 +232,7 @@ class Trial:
             asked = [prompts[index] for index in draws]
             streams = [0] * len(asked) if one_stream else list(draws)
             found += strategy.sample(asked, sampling, self.seed, grids[: len(asked)], None, streams)
-        self.engine.model.post_process = False
+        self.engine.model.train().post_process = False
         codes = [IDS.ids_to_codes(one.ids[IDS.is_visual(one.ids)]) for one in found]
         return np.stack(codes).reshape(-1, self.world.side, self.world.side), metrics
 

@@ -301,21 +301,20 @@ def _below(folder: Path, samples_folder: Path, results: dict[str, dict[str, Any]
     return samples
 
 
-def _right(name: str, decoder: dict[str, Any]) -> str:
-    """A decoder's accuracies and, but for ar's own, how far they are from ar's on the same prompts."""
-    told = []
-    for task, value in decoder["accuracies"].items():
-        difference = decoder["difference_from_ar"][task]
+def _right(decoder: dict[str, Any]) -> str:
+    """A decoder's accuracies and how far they are from ar's on the same prompts; ar's own alone."""
+    told = {task: f"{task} {value:.3f}" for task, value in decoder["accuracies"].items()}
+    for task, difference in decoder.get("difference_from_ar", {}).items():
         between = ", 95% {:+.3f} to {:+.3f}".format(*difference["interval"]) if difference["interval"] else ""
-        told.append(f"{task} {value:.3f}" + (f" (to ar {difference['mean']:+.3f}{between})" if name != "ar" else ""))
-    return ", ".join(told)
+        told[task] += f" (to ar {difference['mean']:+.3f}{between})"
+    return ", ".join(told.values())
 
 
 def render(answer: dict[str, Any]) -> str:
     lines = [f"checkpoint: {answer['checkpoint']}" + (" (fresh weights)" if answer["untrained"] else "")]
     for name, one in answer.get("decoders", {}).items():
         lines.append(
-            f"{name}: {_right(name, one)}; joint {one['joint']:.3f}, entropy ratio {one['entropy_ratio']:.3f}, "
+            f"{name}: {_right(one)}; joint {one['joint']:.3f}, entropy ratio {one['entropy_ratio']:.3f}, "
             f"{one['num_forwards']:.1f} forward passes and {one['seconds']:.3f} s an answer"
         )
     for name, task in answer.get("tasks", {}).items():

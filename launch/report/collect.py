@@ -125,9 +125,7 @@ def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]
         "chosen_steps": evaluation.get("dida_steps"),
         "accuracies": {name: members(one, "accuracies") for name, one in decoders.items()},
         "num_prompts": members(dida, "num_prompts"),
-        "difference_from_ar": {
-            name: members(one, "difference_from_ar") if name != "ar" else {} for name, one in decoders.items()
-        },
+        "difference_from_ar": {name: members(one, "difference_from_ar") for name, one in decoders.items()},
         "forwards_ratio": ratio(ar.get("num_forwards"), dida.get("num_forwards")),
         "wall_ratio_batch1": ratio(ar.get("seconds"), dida.get("seconds")),
         "ar_after_minus_before": change_of_ar(ar, final),

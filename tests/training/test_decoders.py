@@ -91,7 +91,7 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
     assert dida["by_steps"]["4"]["joint"] == dida["joint"]
     assert dida["by_steps"]["1"]["accuracies"] == {"task": pytest.approx(0.9)}
     assert dida["num_prompts"] == {"task": 200}
-    assert ar["difference_from_ar"] == {"task": {"mean": 0.0, "interval": [0.0, 0.0]}}
+    assert "difference_from_ar" not in ar
     found_difference = dida["difference_from_ar"]["task"]
     assert found_difference["mean"] == pytest.approx(-0.1)
     assert found_difference["interval"] == [pytest.approx(-0.142, abs=1e-3), pytest.approx(-0.058, abs=1e-3)]

@@ -107,6 +107,16 @@ def test_a_difference_on_the_same_prompts_is_known_better_than_either_accuracy()
     assert paired_difference([1.0], [0.0]) == {"mean": 1.0, "interval": None}
 
 
+def test_what_a_decoder_gains_or_loses_is_told_beside_its_accuracy() -> None:
+    figures = {"joint": 1.0, "entropy_ratio": 1.0, "num_forwards": 8.0, "seconds": 0.1}
+    ar = figures | {"accuracies": {"drawn": 0.9}}
+    differences = {"drawn": {"mean": -0.05, "interval": [-0.06, -0.04]}, "single": {"mean": 1.0, "interval": None}}
+    dida = figures | {"accuracies": {"drawn": 0.85, "single": 1.0}, "difference_from_ar": differences}
+    told = evaluate_command.render({"checkpoint": "c", "untrained": False, "decoders": {"ar": ar, "dida": dida}})
+    assert "ar: drawn 0.900; joint" in told
+    assert "dida: drawn 0.850 (to ar -0.050, 95% -0.060 to -0.040), single 1.000 (to ar +1.000); joint" in told
+
+
 def test_accuracy_is_the_share_of_right_answers(tasks_module: str, tmp_path: Path, capsys) -> None:
     model = GrayModel()
     tasks = {

@@ -40,26 +40,32 @@ def compare_decoders(
 ) -> dict[str, dict[str, Any]]:
     """The statistics' prompts are those of the first task that asks for new pictures.
 
-    By decoder: `accuracies`, `num_prompts` and `difference_from_ar` (on the same prompts) by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
-    batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies. `ar` comes first: the others are held against it.
+    By decoder: `accuracies` and `num_prompts` by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
+    batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies. `ar` comes first: the others are held against it,
+    with `difference_from_ar` by task, of accuracies on the same prompts.
     """
     prompts = statistics_prompts(tasks, config.statistics_prompts)
     drawn = replace(sampling, image=replace(sampling.image, temperature=config.statistics_temperature))
     model.decode_with(DecodingConfig("ar"))
     second = sampled_codes(model, prompts, drawn, seed + SECOND_SAMPLE)
     found: dict[str, dict[str, Any]] = {}
-    judged: dict[str, dict[str, Any]] = {}
+    of_ar: dict[str, dict[str, Any]] = {}
     for name in sorted(decodings, key=lambda name: name != "ar"):
         model.decode_with(decodings[name])
-        judged[name] = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed)
+        results = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed)
         measured = statistics(model, prompts, drawn, seed, second)
         ratio = measured["entropy"] / found["ar"]["entropy"] if "ar" in found else 1.0
         found[name] = {
-            **quality(judged[name], judged["ar"]),
+            "accuracies": accuracies(results),
+            "num_prompts": {task: result["count"] for task, result in results.items()},
             **measured,
             "entropy_ratio": ratio,
             **one_at_a_time(model, prompts[: config.single_prompts], drawn, seed),
         }
+        if name == "ar":
+            of_ar = results
+        else:
+            found[name]["difference_from_ar"] = differences(results, of_ar)
     if "dida" in found:
         found["dida"]["by_steps"] = {
             str(steps): {name: found["dida"][name] for name in STEPS_FIGURES}
@@ -71,15 +77,9 @@ def compare_decoders(
     return found
 
 
-def quality(results: Mapping[str, Any], of_ar: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each figure by task; both decoders were asked the same prompts."""
-    return {
-        "accuracies": accuracies(results),
-        "num_prompts": {task: result["count"] for task, result in results.items()},
-        "difference_from_ar": {
-            task: paired_difference(result["scores"], of_ar[task]["scores"]) for task, result in results.items()
-        },
-    }
+def differences(results: Mapping[str, Any], of_ar: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By task; both decoders were asked the same prompts."""
+    return {task: paired_difference(result["scores"], of_ar[task]["scores"]) for task, result in results.items()}
 
 
 def accuracies(results: Mapping[str, Any]) -> dict[str, float]:

@@ -16,8 +16,8 @@ A fresh model learns the world token by token, answers prompts itself, and is ad
 strategies decode, `ar` at temperature 1 as well; in `dida_S_renoised` every step begins from what was drawn, noised anew, in `dida_S_causal` the
 second half of the steps are causal (`decoding.dida.causal_steps`). Controls: one step; one greedy step, from noise of each
 image's own and from the same for all (`one_start`: nothing is left to chance); the mask path (`--paths metric mask`) at 4 steps;
-diagonals before their adaptation. Seconds are those of one answer at batch 1, of the
-clock and of this process (OMP_NUM_THREADS=1 makes them comparable on a busy machine).
+diagonals before their adaptation. Seconds are those of one answer at batch 1, medians of the clock and of this process
+(OMP_NUM_THREADS=1 makes the latter comparable on a busy machine).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from model.generation.grammar import GrammarOptions, ImageGrammar
 from model.generation.image_decoder import ImageDecoder
 from model.generation.paths import DiscretePath, MaskPath, MetricPath, UniformPath
 from model.generation.settings import PhaseSampling, SamplingConfig
-from model.generation.strategies import DecodingMetrics, make_strategy
+from model.generation.strategies import DecodingMetrics, Strategy, make_strategy
 from model.vocabulary import Vocabulary, VocabularyConfig
 from training.config import OptimizerConfig, StageConfig, TrainConfig
 from training.engines.megatron.engine import MegatronEngine
@@ -207,53 +209,66 @@ class Trial:
         rows = RowsWithCopies(Documents(self.world, draw), IDS, self.seed, room, self.options.batch, 0)  # type: ignore[arg-type]
         self.learn(objective, rows, self.options.adaptation_steps)
 
-    def decode(
-        self,
-        decoding: DecodingConfig,
-        path: DiscretePath | None,
-        colours: np.ndarray,
-        batch: int = 128,
-        temperature: float = 1.0,
-        one_stream: bool = False,
-    ) -> tuple[np.ndarray, DecodingMetrics]:
-        """int64 [n, side, side], one picture a prompt; `one_stream`: every picture by the same random numbers."""
+    def strategy(self, decoding: DecodingConfig, path: DiscretePath | None, batch: int = 128) -> Strategy:
         options = GrammarOptions(begin_with_image=True, max_images=1, stop_after_images=1)
         grammar = ImageGrammar(IDS, DIGITS, STAR, options, self.engine.device)
-        metrics, image = DecodingMetrics(), PhaseSampling(temperature)
-        sampling = SamplingConfig(text=PhaseSampling(0.0), image=image, max_new_tokens=2 * self.world.side**2 + 16)
-        self.engine.model.post_process = True
-        decoder = ImageDecoder(self.engine.model.eval())  # as a loaded checkpoint is, not switched at every answer
-        strategy = make_strategy(decoding, decoder, grammar, path, metrics, batch, learnt_diagonals=True)
+        decoder = ImageDecoder(self.engine.model)
+        return make_strategy(decoding, decoder, grammar, path, DecodingMetrics(), batch, learnt_diagonals=True)
+
+    def ask(self, strategy: Strategy, colours: np.ndarray, one_stream: bool = False) -> np.ndarray:
+        """int64 [n, side, side], one picture a prompt; `one_stream`: every picture by the same random numbers."""
+        size = self.world.side
+        sampling = SamplingConfig(text=PhaseSampling(0.0), image=PhaseSampling(), max_new_tokens=2 * size**2 + 16)
         prompts = [self.world.prompt(one) for one in colours]
-        grids = [(self.world.side, self.world.side)] * len(prompts)
+        streams = [0] * len(prompts) if one_stream else list(range(len(prompts)))
         found = []
-        for first in range(0, len(prompts), batch):
-            draws = range(first, min(first + batch, len(prompts)))
-            asked = [prompts[index] for index in draws]
-            streams = [0] * len(asked) if one_stream else list(draws)
-            found += strategy.sample(asked, sampling, self.seed, grids[: len(asked)], None, streams)
-        self.engine.model.train().post_process = False
+        for first in range(0, len(prompts), batch := strategy.generator.max_batch_size):
+            asked = prompts[first : first + batch]
+            grids = [(size, size)] * len(asked)
+            found += strategy.sample(asked, sampling, self.seed, grids, None, streams[first : first + batch])
         codes = [IDS.ids_to_codes(one.ids[IDS.is_visual(one.ids)]) for one in found]
-        return np.stack(codes).reshape(-1, self.world.side, self.world.side), metrics
+        return np.stack(codes).reshape(-1, size, size)
+
+    @contextmanager
+    def decoding_mode(self) -> Iterator[None]:
+        """As a loaded checkpoint is."""
+        self.engine.model.eval().post_process = True
+        yield
+        self.engine.model.train().post_process = False
 
     def measure(
         self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray, one_stream: bool = False
     ) -> dict[str, float]:
-        codes, _ = self.decode(decoding, path, colours, one_stream=one_stream)
         repeated = np.repeat(colours[:REPEATED_PROMPTS], ANSWERS, axis=0)
-        answers, _ = self.decode(decoding, path, repeated, one_stream=one_stream)
+        with self.decoding_mode():
+            strategy = self.strategy(decoding, path)
+            codes, answers = (self.ask(strategy, asked, one_stream) for asked in (colours, repeated))
         diversity = self.world.entropy_of_a_prompt(answers.reshape(-1, ANSWERS, *answers.shape[1:]))
         return self.world.judge(colours, codes) | {"entropy_of_a_prompt": diversity}
 
-    def seconds(self, decoding: DecodingConfig, path: DiscretePath | None, colours: np.ndarray) -> dict[str, float]:
-        """Of one answer at batch 1, after one to warm up."""
-        self.decode(decoding, path, colours[:1], batch=1)
-        started = time.process_time()
-        _, metrics = self.decode(decoding, path, colours, batch=1)
+    def times(
+        self, decodings: dict[str, DecodingConfig], path: DiscretePath | None, colours: np.ndarray
+    ) -> dict[str, dict[str, float]]:
+        """Of one answer at batch 1, medians. The decoders take turns: what else the machine does strikes all of them alike."""
+        seconds: dict[str, list[float]] = {name: [] for name in decodings}
+        process_seconds: dict[str, list[float]] = {name: [] for name in decodings}
+        with self.decoding_mode():
+            strategies = {name: self.strategy(one, path, batch=1) for name, one in decodings.items()}
+            for prompt in [colours[:1], *np.split(colours, len(colours))]:  # one to warm up
+                for name, strategy in strategies.items():
+                    before, started = strategy.metrics.seconds, time.process_time()
+                    self.ask(strategy, prompt)
+                    seconds[name].append(strategy.metrics.seconds - before)
+                    process_seconds[name].append(time.process_time() - started)
+        of_ar = np.median(seconds["ar"][1:])
         return {
-            "seconds": metrics.seconds / metrics.num_answers,
-            "process_seconds": (time.process_time() - started) / metrics.num_answers,
-            "num_forwards": metrics.num_forwards / metrics.num_answers,
+            name: {
+                "seconds": float(np.median(seconds[name][1:])),
+                "process_seconds": float(np.median(process_seconds[name][1:])),
+                "times_as_fast_as_ar": float(of_ar / np.median(seconds[name][1:])),
+                "num_forwards": strategy.metrics.num_forwards / strategy.metrics.num_answers,
+            }
+            for name, strategy in strategies.items()
         }
 
     def run(self) -> dict[str, Any]:
@@ -265,7 +280,8 @@ class Trial:
         before = self.measure(ar, None, held_out)
         samples: list[list[int]] = []
         if options.adaptation_steps:
-            codes, _ = self.decode(ar, None, asked)
+            with self.decoding_mode():
+                codes = self.ask(self.strategy(ar, None), asked)
             samples = [self.world.document(one, image) for one, image in zip(asked, codes, strict=True)]
         taught = {name: value.clone() for name, value in self.engine.model.state_dict().items() if value is not None}
         found: dict[str, Any] = {"seed": self.seed, "ar_before": before}
@@ -302,10 +318,9 @@ class Trial:
                 if steps > 1:
                     causal = DenoiseConfig(steps=steps, schedule=schedule, causal_steps=steps // 2)
                     decodings[f"dida_{steps}_causal"] = DecodingConfig("dida", causal)
-        few = held_out[: self.options.single]
+        times = self.times(decodings, path, held_out[: self.options.single])
         found: dict[str, Any] = {
-            name: self.measure(decoding, path, held_out) | self.seconds(decoding, path, few)
-            for name, decoding in decodings.items()
+            name: self.measure(decoding, path, held_out) | times[name] for name, decoding in decodings.items()
         }
         if path is not None:
             greedy = DecodingConfig("dida", GREEDY_CONTROL)

@@ -1,6 +1,7 @@
-"""The next tokens of each sequence through all layers: the step that decoding repeats.
+"""Prompts and the next tokens of each sequence through all layers: what decoding repeats.
 
-A step has few tokens and many layers, so that what stands beside the matrix products decides the rate. The arithmetic is
+A step has few tokens and many layers, so that what stands beside the matrix products decides the rate: on a CPU
+megatron-core's modules take three times as long as the operations in them. The arithmetic is
 that of megatron-core's modules; of each layer queries and keys share one norm and one rotation, the rotary tables of all
 positions are made once, the queries of a group attend as rows of one product, so that keys are never repeated, and a
 product adds itself to what it is added to. The matrices are the modules' own and are never copied.
@@ -19,6 +20,8 @@ import torch.nn.functional as functional
 from model.backbone.key_value_cache import KeyValueCache
 from model.backbone.rotary import rotary_tables
 from model.parallel.megatron import GPTModel, reduce_from_tensor_model_parallel_region
+
+PROMPT_TOKENS_AT_ONCE = 512  # of a row: what they see of the cache is a mask in memory
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,13 @@ class _Places:
     new_values: tuple[torch.Tensor, ...]
 
 
+def has_known_layers(model: GPTModel) -> bool:
+    """The layers are those that `TokenStep` knows, not Transformer Engine's."""
+    return isinstance(model.decoder.layers[0].input_layernorm, torch.nn.RMSNorm)
+
+
 class TokenStep:
-    """Over a model of known layers (`cached_layers.has_known_layers`) and a cache that a prompt has filled.
+    """Over a model of known layers (`has_known_layers`) and a cache.
 
     It counts along how long the rows are, so that a step waits for no device; whoever changes the cache's lengths
     makes another one. Tensor parallel as the modules are; every rank returns the same. No gradient.
@@ -121,6 +129,24 @@ class TokenStep:
         if adapter is None:
             return _Linear(module.weight.t())
         return _Linear(module.weight.t(), adapter.a.t(), adapter.b.t(), adapter.scale)
+
+    @torch.no_grad()
+    def read_prompts(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Reads the first `lengths` (int64 [B]) of `ids` (int64 [B, t]) into an empty cache.
+
+        Hidden states [B, h] of each row's last token behind the final norm.
+        """
+        assert self.longest == 0, "the cache is empty"
+        ends = []  # of a part each: the last tokens of rows that end there
+        for part in ids.split(PROMPT_TOKENS_AT_ONCE, dim=1):
+            start, count = self.longest, part.shape[1]
+            hidden = self._read(part, whole=False)  # padding too, as if all rows were as long
+            self.longest += count
+            ends.append(hidden[self.rows, (lengths - 1 - start).clamp(0, count - 1)])
+        self.cache.lengths.copy_(lengths)
+        self._count()
+        last = torch.stack(ends)[(lengths - 1) // PROMPT_TOKENS_AT_ONCE, self.rows]
+        return self.norm(last, self.final_norm)
 
     @torch.no_grad()
     def run(self, ids: torch.Tensor, advances: torch.Tensor | None = None) -> torch.Tensor:
@@ -255,7 +281,8 @@ class Norm:
         weight, size = weight.detach(), weight.shape[-1]
         if self.is_fused:
             return weight
-        self.floors[size] = weight.new_tensor(math.sqrt(size * self.epsilon))
+        if size not in self.floors:
+            self.floors[size] = weight.new_tensor(math.sqrt(size * self.epsilon))
         return weight * math.sqrt(size)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

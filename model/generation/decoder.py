@@ -8,11 +8,10 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as functional
 
-from model.backbone.cached_layers import has_known_layers, is_plain, run_layers
 from model.backbone.key_value_cache import KeyValueCache
 from model.backbone.packed_attention import CachedSequences
 from model.backbone.rotary import rotary_tables
-from model.backbone.token_step import TokenStep
+from model.backbone.token_step import TokenStep, has_known_layers
 from model.config import ModelConfig
 from model.parallel.megatron import GPTModel, set_model_to_sequence_parallel
 from model.vocabulary import Vocabulary
@@ -42,15 +41,22 @@ class CachedDecoder:
         self._cache = self._token_step = None  # let go of the last batch's memory first
         are_distinct = len(rows) == len(prompts)
         read = allocate_cache(self.model, len(rows), longest + (max_new_tokens if are_distinct else 0))
-        positions = torch.arange(longest, device=self.device).expand(len(rows), -1)
-        logits = decoder_forward(self.model, tokens, positions, read, num_new=lengths, last_only=True)[:, 0]
+        logits = self._read_prompts(tokens, lengths, read)
         if are_distinct:
             self._cache = read
             return logits
         index = torch.tensor(row_of, device=self.device)
-        self._cache = allocate_cache(self.model, len(prompts), longest + max_new_tokens)
+        self._cache, self._token_step = allocate_cache(self.model, len(prompts), longest + max_new_tokens), None
         self._cache.fill(read, index)
         return logits[index]
+
+    def _read_prompts(self, tokens: torch.Tensor, lengths: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        """Logits [R, padded vocabulary] after the first `lengths` (int64 [R]) of int64 [R, t] into an empty cache."""
+        if has_known_layers(self.model):
+            with without_sequence_parallel(self.model):
+                return output_logits(self.model, self._lean_step(cache).read_prompts(tokens, lengths), None)
+        positions = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
+        return decoder_forward(self.model, tokens, positions, cache, num_new=lengths, last_only=True)[:, 0]
 
     def step(
         self, ids: torch.Tensor, advances: torch.Tensor | None = None, columns: slice | None = None
@@ -131,10 +137,7 @@ def decoder_forward(
         model.eval()
     with without_sequence_parallel(model):
         hidden = model.embedding(tokens, None)
-        if is_plain(model):
-            hidden = run_layers(model, hidden, step)
-        else:
-            hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
+        hidden = model.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=step)
         if last_only:
             hidden = _last_real(hidden, num_new)
         logits, _ = model.output_layer(hidden, runtime_gather_output=True)

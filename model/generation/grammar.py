@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
@@ -57,6 +58,20 @@ class GrammarOptions:
         problems.check(self.max_image_tokens > 0, f"{key}.max_image_tokens", "must be positive")
 
 
+class StateRow(NamedTuple):
+    """The fields of `GrammarState` of one sequence."""
+
+    phase: int
+    value: int
+    num_digits: int
+    height: int
+    width: int
+    position: int
+    target_height: int
+    target_width: int
+    num_images: int
+
+
 @dataclass
 class GrammarState:
     """Where each of B sequences stands; every field is int64 [B]. Fields other than `phase` belong to the open image."""
@@ -79,6 +94,17 @@ class GrammarState:
     def select(self, rows: torch.Tensor) -> GrammarState:
         """The state of some rows (int64 or bool index)."""
         return GrammarState(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def to_rows(self) -> list[StateRow]:
+        """The state of each sequence."""
+        columns = torch.stack([getattr(self, name) for name in StateRow._fields]).tolist()
+        return [StateRow(*row) for row in zip(*columns, strict=True)]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[StateRow], device: torch.device) -> GrammarState:
+        """The inverse of `to_rows`."""
+        columns = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.int64, device=device)
+        return cls(**dict(zip(StateRow._fields, columns, strict=True)))
 
 
 class ImageGrammar:

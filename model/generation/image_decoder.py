@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from model.backbone.cached_layers import has_known_layers
 from model.backbone.key_value_cache import KeyValueCache
+from model.backbone.token_step import has_known_layers
 from model.generation.decoder import CachedDecoder, decoder_forward, output_logits, without_sequence_parallel
 
 

@@ -17,6 +17,7 @@ import torch
 
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Generation, Grid
+from model.generation.forced_runs import ForcedRuns
 from model.generation.grammar import GrammarState, ImageGrammar, Phase
 from model.generation.image_decoder import ImageDecoder
 from model.generation.sampling import guide, next_tokens, uniform_numbers
@@ -124,6 +125,7 @@ class PhaseGenerator(ARGenerator):
         super().__init__(decoder, grammar, max_batch_size)
         self.phase, self.spare = phase, spare
         self._blocks: dict[Grid, ImageBlock] = {}
+        self._forced = ForcedRuns(grammar)
 
     @torch.inference_mode()
     def _batch(
@@ -190,21 +192,18 @@ class PhaseGenerator(ARGenerator):
 
         An answer that begins with an image of a given grid needs no forward pass for its header.
         """
-        while True:
-            ids = self.grammar.forced(state)
-            room = torch.tensor([len(answer.ids) < limit for answer in answers], device=self.grammar.device)
-            follows = (ids >= 0) & ~state.done & room
-            if not bool(follows.any()):
-                return state
-            before, after = state, self.grammar.advance(state, ids.clamp(min=0))
-            state = _merged(follows, after, before)
-            in_image = self._in_image(before, ids)
-            for row in torch.nonzero(follows).flatten().tolist():
-                answers[row].add([int(ids[row])], [0.0], [False])
-                if state.phase[row] != Phase.CODES:  # IMG is read as the first token of the image's block
-                    known[row].append(int(ids[row]))
-                    if len(known) > len(answers) and bool(in_image[row]):
-                        known[len(answers) + row].append(int(ids[row]))
+        rows = state.to_rows()
+        for number, answer in enumerate(answers):
+            run = self._forced.behind(rows[number])
+            count = min(len(run.ids), limit)
+            answer.add(run.ids[:count], [0.0] * count, [False] * count)
+            for token, in_image, after in zip(run.ids[:count], run.in_image, run.states, strict=False):
+                rows[number] = after
+                if after.phase != Phase.CODES:  # IMG is read as the first token of the image's block
+                    known[number].append(token)
+                    if len(known) > len(answers) and in_image:
+                        known[len(answers) + number].append(token)
+        return GrammarState.from_rows(rows, self.grammar.device)
 
     def _images(
         self,
@@ -253,7 +252,7 @@ class PhaseGenerator(ARGenerator):
             images = GuidedImages(self.decoder, self.grammar, sampling, block, own, len(members), references)
             codes, log_probs, num_read = self.phase.decode(images)
             tokens = block.with_ids(self.grammar.vocabulary.codes_to_ids(codes))
-            behind = self._behind_image(state, index, len(block.places))
+            behind = self._behind_image(state, members, len(block.places))
             if not bool(behind.done[index].all()):  # nobody reads what ends an answer
                 logits = logits.index_copy(0, in_cache, self._commit(tokens, num_read, guided))
         for number, row in enumerate(members):
@@ -271,15 +270,13 @@ class PhaseGenerator(ARGenerator):
         rest = tokens[:, first:]
         return self.decoder.step(rest.repeat(2, 1) if guided else rest)
 
-    def _behind_image(self, state: GrammarState, members: torch.Tensor, num_codes: int) -> GrammarState:
-        """The state after the images of `members`, int64 rows."""
-        chosen = torch.zeros_like(state.done)
-        chosen[members] = True
-        at_end = GrammarState(**vars(state))
-        at_end.phase = torch.full_like(state.phase, Phase.IMAGE_END)
-        at_end.position = torch.full_like(state.position, num_codes)
-        eoi = torch.full_like(state.phase, self.grammar.vocabulary.eoi)
-        return _merged(chosen, self.grammar.advance(at_end, eoi), state)
+    def _behind_image(self, state: GrammarState, members: list[int], num_codes: int) -> GrammarState:
+        """The state after the images of `members`, rows of the batch."""
+        rows = state.to_rows()
+        for member in members:
+            at_end = rows[member]._replace(phase=Phase.IMAGE_END, position=num_codes)
+            rows[member] = self._forced.behind(at_end).states[0]
+        return GrammarState.from_rows(rows, self.grammar.device)
 
     def _block(self, grid: Grid, num_rows: int) -> ImageBlock:
         if grid not in self._blocks:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.generation.forced_runs import ForcedRuns
 from model.generation.grammar import GrammarOptions, GrammarState, ImageGrammar, Phase
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -200,6 +201,34 @@ def test_forced_grid_leaves_one_header(grid: tuple[int, int]) -> None:
         if int(state.phase) not in (Phase.TEXT, Phase.CODES):
             assert int(grammar.forced(state)) == token
         state = grammar.advance(state, torch.tensor([token]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 12)), min_size=1, max_size=3),
+    st.integers(0, 200),
+    st.booleans(),
+    st.booleans(),
+)
+def test_forced_runs_are_what_the_machine_forces_a_token_at_a_time(
+    grids: list[tuple[int, int]], length: int, begins: bool, stops: bool
+) -> None:
+    grammar = make(begin_with_image=begins, stop_after_images=1 if stops else None, repeat_grid=True)
+    runs, whole = ForcedRuns(grammar), [image_tokens(*grid) for grid in grids]
+    prompts = [[VOCABULARY.bos, *tokens[: length % (len(tokens) + 1)]] for tokens in whole]
+    state = grammar.start(prompts, [None if stops else grid for grid in grids])
+    rows = state.to_rows()
+    for name, values in vars(GrammarState.from_rows(rows, grammar.device)).items():
+        assert torch.equal(values, getattr(state, name))
+    for number, row in enumerate(rows):
+        run, one = runs.behind(row), state.select(torch.tensor([number]))
+        assert runs.behind(row) is run
+        for token, in_image, after in zip(run.ids, run.in_image, run.states, strict=True):
+            assert np.flatnonzero(grammar.mask(one)[0].numpy()).tolist() == [token]
+            assert in_image == (int(one.phase) not in (Phase.TEXT, Phase.CLOSE))
+            one = grammar.advance(one, torch.tensor([token]))
+            assert one.to_rows() == [after]
+        assert bool(one.done) or int(grammar.forced(one)) < 0
 
 
 def test_grids_differ_by_row() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from model.backbone import token_step
 from model.backbone.attention_plan import append_image_copies, documents_with_image_copies, packed_documents
-from model.backbone.cached_layers import is_plain
 from model.backbone.packed_attention import prepare_attention
+from model.backbone.token_step import TokenStep
 from model.backbone.transformer import build_model
 from model.config import AdapterConfig, ModelConfig
 from model.generation import decoder, image_decoder
@@ -177,9 +178,9 @@ def test_equal_prompts_are_read_once_and_answered_apart(model: Any, monkeypatch:
     prompts = [first, second[:6], first, first]
     answers = torch.randint(0, NUM_IDS, (3, 4))
     tokens_read = []
-    read = decoder.decoder_forward
+    read = TokenStep.read_prompts
     monkeypatch.setattr(
-        decoder, "decoder_forward", lambda *a, **k: (tokens_read.append(a[1].numel()), read(*a, **k))[1]
+        TokenStep, "read_prompts", lambda step, ids, ends: (tokens_read.append(ids.numel()), read(step, ids, ends))[1]
     )
     batch = CachedDecoder(model)
     logits = [batch.start(prompts, 3), *(batch.step(ids) for ids in answers)]
@@ -192,22 +193,14 @@ def test_equal_prompts_are_read_once_and_answered_apart(model: Any, monkeypatch:
     assert batch._cache.max_length == 12
 
 
-def test_layers_of_decoding_are_those_of_the_modules(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = torch.randint(0, NUM_IDS, (3, 20))
-    positions = torch.arange(20).expand(3, 20)
-    assert is_plain(model)
-    found = decoder_forward(model, tokens, positions, allocate_cache(model, 3, 20))
-    monkeypatch.setattr(decoder, "is_plain", lambda _: False)
-    expected = decoder_forward(model, tokens, positions, allocate_cache(model, 3, 20))
-    assert (found - expected)[..., :NUM_IDS].abs().max() <= 1e-5
-
-
 @pytest.mark.parametrize("adapted", ["none", "all", "copies"])
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (9, 4, 7)], ids=["even", "uneven"])
 def test_steps_are_those_of_the_modules(
     model: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], adapted: str
 ) -> None:
-    """Rows that do not advance, some columns only, looks that leave no trace, a cache that ends where the longest row does."""
+    """Prompts read in parts, rows that do not advance, some columns only, looks that leave no trace, a cache that ends where
+    the longest row does."""
+    monkeypatch.setattr(token_step, "PROMPT_TOKENS_AT_ONCE", 4)
     if adapted != "none":
         adapter = AdapterConfig(rank=3, alpha=12.0, tokens=adapted)
         model = build_model(ModelConfig(**{**vars(CONFIG), "adapter": adapter}), seed=11)
@@ -233,7 +226,6 @@ def test_steps_are_those_of_the_modules(
         return torch.stack(logits)
 
     found = run()
-    monkeypatch.setattr(decoder, "is_plain", lambda _: False)
     for module in (decoder, image_decoder):
         monkeypatch.setattr(module, "has_known_layers", lambda _: False)
     expected = run()

@@ -131,7 +131,7 @@ class NextStateAccuracy(ShapesTask):
             clip = random_held_out_clip(rng, num_items, rest)
         else:
             clip = random_clip(rng, num_items)
-        frames = self.rest_frames(clip)[:rest]
+        frames = self.rest_frames(clip, rest)
         text = law_text(clip)
         return EvaluationPrompt(
             format="interleaved",
@@ -142,10 +142,10 @@ class NextStateAccuracy(ShapesTask):
             image_size=self.image_size,
         )
 
-    def rest_frames(self, clip: Clip) -> list[np.ndarray]:
-        """The frame in the middle of each second, taken from a real MP4 of the clip."""
-        data = mp4_bytes(clip_frames(clip), FRAMES_PER_SECOND)
-        middles = [rest + 0.5 for rest in range(NUM_RESTS)]
+    def rest_frames(self, clip: Clip, count: int) -> list[np.ndarray]:
+        """The frame in the middle of each of the first `count` seconds, taken from a real MP4 of the clip up to there."""
+        middles = [rest + 0.5 for rest in range(count)]
+        data = mp4_bytes(clip_frames(clip)[: int(middles[-1] * FRAMES_PER_SECOND) + 1], FRAMES_PER_SECOND)
         return [self.shrink(pixels) for pixels in mp4_frames(data, middles)]
 
 

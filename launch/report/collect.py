@@ -122,6 +122,7 @@ def collect_dida(evaluations: dict[str, dict[str, Any]], entries: dict[str, Any]
         "joint_by_steps": {steps: one.get("joint") for steps, one in by_steps.items()},
         "entropy_ratio_by_steps": {steps: one.get("entropy_ratio") for steps, one in by_steps.items()},
         "accuracies_by_steps": {steps: members(one, "accuracies") for steps, one in by_steps.items()},
+        "num_prompts_by_steps": {steps: members(one, "num_prompts") for steps, one in by_steps.items()},
         "chosen_steps": evaluation.get("dida_steps"),
         "accuracies": {name: members(one, "accuracies") for name, one in decoders.items()},
         "num_prompts": members(dida, "num_prompts"),

@@ -115,6 +115,12 @@ def rollout(found: dict[str, Any] | None, run_folder: Path) -> str:
     return note + table(["decoder", *steps], rows) + f'<div class="strips">{strips}</div>'
 
 
+def fewer_prompts(counts: dict[str, int], most: dict[str, int]) -> str:
+    """A note where accuracies are of the first prompts alone."""
+    few = sorted({count for task, count in counts.items() if count < most.get(task, 0)})
+    return f" (accuracies of {few[0]} prompts)" if few else ""
+
+
 def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
     """Quality against steps, what is saved, and pictures on their way from noise."""
     if dida is None:
@@ -126,7 +132,7 @@ def dida_tables(dida: dict[str, Any] | None, run_folder: Path) -> str:
 
     steps = [
         [
-            steps,
+            steps + fewer_prompts(dida["num_prompts_by_steps"][steps], dida["num_prompts"]),
             *right(dida["accuracies_by_steps"][steps]),
             percent(joint),
             percent(dida["entropy_ratio_by_steps"].get(steps)),

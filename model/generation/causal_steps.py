@@ -7,7 +7,7 @@ further steps. What a code is drawn by is the same number in each step. So with 
 settle the first k codes at least, as Jacobi decoding does (arXiv 2305.10427): they are those of token-by-token decoding.
 
 A lower `plausible` keeps what token-by-token decoding could have drawn as well. Codebooks have many codes for one look:
-without it most steps would be spent on exchanging codes for others of their look (figures: docs/dida.md).
+without it most steps would be spent on exchanging codes for others of their look (figures: docs/dida_measured.md).
 """
 
 from __future__ import annotations

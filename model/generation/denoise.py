@@ -2,7 +2,7 @@
 
 Each step draws a clean image from the prediction, every token by itself, and moves the state towards it along the path.
 The last step returns what it draws. Independent draws make inconsistent images where the prediction is broad; three
-things mend that (the figures behind the defaults are in docs/dida.md): more steps, a lower temperature at the end, and
+things mend that (the figures behind the defaults are in docs/dida_measured.md): more steps, a lower temperature at the end, and
 the psi corrector (arXiv 2506.10892 and its code, s-sahoo/duo `_psi_update`): a share of the tokens is drawn anew from
 p_t'(. | drawn) in the middle of the way, which keeps the marginals of any path and forgets earlier mistakes.
 """

@@ -8,7 +8,7 @@ support of the sampled distribution: an objective that needs the log-probability
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -107,6 +107,15 @@ class GrammarState:
         return cls(**dict(zip(StateRow._fields, columns, strict=True)))
 
 
+@dataclass
+class ForcedRun:
+    """Tokens that must follow, up to the first choice or to the end of the sequence."""
+
+    ids: list[int] = field(default_factory=list)
+    in_image: list[bool] = field(default_factory=list)  # the token belongs to an image block
+    states: list[StateRow] = field(default_factory=list)  # behind each token
+
+
 class ImageGrammar:
     """The machine. `digit_ids` are the text ids of "0" to "9" and `star_id` that of "*"."""
 
@@ -127,6 +136,7 @@ class ImageGrammar:
         self._header_column[self._header_ids] = torch.arange(12, device=self.device)
         self._text_mask = self._build_text_mask()
         self._forced_by_phase = self._build_forced_ids()
+        self._forced_runs: dict[StateRow, ForcedRun] = {}
 
     def start(
         self, prompts: Sequence[Sequence[int]], grids: Sequence[tuple[int, int] | None] | None = None
@@ -156,6 +166,25 @@ class ImageGrammar:
         allowed = self._header_allowed(state)
         single = in_header & (allowed.sum(1) == 1)
         return torch.where(single, self._header_ids[allowed.int().argmax(1)], forced)
+
+    def forced_run(self, row: StateRow) -> ForcedRun:
+        """What must follow one sequence. Found once: the header of a grid takes as long as half a forward pass."""
+        if row not in self._forced_runs:
+            self._forced_runs[row] = self._walk_forced(row)
+        return self._forced_runs[row]
+
+    def _walk_forced(self, row: StateRow) -> ForcedRun:
+        run, state = ForcedRun(), GrammarState.from_rows([row], self.device)
+        while row.phase != Phase.DONE:
+            ids = self.forced(state)
+            if int(ids) < 0:
+                break
+            run.ids.append(int(ids))
+            run.in_image.append(Phase.BEGIN_IMAGE <= row.phase <= Phase.IMAGE_END)
+            state = self.advance(state, ids)
+            (row,) = state.to_rows()
+            run.states.append(row)
+        return run
 
     def below_visual_mask(self, state: GrammarState) -> torch.Tensor:
         """bool [B, visual_start]: the allowed text and structure ids (rows in the CODES phase are all False)."""

@@ -17,7 +17,6 @@ import torch
 
 from model.errors import UserError
 from model.generation.ar import ARGenerator, Generation, Grid
-from model.generation.forced_runs import ForcedRuns
 from model.generation.grammar import GrammarState, ImageGrammar, Phase
 from model.generation.image_decoder import ImageDecoder
 from model.generation.sampling import guide, next_tokens, uniform_numbers
@@ -125,7 +124,6 @@ class PhaseGenerator(ARGenerator):
         super().__init__(decoder, grammar, max_batch_size)
         self.phase, self.spare = phase, spare
         self._blocks: dict[Grid, ImageBlock] = {}
-        self._forced = ForcedRuns(grammar)
 
     @torch.inference_mode()
     def _batch(
@@ -194,7 +192,7 @@ class PhaseGenerator(ARGenerator):
         """
         rows = state.to_rows()
         for number, answer in enumerate(answers):
-            run = self._forced.behind(rows[number])
+            run = self.grammar.forced_run(rows[number])
             count = min(len(run.ids), limit)
             answer.add(run.ids[:count], [0.0] * count, [False] * count)
             for token, in_image, after in zip(run.ids[:count], run.in_image, run.states, strict=False):
@@ -275,7 +273,7 @@ class PhaseGenerator(ARGenerator):
         rows = state.to_rows()
         for member in members:
             at_end = rows[member]._replace(phase=Phase.IMAGE_END, position=num_codes)
-            rows[member] = self._forced.behind(at_end).states[0]
+            rows[member] = self.grammar.forced_run(at_end).states[0]
         return GrammarState.from_rows(rows, self.grammar.device)
 
     def _block(self, grid: Grid, num_rows: int) -> ImageBlock:

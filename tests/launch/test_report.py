@@ -451,6 +451,8 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     dida["difference_from_ar"] = {"t2i_accuracy": {"mean": -0.05, "interval": [-0.06, -0.04]}}
     dida |= {"rollout": walked, "refinement": ["samples/dida/refined_0.png"]}
     by_steps["6"]["accuracies"] = {"t2i_accuracy": 0.85}
+    dida["num_prompts"] = by_steps["6"]["num_prompts"] = {"t2i_accuracy": 1000}
+    by_steps["1"]["num_prompts"] = {"t2i_accuracy": 250}
     write(tmp_path / "evaluation" / "final.json", {"metrics": {"t2i_accuracy": 0.95}})
     write(tmp_path / "evaluation" / "dida.json", {"dida_steps": 6, "decoders": {"ar": ar, "dida": dida}, "metrics": {}})
     write(tmp_path / "curriculum.json", {"entries": {"dida": {"state": "done", "wall_seconds": 200.0}}})
@@ -470,6 +472,7 @@ def test_parallel_decoding_is_reported_beside_token_by_token(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Images in parallel" in page
     assert "<td>6</td><td>-</td><td>85.0%</td><td>79.0%</td>" in without_titles(page)
+    assert "<td>1 (accuracies of 250 prompts)</td>" in without_titles(page)
     assert "<td>dida</td><td>-</td><td>85.0% (-5.0%, -6.0% to -4.0%)</td>" in without_titles(page)
     assert "refined_0.png is missing" in page
     assert "World rollout" in page

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generation.forced_runs import ForcedRuns
 from model.generation.grammar import GrammarOptions, GrammarState, ImageGrammar, Phase
 from model.vocabulary import Vocabulary, VocabularyConfig
 
@@ -214,15 +213,15 @@ def test_forced_runs_are_what_the_machine_forces_a_token_at_a_time(
     grids: list[tuple[int, int]], length: int, begins: bool, stops: bool
 ) -> None:
     grammar = make(begin_with_image=begins, stop_after_images=1 if stops else None, repeat_grid=True)
-    runs, whole = ForcedRuns(grammar), [image_tokens(*grid) for grid in grids]
+    whole = [image_tokens(*grid) for grid in grids]
     prompts = [[VOCABULARY.bos, *tokens[: length % (len(tokens) + 1)]] for tokens in whole]
     state = grammar.start(prompts, [None if stops else grid for grid in grids])
     rows = state.to_rows()
     for name, values in vars(GrammarState.from_rows(rows, grammar.device)).items():
         assert torch.equal(values, getattr(state, name))
     for number, row in enumerate(rows):
-        run, one = runs.behind(row), state.select(torch.tensor([number]))
-        assert runs.behind(row) is run
+        run, one = grammar.forced_run(row), state.select(torch.tensor([number]))
+        assert grammar.forced_run(row) is run
         for token, in_image, after in zip(run.ids, run.in_image, run.states, strict=True):
             assert np.flatnonzero(grammar.mask(one)[0].numpy()).tolist() == [token]
             assert in_image == (int(one.phase) not in (Phase.TEXT, Phase.CLOSE))

@@ -76,7 +76,7 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
         {"task": Task()},
         SamplingConfig(),
         decodings,
-        ComparisonConfig(dida_steps=[1, 4], single_prompts=4),
+        ComparisonConfig(dida_steps=[1, 4], dida_steps_prompts=100, single_prompts=4),
     )
     ar, dida = found["ar"], found["dida"]
     assert list(found) == ["ar", "dida"]
@@ -90,7 +90,8 @@ def test_decoders_are_held_against_token_by_token_decoding() -> None:
     assert dida["by_steps"]["1"]["joint"] < ar["joint"] - 0.2
     assert dida["by_steps"]["4"]["joint"] == dida["joint"]
     assert dida["by_steps"]["1"]["accuracies"] == {"task": pytest.approx(0.9)}
-    assert dida["num_prompts"] == {"task": 200}
+    assert dida["num_prompts"] == dida["by_steps"]["4"]["num_prompts"] == {"task": 200}
+    assert dida["by_steps"]["1"]["num_prompts"] == {"task": 100}
     assert "difference_from_ar" not in ar
     found_difference = dida["difference_from_ar"]["task"]
     assert found_difference["mean"] == pytest.approx(-0.1)

@@ -25,7 +25,14 @@ from training.inference.model import InferenceModel
 from training.inference.prompts import ComparisonConfig, Prompt
 
 SECOND_SAMPLE = 1  # added to the seed
-STEPS_FIGURES = ("accuracies", "joint", "entropy", "entropy_ratio", "images_per_second")  # of each number of steps
+STEPS_FIGURES = (
+    "accuracies",
+    "num_prompts",
+    "joint",
+    "entropy",
+    "entropy_ratio",
+    "images_per_second",
+)  # of each number of steps
 
 
 def compare_decoders(
@@ -41,7 +48,7 @@ def compare_decoders(
     """The statistics' prompts are those of the first task that asks for new pictures.
 
     By decoder: `accuracies` and `num_prompts` by task, `joint`, `entropy`, `entropy_ratio`, `num_forwards` and `seconds` of an image at
-    batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies. `ar` comes first: the others are held against it,
+    batch 1, `images_per_second` in batches; for dida `by_steps`, with accuracies of fewer prompts. `ar` comes first: the others are held against it,
     with `difference_from_ar` by task, of accuracies on the same prompts.
     """
     prompts = statistics_prompts(tasks, config.statistics_prompts)
@@ -56,8 +63,7 @@ def compare_decoders(
         measured = statistics(model, prompts, drawn, seed, second)
         ratio = measured["entropy"] / found["ar"]["entropy"] if "ar" in found else 1.0
         found[name] = {
-            "accuracies": accuracies(results),
-            "num_prompts": {task: result["count"] for task, result in results.items()},
+            **quality(results),
             **measured,
             "entropy_ratio": ratio,
             **one_at_a_time(model, prompts[: config.single_prompts], drawn, seed),
@@ -67,23 +73,29 @@ def compare_decoders(
         else:
             found[name]["difference_from_ar"] = differences(results, of_ar)
     if "dida" in found:
-        found["dida"]["by_steps"] = {
-            str(steps): {name: found["dida"][name] for name in STEPS_FIGURES}
-            if steps == decodings["dida"].dida.steps  # the same draws: measured already
-            else steps_statistics(model, decodings["dida"], steps, prompts, drawn, seed, second, found)
-            | {"accuracies": accuracies(evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed))}
-            for steps in config.dida_steps
-        }
+        found["dida"]["by_steps"] = by_steps = {}
+        for steps in config.dida_steps:
+            if steps == decodings["dida"].dida.steps:  # the same draws: measured already
+                by_steps[str(steps)] = {name: found["dida"][name] for name in STEPS_FIGURES}
+                continue
+            measured = steps_statistics(model, decodings["dida"], steps, prompts, drawn, seed, second, found)
+            few = config.dida_steps_prompts
+            results = evaluate(model, tasks, sampling, batch_size=batch_size, seed=seed, most_prompts=few)
+            by_steps[str(steps)] = measured | quality(results)
     return found
+
+
+def quality(results: Mapping[str, Any]) -> dict[str, Any]:
+    """By task."""
+    return {
+        "accuracies": {task: result["accuracy"] for task, result in results.items()},
+        "num_prompts": {task: result["count"] for task, result in results.items()},
+    }
 
 
 def differences(results: Mapping[str, Any], of_ar: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """By task; both decoders were asked the same prompts."""
     return {task: paired_difference(result["scores"], of_ar[task]["scores"]) for task, result in results.items()}
-
-
-def accuracies(results: Mapping[str, Any]) -> dict[str, float]:
-    return {task: result["accuracy"] for task, result in results.items()}
 
 
 def steps_statistics(

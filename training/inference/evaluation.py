@@ -130,11 +130,12 @@ def evaluate(
     seed: int = 0,
     samples_folder: Path | None = None,
     num_samples: int = 8,
+    most_prompts: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each task: `accuracy` (mean score), `count`, `interval` (95%, Wilson; null for graded scores), `seconds`, `scores` and `samples`.
 
     `scores` has one of each prompt, in their order.
-    `own_sampling` is that of the tasks that it names; the others have `sampling`.
+    `own_sampling` is that of the tasks that it names; the others have `sampling`. `most_prompts`: the first of each task, all by default.
     With `samples_folder`, the pictures of the first `num_samples` answers of each task are kept there as PNG files;
     `samples` names them (relative to that folder) with their prompts and scores.
     """
@@ -144,7 +145,7 @@ def evaluate(
         started = time.monotonic()
         scores: list[float] = []
         samples: list[dict[str, Any]] = []
-        prompts = list(task.prompts())
+        prompts = list(task.prompts())[:most_prompts]
         for prompt, images, text in _answers(model, prompts, own.get(name, sampling), batch_size, seed):
             score = float(task.judge(prompt, images, text))
             assert 0.0 <= score <= 1.0, f"{name}: a score must be in [0, 1], got {score}"

@@ -61,6 +61,8 @@ class InferenceModel:
         self.options = options or InferenceOptions()
         self.dida, self.diagonal, self.rollout = dida, diagonal, rollout
         self.decoding, self.decoding_metrics = DecodingConfig(), DecodingMetrics()
+        self._path: DiscretePath | None = None  # of `decode_with`
+        self._grammars: dict[GrammarOptions, ImageGrammar] = {}
         self.builder = DocumentBuilder(vocabulary, text_tokenizer, image_format)
         *digits_from_one, zero, self.star_id, _ = encode_grid(text_tokenizer, 1234567890, 1)
         self.digit_ids = [zero, *digits_from_one]
@@ -111,23 +113,21 @@ class InferenceModel:
 
     def decode_with(self, decoding: DecodingConfig) -> None:
         """From now on; `decoding_metrics` begin anew. Raises `UserError` for a checkpoint that cannot."""
-        self.decoding, self.decoding_metrics = decoding, DecodingMetrics()
-        grammar = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, device=self.device)
-        self._strategy(grammar, self.decoder)
+        self.decoding, self.decoding_metrics, self._path = decoding, DecodingMetrics(), self._trained_path()
+        self._strategy(self.grammar(), self.decoder)
 
     def _strategy(self, grammar: ImageGrammar, decoder: Decoder | None) -> Strategy:
         return make_strategy(
             self.decoding,
             decoder,
             grammar,
-            self.path,
+            self._path,
             self.decoding_metrics,
             self.options.max_batch_size,
             learnt_diagonals=self.diagonal is not None,
         )
 
-    @property
-    def path(self) -> DiscretePath | None:
+    def _trained_path(self) -> DiscretePath | None:
         """The path that the checkpoint's copies were noised along; None: it was not trained on any."""
         if self.dida is None:
             return None
@@ -156,7 +156,11 @@ class InferenceModel:
         return [answers[index] for index in range(len(prompts))]
 
     def grammar(self, options: GrammarOptions | None = None) -> ImageGrammar:
-        return ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, options, self.device)
+        """The same of all answers: it remembers headers."""
+        options = options or GrammarOptions()
+        if options not in self._grammars:
+            self._grammars[options] = ImageGrammar(self.vocabulary, self.digit_ids, self.star_id, options, self.device)
+        return self._grammars[options]
 
     def questions(self, prompts: Sequence[Prompt]) -> list[Question]:
         """Prompts as tokens, with what may answer them."""

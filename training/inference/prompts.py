@@ -107,11 +107,12 @@ class ComparisonConfig:
     statistics_temperature: float = 1.0  # of visual tokens in the samples that statistics are taken of
     statistics_prompts: int = 200  # of the first task that asks for new pictures
     dida_steps: list[int] = field(default_factory=list)  # also measured for dida, beside its own
+    dida_steps_prompts: int = 250  # the first of each task, for accuracies in those numbers of steps
     single_prompts: int = 8  # asked one at a time for the latency
 
     def validate(self, problems: Problems, key: str) -> None:
         problems.check(self.statistics_temperature >= 0, f"{key}.statistics_temperature", "must not be negative")
-        for name in ("statistics_prompts", "single_prompts"):
+        for name in ("statistics_prompts", "dida_steps_prompts", "single_prompts"):
             problems.check(getattr(self, name) > 0, f"{key}.{name}", "must be positive", f"{key}.{name}=8")
         problems.check(
             all(steps > 0 for steps in self.dida_steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -28,8 +29,8 @@ class Browser:
         actions = [
             (os.POSIX_SPAWN_DUP2, log, 1),
             (os.POSIX_SPAWN_DUP2, log, 2),
-            (os.POSIX_SPAWN_DUP2, (reading := os.dup2(to_write[0], 60)), 3),
-            (os.POSIX_SPAWN_DUP2, (writing := os.dup2(to_read[1], 61)), 4),
+            (os.POSIX_SPAWN_DUP2, (reading := fcntl.fcntl(to_write[0], fcntl.F_DUPFD, 10)), 3),  # not 3 or 4 themselves
+            (os.POSIX_SPAWN_DUP2, (writing := fcntl.fcntl(to_read[1], fcntl.F_DUPFD, 10)), 4),
         ]
         self.pid = os.posix_spawn(found[0], arguments, os.environ, file_actions=actions, setpgroup=0)
         for end in (to_write[0], to_read[1], reading, writing, log):

@@ -9,6 +9,8 @@ from examples.shapes_world.build import write_dataset
 from examples.shapes_world.datasets import DATASETS, CorpusConfig
 from examples.shapes_world.dictionary import Dictionary
 from examples.shapes_world.judge import read_scene
+from examples.shapes_world.media import mp4_bytes, mp4_frames
+from examples.shapes_world.motion import FRAMES_PER_SECOND, clip_frames, random_clip
 from examples.shapes_world.tasks import EditAccuracy, NextStateAccuracy, ReconstructionAccuracy, ShapesTask, T2IAccuracy
 from examples.shapes_world.world import all_items, caption, draw_array, is_held_out
 from training.inference.baselines import OtherWords, accuracy_of
@@ -131,6 +133,16 @@ def dictionary(tmp_path_factory: pytest.TempPathFactory) -> Dictionary:
         if dataset.name in ("shapes_image_text", "shapes_video"):
             write_dataset(dataset, corpora, config)
     return Dictionary(str(corpora), num_clips=30)
+
+
+def test_frames_are_those_of_the_whole_film() -> None:
+    """The task's films end at the last frame that is shown, which leaves it as it is."""
+    task, rng = NextStateAccuracy(), np.random.default_rng(4)
+    for number in range(20):
+        clip, count = random_clip(rng, 2), 1 + number % 2
+        whole = mp4_bytes(clip_frames(clip), FRAMES_PER_SECOND)
+        expected = [task.shrink(pixels) for pixels in mp4_frames(whole, [rest + 0.5 for rest in range(count)])]
+        assert np.array_equal(task.rest_frames(clip, count), expected)
 
 
 @pytest.mark.parametrize("task", [T2IAccuracy, EditAccuracy, NextStateAccuracy], ids=lambda task: task.name)

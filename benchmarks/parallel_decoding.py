@@ -221,8 +221,8 @@ class Trial:
         sampling = SamplingConfig(text=PhaseSampling(0.0), image=PhaseSampling(), max_new_tokens=2 * size**2 + 16)
         prompts = [self.world.prompt(one) for one in colours]
         streams = [0] * len(prompts) if one_stream else list(range(len(prompts)))
-        found = []
-        for first in range(0, len(prompts), batch := strategy.generator.max_batch_size):
+        found, batch = [], strategy.generator.max_batch_size
+        for first in range(0, len(prompts), batch):
             asked = prompts[first : first + batch]
             grids = [(size, size)] * len(asked)
             found += strategy.sample(asked, sampling, self.seed, grids, None, streams[first : first + batch])

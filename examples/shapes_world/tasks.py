@@ -7,6 +7,7 @@ holds a combination of shape, colour and place that no training document shows; 
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +36,7 @@ MAX_ATTEMPTS_ALONE = 200  # draws of a new one-shape prompt before only two shap
 
 
 @dataclass
-class ShapesTask:
+class ShapesTask(ABC):
     """What the tasks share: how many prompts, from which seed, and the judge of the answer's first picture."""
 
     name: str = field(default="", init=False)
@@ -63,9 +64,9 @@ class ShapesTask:
             chosen.setdefault(key, prompt)
         return list(chosen.values())
 
+    @abstractmethod
     def make_prompt(self, rng: np.random.Generator, num_items: int, number: int) -> EvaluationPrompt:
         """Prompt `number` of the list, with one or two shapes."""
-        raise NotImplementedError
 
     def judge(self, prompt: EvaluationPrompt, images: list[np.ndarray], text: str) -> bool | float:
         """Does the first picture (uint8 [H, W, 3]) show exactly the scene asked for? No picture is a failure."""

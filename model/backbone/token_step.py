@@ -137,6 +137,7 @@ class TokenStep:
         Hidden states [B, h] of each row's last token behind the final norm.
         """
         assert self.longest == 0, "the cache is empty"
+        assert ids.shape[1] <= self.cache.max_length, f"the cache holds {self.cache.max_length} tokens"
         ends = []  # of a part each: the last tokens of rows that end there
         for part in ids.split(PROMPT_TOKENS_AT_ONCE, dim=1):
             start, count = self.longest, part.shape[1]

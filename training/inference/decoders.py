@@ -25,14 +25,8 @@ from training.inference.model import InferenceModel
 from training.inference.prompts import ComparisonConfig, Prompt
 
 SECOND_SAMPLE = 1  # added to the seed
-STEPS_FIGURES = (
-    "accuracies",
-    "num_prompts",
-    "joint",
-    "entropy",
-    "entropy_ratio",
-    "images_per_second",
-)  # of each number of steps
+# Of each number of steps.
+STEPS_FIGURES = ("accuracies", "num_prompts", "joint", "entropy", "entropy_ratio", "images_per_second")
 
 
 def compare_decoders(

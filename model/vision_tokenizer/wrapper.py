@@ -19,6 +19,7 @@ from model.vision_tokenizer.tiling import decode_tiled, encode_tiled
 
 MODEL_PREFIX = "model/"
 PIXELS_AT_ONCE = 1 << 19  # bounds the memory of one forward pass
+CPU_PIXELS_AT_ONCE = 1 << 17  # feature maps that fit its caches go faster
 WHOLE_SIDE_PIXELS = 2048  # images with a longer side go in tiles, see model.vision_tokenizer.tiling
 
 
@@ -44,20 +45,9 @@ class VisionTokenizer:
         self.codebook_size = model.config.n_embed
         self.whole_side = whole_side
 
-    @torch.inference_mode()
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Codes int64 [B, H/f, W/f] of images uint8 [B, H, W, 3]; both sides multiples of f."""
-        assert images.dtype == np.uint8, images.dtype
-        _, height, width, channels = images.shape
-        sides = (height % self.factor, width % self.factor)
-        assert (*sides, channels) == (0, 0, 3), f"{images.shape} with factor {self.factor}"
-        device = self.model.quantize.embedding.weight.device
-        parts = [
-            encode_tiled(self.model, to_model_range(images[start:end]).to(device), self._tile).cpu().numpy()
-            for start, end in self._chunks(len(images), height * width)
-        ]
-        shape = (0, height // self.factor, width // self.factor)
-        return np.concatenate(parts) if parts else np.empty(shape, dtype=np.int64)
+        return encode_pixels(self.model, images, self.whole_side)
 
     @torch.inference_mode()
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -66,10 +56,10 @@ class VisionTokenizer:
         height, width = (side * self.factor for side in codes.shape[1:])
         ids = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
         assert ids.numel() == 0 or (ids.min() >= 0 and ids.max() < self.codebook_size), "a code out of range"
-        device = self.model.quantize.embedding.weight.device
+        device = device_of(self.model)
         parts = [
-            to_pixels(decode_tiled(self.model, ids[start:end].to(device), self._tile))
-            for start, end in self._chunks(len(ids), height * width)
+            to_pixels(decode_tiled(self.model, ids[some].to(device), max(1, self.whole_side // self.factor)))
+            for some in batches_of(len(ids), height * width, device)
         ]
         return np.concatenate(parts) if parts else np.empty((0, height, width, 3), dtype=np.uint8)
 
@@ -77,15 +67,44 @@ class VisionTokenizer:
         """float32 [codes, D], a vector a code."""
         return self.model.quantize.embedding.weight.detach().float()
 
-    @property
-    def _tile(self) -> int:
-        """Codes of a side that are computed at once."""
-        return max(1, self.whole_side // self.factor)
 
-    @staticmethod
-    def _chunks(num_images: int, pixels_per_image: int) -> list[tuple[int, int]]:
-        step = max(1, PIXELS_AT_ONCE // max(1, pixels_per_image))
-        return [(start, min(start + step, num_images)) for start in range(0, num_images, step)]
+@torch.inference_mode()
+def encode_pixels(model: IBQ, images: np.ndarray, whole_side: int = WHOLE_SIDE_PIXELS) -> np.ndarray:
+    """Codes int64 [B, H/f, W/f] of images uint8 [B, H, W, 3], both sides multiples of f; above `whole_side` in tiles."""
+    assert images.dtype == np.uint8, images.dtype
+    batch, height, width, channels = images.shape
+    side = model.config.factor
+    assert (height % side, width % side, channels) == (0, 0, 3), f"{images.shape} with factor {side}"
+    if not model.config.patch_local_encoder:
+        return _encode_whole(model, images, whole_side)
+    # A code depends on its own patch alone, and pictures repeat patches (a plain ground): each is encoded once.
+    rows, columns = height // side, width // side
+    grid = images.reshape(batch, rows, side, columns, side, channels).transpose(0, 1, 3, 2, 4, 5)
+    patches = np.ascontiguousarray(grid).reshape(batch * rows * columns, side * side * channels)
+    as_bytes = patches.view(np.dtype((np.void, patches.shape[1]))).ravel()
+    _, first_places, numbers = np.unique(as_bytes, return_index=True, return_inverse=True)
+    distinct = patches[first_places].reshape(-1, side, side, channels)
+    return _encode_whole(model, distinct, whole_side).ravel()[numbers].reshape(batch, rows, columns)
+
+
+def _encode_whole(model: IBQ, images: np.ndarray, whole_side: int) -> np.ndarray:
+    (height, width), factor, device = images.shape[1:3], model.config.factor, device_of(model)
+    parts = [
+        encode_tiled(model, to_model_range(images[some]).to(device), max(1, whole_side // factor)).cpu().numpy()
+        for some in batches_of(len(images), height * width, device)
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, height // factor, width // factor), dtype=np.int64)
+
+
+def device_of(model: IBQ) -> torch.device:
+    return model.quantize.embedding.weight.device
+
+
+def batches_of(num_images: int, pixels_per_image: int, device: torch.device) -> list[slice]:
+    """Images that go through the model together."""
+    at_once = CPU_PIXELS_AT_ONCE if device.type == "cpu" else PIXELS_AT_ONCE
+    step = max(1, at_once // max(1, pixels_per_image))
+    return [slice(start, start + step) for start in range(0, num_images, step)]
 
 
 def load_vision_tokenizer(folder: Path | str) -> VisionTokenizer:

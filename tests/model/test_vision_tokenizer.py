@@ -16,7 +16,7 @@ from model.vision_tokenizer.ibq import IBQ
 from model.vision_tokenizer.initialization import codes_from_latents, codes_restarted, initialize_weights
 from model.vision_tokenizer.losses import LossWeightsConfig, entropy_terms, pixel_weights, tokenizer_loss
 from model.vision_tokenizer.quantizer import IndexBackpropagationQuantizer
-from model.vision_tokenizer.wrapper import VisionTokenizer, fingerprint_of
+from model.vision_tokenizer.wrapper import VisionTokenizer, fingerprint_of, to_model_range
 
 
 def tiny_config(**changes):
@@ -303,3 +303,26 @@ def test_a_patch_local_code_depends_on_its_own_patch_only():
     assert differs.nonzero().tolist() == [[1, 1, 2]]
     moved = torch.roll(images, (2, 4), dims=(2, 3))
     torch.testing.assert_close(model.latents(moved), torch.roll(before, (1, 2), dims=(2, 3)))
+
+
+def test_equal_patches_are_encoded_once(monkeypatch):
+    model = tiny_model(
+        norm_scope="pixel",
+        padding_mode="replicate",
+        mid_attention=False,
+        attn_resolutions=[],
+        patch_local_encoder=True,
+    ).channels_last()
+    tokenizer, side = VisionTokenizer(model, ""), model.config.factor
+    rng = np.random.default_rng(3)
+    kinds = rng.integers(0, 256, (5, side, side, 3), dtype=np.uint8)
+    kinds[1] = kinds[0]
+    kinds[1, 0, 0, 0] ^= 1  # one bit apart
+    chosen = rng.integers(0, len(kinds), (3, 4, 6))
+    images = kinds[chosen].transpose(0, 1, 3, 2, 4, 5).reshape(3, 4 * side, 6 * side, 3)
+    direct = model.encode(to_model_range(images)).numpy()
+    encoded = []
+    monkeypatch.setattr(model, "encode", lambda pixels: encoded.append(len(pixels)) or IBQ.encode(model, pixels))
+    assert np.array_equal(tokenizer.encode(images), direct)
+    assert encoded == [len(np.unique(chosen))]
+    assert tokenizer.encode(images[:0]).shape == (0, 4, 6)

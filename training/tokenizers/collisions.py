@@ -6,28 +6,25 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from model.vision_tokenizer.ibq import IBQ
-from model.vision_tokenizer.wrapper import to_model_range
+from model.vision_tokenizer.wrapper import encode_pixels
 
 MAX_NAMES = 100  # of pairs that are listed
-IMAGES_AT_ONCE = 32
+IMAGES_AT_ONCE = 128
 
 
-@torch.no_grad()
 def colliding_captions(model: IBQ, images: Mapping[str, np.ndarray]) -> list[list[str]]:
     """Captions whose pictures (uint8 [H, W, 3], one each) differ and have the same codes: groups of two or more."""
     by_size: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for caption, image in images.items():
         by_size[image.shape].append(caption)
     groups: dict[tuple[tuple[int, ...], bytes], dict[bytes, str]] = defaultdict(dict)
-    device = model.quantize.embedding.weight.device
     model.eval()
     for captions in by_size.values():
         for first in range(0, len(captions), IMAGES_AT_ONCE):
             some = captions[first : first + IMAGES_AT_ONCE]
-            codes = model.encode(to_model_range(np.stack([images[one] for one in some])).to(device)).cpu().numpy()
+            codes = encode_pixels(model, np.stack([images[caption] for caption in some]))
             for caption, own in zip(some, codes, strict=True):
                 groups[own.shape, own.tobytes()].setdefault(images[caption].tobytes(), caption)  # equal ones count once
     model.train()

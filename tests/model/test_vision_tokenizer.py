@@ -307,11 +307,7 @@ def test_a_patch_local_code_depends_on_its_own_patch_only():
 
 def test_equal_patches_are_encoded_once(monkeypatch):
     model = tiny_model(
-        norm_scope="pixel",
-        padding_mode="replicate",
-        mid_attention=False,
-        attn_resolutions=[],
-        patch_local_encoder=True,
+        norm_scope="pixel", padding_mode="replicate", mid_attention=False, attn_resolutions=[], patch_local_encoder=True
     ).channels_last()
     tokenizer, side = VisionTokenizer(model, ""), model.config.factor
     rng = np.random.default_rng(3)
